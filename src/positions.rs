@@ -1,0 +1,197 @@
+//! The samples of each node's WAL position, shared by all sessions: one sampler per node writes them
+//! (`monitor`), sessions read them to resolve notes and to find who may serve (`session::mark`).
+//!
+//! Order is by counting, not by clocks: a sampler raises its node's counter *before* it sends a
+//! sample, so a session that reads the counter after a ReadyForQuery knows that every sample with a
+//! greater number was asked after that ReadyForQuery.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use tokio::sync::Notify;
+
+use crate::topology::{Epoch, NodeId};
+use crate::wal::{Lsn, TimelineId};
+
+/// One unbroken connection of a node's sampler. When it breaks, what was known of the node's position
+/// is void: a crash-restart goes back in time without changing the postmaster's start time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Incarnation(pub u64);
+
+/// What one sample said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SampleBody {
+    /// The node was not in recovery.
+    Primary {
+        /// Its insert position, rounded down over page and segment headers.
+        insert: Lsn,
+        /// The visible floor: everything that commits up to here is visible on the primary.
+        floor: Lsn,
+    },
+    /// The node was in recovery.
+    Replica {
+        /// The last position received and synced, if a walreceiver has run.
+        receive: Option<Lsn>,
+        /// The last position replayed.
+        replay: Lsn,
+    },
+}
+
+/// A position of a node, read by its sampler.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// The node's counter when this sample was sent.
+    pub number: u64,
+    /// The sampler connection that read it.
+    pub incarnation: Incarnation,
+    /// The epoch of the topology when it was sent.
+    pub epoch: Epoch,
+    /// The timeline that the node writes or replays.
+    pub timeline: TimelineId,
+    /// Role and positions.
+    pub body: SampleBody,
+}
+
+/// What a session remembers of a node at a ReadyForQuery: turned into a position by a later sample.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// The node that showed the session something.
+    pub node: NodeId,
+    /// The node's sampler connection then.
+    pub incarnation: Incarnation,
+    /// The epoch then.
+    pub epoch: Epoch,
+    /// The node's sample counter, read after the ReadyForQuery: a sample with a greater number covers it.
+    pub counter: u64,
+}
+
+/// The samples of one node.
+#[derive(Default)]
+pub struct NodePositions {
+    counter: AtomicU64,
+    incarnation: AtomicU64,
+    latest: Mutex<Option<Sample>>,
+    wanted: AtomicBool,
+    wake_sampler: Notify,
+    noted: AtomicBool,
+}
+
+impl NodePositions {
+    /// The counter of the last sample sent. Read it *after* the event that a later sample shall cover.
+    pub fn counter(&self) -> u64 {
+        self.counter.load(Ordering::SeqCst)
+    }
+
+    /// The sampler's current connection.
+    pub fn incarnation(&self) -> Incarnation {
+        Incarnation(self.incarnation.load(Ordering::SeqCst))
+    }
+
+    /// The last sample answered on the current connection.
+    pub fn latest(&self) -> Option<Sample> {
+        *self.lock()
+    }
+
+    /// Asks the sampler for a sample at once (subject to its least gap). The flag stays set until a
+    /// sample is *sent*, so no request is lost while one is in flight.
+    pub fn want(&self) {
+        if !self.wanted.swap(true, Ordering::SeqCst) {
+            self.wake_sampler.notify_one();
+        }
+    }
+
+    /// Tells the sampler that a session leans on this node: it keeps its interval instead of idling.
+    pub fn mark_active(&self) {
+        if !self.noted.load(Ordering::Relaxed) {
+            self.noted.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Sample>> {
+        self.latest.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// The sampler's side.
+impl NodePositions {
+    /// A sampler connected: a new incarnation, of which nothing is known yet.
+    pub fn connected(&self) -> Incarnation {
+        let mut latest = self.lock();
+        *latest = None;
+        Incarnation(self.incarnation.fetch_add(1, Ordering::SeqCst) + 1)
+    }
+
+    /// The sampler's connection broke: nothing is known until it has a new one.
+    pub fn lost(&self) {
+        self.connected();
+    }
+
+    /// Counts a sample that is about to be sent; its number.
+    pub fn begin(&self) -> u64 {
+        self.wanted.store(false, Ordering::SeqCst);
+        self.counter.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    /// Whether somebody waits for a sample that has not been sent yet.
+    pub fn is_wanted(&self) -> bool {
+        self.wanted.load(Ordering::SeqCst)
+    }
+
+    /// Whether a session has leaned on this node since the last call.
+    pub fn take_active(&self) -> bool {
+        self.noted.swap(false, Ordering::Relaxed)
+    }
+
+    /// Resolves when somebody calls [`want`](Self::want).
+    pub fn wanted(&self) -> tokio::sync::futures::Notified<'_> {
+        self.wake_sampler.notified()
+    }
+}
+
+/// The samples of all nodes.
+pub struct Positions {
+    nodes: Box<[NodePositions]>,
+    changed: Notify,
+}
+
+impl Positions {
+    /// For nodes `0..count`.
+    pub fn new(count: usize) -> Positions {
+        Positions { nodes: (0..count).map(|_| NodePositions::default()).collect(), changed: Notify::new() }
+    }
+
+    /// One node's samples.
+    pub fn node(&self, id: NodeId) -> &NodePositions {
+        &self.nodes[id.index()]
+    }
+
+    /// A note on `node` as of now, in `epoch`.
+    pub fn note(&self, node: NodeId, epoch: Epoch) -> Note {
+        let positions = self.node(node);
+        positions.mark_active();
+        Note { node, incarnation: positions.incarnation(), epoch, counter: positions.counter() }
+    }
+
+    /// Publishes a sample, unless the node's connection has changed meanwhile, and wakes all waiters.
+    pub fn publish(&self, node: NodeId, sample: Sample) {
+        let positions = self.node(node);
+        {
+            let mut latest = positions.lock();
+            if positions.incarnation() != sample.incarnation {
+                return;
+            }
+            *latest = Some(sample);
+        }
+        self.changed.notify_waiters();
+    }
+
+    /// Resolves at the next change of any node's samples after the future was created (and enabled).
+    pub fn changed(&self) -> tokio::sync::futures::Notified<'_> {
+        self.changed.notified()
+    }
+
+    /// Wakes all waiters: something that decides over a wait has changed (a node was lost).
+    pub fn wake_all(&self) {
+        self.changed.notify_waiters();
+    }
+}

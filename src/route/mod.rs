@@ -1,0 +1,1 @@
+//! Demand + topology -> where, and why. Pure.

@@ -1,0 +1,168 @@
+//! What is believed of the nodes: an immutable value, made by `control`, read by everybody. Pure,
+//! but for [`TopologyHandle`], the place where the current value is published.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::{ArcSwap, Guard};
+use tokio::sync::Notify;
+
+use crate::wal::{Lsn, TimelineId};
+
+/// Which node: its index in the configuration's `nodes`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NodeId(pub u16);
+
+impl NodeId {
+    /// The index into per-node tables.
+    pub fn index(self) -> usize {
+        usize::from(self.0)
+    }
+}
+
+/// Counts the write targets this proxy has had: raised whenever another node becomes the primary, or
+/// the same one on another timeline. What was known of positions in an earlier epoch is void.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Epoch(pub u64);
+
+/// Why a node is not used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exclusion {
+    /// No probe has been answered yet.
+    NotProbed,
+    /// Probes fail; the text says how the last one did.
+    Unreachable(String),
+    /// A replica that failed and must first show itself well again.
+    Ejected(String),
+    /// Its lag is above `consistency.max_lag`.
+    TooFarBehind,
+    /// It replays another timeline than the primary's.
+    OtherTimeline,
+    /// Its system identifier is not the cluster's: not a copy of this primary.
+    ForeignCluster,
+    /// It accepts writes, but is not the primary of this epoch.
+    SecondPrimary,
+}
+
+impl Exclusion {
+    /// One word for a metric label or a log field.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Exclusion::NotProbed => "not_probed",
+            Exclusion::Unreachable(_) => "unreachable",
+            Exclusion::Ejected(_) => "ejected",
+            Exclusion::TooFarBehind => "too_far_behind",
+            Exclusion::OtherTimeline => "other_timeline",
+            Exclusion::ForeignCluster => "foreign_cluster",
+            Exclusion::SecondPrimary => "second_primary",
+        }
+    }
+}
+
+/// What a node is, and whether sessions may use it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// The primary of the epoch. `reachable` is false while probes fail: it stays the only write target.
+    Primary {
+        /// Whether the last probes were answered.
+        reachable: bool,
+    },
+    /// A replica that may serve reads at or past a session's mark.
+    Replica,
+    /// Not to be used now, and why.
+    Excluded(Exclusion),
+}
+
+/// One node as the last probes showed it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NodeView {
+    /// Which node.
+    pub id: NodeId,
+    /// Its name in the configuration.
+    pub name: Arc<str>,
+    /// Its share of the reads relative to the other replicas' weights; 0: none.
+    pub weight: u32,
+    /// What it is and whether it may be used.
+    pub standing: Standing,
+    /// The timeline it writes or replays.
+    pub timeline: Option<TimelineId>,
+    /// WAL bytes between the primary's position and this replica's replay position.
+    pub replay_lag_bytes: Option<u64>,
+    /// How long ago the primary was where this replica is now.
+    pub replay_lag: Option<Duration>,
+    /// The server's major version, for example 15.
+    pub server_major: Option<u16>,
+}
+
+/// How one epoch ended, for sessions that carry a mark or a note of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Switch {
+    /// The epoch that ended.
+    pub from: Epoch,
+    /// Its primary.
+    pub old_primary: NodeId,
+    /// Its timeline.
+    pub old_timeline: TimelineId,
+    /// Where the new timeline left it; `None`: could not be learned, so nothing of it can be shown kept.
+    pub fork: Option<Lsn>,
+    /// The last sample taken of the old primary: its counter and insert position.
+    pub last_sample: Option<(u64, Lsn)>,
+}
+
+/// What is believed of the cluster. A new value replaces it whole.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Topology {
+    /// The epoch of `primary`.
+    pub epoch: Epoch,
+    /// The cluster's identity, once a primary has been seen.
+    pub system_identifier: Option<u64>,
+    /// The node that takes writes.
+    pub primary: Option<NodeId>,
+    /// The primary's timeline.
+    pub timeline: Option<TimelineId>,
+    /// All nodes, in the configuration's order.
+    pub nodes: Vec<NodeView>,
+    /// How the latest epochs ended, oldest first; bounded.
+    pub switches: Vec<Switch>,
+}
+
+impl Topology {
+    /// The view of one node.
+    pub fn node(&self, id: NodeId) -> &NodeView {
+        &self.nodes[id.index()]
+    }
+
+    /// The replicas that may serve reads, apart from what a session's mark asks.
+    pub fn serving_replicas(&self) -> impl Iterator<Item = &NodeView> {
+        self.nodes.iter().filter(|n| n.standing == Standing::Replica && n.weight > 0)
+    }
+}
+
+/// Where the current topology is published. `control` is the only writer.
+pub struct TopologyHandle {
+    current: ArcSwap<Topology>,
+    changed: Notify,
+}
+
+impl TopologyHandle {
+    /// Starts with `initial`.
+    pub fn new(initial: Topology) -> TopologyHandle {
+        TopologyHandle { current: ArcSwap::from_pointee(initial), changed: Notify::new() }
+    }
+
+    /// The current value, without a lock.
+    pub fn load(&self) -> Guard<Arc<Topology>> {
+        self.current.load()
+    }
+
+    /// Replaces the value and wakes whoever waits for a change.
+    pub fn publish(&self, next: Topology) {
+        self.current.store(Arc::new(next));
+        self.changed.notify_waiters();
+    }
+
+    /// Resolves at the next [`publish`](Self::publish) after the future was created.
+    pub fn changed(&self) -> tokio::sync::futures::Notified<'_> {
+        self.changed.notified()
+    }
+}
