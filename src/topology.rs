@@ -155,6 +155,11 @@ impl TopologyHandle {
         self.current.load()
     }
 
+    /// The current value, to be held across a wait.
+    pub fn load_full(&self) -> Arc<Topology> {
+        self.current.load_full()
+    }
+
     /// Replaces the value and wakes whoever waits for a change.
     pub fn publish(&self, next: Topology) {
         self.current.store(Arc::new(next));

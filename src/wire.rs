@@ -167,15 +167,24 @@ impl ErrorReport {
 
     /// Appends it as an ErrorResponse.
     pub fn put(&self, out: &mut Vec<u8>) {
-        put(out, b'E', |out| {
+        self.put_as(out, b'E', self.severity.text());
+    }
+
+    /// Appends it as a NoticeResponse of severity WARNING.
+    pub fn put_notice(&self, out: &mut Vec<u8>) {
+        self.put_as(out, b'N', "WARNING");
+    }
+
+    fn put_as(&self, out: &mut Vec<u8>, tag: u8, severity: &str) {
+        put(out, tag, |out| {
             let mut field = |code: u8, text: &str| {
                 out.push(code);
                 // A zero byte would end the field early: a text from outside is cut there.
                 let text = text.split('\0').next().unwrap_or_default();
                 put_cstr(out, text.as_bytes());
             };
-            field(b'S', self.severity.text());
-            field(b'V', self.severity.text());
+            field(b'S', severity);
+            field(b'V', severity);
             field(b'C', self.sqlstate);
             field(b'M', &self.message);
             if let Some(detail) = &self.detail {

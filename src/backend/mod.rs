@@ -1,1 +1,225 @@
-//! (placeholder of the skeleton)
+//! The nodes' side of the wire: connections to PostgreSQL servers, pooled and lent to sessions.
+//!
+//! A [`Backend`] knows what it has been left with (prepared statements, dirt), so that its next
+//! borrower either finds it as new or does not get it. It does not know what a statement means.
+
+pub mod cancel;
+pub mod clean;
+pub mod login;
+pub mod pool;
+
+use std::collections::{BTreeMap, HashSet};
+use std::num::NonZeroUsize;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use bytes::{Buf, BytesMut};
+use lru::LruCache;
+use tokio::io::AsyncWrite;
+
+use crate::net::Stream;
+use crate::topology::{Epoch, NodeId};
+
+pub use cancel::CancelTarget;
+
+/// What a server has reported by ParameterStatus.
+pub type Parameters = BTreeMap<Vec<u8>, Vec<u8>>;
+
+/// The name under which backends of all sessions share a prepared statement: a keyed hash of text and types.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SharedName(pub u128);
+
+impl SharedName {
+    /// The name as the server sees it.
+    pub fn server_name(self) -> String {
+        format!("__hw_{:032x}", self.0)
+    }
+}
+
+/// What a session may have left on a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Dirt {
+    /// Nothing.
+    Clean,
+    /// Session state: it is cleaned (DISCARD ALL, verified) before anybody else gets it.
+    State,
+    /// It cannot be told what: it is closed.
+    Unknown,
+}
+
+/// A connection to a node, logged in as some user to some database.
+pub struct Backend {
+    /// The node.
+    pub node: NodeId,
+    /// The socket.
+    pub stream: Stream,
+    /// Bytes read from the node and not yet used.
+    pub input: BytesMut,
+    /// Bytes for the node that are not yet written.
+    pub output: BytesMut,
+    /// Where a cancel request for it goes.
+    pub cancel: Arc<CancelTarget>,
+    /// What it has reported.
+    pub parameters: Arc<Parameters>,
+    /// The startup parameters it was opened with: it serves sessions that ask for the same.
+    pub startup: Arc<StartupParameters>,
+    /// The node's sample counter right after the login: only later samples speak for this backend.
+    pub connected_at: u64,
+    /// The epoch in which it was opened.
+    pub epoch: Epoch,
+    /// When it was opened.
+    pub opened: Instant,
+    /// When it was last given back.
+    pub idle_since: Instant,
+    /// The shared statements it has, least recently used last.
+    pub prepared: LruCache<SharedName, ()>,
+    /// Whose unnamed statement it holds: a number that one session gave to one Parse.
+    pub unnamed: Option<u64>,
+    /// While pinned: the statements it has under the client's own names.
+    pub own_names: HashSet<Vec<u8>>,
+    /// What sessions may have left on it.
+    pub dirt: Dirt,
+    /// The worker on whose reactor its socket is registered.
+    pub worker: usize,
+}
+
+/// The startup parameters of a client that its backends must share, in a canonical order: all but
+/// user, database, replication and protocol options.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct StartupParameters(pub Vec<(String, String)>);
+
+/// Bytes a read may take at once when results are large.
+const BULK_READ: usize = 64 * 1024;
+/// Bytes a read may take at first.
+const FIRST_READ: usize = 8 * 1024;
+
+/// Reads what is there into `input`, at most one read. `Ready(Ok(0))`: the peer has closed.
+pub fn poll_fill(
+    stream: &mut Stream,
+    input: &mut BytesMut,
+    cx: &mut Context<'_>,
+) -> Poll<std::io::Result<usize>> {
+    // A buffer that was filled to its end is likely to be filled again: give the next read more room.
+    let room = if input.len() >= FIRST_READ { BULK_READ } else { FIRST_READ };
+    if input.capacity() - input.len() < FIRST_READ / 2 {
+        input.reserve(room);
+    }
+    tokio_util::io::poll_read_buf(Pin::new(stream), cx, input)
+}
+
+/// Writes what `output` holds, as far as the socket takes it. `Ready(Ok(()))`: all of it.
+pub fn poll_drain(
+    stream: &mut Stream,
+    output: &mut BytesMut,
+    cx: &mut Context<'_>,
+) -> Poll<std::io::Result<()>> {
+    let mut wrote = false;
+    while !output.is_empty() {
+        match Pin::new(&mut *stream).poll_write(cx, output) {
+            Poll::Ready(Ok(0)) => return Poll::Ready(Err(std::io::ErrorKind::WriteZero.into())),
+            Poll::Ready(Ok(n)) => {
+                output.advance(n);
+                wrote = true;
+            }
+            Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
+            Poll::Pending => return Poll::Pending,
+        }
+    }
+    if wrote && let Stream::Plain(_) = stream {
+        return Poll::Ready(Ok(()));
+    }
+    // A TLS stream may hold encrypted bytes back.
+    Pin::new(stream).poll_flush(cx)
+}
+
+impl Backend {
+    /// Wraps a fresh login.
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        node: NodeId,
+        login: login::LoggedIn,
+        startup: Arc<StartupParameters>,
+        cancel: Arc<CancelTarget>,
+        connected_at: u64,
+        epoch: Epoch,
+        max_prepared: usize,
+        worker: usize,
+        now: Instant,
+    ) -> Backend {
+        let parameters =
+            login.parameters.into_iter().map(|(k, v)| (k.into_bytes(), v.into_bytes())).collect();
+        Backend {
+            node,
+            stream: login.stream,
+            input: BytesMut::from(&login.leftover[..]),
+            output: BytesMut::new(),
+            cancel,
+            parameters: Arc::new(parameters),
+            startup,
+            connected_at,
+            epoch,
+            opened: now,
+            idle_since: now,
+            prepared: LruCache::new(NonZeroUsize::new(max_prepared).unwrap_or(NonZeroUsize::MIN)),
+            unnamed: None,
+            own_names: HashSet::new(),
+            dirt: Dirt::Clean,
+            worker,
+        }
+    }
+
+    /// Whether an idle backend is still good, without a system call: an idle PostgreSQL backend says
+    /// nothing unless it is going away (or a setting was reloaded, which is then read here).
+    pub fn is_alive(&mut self) -> bool {
+        let waker = std::task::Waker::noop();
+        let mut cx = Context::from_waker(waker);
+        loop {
+            match poll_fill(&mut self.stream, &mut self.input, &mut cx) {
+                Poll::Pending => break,
+                Poll::Ready(Ok(n)) if n > 0 => continue,
+                Poll::Ready(_) => return false,
+            }
+        }
+        self.take_idle_messages()
+    }
+
+    /// Uses up what an idle backend may say: ParameterStatus and notices. Anything else ends it.
+    fn take_idle_messages(&mut self) -> bool {
+        while let Ok(Some(header)) = crate::wire::header(&self.input) {
+            if self.input.len() < header.len {
+                return false;
+            }
+            let message = self.input.split_to(header.len);
+            match header.tag {
+                b'S' => self.report(&message[crate::wire::HEADER..]),
+                b'N' => {}
+                _ => return false,
+            }
+        }
+        self.input.is_empty()
+    }
+
+    /// Takes a ParameterStatus body into account; the name and value it states.
+    pub fn report(&mut self, body: &[u8]) {
+        if let Some((name, value)) = parameter_status(body)
+            && self.parameters.get(name).map(Vec::as_slice) != Some(value)
+        {
+            Arc::make_mut(&mut self.parameters).insert(name.to_vec(), value.to_vec());
+        }
+    }
+
+    /// Forgets what DISCARD ALL or DEALLOCATE ALL has taken from the server.
+    pub fn forget_statements(&mut self) {
+        self.prepared.clear();
+        self.own_names.clear();
+    }
+}
+
+/// Name and value of a ParameterStatus body.
+pub fn parameter_status(body: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (name, rest) = crate::wire::cstr(body)?;
+    let (value, _) = crate::wire::cstr(rest)?;
+    Some((name, value))
+}

@@ -1,1 +1,764 @@
-//! (placeholder of the skeleton)
+//! One client's conversation, message by message: the place where client, route and backend meet.
+//!
+//! A session waits for a unit of messages, decides where it may run (`demand`, `place`), borrows a
+//! backend, lets the bytes flow (`exchange`) and gives the backend back when nothing of the session's
+//! is left on it. What it promises: a unit runs on one backend; a statement not shown to be a read
+//! runs on the primary; no read runs on a node behind the session's mark; a unit is run a second time
+//! only if it was a read and nothing of its first answer has left.
+
+mod demand;
+mod exchange;
+pub mod handle;
+pub mod mark;
+mod messages;
+mod place;
+pub mod prepared;
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Instant;
+
+use bytes::{Buf, BufMut, BytesMut};
+
+use self::demand::Demand;
+use self::exchange::{Again, Outcome, Unit, put_report};
+use self::handle::{Ending, SessionHandle, Sessions};
+use self::mark::{Mark, Survival};
+use self::prepared::{Names, Statements};
+use crate::backend::pool::{Lease, Pools, UserPools};
+use crate::backend::{Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
+use crate::catalogs::{Catalogs, DatabaseCatalog};
+use crate::classify::{Classifier, Leaves, PinReason};
+use crate::config::Config;
+use crate::metrics::{ClassLabel, Metrics};
+use crate::net::Stream;
+use crate::positions::Positions;
+use crate::route::RouteReason;
+use crate::topology::{NodeId, TopologyHandle};
+use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
+
+/// What all sessions share.
+pub struct Shared {
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// What is believed of the nodes.
+    pub topology: Arc<TopologyHandle>,
+    /// What is known of their positions.
+    pub positions: Arc<Positions>,
+    /// Judges statements.
+    pub classifier: Arc<Classifier>,
+    /// The databases' catalog facts.
+    pub catalogs: Arc<Catalogs>,
+    /// Backends.
+    pub pools: Arc<Pools>,
+    /// Counts.
+    pub metrics: Arc<Metrics>,
+    /// All sessions.
+    pub sessions: Arc<Sessions>,
+    /// Makes prepared statements' names.
+    pub names: Names,
+    /// Where failures of nodes are reported.
+    pub control: crate::control::Control,
+}
+
+/// What a logged-in client brings along.
+pub struct Arrival {
+    /// Its connection; AuthenticationOk has been sent.
+    pub stream: Stream,
+    /// Role.
+    pub user: String,
+    /// Database.
+    pub database: String,
+    /// Startup parameters that its backends must share.
+    pub startup: StartupParameters,
+    /// Protocol 3.minor.
+    pub minor: u16,
+    /// What logs in to the nodes in its place.
+    pub keys: crate::scram::LoginKeys,
+}
+
+/// The role that the leased backend's node has for this session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Primary,
+    Replica,
+}
+
+/// The client's side of a session.
+struct ClientEnd {
+    stream: Stream,
+    input: BytesMut,
+    output: BytesMut,
+    /// It has sent its last byte.
+    at_end: bool,
+}
+
+/// How a session ends.
+#[derive(Debug)]
+pub(crate) enum End {
+    /// The client said goodbye, or is gone.
+    ClientGone,
+    /// We end it, and say why.
+    Fatal(Box<ErrorReport>),
+    /// The node has told the client itself.
+    NodeSaidFatal,
+    /// The connection to a node broke in the middle of a unit.
+    NodeLost { node: NodeId },
+}
+
+impl End {
+    fn fatal(report: ErrorReport) -> End {
+        End::Fatal(Box::new(report))
+    }
+
+    fn protocol(message: impl Into<String>) -> End {
+        End::fatal(ErrorReport::fatal("08P01", message))
+    }
+
+    fn length(error: wire::InvalidLength) -> End {
+        End::protocol(error.to_string())
+    }
+
+    fn shutdown() -> End {
+        End::fatal(ErrorReport::fatal("57P01", "terminating connection due to administrator command"))
+    }
+}
+
+/// One client's session.
+pub struct Session {
+    shared: Arc<Shared>,
+    worker: usize,
+    handle: Arc<SessionHandle>,
+    client: ClientEnd,
+    pools: Arc<UserPools>,
+    startup: Arc<StartupParameters>,
+    catalog: Arc<DatabaseCatalog>,
+    /// The parameters as the client was told them last.
+    reported: Arc<Parameters>,
+    lexing: crate::classify::Lexing,
+    status: TransactionStatus,
+    mark: Mark,
+    lease: Option<Lease>,
+    role: Role,
+    pin: Option<PinReason>,
+    /// In this transaction code ran that is not understood: the backend is looked at when it ends.
+    unproven: bool,
+    /// In this transaction data definition ran: the catalog facts are read again when it ends.
+    ddl: bool,
+    statements: Statements,
+    unit: Unit,
+    /// An error of ours was sent in place of a unit: all up to Sync is dropped.
+    skipping: bool,
+    /// Bytes of a client's message still to be dropped.
+    drop_rest: usize,
+    /// Length of the client's output before the unit's answer.
+    output_before: usize,
+    started: Instant,
+    /// A failover has lost something of the session's; its next statement says so, once.
+    lost: Option<mark::Fork>,
+}
+
+impl Session {
+    /// Serves a client from its login to its end.
+    pub async fn run(shared: Arc<Shared>, arrival: Arrival, worker: usize) {
+        // 3.2 allows long keys; 3.0 has four bytes.
+        let handle = shared.sessions.register(if arrival.minor >= 2 { 32 } else { 4 });
+        let pid = handle.pid;
+        Session::serve_arrival(&shared, arrival, worker, handle).await;
+        shared.sessions.unregister(pid);
+    }
+
+    async fn serve_arrival(shared: &Arc<Shared>, arrival: Arrival, worker: usize, handle: Arc<SessionHandle>) {
+        let pools = shared.pools.of(&arrival.database, &arrival.user, &arrival.keys);
+        let topology = shared.topology.load();
+        let mut session = Session {
+            worker,
+            handle,
+            client: ClientEnd {
+                stream: arrival.stream,
+                input: BytesMut::new(),
+                output: BytesMut::new(),
+                at_end: false,
+            },
+            pools,
+            startup: Arc::new(arrival.startup),
+            catalog: shared.catalogs.database(&arrival.database),
+            reported: Arc::default(),
+            lexing: crate::classify::Lexing::default(),
+            status: TransactionStatus::Idle,
+            mark: Mark::new(&*shared.positions, &topology),
+            lease: None,
+            role: Role::Primary,
+            pin: None,
+            unproven: false,
+            ddl: false,
+            statements: Statements::default(),
+            unit: Unit::new(false, 0),
+            skipping: false,
+            drop_rest: 0,
+            output_before: 0,
+            started: Instant::now(),
+            lost: None,
+            shared: shared.clone(),
+        };
+        drop(topology);
+        let end = match session.welcome().await {
+            Ok(()) => session.serve().await,
+            Err(end) => end,
+        };
+        session.close(end).await;
+    }
+
+    /// ParameterStatus, BackendKeyData, ReadyForQuery. What a server reports comes from a real login
+    /// with the same startup parameters, which also lets the node refuse the client in its own words.
+    async fn welcome(&mut self) -> Result<(), End> {
+        let parameters = match self.pools.welcome(&self.startup) {
+            Some(parameters) => parameters,
+            None => {
+                let lease = self.lease_for_login().await?;
+                let parameters = lease.parameters.clone();
+                self.pools.remember_welcome(&self.startup, &parameters);
+                lease.give_back();
+                parameters
+            }
+        };
+        let mut out = Vec::with_capacity(512);
+        for (name, value) in parameters.iter() {
+            let value = if name == b"in_hot_standby" { b"off" } else { value.as_slice() };
+            wire::put(&mut out, b'S', |out| {
+                wire::put_cstr(out, name);
+                wire::put_cstr(out, value);
+            });
+        }
+        wire::put(&mut out, b'K', |out| {
+            out.extend_from_slice(&self.handle.pid.to_be_bytes());
+            out.extend_from_slice(&self.handle.key);
+        });
+        wire::put(&mut out, b'Z', |out| out.push(TransactionStatus::Idle.byte()));
+        self.client.output.put_slice(&out);
+        self.reported = parameters;
+        self.lexing_changed();
+        Ok(())
+    }
+
+    /// The client was told a parameter that decides how its texts are to be read.
+    fn lexing_changed(&mut self) {
+        let value = |name: &[u8]| self.reported.get(name).map(Vec::as_slice);
+        self.lexing = crate::classify::Lexing::of(
+            value(b"client_encoding"),
+            value(b"server_encoding"),
+            value(b"standard_conforming_strings"),
+        );
+    }
+
+    async fn serve(&mut self) -> End {
+        loop {
+            if let Err(end) = self.await_message().await {
+                return end;
+            }
+            if let Err(end) = self.message().await {
+                match self.survive(end) {
+                    Ok(()) => {}
+                    Err(end) => return end,
+                }
+            }
+        }
+    }
+
+    /// Waits until the client has sent the header of a message; meanwhile passes on what a held
+    /// backend says by itself.
+    async fn await_message(&mut self) -> Result<(), End> {
+        poll_fn(|cx| {
+            loop {
+                if self.drop_rest > 0 {
+                    let n = self.drop_rest.min(self.client.input.len());
+                    self.client.input.advance(n);
+                    self.drop_rest -= n;
+                }
+                if self.drop_rest == 0 {
+                    match wire::header(&self.client.input) {
+                        Ok(Some(_)) => return Poll::Ready(Ok(())),
+                        Ok(None) => {}
+                        Err(error) => return Poll::Ready(Err(End::length(error))),
+                    }
+                }
+                match self.handle.poll_ending(cx) {
+                    Ending::Now => return Poll::Ready(Err(End::shutdown())),
+                    Ending::WhenIdle if self.status == TransactionStatus::Idle => {
+                        return Poll::Ready(Err(End::shutdown()));
+                    }
+                    Ending::No | Ending::WhenIdle => {}
+                }
+                if self.lease.is_some() {
+                    self.hear_backend(cx)?;
+                }
+                if !self.client.output.is_empty()
+                    && let Poll::Ready(Err(_)) =
+                        poll_drain(&mut self.client.stream, &mut self.client.output, cx)
+                {
+                    return Poll::Ready(Err(End::ClientGone));
+                }
+                if self.client.at_end {
+                    // It said nothing more; what it is owed is still written.
+                    if self.client.output.is_empty() {
+                        return Poll::Ready(Err(End::ClientGone));
+                    }
+                    return Poll::Pending;
+                }
+                self.shrink();
+                match poll_fill(&mut self.client.stream, &mut self.client.input, cx) {
+                    Poll::Ready(Ok(n)) if n > 0 => {}
+                    Poll::Ready(Ok(_)) if !self.client.output.is_empty() => self.client.at_end = true,
+                    Poll::Ready(_) => return Poll::Ready(Err(End::ClientGone)),
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+        })
+        .await
+    }
+
+    /// Gives buffers back that a large message or result has grown.
+    fn shrink(&mut self) {
+        const KEEP: usize = 64 * 1024;
+        for buffer in [&mut self.client.input, &mut self.client.output] {
+            if buffer.is_empty() && buffer.capacity() > KEEP {
+                *buffer = BytesMut::new();
+            }
+        }
+    }
+
+    /// What a held backend says while nothing runs: notifications, parameters, its end.
+    fn hear_backend(&mut self, cx: &mut std::task::Context<'_>) -> Result<(), End> {
+        loop {
+            let Some(lease) = self.lease.as_mut() else { return Ok(()) };
+            let backend = &mut **lease;
+            while let Ok(Some(header)) = wire::header(&backend.input) {
+                if backend.input.len() < header.len {
+                    break;
+                }
+                match header.tag {
+                    b'A' => {
+                        self.notification(header.len);
+                        return self.hear_backend(cx);
+                    }
+                    b'S' => {
+                        let message = backend.input.split_to(header.len);
+                        backend.report(&message[HEADER..]);
+                        self.tell_parameter(&message[HEADER..]);
+                        return self.hear_backend(cx);
+                    }
+                    tag => {
+                        let message = backend.input.split_to(header.len);
+                        self.client.output.put_slice(&message);
+                        if tag == b'E' {
+                            return Err(End::NodeSaidFatal);
+                        }
+                        return self.hear_backend(cx);
+                    }
+                }
+            }
+            match poll_fill(&mut backend.stream, &mut backend.input, cx) {
+                Poll::Ready(Ok(n)) if n > 0 => {}
+                Poll::Ready(_) => return Err(End::NodeLost { node: backend.node }),
+                Poll::Pending => return Ok(()),
+            }
+        }
+    }
+
+    /// Deals with the message at the start of the client's input.
+    async fn message(&mut self) -> Result<(), End> {
+        let Ok(Some(header)) = wire::header(&self.client.input) else { return Ok(()) };
+        if self.skipping && header.tag != b'X' {
+            self.drop_message(header.len);
+            if header.tag == b'S' {
+                self.skipping = false;
+                self.put_ready();
+            }
+            return Ok(());
+        }
+        match header.tag {
+            b'Q' | b'F' | b'P' | b'B' | b'D' | b'E' | b'C' | b'S' | b'H' => self.unit().await,
+            b'X' => Err(End::ClientGone),
+            // Left over from a COPY that has failed: the server ignores them, too.
+            b'd' | b'c' | b'f' => {
+                self.drop_message(header.len);
+                Ok(())
+            }
+            tag => Err(End::protocol(format!("invalid frontend message type {tag}"))),
+        }
+    }
+
+    fn drop_message(&mut self, len: usize) {
+        let there = len.min(self.client.input.len());
+        self.client.input.advance(there);
+        self.drop_rest = len - there;
+    }
+
+    fn put_ready(&mut self) {
+        self.client.output.put_slice(&[b'Z', 0, 0, 0, 5, self.status.byte()]);
+    }
+
+    /// Runs the unit that begins at the start of the client's input.
+    async fn unit(&mut self) -> Result<(), End> {
+        self.started = Instant::now();
+        self.handle.waiting();
+        let result = self.unit_inner().await;
+        if self.lease.is_none() {
+            self.handle.idle();
+        }
+        result
+    }
+
+    async fn unit_inner(&mut self) -> Result<(), End> {
+        if self.lease.is_some() {
+            return self.held_unit().await;
+        }
+        let mut demand = match self.demand().await? {
+            Demand::Ours => return Ok(()),
+            demand => demand,
+        };
+        let mut avoid: Vec<NodeId> = Vec::new();
+        loop {
+            if self.handle.is_cancelled() {
+                return self.fail_unit(canceled());
+            }
+            let placed = match self.place(&demand, &avoid).await? {
+                Ok(placed) => placed,
+                Err(report) => return self.fail_unit(report),
+            };
+            self.flush_client().await?;
+            self.lease = Some(placed.lease);
+            self.role = placed.role;
+            if let Some(lease) = &self.lease {
+                self.handle.running(&lease.cancel);
+            }
+            self.unit = Unit::new(demand.is_read(), demand.vetted());
+            self.unit.leaves = demand.leaves();
+            self.unit.writes = !demand.is_read();
+            self.unit.ddl = demand.is_ddl();
+            self.output_before = self.client.output.len();
+            self.tell_differences();
+            let node = placed.node;
+            self.shared.pools.context.outstanding[node.index()]
+                .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let outcome = self.exchange().await;
+            self.shared.pools.context.outstanding[node.index()]
+                .fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
+            match outcome {
+                Ok(Outcome::Done) => {
+                    self.count(node, demand.label(), placed.reason);
+                    return self.finish().await;
+                }
+                Ok(Outcome::Again(again)) => {
+                    self.client.output.truncate(self.output_before);
+                    self.take_back(again, node, &mut avoid);
+                    demand.redo(again);
+                }
+                Ok(Outcome::Move) => {
+                    self.count(node, demand.label(), placed.reason);
+                    self.leave_replica();
+                    demand = match self.demand().await? {
+                        Demand::Ours => return Ok(()),
+                        demand => demand,
+                    };
+                }
+                Err(End::NodeLost { node }) => {
+                    self.note();
+                    self.shared.control.report_failure(node, "connection lost");
+                    return Err(End::NodeLost { node });
+                }
+                Err(end) => return Err(end),
+            }
+        }
+    }
+
+    /// A unit in a transaction or on a pinned backend: there is nothing to decide.
+    async fn held_unit(&mut self) -> Result<(), End> {
+        let demand = match self.demand_held() {
+            Some(Demand::Ours) => return Ok(()),
+            Some(demand) => Some(demand),
+            None => None,
+        };
+        if self.role == Role::Primary && self.status == TransactionStatus::Idle {
+            // A pinned session's mark holds for its backend, too.
+            if let Err(report) = self.await_primary().await? {
+                return self.fail_unit(report);
+            }
+        }
+        let reason = if self.pin.is_some() { RouteReason::Pinned } else { RouteReason::InTransaction };
+        self.unit = Unit::new(false, 0);
+        if let Some(demand) = &demand {
+            self.unit.leaves = demand.leaves();
+            self.unit.writes = !demand.is_read();
+            self.unit.ddl = demand.is_ddl();
+        }
+        self.output_before = self.client.output.len();
+        let Some(lease) = &self.lease else { return Ok(()) };
+        self.handle.running(&lease.cancel);
+        let node = lease.node;
+        let outcome = self.exchange().await;
+        match outcome {
+            Ok(_) => {
+                self.count(node, demand.map_or(ClassLabel::Unit, |d| d.label()), reason);
+                self.finish().await
+            }
+            Err(End::NodeLost { node }) => {
+                self.note();
+                self.shared.control.report_failure(node, "connection lost");
+                Err(End::NodeLost { node })
+            }
+            Err(end) => Err(end),
+        }
+    }
+
+    fn count(&self, node: NodeId, class: ClassLabel, reason: RouteReason) {
+        self.shared.metrics.statement(node, class, reason, self.started.elapsed());
+    }
+
+    /// The unit ran on a replica that could not serve it: where it must not go again, and what is learned.
+    fn take_back(&mut self, again: Again, node: NodeId, avoid: &mut Vec<NodeId>) {
+        self.shared.metrics.redone(again);
+        self.handle.waiting();
+        let lease = self.lease.take();
+        match again {
+            // Its answer has been read to the end: the backend is idle again.
+            Again::NotARead | Again::LateReplica | Again::Conflict => {
+                if let Some(lease) = lease
+                    && self.unit.is_closed()
+                    && lease.input.is_empty()
+                    && lease.output.is_empty()
+                {
+                    lease.give_back();
+                }
+            }
+            Again::NodeLost => {
+                self.shared.control.report_failure(node, "connection lost");
+                avoid.push(node);
+            }
+        }
+    }
+
+    /// After a unit's answers: notes, pins, and what becomes of the backend.
+    async fn finish(&mut self) -> Result<(), End> {
+        self.note();
+        let failed = self.unit.failed();
+        self.ddl |= self.unit.ddl;
+        match self.unit.leaves {
+            Leaves::Nothing => {}
+            Leaves::Pins(reason) => self.pin_now(reason),
+            Leaves::Unproven => self.unproven = true,
+            Leaves::DiscardsAll if !failed => {
+                self.statements.clear();
+                if let Some(lease) = &mut self.lease {
+                    lease.forget_statements();
+                    lease.unnamed = None;
+                    lease.dirt = Dirt::Clean;
+                }
+                if self.pin.take().is_some() {
+                    self.shared.metrics.unpinned();
+                }
+            }
+            Leaves::DeallocatesAll if !failed => {
+                self.statements.clear();
+                if let Some(lease) = &mut self.lease {
+                    lease.forget_statements();
+                }
+            }
+            Leaves::DiscardsAll | Leaves::DeallocatesAll => {}
+        }
+        if self.status != TransactionStatus::Idle {
+            return Ok(());
+        }
+        if std::mem::take(&mut self.ddl) {
+            self.catalog.invalidate();
+        }
+        if self.pin.is_none() && std::mem::take(&mut self.unproven) {
+            self.look_at_backend().await?;
+        }
+        if self.pin.is_none() {
+            self.give_back();
+        }
+        Ok(())
+    }
+
+    /// Code that is not understood has run: if it left session state, the session keeps the backend.
+    async fn look_at_backend(&mut self) -> Result<(), End> {
+        self.flush_client().await?;
+        self.handle.idle();
+        let Some(lease) = &mut self.lease else { return Ok(()) };
+        // A cancel that is still on its way must not hit the question.
+        if lease.cancel.was_sent() {
+            lease.cancel.settled().await;
+        }
+        let node = lease.node;
+        match clean::look(lease).await {
+            Ok(clean::Left::Nothing) => Ok(()),
+            Ok(clean::Left::State) => {
+                self.pin_now(PinReason::FunctionState);
+                Ok(())
+            }
+            // The client has its answer; only state that may have been left is gone with the backend.
+            Err(clean::Broken) => Err(End::NodeLost { node }),
+        }
+    }
+
+    /// Nothing of the session's is on the backend any more.
+    fn give_back(&mut self) {
+        self.handle.idle();
+        if let Some(lease) = self.lease.take()
+            && lease.dirt < Dirt::Unknown
+            && lease.input.is_empty()
+            && lease.output.is_empty()
+        {
+            lease.give_back();
+        }
+    }
+
+    /// An open unit leaves a replica between two of its messages: the backend is not at a boundary, so
+    /// it is closed.
+    fn leave_replica(&mut self) {
+        self.note();
+        self.handle.waiting();
+        self.lease = None;
+    }
+
+    /// Notes what the node has shown, after its ReadyForQuery or the loss of its connection.
+    fn note(&mut self) {
+        let Some(lease) = &self.lease else { return };
+        if self.mark.epoch() == lease.epoch {
+            let note = self.shared.positions.note(lease.node, lease.epoch);
+            match self.role {
+                Role::Primary => self.mark.primary_showed(note),
+                Role::Replica => self.mark.replica_showed(note),
+            }
+        }
+    }
+
+    /// An error of ours in place of a unit's answer. The unit's messages are dropped.
+    fn fail_unit(&mut self, report: ErrorReport) -> Result<(), End> {
+        put_report(&mut self.client.output, &report);
+        let Ok(Some(header)) = wire::header(&self.client.input) else { return Ok(()) };
+        if matches!(header.tag, b'Q' | b'F') {
+            self.drop_message(header.len);
+            self.put_ready();
+        } else {
+            self.skipping = true;
+        }
+        Ok(())
+    }
+
+    /// Whether the session can go on after `end`.
+    fn survive(&mut self, end: End) -> Result<(), End> {
+        let End::NodeLost { node } = end else { return Err(end) };
+        let in_transaction = self.status != TransactionStatus::Idle;
+        let node_name = &self.shared.config.nodes[node.index()].name;
+        self.shared.metrics.unknown_outcome();
+        if self.pin.is_some() || in_transaction || !self.unit.is_closed() {
+            return Err(End::fatal(
+                ErrorReport::fatal("57P01", format!("terminating connection because node \"{node_name}\" was lost"))
+                    .detail("The transaction or session state on it is gone.")
+                    .hint("In a moment you should be able to reconnect and repeat your command."),
+            ));
+        }
+        self.lease = None;
+        self.handle.idle();
+        let report = if self.unit.writes {
+            ErrorReport::error("08007", "transaction resolution unknown")
+                .detail(format!("The connection to node \"{node_name}\" was lost before it answered; the statement may or may not have taken effect."))
+        } else {
+            ErrorReport::error("08006", format!("connection to node \"{node_name}\" lost"))
+                .detail("Part of the result had been sent already.")
+        };
+        put_report(&mut self.client.output, &report);
+        self.statements.failed();
+        self.put_ready();
+        Ok(())
+    }
+
+    async fn flush_client(&mut self) -> Result<(), End> {
+        if self.client.output.is_empty() {
+            return Ok(());
+        }
+        poll_fn(|cx| match self.handle.poll_ending(cx) {
+            Ending::Now => Poll::Ready(Err(End::shutdown())),
+            _ => poll_drain(&mut self.client.stream, &mut self.client.output, cx).map_err(|_| End::ClientGone),
+        })
+        .await
+    }
+
+    /// Reads more from the client while a unit is being held back.
+    async fn fill_client(&mut self) -> Result<(), End> {
+        poll_fn(|cx| {
+            if self.handle.poll_ending(cx) == Ending::Now {
+                return Poll::Ready(Err(End::shutdown()));
+            }
+            if !self.client.output.is_empty()
+                && let Poll::Ready(Err(_)) =
+                    poll_drain(&mut self.client.stream, &mut self.client.output, cx)
+            {
+                return Poll::Ready(Err(End::ClientGone));
+            }
+            match poll_fill(&mut self.client.stream, &mut self.client.input, cx) {
+                Poll::Ready(Ok(n)) if n > 0 => Poll::Ready(Ok(())),
+                Poll::Ready(_) => Poll::Ready(Err(End::ClientGone)),
+                Poll::Pending => Poll::Pending,
+            }
+        })
+        .await
+    }
+
+    /// Says a last word, if one is due, and lets go of the backend.
+    async fn close(&mut self, end: End) {
+        self.handle.idle();
+        if self.pin.is_some() {
+            self.shared.metrics.unpinned();
+        }
+        let boundary = matches!(end, End::ClientGone | End::Fatal(_))
+            && self.status == TransactionStatus::Idle
+            && self.unit.is_closed();
+        match self.lease.take() {
+            // Between two units, outside a transaction: it can be cleaned for others.
+            Some(lease) if boundary && lease.input.is_empty() && lease.output.is_empty() => lease.give_back(),
+            // In the middle of something: closed, never brought to an end in the client's place.
+            _ => {}
+        }
+        if let End::Fatal(report) = &end {
+            if report.sqlstate == "08P01" {
+                self.shared.metrics.protocol_error();
+            }
+            put_report(&mut self.client.output, report);
+        }
+        let last_words = async {
+            let _ = poll_fn(|cx| poll_drain(&mut self.client.stream, &mut self.client.output, cx)).await;
+            let _ = tokio::io::AsyncWriteExt::shutdown(&mut self.client.stream).await;
+        };
+        // A client that does not read must not keep its session.
+        let _ = tokio::time::timeout(std::time::Duration::from_secs(5), last_words).await;
+    }
+
+    /// Follows the topology into its epoch, and brings the mark up to the samples.
+    fn bring_mark_forward(&mut self, topology: &crate::topology::Topology) {
+        match self.mark.follow(&*self.shared.positions, topology) {
+            Survival::Kept => {}
+            Survival::Unknown(fork) => {
+                self.shared.metrics.lost_write();
+                let mut notice = Vec::new();
+                ErrorReport::error("HW001", "what this session has seen may have been lost in a failover")
+                    .detail(fork.to_string())
+                    .put_notice(&mut notice);
+                self.client.output.put_slice(&notice);
+            }
+            Survival::Lost(fork) => {
+                self.shared.metrics.lost_write();
+                self.lost = Some(fork);
+            }
+        }
+        self.mark.absorb(&*self.shared.positions, topology);
+    }
+}
+
+/// PostgreSQL's words for a cancelled statement.
+fn canceled() -> ErrorReport {
+    ErrorReport::error("57014", "canceling statement due to user request")
+}

@@ -1,0 +1,531 @@
+//! Backends of one node for one database and user.
+//!
+//! Idle backends are lent last in, first out, so that a quiet pool shrinks. Those who wait are served
+//! first in, first out. Connections are opened by tasks of their own, never by a waiter: a waiter that
+//! gives up does not take a half-made connection with it, and whatever becomes free first, an old
+//! backend or a new one, goes to who has waited longest.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+
+use super::clean;
+use super::login::{self, LoginError, LoginTarget};
+use super::{Backend, CancelTarget, Dirt, StartupParameters};
+use crate::config::Config;
+use crate::metrics::{CloseReason, Metrics};
+use crate::net::NodeTls;
+use crate::positions::Positions;
+use crate::scram::LoginKeys;
+use crate::topology::{NodeId, TopologyHandle};
+
+/// What all pools share.
+pub struct PoolContext {
+    /// The configuration.
+    pub config: Arc<Config>,
+    /// TLS towards nodes.
+    pub tls: Arc<NodeTls>,
+    /// Where a fresh backend's counter comes from.
+    pub positions: Arc<Positions>,
+    /// Where its epoch comes from.
+    pub topology: Arc<TopologyHandle>,
+    /// Counts.
+    pub metrics: Arc<Metrics>,
+    /// Per node: statements that sessions have sent and not seen the end of.
+    pub outstanding: Box<[AtomicU32]>,
+}
+
+/// Why no backend could be lent.
+#[derive(Clone, Debug)]
+pub enum AcquireError {
+    /// The node refused the login: its own ErrorResponse frame.
+    Refused {
+        /// The frame, unaltered.
+        message: Arc<[u8]>,
+        /// Its SQLSTATE.
+        sqlstate: [u8; 5],
+    },
+    /// The node could not be reached, or the connection broke during the login.
+    Unreachable(Arc<str>),
+    /// The proxy cannot log in there: an authentication method or TLS mode that does not fit.
+    Unfit(Arc<str>),
+    /// Nothing became free in time.
+    Timeout,
+}
+
+enum Grant {
+    Backend(Box<Backend>),
+    Failed(AcquireError),
+}
+
+struct Waiter {
+    startup: Arc<StartupParameters>,
+    worker: usize,
+    grant: oneshot::Sender<Grant>,
+}
+
+#[derive(Default)]
+struct State {
+    idle: Vec<Box<Backend>>,
+    waiters: VecDeque<Waiter>,
+    /// Lent, idle, being cleaned or being opened.
+    open: usize,
+    /// Of these: being opened.
+    opening: usize,
+}
+
+/// Backends of one node for one database and user.
+pub struct Pool {
+    context: Arc<PoolContext>,
+    node: NodeId,
+    database: Arc<str>,
+    user: Arc<str>,
+    /// The keys of the latest login: after a change of password the new ones serve.
+    keys: Mutex<LoginKeys>,
+    state: Mutex<State>,
+    /// Lent now (for metrics).
+    lent: AtomicUsize,
+}
+
+/// How many backends a pool has, and in what state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolCounts {
+    /// The node.
+    pub node: NodeId,
+    /// The database.
+    pub database: Arc<str>,
+    /// The user.
+    pub user: Arc<str>,
+    /// Ready to be lent.
+    pub idle: usize,
+    /// Lent to sessions or being cleaned.
+    pub active: usize,
+    /// Being opened.
+    pub opening: usize,
+    /// Sessions waiting.
+    pub waiting: usize,
+}
+
+impl Pool {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Lends a backend that was opened with `startup`. Waits in line until `deadline`.
+    pub async fn acquire(
+        self: &Arc<Pool>,
+        startup: &Arc<StartupParameters>,
+        worker: usize,
+        deadline: Instant,
+    ) -> Result<Lease, AcquireError> {
+        if let Some(backend) = self.take_idle(startup, worker) {
+            return Ok(self.lend(backend));
+        }
+        let (sender, receiver) = oneshot::channel();
+        let mut waiting = Waiting { pool: self, receiver };
+        {
+            let mut state = self.lock();
+            state.waiters.push_back(Waiter { startup: startup.clone(), worker, grant: sender });
+            self.open_more(&mut state);
+        }
+        match tokio::time::timeout_at(deadline.into(), &mut waiting.receiver).await {
+            Ok(Ok(Grant::Backend(backend))) => Ok(self.lend(backend)),
+            Ok(Ok(Grant::Failed(error))) => Err(error),
+            // The pool keeps every sender until it grants: a closed channel cannot happen; say timeout.
+            Ok(Err(_)) | Err(_) => Err(AcquireError::Timeout),
+        }
+    }
+
+    fn take_idle(self: &Arc<Pool>, startup: &StartupParameters, worker: usize) -> Option<Box<Backend>> {
+        let epoch = self.context.topology.load().epoch;
+        let mut state = self.lock();
+        if !state.waiters.is_empty() {
+            // First come, first served: idle backends that do not fit the head's startup parameters
+            // may stay idle while somebody waits, but nobody overtakes.
+            return None;
+        }
+        loop {
+            let fits = |b: &Backend| *b.startup == *startup;
+            let at = state
+                .idle
+                .iter()
+                .rposition(|b| b.worker == worker && fits(b))
+                .or_else(|| state.idle.iter().rposition(|b| fits(b)))?;
+            let mut backend = state.idle.remove(at);
+            if backend.epoch == epoch && backend.is_alive() {
+                return Some(backend);
+            }
+            state.open -= 1;
+            self.context.metrics.backend_closed(self.node, CloseReason::Dead);
+        }
+    }
+
+    fn lend(self: &Arc<Pool>, backend: Box<Backend>) -> Lease {
+        self.lent.fetch_add(1, Ordering::Relaxed);
+        Lease { pool: self.clone(), backend: Some(backend) }
+    }
+
+    /// Opens connections for those who wait, as far as the pool's size allows. A full pool gives up an
+    /// idle backend whose startup parameters nobody who waits can use.
+    fn open_more(self: &Arc<Pool>, state: &mut State) {
+        let size = self.context.config.pool.size;
+        while state.opening < state.waiters.len() {
+            if state.open >= size {
+                if state.idle.is_empty() {
+                    return;
+                }
+                // All idle ones are of other startup parameters, else they would have been lent.
+                state.idle.remove(0);
+                state.open -= 1;
+                self.context.metrics.backend_closed(self.node, CloseReason::Replaced);
+            }
+            let waiter = &state.waiters[state.opening];
+            let (startup, worker) = (waiter.startup.clone(), waiter.worker);
+            state.open += 1;
+            state.opening += 1;
+            let pool = self.clone();
+            tokio::spawn(async move { pool.open(startup, worker).await });
+        }
+    }
+
+    async fn open(self: Arc<Pool>, startup: Arc<StartupParameters>, worker: usize) {
+        let result = self.connect(&startup, worker).await;
+        let mut state = self.lock();
+        state.opening -= 1;
+        match result {
+            Ok(backend) => self.hand_on(&mut state, backend),
+            Err(error) => {
+                state.open -= 1;
+                // The node's answer concerns everybody who waits for a connection made like this one;
+                // those who wait for a lent backend to come back keep waiting.
+                let others = state.open > state.idle.len() + state.opening;
+                match &error {
+                    // The server is full, but some of its backends are ours and will come back.
+                    AcquireError::Refused { sqlstate, .. } if sqlstate == b"53300" && others => {}
+                    AcquireError::Unreachable(_) | AcquireError::Timeout if others => {
+                        fail_first(&mut state, &error);
+                    }
+                    _ => while fail_first(&mut state, &error) {},
+                }
+            }
+        }
+    }
+
+    async fn connect(
+        &self,
+        startup: &Arc<StartupParameters>,
+        worker: usize,
+    ) -> Result<Box<Backend>, AcquireError> {
+        let config = &self.context.config;
+        let node = &config.nodes[self.node.index()];
+        let target = LoginTarget {
+            name: &node.name,
+            host: &node.host,
+            port: node.port,
+            tls: &self.context.tls,
+            connect_timeout: config.pool.connect_timeout,
+            tcp_user_timeout: config.failover.tcp_user_timeout,
+        };
+        let keys = self.keys.lock().unwrap_or_else(|p| p.into_inner()).clone();
+        let epoch = self.context.topology.load().epoch;
+        let logged_in = login::log_in(&target, &self.user, &self.database, &startup.0, &keys)
+            .await
+            .map_err(refusal)?;
+        let cancel = Arc::new(CancelTarget::new(self.node, logged_in.pid, logged_in.key.clone()));
+        self.context.metrics.backend_opened(self.node);
+        Ok(Box::new(Backend::new(
+            self.node,
+            logged_in,
+            startup.clone(),
+            cancel,
+            self.context.positions.node(self.node).counter(),
+            epoch,
+            config.pool.max_prepared,
+            worker,
+            Instant::now(),
+        )))
+    }
+
+    /// Gives a clean backend to who has waited longest, or keeps it.
+    fn hand_on(self: &Arc<Pool>, state: &mut State, mut backend: Box<Backend>) {
+        while let Some(waiter) = state.waiters.pop_front() {
+            if waiter.grant.is_closed() {
+                continue;
+            }
+            if *waiter.startup != *backend.startup {
+                // It cannot serve who is next in line: make room for a connection that can.
+                state.waiters.push_front(waiter);
+                state.open -= 1;
+                self.context.metrics.backend_closed(self.node, CloseReason::Replaced);
+                self.open_more(state);
+                return;
+            }
+            match waiter.grant.send(Grant::Backend(backend)) {
+                Ok(()) => return,
+                Err(Grant::Backend(back)) => backend = back,
+                Err(Grant::Failed(_)) => return,
+            }
+        }
+        state.idle.push(backend);
+    }
+
+    /// Takes a backend back. It must be idle, with nothing unread.
+    fn give_back(self: &Arc<Pool>, mut backend: Box<Backend>) {
+        self.lent.fetch_sub(1, Ordering::Relaxed);
+        if backend.dirt == Dirt::Clean && !backend.cancel.was_sent() {
+            return self.keep(backend);
+        }
+        let pool = self.clone();
+        tokio::spawn(async move {
+            match clean::clean(&mut backend).await {
+                Ok(()) => pool.keep(backend),
+                Err(clean::Broken) => pool.closed(CloseReason::Unclean),
+            }
+        });
+    }
+
+    fn keep(self: &Arc<Pool>, mut backend: Box<Backend>) {
+        let now = Instant::now();
+        let epoch = self.context.topology.load().epoch;
+        if backend.epoch != epoch {
+            return self.closed(CloseReason::Epoch);
+        }
+        if now.duration_since(backend.opened) > self.context.config.pool.server_lifetime {
+            return self.closed(CloseReason::Lifetime);
+        }
+        backend.idle_since = now;
+        let mut state = self.lock();
+        self.hand_on(&mut state, backend);
+    }
+
+    /// A backend of this pool is gone.
+    fn closed(self: &Arc<Pool>, reason: CloseReason) {
+        self.context.metrics.backend_closed(self.node, reason);
+        let mut state = self.lock();
+        state.open -= 1;
+        self.open_more(&mut state);
+    }
+
+    /// Closes idle backends that are too old, unused for too long, dead or of an earlier epoch.
+    fn reap(self: &Arc<Pool>, now: Instant) {
+        let pool = &self.context.config.pool;
+        let epoch = self.context.topology.load().epoch;
+        let mut state = self.lock();
+        let before = state.idle.len();
+        let metrics = &self.context.metrics;
+        state.idle.retain_mut(|b| {
+            let reason = if b.epoch != epoch {
+                CloseReason::Epoch
+            } else if now.duration_since(b.idle_since) > pool.server_idle_timeout {
+                CloseReason::IdleTimeout
+            } else if now.duration_since(b.opened) > pool.server_lifetime {
+                CloseReason::Lifetime
+            } else if !b.is_alive() {
+                CloseReason::Dead
+            } else {
+                return true;
+            };
+            metrics.backend_closed(b.node, reason);
+            false
+        });
+        state.open -= before - state.idle.len();
+        self.open_more(&mut state);
+    }
+
+    fn counts(&self) -> PoolCounts {
+        let state = self.lock();
+        PoolCounts {
+            node: self.node,
+            database: self.database.clone(),
+            user: self.user.clone(),
+            idle: state.idle.len(),
+            active: state.open - state.idle.len() - state.opening,
+            opening: state.opening,
+            waiting: state.waiters.iter().filter(|w| !w.grant.is_closed()).count(),
+        }
+    }
+}
+
+/// Drops who has given up from the line, and a backend that was granted meanwhile back into the pool.
+struct Waiting<'a> {
+    pool: &'a Arc<Pool>,
+    receiver: oneshot::Receiver<Grant>,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.receiver.close();
+        if let Ok(Grant::Backend(backend)) = self.receiver.try_recv() {
+            self.pool.lent.fetch_add(1, Ordering::Relaxed);
+            self.pool.give_back(backend);
+        } else {
+            // Sessions that gave up must not lengthen the line, nor be counted by open_more.
+            self.pool.lock().waiters.retain(|w| !w.grant.is_closed());
+        }
+    }
+}
+
+fn fail_first(state: &mut State, error: &AcquireError) -> bool {
+    while let Some(waiter) = state.waiters.pop_front() {
+        if waiter.grant.send(Grant::Failed(error.clone())).is_ok() {
+            return true;
+        }
+    }
+    false
+}
+
+fn refusal(error: LoginError) -> AcquireError {
+    match error {
+        LoginError::Refused { message, sqlstate } => {
+            AcquireError::Refused { message: message.into(), sqlstate }
+        }
+        LoginError::Unfit(why) => AcquireError::Unfit(why.into()),
+        other => AcquireError::Unreachable(other.to_string().into()),
+    }
+}
+
+/// A backend lent to a session. Dropping it closes the backend: only [`give_back`](Lease::give_back)
+/// says that it is idle and whole.
+pub struct Lease {
+    pool: Arc<Pool>,
+    backend: Option<Box<Backend>>,
+}
+
+impl Lease {
+    /// Gives an idle backend back to its pool, which cleans it first where it must.
+    pub fn give_back(mut self) {
+        if let Some(backend) = self.backend.take() {
+            debug_assert!(backend.input.is_empty() && backend.output.is_empty(), "a whole backend");
+            self.pool.give_back(backend);
+        }
+    }
+}
+
+impl std::ops::Deref for Lease {
+    type Target = Backend;
+    fn deref(&self) -> &Backend {
+        self.backend.as_ref().expect("a lease holds its backend until it is given back")
+    }
+}
+
+impl std::ops::DerefMut for Lease {
+    fn deref_mut(&mut self) -> &mut Backend {
+        self.backend.as_mut().expect("a lease holds its backend until it is given back")
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if self.backend.take().is_some() {
+            self.pool.lent.fetch_sub(1, Ordering::Relaxed);
+            self.pool.closed(CloseReason::Broken);
+        }
+    }
+}
+
+/// The pools of one database and user, one per node.
+pub struct UserPools {
+    /// By node.
+    pub nodes: Box<[Arc<Pool>]>,
+    /// What a server reports at login, by startup parameters.
+    welcomes: Mutex<HashMap<Arc<StartupParameters>, Arc<super::Parameters>>>,
+}
+
+/// Startup parameter sets whose reports are remembered per database and user.
+const MAX_WELCOMES: usize = 64;
+
+impl UserPools {
+    /// The latest login's keys serve from now on.
+    pub fn set_keys(&self, keys: &LoginKeys) {
+        for pool in &self.nodes {
+            *pool.keys.lock().unwrap_or_else(|p| p.into_inner()) = keys.clone();
+        }
+    }
+
+    /// What a server reported to an earlier login with these startup parameters.
+    pub fn welcome(&self, startup: &StartupParameters) -> Option<Arc<super::Parameters>> {
+        self.welcomes.lock().unwrap_or_else(|p| p.into_inner()).get(startup).cloned()
+    }
+
+    /// Remembers what a server reported.
+    pub fn remember_welcome(&self, startup: &Arc<StartupParameters>, parameters: &Arc<super::Parameters>) {
+        let mut welcomes = self.welcomes.lock().unwrap_or_else(|p| p.into_inner());
+        if welcomes.len() >= MAX_WELCOMES {
+            welcomes.clear();
+        }
+        welcomes.insert(startup.clone(), parameters.clone());
+    }
+}
+
+/// All pools.
+pub struct Pools {
+    /// What they share.
+    pub context: Arc<PoolContext>,
+    users: Mutex<HashMap<(Arc<str>, Arc<str>), Arc<UserPools>>>,
+}
+
+impl Pools {
+    /// No backend is opened yet.
+    pub fn new(context: Arc<PoolContext>) -> Pools {
+        Pools { context, users: Mutex::new(HashMap::new()) }
+    }
+
+    /// The pools of one database and user. Only authenticated users come here.
+    pub fn of(&self, database: &str, user: &str, keys: &LoginKeys) -> Arc<UserPools> {
+        let mut users = self.users.lock().unwrap_or_else(|p| p.into_inner());
+        let key = (Arc::from(database), Arc::from(user));
+        if let Some(pools) = users.get(&key) {
+            let pools = pools.clone();
+            drop(users);
+            pools.set_keys(keys);
+            return pools;
+        }
+        let nodes = (0..self.context.config.nodes.len())
+            .map(|i| {
+                Arc::new(Pool {
+                    context: self.context.clone(),
+                    node: NodeId(u16::try_from(i).unwrap_or(u16::MAX)),
+                    database: key.0.clone(),
+                    user: key.1.clone(),
+                    keys: Mutex::new(keys.clone()),
+                    state: Mutex::new(State::default()),
+                    lent: AtomicUsize::new(0),
+                })
+            })
+            .collect();
+        let pools = Arc::new(UserPools { nodes, welcomes: Mutex::new(HashMap::new()) });
+        users.insert(key, pools.clone());
+        pools
+    }
+
+    /// Every pool's counts, for metrics.
+    pub fn counts(&self) -> Vec<PoolCounts> {
+        self.all().iter().flat_map(|u| u.nodes.iter().map(|p| p.counts())).collect()
+    }
+
+    fn all(&self) -> Vec<Arc<UserPools>> {
+        self.users.lock().unwrap_or_else(|p| p.into_inner()).values().cloned().collect()
+    }
+
+    /// Closes idle backends that have had their time, once a second, for ever; and forgets users
+    /// whose pools have become empty and that no session holds.
+    pub async fn reap(&self) {
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            tick.tick().await;
+            let now = Instant::now();
+            for user in self.all() {
+                for pool in &user.nodes {
+                    pool.reap(now);
+                }
+            }
+            let mut users = self.users.lock().unwrap_or_else(|p| p.into_inner());
+            users.retain(|_, pools| {
+                Arc::strong_count(pools) > 1 || pools.nodes.iter().any(|p| p.lock().open > 0)
+            });
+        }
+    }
+}

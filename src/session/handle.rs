@@ -1,0 +1,219 @@
+//! What others may do to a session: cancel its statement, ask it to end. And the registry by which a
+//! cancel request finds its session.
+//!
+//! The key that a client was given names its session, never a backend: at each moment it maps to the
+//! backend that runs the session's statement *now*, or to none.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::{Context, Poll};
+
+use futures_util::task::AtomicWaker;
+
+use crate::backend::CancelTarget;
+
+/// Process ids that we give out are at least this: PostgreSQL's own are far below, so a client that
+/// passes one to `pg_terminate_backend` can never hit a real process.
+const FIRST_PID: u32 = 1 << 30;
+
+/// What a session is doing, as far as a cancel is concerned.
+enum Activity {
+    /// Nothing that could be cancelled.
+    Idle,
+    /// It has a statement that no backend has yet.
+    Waiting,
+    /// This backend runs its statement, or holds its transaction.
+    Running(Arc<CancelTarget>),
+}
+
+/// A session as others see it.
+pub struct SessionHandle {
+    /// The process id that the client was told.
+    pub pid: u32,
+    /// The secret that the client was told.
+    pub key: Vec<u8>,
+    activity: Mutex<Activity>,
+    cancelled: AtomicBool,
+    ending: AtomicU8,
+    waker: AtomicWaker,
+}
+
+/// How a session is asked to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Not at all.
+    No,
+    /// When it is idle and outside a transaction.
+    WhenIdle,
+    /// Now.
+    Now,
+}
+
+/// What became of a cancel request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CancelOutcome {
+    /// No session has this key, or it has nothing to cancel.
+    Nothing,
+    /// The session was waiting; it answers by itself.
+    WhileWaiting,
+    /// It was sent on to the backend.
+    Forwarded,
+    /// The node could not be reached.
+    Failed,
+}
+
+impl SessionHandle {
+    fn activity(&self) -> MutexGuard<'_, Activity> {
+        self.activity.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    /// The session has a statement that no backend has yet.
+    pub fn waiting(&self) {
+        self.cancelled.store(false, Ordering::SeqCst);
+        *self.activity() = Activity::Waiting;
+    }
+
+    /// `target` runs the session's statement.
+    pub fn running(&self, target: &Arc<CancelTarget>) {
+        *self.activity() = Activity::Running(target.clone());
+    }
+
+    /// Nothing is left to cancel. After this returns no new request goes to the backend.
+    pub fn idle(&self) {
+        *self.activity() = Activity::Idle;
+    }
+
+    /// Whether a cancel arrived while the session was waiting.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::SeqCst)
+    }
+
+    /// Resolves when a cancel arrives while the session is waiting, or when it is asked to end now.
+    pub async fn interrupted(&self) {
+        std::future::poll_fn(|cx| {
+            self.waker.register(cx.waker());
+            if self.is_cancelled() || self.ending() == Ending::Now { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await
+    }
+
+    /// How the session is asked to end. Registers `cx` to be woken when that changes.
+    pub fn poll_ending(&self, cx: &mut Context<'_>) -> Ending {
+        self.waker.register(cx.waker());
+        self.ending()
+    }
+
+    /// How the session is asked to end.
+    pub fn ending(&self) -> Ending {
+        match self.ending.load(Ordering::SeqCst) {
+            0 => Ending::No,
+            1 => Ending::WhenIdle,
+            _ => Ending::Now,
+        }
+    }
+
+    /// Asks the session to end.
+    pub fn end(&self, how: Ending) {
+        let value = match how {
+            Ending::No => return,
+            Ending::WhenIdle => 1,
+            Ending::Now => 2,
+        };
+        self.ending.fetch_max(value, Ordering::SeqCst);
+        self.waker.wake();
+    }
+}
+
+/// All sessions, by the process id that their client was told.
+#[derive(Default)]
+pub struct Sessions {
+    by_pid: Mutex<HashMap<u32, Arc<SessionHandle>>>,
+    next: AtomicU32,
+}
+
+impl Sessions {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u32, Arc<SessionHandle>>> {
+        self.by_pid.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    /// Registers a session under a fresh process id and a random key of `key_length` bytes.
+    pub fn register(&self, key_length: usize) -> Arc<SessionHandle> {
+        let key = (0..key_length).map(|_| rand::random::<u8>()).collect::<Vec<u8>>();
+        let mut all = self.lock();
+        let pid = loop {
+            // 2^30 .. 2^31 - 1: positive as the protocol's Int32.
+            let pid = FIRST_PID | (self.next.fetch_add(1, Ordering::Relaxed) & (FIRST_PID - 1));
+            if !all.contains_key(&pid) {
+                break pid;
+            }
+        };
+        let handle = Arc::new(SessionHandle {
+            pid,
+            key,
+            activity: Mutex::new(Activity::Idle),
+            cancelled: AtomicBool::new(false),
+            ending: AtomicU8::new(0),
+            waker: AtomicWaker::new(),
+        });
+        all.insert(pid, handle.clone());
+        handle
+    }
+
+    /// Forgets a session that has ended.
+    pub fn unregister(&self, pid: u32) {
+        self.lock().remove(&pid);
+    }
+
+    /// Asks all sessions to end.
+    pub fn end_all(&self, how: Ending) {
+        let all: Vec<_> = self.lock().values().cloned().collect();
+        for handle in all {
+            handle.end(how);
+        }
+    }
+
+    /// Sessions now.
+    pub fn count(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Carries out a cancel request. `send` delivers it to a backend.
+    pub async fn cancel<F, Fut>(&self, pid: i32, key: &[u8], send: F) -> CancelOutcome
+    where
+        F: FnOnce(Arc<CancelTarget>) -> Fut,
+        Fut: Future<Output = std::io::Result<()>>,
+    {
+        let Some(handle) = u32::try_from(pid).ok().and_then(|pid| self.lock().get(&pid).cloned()) else {
+            return CancelOutcome::Nothing;
+        };
+        if !same(&handle.key, key) {
+            return CancelOutcome::Nothing;
+        }
+        let target = {
+            let activity = handle.activity();
+            match &*activity {
+                Activity::Idle => return CancelOutcome::Nothing,
+                Activity::Waiting => {
+                    handle.cancelled.store(true, Ordering::SeqCst);
+                    handle.waker.wake();
+                    return CancelOutcome::WhileWaiting;
+                }
+                // Counted while the session cannot give the backend back: the fence is up before it can.
+                Activity::Running(target) => {
+                    target.announce();
+                    target.clone()
+                }
+            }
+        };
+        let underway = target.underway();
+        let result = send(target.clone()).await;
+        drop(underway);
+        if result.is_ok() { CancelOutcome::Forwarded } else { CancelOutcome::Failed }
+    }
+}
+
+/// Comparison whose time does not tell where two keys differ.
+fn same(a: &[u8], b: &[u8]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).fold(0, |diff, (x, y)| diff | (x ^ y)) == 0
+}

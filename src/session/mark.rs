@@ -1,0 +1,396 @@
+//! The mark: the position in the write-ahead log that a session may not fall behind. Pure.
+//!
+//! One rule gives read-your-writes, monotonic reads, monotonic writes and writes-follow-reads:
+//! *whatever a node has shown a session, the session may not see an older state.* At each
+//! ReadyForQuery the session takes a [`Note`] of the node that served it; a sample of that node sent
+//! later turns the note into a position. Until then only that very node may serve.
+//!
+//! Two things make this more than "compare with the primary's position after a write":
+//! - A replica shows a commit *before* the primary does (the primary takes a transaction out of its
+//!   list of running ones, and ends its wait for synchronous standbys, only after the commit record
+//!   has left). So the primary, too, has a condition: its *visible floor* must have reached what
+//!   replicas have shown this session.
+//! - A replica shows a commit before it publishes its replay position. So a replica's note is
+//!   resolved only by a sample that shows nothing in progress, or by one that has moved on from an
+//!   earlier one.
+
+use std::fmt;
+
+use crate::positions::{Incarnation, Note, Sample, SampleBody};
+use crate::topology::{Epoch, NodeId, Standing, Switch, Topology};
+use crate::wal::Lsn;
+
+/// Where the samples are read from: `positions`, or a table in a test.
+pub trait Samples {
+    /// The last sample answered on the node's current sampler connection.
+    fn latest(&self, node: NodeId) -> Option<Sample>;
+    /// The node's current sampler connection.
+    fn incarnation(&self, node: NodeId) -> Incarnation;
+    /// A note on `node` as of now.
+    fn note(&self, node: NodeId, epoch: Epoch) -> Note;
+}
+
+impl Samples for crate::positions::Positions {
+    fn latest(&self, node: NodeId) -> Option<Sample> {
+        self.node(node).latest()
+    }
+
+    fn incarnation(&self, node: NodeId) -> Incarnation {
+        self.node(node).incarnation()
+    }
+
+    fn note(&self, node: NodeId, epoch: Epoch) -> Note {
+        crate::positions::Positions::note(self, node, epoch)
+    }
+}
+
+/// A note that no sample has resolved yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Pending {
+    note: Note,
+    kind: PendingKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PendingKind {
+    /// The session is new: nothing was shown to it, but whoever opened it may know of commits.
+    Inherited,
+    /// The primary showed something. `replica_part`: it stands for something that a replica showed.
+    Primary { replica_part: bool },
+    /// A replica showed something. `first`: its replay position in the first sample that covers the note.
+    Replica { first: Option<Lsn> },
+}
+
+/// The position a session may not fall behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mark {
+    epoch: Epoch,
+    position: Lsn,
+    seen: Lsn,
+    pending: Option<Pending>,
+}
+
+/// May this replica serve the session's next statement?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReplicaVerdict {
+    /// Yes: what it shows is at or past the mark. The number of the sample that says so.
+    Serves {
+        /// A backend must have been connected before this sample was sent.
+        sample: u64,
+    },
+    /// It is known to be behind the mark.
+    Behind,
+    /// A note on another node has not been resolved.
+    Unresolved,
+    /// There is no sample of it in this epoch and on this timeline.
+    Unknown,
+}
+
+/// May the primary serve the session's next statement?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PrimaryVerdict {
+    /// Yes.
+    Serves,
+    /// A replica's note must be resolved first: by a sample of this node.
+    Unresolved(NodeId),
+    /// Its visible floor has not reached what replicas have shown this session.
+    BelowFloor,
+}
+
+/// What a change of the primary means for a session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Survival {
+    /// All it has seen or written is on the new timeline.
+    Kept,
+    /// Its position is past the fork: what it has seen may or may not be gone.
+    Unknown(Fork),
+    /// It has seen or written something that no sample can place before the fork.
+    Lost(Fork),
+}
+
+/// Where the new timeline began, beside what a session had.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fork {
+    /// The epoch that ended.
+    pub epoch: Epoch,
+    /// The fork, if it could be learned.
+    pub fork: Option<Lsn>,
+    /// The session's mark at the time.
+    pub mark: Lsn,
+}
+
+impl fmt::Display for Fork {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "The session's mark in epoch {} was {}; the new timeline began at ", self.epoch.0, self.mark)?;
+        match self.fork {
+            Some(lsn) => write!(f, "{lsn}."),
+            None => f.write_str("a position that could not be learned."),
+        }
+    }
+}
+
+impl Mark {
+    /// A new session's mark: it must not fall behind what the primary holds now, because whoever opens
+    /// it may have written through another connection (`psql -c insert; psql -c select`).
+    pub fn new(samples: &impl Samples, topology: &Topology) -> Mark {
+        let mut mark = Mark { epoch: topology.epoch, position: Lsn::ZERO, seen: Lsn::ZERO, pending: None };
+        mark.inherit(samples, topology);
+        mark
+    }
+
+    /// The position known so far; a pending note may raise it.
+    pub fn position(&self) -> Lsn {
+        self.position
+    }
+
+    /// The epoch it is valid in.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// The node whose sample would resolve the pending note.
+    pub fn awaits(&self) -> Option<NodeId> {
+        self.pending.map(|p| p.note.node)
+    }
+
+    fn inherit(&mut self, samples: &impl Samples, topology: &Topology) {
+        self.pending = topology.primary.map(|primary| Pending {
+            note: samples.note(primary, topology.epoch),
+            kind: PendingKind::Inherited,
+        });
+    }
+
+    /// Without a primary a new session has no note to take; it takes one as soon as there is one.
+    fn inherit_late(&mut self, samples: &impl Samples, topology: &Topology) {
+        if self.pending.is_none() && self.position == Lsn::ZERO {
+            self.inherit(samples, topology);
+        }
+    }
+
+    /// The primary has shown something: call it after the ReadyForQuery was received, with a note taken then.
+    pub fn primary_showed(&mut self, note: Note) {
+        // The statement was sent only after any replica's note had been resolved, so what is replaced
+        // here is an earlier note of the same primary, or an inherited one, which this covers.
+        let replica_part = matches!(
+            self.pending,
+            Some(Pending { kind: PendingKind::Primary { replica_part: true }, .. })
+        );
+        self.pending = Some(Pending { note, kind: PendingKind::Primary { replica_part } });
+        // It was sent only once the floor had reached `seen`, and a primary's visible state only grows.
+        self.seen = Lsn::ZERO;
+    }
+
+    /// A replica has shown something: call it after the ReadyForQuery was received, with a note taken then.
+    pub fn replica_showed(&mut self, note: Note) {
+        debug_assert!(
+            self.pending.is_none_or(|p| p.note.node == note.node),
+            "a replica serves only when nothing is pending elsewhere"
+        );
+        self.pending = Some(Pending { note, kind: PendingKind::Replica { first: None } });
+    }
+
+    /// Resolves the pending note if a sample allows it, and follows a restart or ejection of its node.
+    pub fn absorb(&mut self, samples: &impl Samples, topology: &Topology) {
+        debug_assert_eq!(self.epoch, topology.epoch, "follow() comes first");
+        self.inherit_late(samples, topology);
+        let Some(pending) = self.pending else { return };
+        match pending.kind {
+            PendingKind::Inherited => self.absorb_primary(samples, pending.note, false),
+            PendingKind::Primary { replica_part } => self.absorb_primary(samples, pending.note, replica_part),
+            PendingKind::Replica { first } => self.absorb_replica(samples, topology, pending.note, first),
+        }
+    }
+
+    fn absorb_primary(&mut self, samples: &impl Samples, note: Note, replica_part: bool) {
+        let Some(sample) = samples.latest(note.node) else { return };
+        let SampleBody::Primary { insert, .. } = sample.body else { return };
+        if sample.number <= note.counter || sample.epoch != self.epoch {
+            return;
+        }
+        self.position = self.position.max(insert);
+        if replica_part {
+            self.seen = self.seen.max(insert);
+        }
+        self.pending = None;
+    }
+
+    fn absorb_replica(
+        &mut self,
+        samples: &impl Samples,
+        topology: &Topology,
+        note: Note,
+        first: Option<Lsn>,
+    ) {
+        let gone = samples.incarnation(note.node) != note.incarnation
+            || topology.node(note.node).standing != Standing::Replica;
+        if gone {
+            return self.hand_over(samples, topology);
+        }
+        let Some(sample) = samples.latest(note.node) else { return };
+        let SampleBody::Replica { receive, replay } = sample.body else { return };
+        if sample.number <= note.counter || sample.incarnation != note.incarnation {
+            return;
+        }
+        if receive == Some(replay) || first.is_some_and(|first| replay > first) {
+            self.position = self.position.max(replay);
+            self.seen = self.seen.max(replay);
+            self.pending = None;
+        } else if first.is_none() {
+            self.pending = Some(Pending { note, kind: PendingKind::Replica { first: Some(replay) } });
+        }
+    }
+
+    /// The node of a replica's note cannot be asked any more. The primary holds all that a replica
+    /// ever showed, so a note on the primary as of now covers it.
+    fn hand_over(&mut self, samples: &impl Samples, topology: &Topology) {
+        if let Some(primary) = topology.primary {
+            self.pending = Some(Pending {
+                note: samples.note(primary, topology.epoch),
+                kind: PendingKind::Primary { replica_part: true },
+            });
+        }
+    }
+
+    /// May `node` serve the next statement? Call [`absorb`](Self::absorb) first.
+    pub fn replica(&self, samples: &impl Samples, topology: &Topology, node: NodeId) -> ReplicaVerdict {
+        match self.pending {
+            None => {}
+            Some(p)
+                if matches!(p.kind, PendingKind::Replica { .. })
+                    && p.note.node == node
+                    && p.note.incarnation == samples.incarnation(node) => {}
+            Some(_) => return ReplicaVerdict::Unresolved,
+        }
+        let Some(sample) = samples.latest(node) else { return ReplicaVerdict::Unknown };
+        let SampleBody::Replica { replay, .. } = sample.body else { return ReplicaVerdict::Unknown };
+        if sample.epoch != topology.epoch
+            || Some(sample.timeline) != topology.timeline
+            || sample.incarnation != samples.incarnation(node)
+        {
+            return ReplicaVerdict::Unknown;
+        }
+        // A session without any mark (no primary was ever known to it) has nothing to compare with.
+        if self.pending.is_none() && self.position == Lsn::ZERO {
+            return ReplicaVerdict::Unresolved;
+        }
+        if replay < self.position {
+            return ReplicaVerdict::Behind;
+        }
+        ReplicaVerdict::Serves { sample: sample.number }
+    }
+
+    /// May the primary serve the next statement? Call [`absorb`](Self::absorb) first.
+    pub fn primary(&self, samples: &impl Samples, topology: &Topology) -> PrimaryVerdict {
+        if let Some(Pending { note, kind: PendingKind::Replica { .. } }) = self.pending {
+            return PrimaryVerdict::Unresolved(note.node);
+        }
+        if let Some(Pending { note, kind: PendingKind::Primary { replica_part: true } }) = self.pending {
+            return PrimaryVerdict::Unresolved(note.node);
+        }
+        if self.seen == Lsn::ZERO {
+            return PrimaryVerdict::Serves;
+        }
+        let floor = topology.primary.and_then(|p| samples.latest(p)).and_then(|s| match s.body {
+            SampleBody::Primary { floor, .. } if s.epoch == topology.epoch => Some(floor),
+            _ => None,
+        });
+        match floor {
+            Some(floor) if floor >= self.seen => PrimaryVerdict::Serves,
+            _ => PrimaryVerdict::BelowFloor,
+        }
+    }
+
+    /// Follows the topology into its epoch: what of the session's past is on the new timeline?
+    pub fn follow(&mut self, samples: &impl Samples, topology: &Topology) -> Survival {
+        let mut verdict = Survival::Kept;
+        while self.epoch < topology.epoch {
+            let next = match topology.switches.iter().find(|s| s.from >= self.epoch) {
+                Some(switch) => self.cross(samples, topology, switch),
+                // The switch is older than what is remembered: nothing of it can be shown kept.
+                None => {
+                    let fork = Fork { epoch: self.epoch, fork: None, mark: self.position };
+                    self.epoch = topology.epoch;
+                    self.restart_at(samples, topology, None);
+                    Survival::Lost(fork)
+                }
+            };
+            verdict = worse(verdict, next);
+        }
+        verdict
+    }
+
+    fn cross(&mut self, samples: &impl Samples, topology: &Topology, switch: &Switch) -> Survival {
+        let resolved = match self.pending {
+            None => true,
+            Some(p) => match p.kind {
+                PendingKind::Inherited => {
+                    // Nothing was shown to this session: it begins anew on the new primary.
+                    self.epoch = Epoch(switch.from.0 + 1);
+                    self.inherit(samples, topology);
+                    return self.cross_position(samples, topology, switch);
+                }
+                PendingKind::Primary { replica_part } => match switch.last_sample {
+                    Some((number, insert)) if number > p.note.counter && switch.old_primary == p.note.node => {
+                        self.position = self.position.max(insert);
+                        if replica_part {
+                            self.seen = self.seen.max(insert);
+                        }
+                        true
+                    }
+                    _ => false,
+                },
+                // What the promoted node showed as a replica is in its own history. The same holds for
+                // a replica that, on one unbroken sampler connection, now follows the new timeline.
+                PendingKind::Replica { .. } => {
+                    topology.primary == Some(p.note.node) || self.follows(samples, topology, p.note)
+                }
+            },
+        };
+        let fork = Fork { epoch: switch.from, fork: switch.fork, mark: self.position };
+        let replica_note = self.pending.filter(|p| matches!(p.kind, PendingKind::Replica { .. }));
+        self.epoch = Epoch(switch.from.0 + 1);
+        self.pending = None;
+        if !resolved {
+            self.restart_at(samples, topology, switch.fork);
+            return Survival::Lost(fork);
+        }
+        if replica_note.is_some() {
+            self.hand_over(samples, topology);
+        }
+        self.cross_position(samples, topology, switch)
+    }
+
+    fn follows(&self, samples: &impl Samples, topology: &Topology, note: Note) -> bool {
+        samples.incarnation(note.node) == note.incarnation
+            && samples.latest(note.node).is_some_and(|s| {
+                Some(s.timeline) == topology.timeline && matches!(s.body, SampleBody::Replica { .. })
+            })
+    }
+
+    /// The position itself: kept up to the fork, in doubt past it.
+    fn cross_position(&mut self, samples: &impl Samples, topology: &Topology, switch: &Switch) -> Survival {
+        let mark = self.position;
+        if mark == Lsn::ZERO || switch.fork.is_some_and(|fork| mark <= fork) {
+            return Survival::Kept;
+        }
+        let fork = Fork { epoch: switch.from, fork: switch.fork, mark };
+        self.restart_at(samples, topology, switch.fork);
+        Survival::Unknown(fork)
+    }
+
+    /// After a loss has been found: the session goes on from what the new primary holds.
+    fn restart_at(&mut self, samples: &impl Samples, topology: &Topology, fork: Option<Lsn>) {
+        self.position = fork.unwrap_or(Lsn::ZERO);
+        self.seen = Lsn::ZERO;
+        self.inherit(samples, topology);
+    }
+}
+
+fn worse(a: Survival, b: Survival) -> Survival {
+    let rank = |s: &Survival| match s {
+        Survival::Kept => 0,
+        Survival::Unknown(_) => 1,
+        Survival::Lost(_) => 2,
+    };
+    if rank(&b) > rank(&a) { b } else { a }
+}

@@ -1,0 +1,101 @@
+//! What the session reads out of a client's extended-protocol messages. Pure.
+//!
+//! All take a message's *body*, without tag and length. `None` means that the body is not laid out as
+//! the protocol says; PostgreSQL answers that with a protocol error, and so do we.
+
+use crate::wire::cstr;
+
+/// Parse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parse<'a> {
+    /// The statement's name; empty: the unnamed statement.
+    pub name: &'a [u8],
+    /// The statement's text.
+    pub text: &'a [u8],
+    /// Everything behind the name, as sent: text, number of types, type OIDs.
+    pub tail: &'a [u8],
+    types: &'a [u8],
+}
+
+impl<'a> Parse<'a> {
+    /// Reads a Parse message.
+    pub fn read(body: &'a [u8]) -> Option<Parse<'a>> {
+        let (name, tail) = cstr(body)?;
+        let (text, rest) = cstr(tail)?;
+        let (count, types) = rest.split_first_chunk::<2>()?;
+        let count = usize::from(u16::from_be_bytes(*count));
+        (types.len() == count * 4).then_some(Parse { name, text, tail, types })
+    }
+
+    /// The parameter types that the client stated; 0: left to the server.
+    pub fn types(&self) -> impl Iterator<Item = u32> + 'a {
+        self.types.chunks_exact(4).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]))
+    }
+}
+
+/// The names at the start of a Bind: portal, statement, and how many bytes they take.
+pub fn bind_names(body: &[u8]) -> Option<(&[u8], &[u8], usize)> {
+    let (portal, rest) = cstr(body)?;
+    let (statement, rest) = cstr(rest)?;
+    Some((portal, statement, body.len() - rest.len()))
+}
+
+/// What a Describe or Close is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target<'a> {
+    /// A prepared statement.
+    Statement(&'a [u8]),
+    /// A portal.
+    Portal(&'a [u8]),
+}
+
+/// Reads a Describe or Close.
+pub fn target(body: &[u8]) -> Option<Target<'_>> {
+    let (&kind, rest) = body.split_first()?;
+    let (name, rest) = cstr(rest)?;
+    match (kind, rest) {
+        (b'S', []) => Some(Target::Statement(name)),
+        (b'P', []) => Some(Target::Portal(name)),
+        _ => None,
+    }
+}
+
+/// Reads an Execute: the portal and the most rows (0: all).
+pub fn execute(body: &[u8]) -> Option<(&[u8], u32)> {
+    let (portal, rest) = cstr(body)?;
+    Some((portal, u32::from_be_bytes(rest.try_into().ok()?)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_parse_is_read_with_its_types() {
+        let parse = Parse::read(b"s1\0select $1\0\0\x02\0\0\0\x17\0\0\0\0").unwrap();
+        assert_eq!((parse.name, parse.text), (&b"s1"[..], &b"select $1"[..]));
+        assert_eq!(parse.types().collect::<Vec<_>>(), [23, 0]);
+        assert_eq!(parse.tail, b"select $1\0\0\x02\0\0\0\x17\0\0\0\0");
+    }
+
+    #[test]
+    fn a_parse_with_missing_or_surplus_bytes_is_refused() {
+        for body in [&b""[..], b"s1", b"s1\0select", b"\0select 1\0", b"\0select 1\0\0\x01", b"\0q\0\0\0x"] {
+            assert_eq!(Parse::read(body), None, "{body:?}");
+        }
+    }
+
+    #[test]
+    fn names_of_a_bind_end_where_its_formats_begin() {
+        assert_eq!(bind_names(b"p\0s\0\0\0"), Some((&b"p"[..], &b"s"[..], 4)));
+        assert_eq!(bind_names(b"p\0s"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_is_refused_without_panic(body: Vec<u8>) {
+            let _ = (Parse::read(&body), bind_names(&body), target(&body), execute(&body));
+        }
+    }
+}

@@ -1,0 +1,393 @@
+//! Finding the backend for a unit: which node may serve this session now, and waiting for one that
+//! soon may. The rule itself is in `mark`, the choice among equals in `route`; here is the waiting.
+
+use std::time::{Duration, Instant};
+
+use bytes::BufMut;
+
+use super::demand::Demand;
+use super::mark::{PrimaryVerdict, ReplicaVerdict};
+use super::{End, Role, Session, canceled};
+use crate::backend::pool::{AcquireError, Lease};
+use crate::metrics::WaitFor;
+use crate::route::RouteReason;
+use crate::route::balance::{self, Candidate};
+use crate::topology::{NodeId, Standing};
+use crate::wire::ErrorReport;
+
+/// A backend for a unit.
+pub struct Placed {
+    /// It.
+    pub lease: Lease,
+    /// Its node.
+    pub node: NodeId,
+    /// The node's role.
+    pub role: Role,
+    /// Why there.
+    pub reason: RouteReason,
+}
+
+/// How often a primary that cannot be connected to is tried again while a statement waits for it.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// What a try at a replica came to.
+enum Tried {
+    Placed(Placed),
+    /// The read goes to the primary.
+    Primary(RouteReason),
+    /// The client is told.
+    Failed(ErrorReport),
+}
+
+impl Session {
+    /// A backend on which the unit may run. `Ok(Err(..))`: the unit fails with this report.
+    pub(super) async fn place(
+        &mut self,
+        demand: &Demand,
+        avoid: &[NodeId],
+    ) -> Result<Result<Placed, ErrorReport>, End> {
+        let reason = match demand {
+            Demand::Read { redone: true, .. } => RouteReason::Redone,
+            Demand::Read { .. } if !self.shared.config.routing.split => RouteReason::SplitOff,
+            Demand::Read { .. } => match self.place_on_replica(avoid).await? {
+                Tried::Placed(placed) => return Ok(Ok(placed)),
+                Tried::Failed(report) => return Ok(Err(report)),
+                Tried::Primary(reason) => reason,
+            },
+            Demand::Primary { reason, .. } => *reason,
+            Demand::Ours => RouteReason::NotARead,
+        };
+        self.place_on_primary(reason).await
+    }
+
+    async fn place_on_replica(&mut self, avoid: &[NodeId]) -> Result<Tried, End> {
+        let begun = Instant::now();
+        let patience = self.shared.config.consistency.catch_up_wait;
+        let mut wait_until = begun + patience;
+        let mut avoid = avoid.to_vec();
+        let mut waited = false;
+        loop {
+            let shared = self.shared.clone();
+            let changed = shared.positions.changed();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            let (candidates, hope) = self.candidates(&avoid, patience);
+            if let Some(node) = balance::pick(&candidates, rand::random()) {
+                if waited {
+                    shared.metrics.waited(WaitFor::Mark, begun.elapsed());
+                }
+                match self.lease_from(node).await? {
+                    Ok(lease) => {
+                        // Only samples sent after the backend was connected speak for it.
+                        wait_until = wait_until.max(Instant::now() + patience);
+                        if self.await_fresh_sample(&lease, wait_until).await? {
+                            return Ok(Tried::Placed(Placed {
+                                lease,
+                                node,
+                                role: Role::Replica,
+                                reason: RouteReason::Read,
+                            }));
+                        }
+                        lease.give_back();
+                        return Ok(Tried::Primary(RouteReason::Behind));
+                    }
+                    Err(AcquireError::Timeout) => return Ok(Tried::Failed(self.timed_out())),
+                    Err(AcquireError::Unreachable(why)) => {
+                        shared.control.report_failure(node, &why);
+                        avoid.push(node);
+                        continue;
+                    }
+                    // A login that a late replica does not know yet, or one that is full or starting:
+                    // not ill, but not for this read.
+                    Err(AcquireError::Refused { .. } | AcquireError::Unfit(_)) => {
+                        avoid.push(node);
+                        continue;
+                    }
+                }
+            }
+            match hope {
+                Hope::NobodyServes => return Ok(Tried::Primary(RouteReason::NoReplica)),
+                Hope::TooFar => return Ok(Tried::Primary(RouteReason::Behind)),
+                Hope::Soon if Instant::now() >= wait_until => {
+                    shared.metrics.waited(WaitFor::Mark, begun.elapsed());
+                    return Ok(Tried::Primary(RouteReason::Behind));
+                }
+                Hope::Soon => {}
+            }
+            waited = true;
+            self.want_samples(&avoid);
+            if !self.wait(changed, wait_until).await? {
+                return Ok(Tried::Failed(canceled()));
+            }
+        }
+    }
+
+    /// The replicas that may serve this session now; when there is none, whether one soon may.
+    fn candidates(&mut self, avoid: &[NodeId], patience: Duration) -> (Vec<Candidate>, Hope) {
+        let topology = self.shared.topology.load_full();
+        self.bring_mark_forward(&topology);
+        let mut candidates = Vec::new();
+        let mut hope = Hope::NobodyServes;
+        for view in topology.serving_replicas().filter(|v| !avoid.contains(&v.id)) {
+            match self.mark.replica(&*self.shared.positions, &topology, view.id) {
+                ReplicaVerdict::Serves { .. } => candidates.push(Candidate {
+                    node: view.id,
+                    weight: view.weight,
+                    outstanding: self.shared.pools.context.outstanding[view.id.index()]
+                        .load(std::sync::atomic::Ordering::Relaxed),
+                }),
+                ReplicaVerdict::Behind | ReplicaVerdict::Unresolved | ReplicaVerdict::Unknown => {
+                    // What it would take is foretold by how late it is, in time; a replay rate would
+                    // say nothing after a pause.
+                    if view.replay_lag.is_none_or(|lag| lag <= patience) {
+                        hope = Hope::Soon;
+                    } else if hope == Hope::NobodyServes {
+                        hope = Hope::TooFar;
+                    }
+                }
+            }
+        }
+        (candidates, hope)
+    }
+
+    /// Asks for the samples that would let a replica serve.
+    fn want_samples(&self, avoid: &[NodeId]) {
+        let topology = self.shared.topology.load();
+        if let Some(node) = self.mark.awaits() {
+            self.shared.positions.node(node).want();
+        }
+        for view in topology.serving_replicas().filter(|v| !avoid.contains(&v.id)) {
+            self.shared.positions.node(view.id).want();
+        }
+    }
+
+    /// Whether, in time, a sample that speaks for this backend says that its node may serve.
+    async fn await_fresh_sample(&mut self, lease: &Lease, until: Instant) -> Result<bool, End> {
+        loop {
+            let shared = self.shared.clone();
+            let changed = shared.positions.changed();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            let topology = shared.topology.load_full();
+            self.bring_mark_forward(&topology);
+            let in_service = topology.node(lease.node).standing == Standing::Replica;
+            match self.mark.replica(&*shared.positions, &topology, lease.node) {
+                ReplicaVerdict::Serves { sample }
+                    if in_service && sample > lease.connected_at && lease.epoch == topology.epoch =>
+                {
+                    return Ok(true);
+                }
+                _ if !in_service || lease.epoch != topology.epoch || Instant::now() >= until => {
+                    return Ok(false);
+                }
+                _ => {}
+            }
+            drop(topology);
+            shared.positions.node(lease.node).want();
+            if let Some(node) = self.mark.awaits() {
+                shared.positions.node(node).want();
+            }
+            if !self.wait(changed, until).await? {
+                return Ok(false);
+            }
+        }
+    }
+
+    async fn place_on_primary(&mut self, reason: RouteReason) -> Result<Result<Placed, ErrorReport>, End> {
+        let begun = Instant::now();
+        let pause_until = begun + self.shared.config.failover.pause_timeout;
+        let mut paused = false;
+        loop {
+            if let Err(report) = self.await_primary().await? {
+                return Ok(Err(report));
+            }
+            let Some(node) = self.shared.topology.load().primary else { continue };
+            match self.lease_from(node).await? {
+                Ok(lease) => {
+                    let topology = self.shared.topology.load_full();
+                    if topology.primary != Some(node) || topology.epoch != lease.epoch {
+                        // The primary changed meanwhile: never a write on the old one.
+                        drop(lease);
+                        continue;
+                    }
+                    if paused {
+                        self.shared.metrics.waited(WaitFor::Primary, begun.elapsed());
+                    }
+                    return Ok(Ok(Placed { lease, node, role: Role::Primary, reason }));
+                }
+                Err(AcquireError::Timeout) => return Ok(Err(self.timed_out())),
+                Err(AcquireError::Unfit(why)) => return Ok(Err(unfit(&why))),
+                Err(AcquireError::Refused { message, sqlstate }) if sqlstate != *b"57P03" => {
+                    // In the server's own words, as it would have been told when it connected.
+                    self.client.output.put_slice(&message);
+                    return Err(End::NodeSaidFatal);
+                }
+                Err(AcquireError::Refused { .. }) => {}
+                Err(AcquireError::Unreachable(why)) => {
+                    self.shared.control.report_failure(node, &why);
+                }
+            }
+            // Nothing was sent: waiting for the primary, or for the next one, is safe.
+            paused = true;
+            if Instant::now() >= pause_until {
+                return Ok(Err(no_primary(self.shared.config.failover.pause_timeout)));
+            }
+            let shared = self.shared.clone();
+            let changed = shared.topology.changed();
+            if !self.wait(changed, pause_until.min(Instant::now() + RETRY)).await? {
+                return Ok(Err(canceled()));
+            }
+        }
+    }
+
+    /// Waits until there is a primary and it shows all that replicas have shown this session.
+    pub(super) async fn await_primary(&mut self) -> Result<Result<(), ErrorReport>, End> {
+        let begun = Instant::now();
+        let pause_until = begun + self.shared.config.failover.pause_timeout;
+        let mut waited = None;
+        loop {
+            let shared = self.shared.clone();
+            let sampled = shared.positions.changed();
+            tokio::pin!(sampled);
+            sampled.as_mut().enable();
+            let reorganised = shared.topology.changed();
+            tokio::pin!(reorganised);
+            reorganised.as_mut().enable();
+            let topology = shared.topology.load_full();
+            self.bring_mark_forward(&topology);
+            let what = match topology.primary {
+                None => WaitFor::Primary,
+                Some(primary) => match self.mark.primary(&*shared.positions, &topology) {
+                    PrimaryVerdict::Serves => {
+                        if let Some(what) = waited {
+                            shared.metrics.waited(what, begun.elapsed());
+                        }
+                        return Ok(Ok(()));
+                    }
+                    PrimaryVerdict::Unresolved(node) => {
+                        shared.positions.node(node).want();
+                        shared.positions.node(primary).want();
+                        WaitFor::Floor
+                    }
+                    PrimaryVerdict::BelowFloor => {
+                        shared.positions.node(primary).want();
+                        WaitFor::Floor
+                    }
+                },
+            };
+            drop(topology);
+            if Instant::now() >= pause_until {
+                let pause = shared.config.failover.pause_timeout;
+                return Ok(Err(match what {
+                    WaitFor::Primary => no_primary(pause),
+                    _ => ErrorReport::error("57P03", "the primary cannot be shown to have caught up with this session's reads")
+                        .detail(format!("Waited {pause:?} (failover.pause_timeout) for a sample of its position."))
+                        .hint("Look at the log for the state of the nodes."),
+                }));
+            }
+            waited = Some(what);
+            let either = async {
+                tokio::select! {
+                    () = sampled => {}
+                    () = reorganised => {}
+                }
+            };
+            if !self.wait(either, pause_until).await? {
+                return Ok(Err(canceled()));
+            }
+        }
+    }
+
+    /// Waits for `what`, until `deadline`. `false`: the client has cancelled meanwhile.
+    async fn wait(&self, what: impl Future<Output = ()>, deadline: Instant) -> Result<bool, End> {
+        tokio::select! {
+            biased;
+            () = self.handle.interrupted() => {}
+            _ = tokio::time::timeout_at(deadline.into(), what) => {}
+        }
+        if self.handle.ending() == super::handle::Ending::Now {
+            return Err(End::shutdown());
+        }
+        Ok(!self.handle.is_cancelled())
+    }
+
+    fn patience(&self) -> Duration {
+        self.shared.config.pool.query_wait_timeout
+    }
+
+    /// No backend was had: the client has cancelled, or time is up.
+    fn timed_out(&self) -> ErrorReport {
+        if self.handle.is_cancelled() {
+            return canceled();
+        }
+        ErrorReport::error("53300", "no backend became free in time")
+            .detail(format!("Waited {:?} (pool.query_wait_timeout).", self.patience()))
+            .hint("Raise pool.size, or shorten transactions.")
+    }
+
+    async fn lease_from(&self, node: NodeId) -> Result<Result<Lease, AcquireError>, End> {
+        let begun = Instant::now();
+        let deadline = begun + self.patience();
+        let lease = tokio::select! {
+            biased;
+            lease = self.pools.nodes[node.index()].acquire(&self.startup, self.worker, deadline) => lease,
+            () = self.handle.interrupted() => {
+                if self.handle.ending() == super::handle::Ending::Now {
+                    return Err(End::shutdown());
+                }
+                Err(AcquireError::Timeout)
+            }
+        };
+        Ok(lease)
+    }
+
+    /// A backend for a login: the primary's, or while there is none, a replica's.
+    pub(super) async fn lease_for_login(&mut self) -> Result<Lease, End> {
+        let topology = self.shared.topology.load_full();
+        let replicas: Vec<NodeId> = topology.serving_replicas().map(|v| v.id).collect();
+        let mut last = None;
+        for node in topology.primary.into_iter().chain(replicas) {
+            match self.lease_from(node).await? {
+                Ok(lease) => return Ok(lease),
+                Err(AcquireError::Refused { message, sqlstate }) if sqlstate != *b"57P03" => {
+                    self.client.output.put_slice(&message);
+                    return Err(End::NodeSaidFatal);
+                }
+                Err(error) => {
+                    if let AcquireError::Unreachable(why) = &error {
+                        self.shared.control.report_failure(node, why);
+                    }
+                    last = Some(error);
+                }
+            }
+        }
+        let mut report = match last {
+            Some(AcquireError::Unfit(why)) => unfit(&why),
+            Some(AcquireError::Timeout) => self.timed_out(),
+            _ => ErrorReport::error("57P03", "no node is available for this login")
+                .hint("Look at the log for the state of the nodes."),
+        };
+        report.severity = crate::wire::Severity::Fatal;
+        Err(End::fatal(report))
+    }
+}
+
+/// Whether a replica that may not serve yet soon may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hope {
+    NobodyServes,
+    TooFar,
+    Soon,
+}
+
+
+fn no_primary(pause: Duration) -> ErrorReport {
+    ErrorReport::error("57P03", "no primary is available")
+        .detail(format!("Waited {pause:?} (failover.pause_timeout). The statement was not sent to any node."))
+}
+
+fn unfit(why: &str) -> ErrorReport {
+    ErrorReport::error("08006", "cannot log in to the node in this user's place")
+        .detail(why.to_owned())
+        .hint("Run highwater check.")
+}

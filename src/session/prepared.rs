@@ -1,0 +1,270 @@
+//! A session's prepared statements: which texts its names stand for. Pure.
+//!
+//! A statement is known to the client by its own name, and to a backend by a name that all sessions
+//! share ([`SharedName`]: a keyed hash of text and parameter types), so that whichever backend serves
+//! next has it or is given it. While a session is pinned its backend knows the client's own names, so
+//! that SQL's EXECUTE and DEALLOCATE see the same names as the protocol.
+
+use std::collections::{HashMap, VecDeque};
+use std::hash::Hasher;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use siphasher::sip128::{Hasher128, SipHasher13};
+
+use super::messages::Parse;
+use crate::backend::SharedName;
+use crate::classify::StatementClass;
+
+/// A prepared statement of a client.
+#[derive(Debug)]
+pub struct Statement {
+    /// Its name on unpinned backends.
+    pub shared: SharedName,
+    /// Text, zero byte, number of types, type OIDs: as Parse has them behind the name.
+    pub tail: Bytes,
+    /// A number that no other Parse of the process has.
+    pub serial: u64,
+    class: Mutex<Option<(u64, StatementClass)>>,
+}
+
+impl Statement {
+    /// The text.
+    pub fn text(&self) -> &[u8] {
+        crate::wire::cstr(&self.tail).map_or(&[], |(text, _)| text)
+    }
+
+    /// The parameter types that the client stated.
+    pub fn types(&self) -> Vec<u32> {
+        let Some((_, rest)) = crate::wire::cstr(&self.tail) else { return Vec::new() };
+        rest.get(2..)
+            .unwrap_or_default()
+            .chunks_exact(4)
+            .map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]))
+            .collect()
+    }
+
+    /// Its class as found under the catalog facts of `generation`.
+    pub fn class(&self, generation: u64) -> Option<StatementClass> {
+        let class = self.class.lock().unwrap_or_else(|p| p.into_inner());
+        class.filter(|(found, _)| *found == generation).map(|(_, class)| class)
+    }
+
+    /// Its class must be asked for again.
+    pub fn forget_class(&self) {
+        *self.class.lock().unwrap_or_else(|p| p.into_inner()) = None;
+    }
+
+    /// Remembers its class.
+    pub fn set_class(&self, generation: u64, class: StatementClass) {
+        *self.class.lock().unwrap_or_else(|p| p.into_inner()) = Some((generation, class));
+    }
+}
+
+/// Makes [`Statement`]s. One per process: its key must be the same for all sessions.
+#[derive(Debug)]
+pub struct Names {
+    key: [u8; 16],
+    next: std::sync::atomic::AtomicU64,
+}
+
+impl Names {
+    /// `key` must be random: nobody may craft two texts with one name.
+    pub fn new(key: [u8; 16]) -> Names {
+        Names { key, next: std::sync::atomic::AtomicU64::new(1) }
+    }
+
+    /// A statement for a Parse.
+    pub fn statement(&self, parse: &Parse<'_>) -> Arc<Statement> {
+        let serial = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let mut hasher = SipHasher13::new_with_key(&self.key);
+        hasher.write(parse.tail);
+        if has_moment_literal(parse.text) {
+            // 'now' is turned into a time at Parse: sharing would freeze the first client's time for all.
+            hasher.write_u64(serial);
+        }
+        let hash = hasher.finish128().as_u128();
+        Arc::new(Statement {
+            shared: SharedName(hash),
+            tail: Bytes::copy_from_slice(parse.tail),
+            serial,
+            class: Mutex::new(None),
+        })
+    }
+}
+
+/// Whether the text may hold a literal that stands for a moment. Finding one too many only costs sharing.
+fn has_moment_literal(text: &[u8]) -> bool {
+    const WORDS: [&[u8]; 4] = [b"now", b"today", b"tomorrow", b"yesterday"];
+    memchr::memchr2_iter(b'\'', b'$', text).any(|at| {
+        let after = text[at + 1..].trim_ascii_start();
+        WORDS.iter().any(|w| after.len() >= w.len() && after[..w.len()].eq_ignore_ascii_case(w))
+    })
+}
+
+/// What a name stands for, seen from within a unit whose answers have not all arrived.
+#[derive(Clone, Debug)]
+pub enum Found {
+    /// A statement.
+    Statement(Arc<Statement>),
+    /// Nothing: the server will say so.
+    Nothing,
+}
+
+/// A session's names.
+#[derive(Debug, Default)]
+pub struct Statements {
+    named: HashMap<Vec<u8>, Arc<Statement>>,
+    unnamed: Option<Arc<Statement>>,
+    /// Names made (`Some`) or closed (`None`) by messages of the running unit that the server has not
+    /// answered yet; the latest last.
+    unanswered: VecDeque<(Vec<u8>, Option<Arc<Statement>>)>,
+}
+
+impl Statements {
+    /// What `name` (empty: unnamed) stands for.
+    pub fn find(&self, name: &[u8]) -> Found {
+        if let Some((_, found)) = self.unanswered.iter().rev().find(|(n, _)| n == name) {
+            return found.clone().map_or(Found::Nothing, Found::Statement);
+        }
+        let found = if name.is_empty() { self.unnamed.as_ref() } else { self.named.get(name) };
+        found.cloned().map_or(Found::Nothing, Found::Statement)
+    }
+
+    /// Named statements now.
+    pub fn len(&self) -> usize {
+        self.named.len()
+    }
+
+    /// Whether there is no named statement.
+    pub fn is_empty(&self) -> bool {
+        self.named.is_empty()
+    }
+
+    /// The named statements.
+    pub fn named(&self) -> impl Iterator<Item = (&Vec<u8>, &Arc<Statement>)> {
+        self.named.iter()
+    }
+
+    /// A Parse (`Some`) or Close (`None`) was sent (or will be answered by us in its turn).
+    pub fn sent(&mut self, name: &[u8], statement: Option<Arc<Statement>>) {
+        self.unanswered.push_back((name.to_vec(), statement));
+    }
+
+    /// The oldest unanswered Parse or Close has succeeded.
+    pub fn succeeded(&mut self) {
+        let Some(oldest) = self.unanswered.pop_front() else { return };
+        match oldest {
+            (name, statement) if name.is_empty() => self.unnamed = statement,
+            (name, Some(statement)) => {
+                self.named.insert(name, statement);
+            }
+            (name, None) => {
+                self.named.remove(&name);
+            }
+        }
+    }
+
+    /// An error: what was not answered yet never will be.
+    pub fn failed(&mut self) {
+        // A Parse of the unnamed statement drops the old one before it can fail.
+        if self.unanswered.iter().any(|(name, _)| name.is_empty()) {
+            self.unnamed = None;
+        }
+        self.unanswered.clear();
+    }
+
+    /// The unit is taken back, to be run again elsewhere.
+    pub fn take_back(&mut self) {
+        self.unanswered.clear();
+    }
+
+    /// A simple Query: the unnamed statement is gone.
+    pub fn drop_unnamed(&mut self) {
+        self.unnamed = None;
+    }
+
+    /// Removes a name (DEALLOCATE); whether it was there.
+    pub fn remove(&mut self, name: &[u8]) -> bool {
+        self.named.remove(name).is_some()
+    }
+
+    /// DEALLOCATE ALL, DISCARD ALL.
+    pub fn clear(&mut self) {
+        self.named.clear();
+        self.unnamed = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse<'a>(body: &'a [u8]) -> Parse<'a> {
+        Parse::read(body).unwrap()
+    }
+
+    #[test]
+    fn same_text_and_types_share_a_name() {
+        let names = Names::new([7; 16]);
+        let a = names.statement(&parse(b"a\0select $1\0\0\x01\0\0\0\x17"));
+        let b = names.statement(&parse(b"b\0select $1\0\0\x01\0\0\0\x17"));
+        let c = names.statement(&parse(b"b\0select $1\0\0\x01\0\0\0\x19"));
+        assert_eq!(a.shared, b.shared);
+        assert_ne!(a.shared, c.shared);
+        assert_eq!(a.types(), [23]);
+        assert_eq!(a.text(), b"select $1");
+    }
+
+    #[test]
+    fn texts_with_a_moment_literal_are_not_shared() {
+        let names = Names::new([7; 16]);
+        for body in [
+            &b"\0select timestamptz 'now'\0\0\0"[..],
+            b"\0select date ' Today '\0\0\0",
+            b"\0select timestamptz $$yesterday$$\0\0\0",
+        ] {
+            assert_ne!(names.statement(&parse(body)).shared, names.statement(&parse(body)).shared);
+        }
+    }
+
+    #[test]
+    fn a_name_is_usable_within_its_unit_and_gone_with_an_error() {
+        let names = Names::new([7; 16]);
+        let mut statements = Statements::default();
+        statements.sent(b"s", Some(names.statement(&parse(b"s\0select 1\0\0\0"))));
+        assert!(matches!(statements.find(b"s"), Found::Statement(_)));
+        statements.failed();
+        assert!(matches!(statements.find(b"s"), Found::Nothing));
+    }
+
+    #[test]
+    fn a_name_can_be_closed_and_made_again_in_one_unit() {
+        let names = Names::new([7; 16]);
+        let mut statements = Statements::default();
+        let old = names.statement(&parse(b"s\0select 1\0\0\0"));
+        let new = names.statement(&parse(b"s\0select 2\0\0\0"));
+        statements.sent(b"s", Some(old));
+        statements.succeeded();
+        statements.sent(b"s", None);
+        assert!(matches!(statements.find(b"s"), Found::Nothing));
+        statements.sent(b"s", Some(new.clone()));
+        statements.succeeded();
+        statements.succeeded();
+        match statements.find(b"s") {
+            Found::Statement(found) => assert_eq!(found.serial, new.serial),
+            Found::Nothing => panic!("s is not there"),
+        }
+    }
+
+    #[test]
+    fn a_failed_parse_of_the_unnamed_statement_leaves_none() {
+        let names = Names::new([7; 16]);
+        let mut statements = Statements::default();
+        statements.sent(b"", Some(names.statement(&parse(b"\0select 1\0\0\0"))));
+        statements.succeeded();
+        statements.sent(b"", Some(names.statement(&parse(b"\0selec\0\0\0"))));
+        statements.failed();
+        assert!(matches!(statements.find(b""), Found::Nothing));
+    }
+}
