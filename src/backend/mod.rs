@@ -1,1 +1,3 @@
 //! (placeholder of the skeleton)
+
+pub mod login;
