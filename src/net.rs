@@ -17,7 +17,9 @@ use std::time::Duration;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_name};
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature};
+use rustls::crypto::{
+    CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature,
+};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
@@ -173,10 +175,7 @@ pub struct TlsError {
 }
 
 impl TlsError {
-    fn new(
-        doing: impl Into<String>,
-        cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
-    ) -> TlsError {
+    fn new(doing: impl Into<String>, cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> TlsError {
         TlsError { doing: doing.into(), cause: cause.into() }
     }
 }
@@ -198,7 +197,11 @@ fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let found: Vec<_> = CertificateDer::pem_file_iter(file)
         .and_then(|items| items.collect())
         .map_err(|error| TlsError::new(doing(), error))?;
-    if found.is_empty() { Err(TlsError::new(doing(), "the file holds no PEM certificate")) } else { Ok(found) }
+    if found.is_empty() {
+        Err(TlsError::new(doing(), "the file holds no PEM certificate"))
+    } else {
+        Ok(found)
+    }
 }
 
 fn roots(file: &Path) -> Result<(RootCertStore, Vec<CertificateDer<'static>>), TlsError> {
@@ -239,8 +242,9 @@ impl ClientTls {
         let (cert, key) = (file(&config.cert, "cert")?, file(&config.key, "key")?);
         let chain = certificates(&cert)?;
         let certificate_hash = chain.first().and_then(|own| end_point_hash(own)).map(Arc::from);
-        let private = PrivateKeyDer::from_pem_file(&key)
-            .map_err(|error| TlsError::new(format!("reading the private key from {}", key.display()), error))?;
+        let private = PrivateKeyDer::from_pem_file(&key).map_err(|error| {
+            TlsError::new(format!("reading the private key from {}", key.display()), error)
+        })?;
         let doing = || format!("setting up client_tls with {} and {}", cert.display(), key.display());
         let builder = rustls::ServerConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
@@ -251,11 +255,14 @@ impl ClientTls {
                 let (roots, _) = roots(ca)?;
                 let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider())
                     .build()
-                    .map_err(|error| TlsError::new(format!("setting up client_tls with {}", ca.display()), error))?;
+                    .map_err(|error| {
+                        TlsError::new(format!("setting up client_tls with {}", ca.display()), error)
+                    })?;
                 builder.with_client_cert_verifier(verifier)
             }
         };
-        let mut tls = builder.with_single_cert(chain, private).map_err(|error| TlsError::new(doing(), error))?;
+        let mut tls =
+            builder.with_single_cert(chain, private).map_err(|error| TlsError::new(doing(), error))?;
         // A client that names protocols must name ours; one that names none is let in, except on a
         // direct connection (`greet` looks).
         tls.alpn_protocols = vec![ALPN.to_vec()];
@@ -306,9 +313,11 @@ impl NodeTls {
                 let (roots, listed) = roots(ca)?;
                 Trust::Descent { roots, listed, name: mode == NodeTlsMode::VerifyFull }
             }
-            (mode @ (NodeTlsMode::VerifyCa | NodeTlsMode::VerifyFull), None) => {
-                Trust::Descent { roots: system_roots()?, listed: vec![], name: mode == NodeTlsMode::VerifyFull }
-            }
+            (mode @ (NodeTlsMode::VerifyCa | NodeTlsMode::VerifyFull), None) => Trust::Descent {
+                roots: system_roots()?,
+                listed: vec![],
+                name: mode == NodeTlsMode::VerifyFull,
+            },
             _ => Trust::Anyone,
         };
         let provider = provider();
@@ -401,7 +410,13 @@ impl ServerCertVerifier for NodeVerifier {
         if listed.contains(own) {
             still_valid(own, now)?;
         } else {
-            verify_server_cert_signed_by_trust_anchor(&parsed, roots, intermediates, now, self.algorithms.all)?;
+            verify_server_cert_signed_by_trust_anchor(
+                &parsed,
+                roots,
+                intermediates,
+                now,
+                self.algorithms.all,
+            )?;
         }
         if *name {
             verify_server_name(&parsed, host)?;

@@ -176,10 +176,13 @@ pub struct ClientKeys {
     server_key: Key,
 }
 
+/// By (salt, iterations): (ClientKey, ServerKey).
+type Derived = LruCache<(Vec<u8>, u32), (Key, Key)>;
+
 /// A password, and the keys derived from it for the salts met so far (at most 16).
 pub struct PasswordKeys {
     password: Secret,
-    derived: Mutex<LruCache<(Vec<u8>, u32), (Key, Key)>>,
+    derived: Mutex<Derived>,
 }
 
 /// What the proxy logs in to the nodes with in a client's place. Cheap to clone, prints no secret.
@@ -264,7 +267,7 @@ impl LoginKeys {
 }
 
 impl PasswordKeys {
-    fn derived(&self) -> std::sync::MutexGuard<'_, LruCache<(Vec<u8>, u32), (Key, Key)>> {
+    fn derived(&self) -> std::sync::MutexGuard<'_, Derived> {
         // A cache is whole at every moment, so a panic elsewhere under the lock does no harm.
         self.derived.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -144,7 +144,9 @@ impl fmt::Display for LoginError {
             LoginError::Unsupported { node, method } => {
                 write!(f, "node {node} asks for authentication method {method}, which the proxy cannot serve")
             }
-            LoginError::UnsendableStartup => f.write_str("startup parameters do not fit into a startup packet"),
+            LoginError::UnsendableStartup => {
+                f.write_str("startup parameters do not fit into a startup packet")
+            }
             LoginError::Scram { node, cause } => write!(f, "login to node {node} failed: {cause}"),
             LoginError::Timeout { node } => write!(f, "login to node {node} timed out"),
             LoginError::Io { node, cause } => write!(f, "connection to node {node} failed: {cause}"),
@@ -254,9 +256,11 @@ async fn connect(target: &LoginTarget<'_>, encryption: Encryption) -> Result<Str
     tcp.write_all(&request).await.map_err(lost)?;
     // One byte and no more: what else came with it would be clear text inside TLS (CVE-2021-23222).
     match (tcp.read_u8().await.map_err(lost)?, encryption) {
-        (b'S', _) => {
-            target.tls.connect(target.host, tcp).await.map_err(|cause| LoginError::Tls { node: node(), cause })
-        }
+        (b'S', _) => target
+            .tls
+            .connect(target.host, tcp)
+            .await
+            .map_err(|cause| LoginError::Tls { node: node(), cause }),
         (b'N', Encryption::IfOffered) => Ok(Stream::Plain(tcp)),
         (b'N', _) => {
             let cause = io::Error::new(io::ErrorKind::Unsupported, "the node does not offer TLS");
@@ -281,7 +285,9 @@ impl Login<'_> {
             NodeTlsMode::Disable => (Encryption::Never, None),
             NodeTlsMode::Allow => (Encryption::Never, Some(Encryption::Always)),
             NodeTlsMode::Prefer => (Encryption::IfOffered, Some(Encryption::Never)),
-            NodeTlsMode::Require | NodeTlsMode::VerifyCa | NodeTlsMode::VerifyFull => (Encryption::Always, None),
+            NodeTlsMode::Require | NodeTlsMode::VerifyCa | NodeTlsMode::VerifyFull => {
+                (Encryption::Always, None)
+            }
         };
         let (outcome, was_tls) = self.attempt(first).await;
         let refused = matches!(
@@ -323,13 +329,14 @@ impl Login<'_> {
             match message[0] {
                 b'E' => return Err(refused(message, !asked)),
                 b'R' if !authenticated => {
-                    authenticated = self.authenticate(&mut node, body).await.map_err(|error| match error {
-                        // Within an exchange, a method has been asked for.
-                        LoginError::Refused { message, sqlstate, .. } => {
-                            LoginError::Refused { message, sqlstate, before_authentication: false }
-                        }
-                        other => other,
-                    })?;
+                    authenticated =
+                        self.authenticate(&mut node, body).await.map_err(|error| match error {
+                            // Within an exchange, a method has been asked for.
+                            LoginError::Refused { message, sqlstate, .. } => {
+                                LoginError::Refused { message, sqlstate, before_authentication: false }
+                            }
+                            other => other,
+                        })?;
                     asked = true;
                 }
                 b'N' => {}
@@ -368,7 +375,9 @@ impl Login<'_> {
     async fn cleartext(&self, node: &mut Conversation) -> Result<(), LoginError> {
         match self.keys.known_password() {
             Some(password) if node.stream.is_tls() => self.send_password(node, password.as_bytes()).await,
-            Some(_) => Err(self.unsupported("password (cleartext, and the connection is not encrypted)".to_owned())),
+            Some(_) => {
+                Err(self.unsupported("password (cleartext, and the connection is not encrypted)".to_owned()))
+            }
             None => Err(self.unsupported("password".to_owned())),
         }
     }
@@ -421,7 +430,8 @@ impl Login<'_> {
         match hash {
             Some(hash) if offers(scram::SCRAM_SHA_256_PLUS) => Ok(ClientBinding::Bound(hash)),
             _ if !offers(scram::SCRAM_SHA_256) => {
-                let list = String::from_utf8_lossy(mechanisms.get(..64.min(mechanisms.len())).unwrap_or_default());
+                let list =
+                    String::from_utf8_lossy(mechanisms.get(..64.min(mechanisms.len())).unwrap_or_default());
                 Err(self.unsupported(format!("SASL ({})", list.replace('\0', " ").trim())))
             }
             Some(_) => Ok(ClientBinding::NotOffered),

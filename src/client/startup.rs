@@ -287,8 +287,11 @@ pub fn parse(code: u32, body: &[u8]) -> Result<(Startup, Vec<u8>), ErrorReport> 
     Ok((startup, negotiation))
 }
 
+/// Name and value.
+type Pair<'a> = (&'a [u8], &'a [u8]);
+
 /// Splits `name\0value\0...\0` the way the server does: it must end with exactly one empty name.
-fn pairs(mut body: &[u8]) -> Result<Vec<(&[u8], &[u8])>, ErrorReport> {
+fn pairs(mut body: &[u8]) -> Result<Vec<Pair<'_>>, ErrorReport> {
     let wrong =
         || ErrorReport::fatal("08P01", "invalid startup packet layout: expected terminator as last byte");
     let mut found = Vec::new();
@@ -330,8 +333,11 @@ fn text(bytes: &[u8]) -> Result<String, ErrorReport> {
         Ok(text) => Ok(text.to_owned()),
         Err(error) => {
             let byte = bytes.get(error.valid_up_to()).copied().unwrap_or_default();
-            Err(ErrorReport::fatal("22021", format!("invalid byte sequence for encoding \"UTF8\": 0x{byte:02x}"))
-                .detail("Names and values in the startup packet must be UTF-8."))
+            Err(ErrorReport::fatal(
+                "22021",
+                format!("invalid byte sequence for encoding \"UTF8\": 0x{byte:02x}"),
+            )
+            .detail("Names and values in the startup packet must be UTF-8."))
         }
     }
 }
@@ -445,7 +451,12 @@ mod tests {
         };
         let layout = "invalid startup packet layout: expected terminator as last byte";
         check(2 << 16, &[], "0A000", "unsupported frontend protocol 2.0: server supports 3.0 to 3.2");
-        check(SSL_REQUEST, &[], "0A000", "unsupported frontend protocol 1234.5679: server supports 3.0 to 3.2");
+        check(
+            SSL_REQUEST,
+            &[],
+            "0A000",
+            "unsupported frontend protocol 1234.5679: server supports 3.0 to 3.2",
+        );
         check(V3, b"", "08P01", layout);
         check(V3, b"user\0app\0", "08P01", layout);
         check(V3, b"user\0app\0\0\0", "08P01", layout);
@@ -463,7 +474,9 @@ mod tests {
 
     #[test]
     fn replication_is_a_boolean_or_a_database() {
-        for (value, expected) in [("true", true), ("on", true), ("1", true), ("database", true), ("off", false), ("f", false)] {
+        for (value, expected) in
+            [("true", true), ("on", true), ("1", true), ("database", true), ("off", false), ("f", false)]
+        {
             let (startup, _) = parse(V3, &body(&[("user", "a"), ("replication", value)])).unwrap();
             assert_eq!(startup.replication.is_some(), expected, "{value}");
         }
@@ -504,8 +517,13 @@ mod tests {
     /// Sends `chunks` to a greeter, each but the first after an answer of one byte; gives the outcome
     /// and what was answered in all.
     async fn play(chunks: &[&[u8]]) -> (Result<Greeting, GreetError>, Vec<u8>) {
-        let tls = ClientTls::new(&ClientTlsConfig { mode: ClientTlsMode::Disable, cert: None, key: None, ca: None })
-            .unwrap();
+        let tls = ClientTls::new(&ClientTlsConfig {
+            mode: ClientTlsMode::Disable,
+            cert: None,
+            key: None,
+            ca: None,
+        })
+        .unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (server, _) = listener.accept().await.unwrap();
@@ -566,7 +584,12 @@ mod tests {
     async fn nonsense_ends_without_an_answer() {
         let (outcome, _) = play(&[b""]).await;
         assert!(matches!(outcome, Ok(Greeting::Gone)), "{outcome:?}");
-        for bytes in [&b"GET / HTTP/1.0\r\n\r\n"[..], &[0, 0, 0, 7, 0, 3, 0], &[0, 0, 0x27, 0x15, 0, 3, 0, 0], b"\x16\x03\x01"] {
+        for bytes in [
+            &b"GET / HTTP/1.0\r\n\r\n"[..],
+            &[0, 0, 0, 7, 0, 3, 0],
+            &[0, 0, 0x27, 0x15, 0, 3, 0, 0],
+            b"\x16\x03\x01",
+        ] {
             let (outcome, answers) = play(&[bytes]).await;
             assert!(matches!(outcome, Err(GreetError::Nonsense(_))), "{outcome:?}");
             assert_eq!(answers, b"");

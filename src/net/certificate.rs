@@ -134,7 +134,10 @@ fn time((tag, text): (u8, &[u8])) -> Option<i64> {
 /// day is the last one.
 fn days(year: i64, month: i64, day: i64) -> i64 {
     let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
-    365 * year + year.div_euclid(4) - year.div_euclid(100) + year.div_euclid(400) + (153 * month + 2) / 5 + day
+    365 * year + year.div_euclid(4) - year.div_euclid(100)
+        + year.div_euclid(400)
+        + (153 * month + 2) / 5
+        + day
         - 719_469
 }
 
@@ -156,10 +159,13 @@ mod tests {
 
     #[test]
     fn the_hash_follows_the_signature_algorithm() {
-        let check = |algorithm: &'static rcgen::SignatureAlgorithm, expected: Option<&'static digest::Algorithm>| {
+        let check = |algorithm: &'static rcgen::SignatureAlgorithm,
+                     expected: Option<&'static digest::Algorithm>| {
             let key = rcgen::KeyPair::generate_for(algorithm).unwrap();
-            let certificate =
-                rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap().self_signed(&key).unwrap();
+            let certificate = rcgen::CertificateParams::new(vec!["localhost".to_owned()])
+                .unwrap()
+                .self_signed(&key)
+                .unwrap();
             let der: &[u8] = certificate.der();
             let expected = expected.map(|hash| digest::digest(hash, der).as_ref().to_vec());
             assert_eq!(end_point_hash(der), expected);
