@@ -25,7 +25,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
 use rustls::{CertificateError, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use socket2::{SockRef, TcpKeepalive};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
@@ -69,6 +69,20 @@ impl Stream {
     /// Whether it is encrypted.
     pub fn is_tls(&self) -> bool {
         !matches!(self, Stream::Plain(_))
+    }
+
+    /// Writes `bytes`, says that nothing follows, and discards what has arrived meanwhile (at most 64
+    /// KiB): closing a socket with unread bytes resets it, and a reset can overtake the last message.
+    pub async fn say_last(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.write_all(bytes).await?;
+        self.shutdown().await?;
+        let mut sink = [0; 4096];
+        for _ in 0..16 {
+            if !matches!(self.tcp().try_read(&mut sink), Ok(1..)) {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// The `tls-server-end-point` hash of the node's certificate, where we are the client.

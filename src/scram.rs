@@ -338,12 +338,11 @@ fn malformed(detail: impl Into<String>) -> ScramError {
     ScramError::Malformed(detail.into())
 }
 
-/// A character of a hostile message as an error may show it.
+/// A character of a hostile message as PostgreSQL shows it; the end is the zero byte of its C string.
 fn shown(rest: &str) -> String {
-    match rest.bytes().next() {
-        None => "end of string".to_owned(),
-        Some(byte) if byte.is_ascii_graphic() => char::from(byte).to_string(),
-        Some(byte) => format!("0x{byte:02x}"),
+    match rest.bytes().next().unwrap_or(0) {
+        byte if byte.is_ascii_graphic() => format!("'{}'", char::from(byte)),
+        byte => format!("0x{byte:02x}"),
     }
 }
 
@@ -448,7 +447,7 @@ impl ServerExchange {
         let Some(proof) = proof else {
             return Err(malformed("Malformed proof in client-final-message."));
         };
-        if !rest.is_empty() || message.ends_with(',') {
+        if !rest.is_empty() {
             return Err(malformed("Garbage found at the end of client-final-message."));
         }
         if nonce != self.nonce {
@@ -886,12 +885,12 @@ mod tests {
         check("n,,n=,r=a", Plus, "08P01", "does not include channel binding data");
         check("p=tls-server-end-point,,n=,r=a", Plain, "08P01", "includes channel binding data");
         check("p=tls-unique,,n=,r=a", Plus, "08P01", "unsupported SCRAM channel-binding type \"tls-unique\"");
-        check("x,,n=,r=a", Plain, "08P01", "Unexpected channel-binding flag \"x\"");
-        check("n", Plain, "08P01", "Comma expected");
+        check("x,,n=,r=a", Plain, "08P01", "Unexpected channel-binding flag \"'x'\"");
+        check("n", Plain, "08P01", "Comma expected, but found character \"0x00\".");
         check("n,a=bob,n=,r=a", Plain, "0A000", "authorization identity");
-        check("n,b,n=,r=a", Plain, "08P01", "Unexpected attribute \"b\"");
+        check("n,b,n=,r=a", Plain, "08P01", "Unexpected attribute \"'b'\"");
         check("n,,m=1,n=,r=a", Plain, "0A000", "unsupported SCRAM extension");
-        check("n,,r=a", Plain, "08P01", "Expected attribute \"n\" but found \"r\"");
+        check("n,,r=a", Plain, "08P01", "Expected attribute \"n\" but found \"'r'\"");
         check("n,,n=,r=a b", Plain, "08P01", "non-printable characters");
     }
 
@@ -917,7 +916,6 @@ mod tests {
         check("c=biws,r=NONCE", "found end of string");
         check("c=biws,r=NONCE,p=AAAA", "Malformed proof");
         check(&format!("c=biws,r=NONCE,p={proof},x=1"), "Garbage found");
-        check(&format!("c=biws,r=NONCE,p={proof},"), "Garbage found");
         check(&format!("c=biws,r=NONCExx,p={proof}"), "Nonce does not match.");
         check(&format!("c=biws,r=NONCE,x=1,p={proof}"), "password authentication failed");
     }

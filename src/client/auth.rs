@@ -41,8 +41,6 @@ pub enum AuthFailure {
     Gone,
     /// The connection broke.
     Io(io::Error),
-    /// Not the protocol, in a way that PostgreSQL does not answer; the text says how.
-    Nonsense(&'static str),
 }
 
 impl fmt::Display for AuthFailure {
@@ -53,7 +51,6 @@ impl fmt::Display for AuthFailure {
             AuthFailure::Timeout => f.write_str("not logged in before the deadline"),
             AuthFailure::Gone => f.write_str("the client left during the login"),
             AuthFailure::Io(error) => write!(f, "connection lost during the login: {error}"),
-            AuthFailure::Nonsense(how) => f.write_str(how),
         }
     }
 }
@@ -96,11 +93,7 @@ pub async fn authenticate(
         let mut out = Vec::new();
         report.put(&mut out);
         // The client may be gone or not reading; the failure is the outcome either way.
-        let _ = tokio::time::timeout(LAST_WORD, async {
-            client.stream.write_all(&out).await?;
-            client.stream.shutdown().await
-        })
-        .await;
+        let _ = tokio::time::timeout(LAST_WORD, client.stream.say_last(&out)).await;
     }
     Err(failure)
 }
@@ -114,7 +107,7 @@ fn last_word(failure: &AuthFailure) -> Option<ErrorReport> {
                 .detail("No node can be asked for password verifiers now."),
         ),
         AuthFailure::Timeout => Some(ErrorReport::fatal("57014", "canceling authentication due to timeout")),
-        AuthFailure::Gone | AuthFailure::Io(_) | AuthFailure::Nonsense(_) => None,
+        AuthFailure::Gone | AuthFailure::Io(_) => None,
     }
 }
 
@@ -274,7 +267,8 @@ async fn receive(client: &mut ClientConnection) -> Result<Vec<u8>, AuthFailure> 
     client.stream.read_exact(&mut head[1..]).await.map_err(AuthFailure::Io)?;
     let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
     if !(4..=LARGEST).contains(&length) {
-        return Err(AuthFailure::Nonsense("invalid message length during the login"));
+        // PostgreSQL logs the length and then says no more than that the login failed.
+        return Err(AuthFailure::Refused(ErrorReport::fatal("28P01", "invalid message length")));
     }
     let mut body = vec![0; length - 4];
     client.stream.read_exact(&mut body).await.map_err(AuthFailure::Io)?;

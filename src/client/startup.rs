@@ -248,8 +248,7 @@ async fn refuse(stream: &mut Stream, report: ErrorReport) -> GreetError {
     let mut out = Vec::new();
     report.put(&mut out);
     // The client may be gone already; the report is the outcome either way.
-    let _ = stream.write_all(&out).await;
-    let _ = stream.shutdown().await;
+    let _ = stream.say_last(&out).await;
     GreetError::Refused(report)
 }
 
