@@ -278,6 +278,10 @@ async fn receive(client: &mut ClientConnection) -> Result<Vec<u8>, AuthFailure> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::login as backend;
+    use crate::client::startup::{Greeting, greet};
+    use crate::config::{ClientTlsConfig, NodeTlsConfig, NodeTlsMode, Secret};
+    use crate::net::{ClientTls, NodeTls};
     use proptest::prelude::*;
 
     #[test]
@@ -300,6 +304,102 @@ mod tests {
         check(b"SCRAM-SHA-256\0\0\0\0\x04n,,", none, Err("insufficient data left in message"));
         check(b"SCRAM-SHA-256\0\xff\xff\xff\xfe", none, Err("insufficient data left in message"));
         check(b"SCRAM-SHA-256\0\0\0\0\x02n,,", none, Err("invalid message format"));
+    }
+
+    /// Our own login to a node, played against our own login of a client: both ends of the protocol at
+    /// once, over a real socket. Gives what each side made of it.
+    async fn play(
+        client_mode: ClientTlsMode,
+        node_mode: NodeTlsMode,
+        user: &str,
+        password: &str,
+    ) -> (Result<backend::LoggedIn, backend::LoginError>, bool) {
+        let folder = tempfile::tempdir().unwrap();
+        let key = rcgen::KeyPair::generate().unwrap();
+        let own =
+            rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap().self_signed(&key).unwrap();
+        let (cert_file, key_file) = (folder.path().join("cert"), folder.path().join("key"));
+        std::fs::write(&cert_file, own.pem()).unwrap();
+        std::fs::write(&key_file, key.serialize_pem()).unwrap();
+        let client_tls = ClientTls::new(&ClientTlsConfig {
+            mode: client_mode,
+            cert: Some(cert_file.clone()),
+            key: Some(key_file),
+            ca: None,
+        })
+        .unwrap();
+        let verifying = matches!(node_mode, NodeTlsMode::VerifyCa | NodeTlsMode::VerifyFull);
+        let ca = verifying.then_some(cert_file);
+        let node_tls = NodeTls::new(&NodeTlsConfig { mode: node_mode, ca }).unwrap();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let serve = tokio::spawn(async move {
+            let verifiers = Verifiers::of_one("app", "geheim");
+            let mut bound = false;
+            // `prefer` and `allow` may come twice; the task ends with the test.
+            while let Ok((tcp, _)) = listener.accept().await {
+                let Ok(Greeting::Login(mut client)) = greet(tcp, &client_tls, deadline).await else {
+                    continue;
+                };
+                bound = client.channel_binding.is_some();
+                if authenticate(&mut client, &verifiers, deadline).await.is_ok() {
+                    send(&mut client, b"K\0\0\0\x0c\0\0\0\x07abcdZ\0\0\0\x05I").await.unwrap();
+                    break;
+                }
+            }
+            bound
+        });
+        let target = backend::LoginTarget {
+            host: "127.0.0.1",
+            port,
+            tls: &node_tls,
+            connect_timeout: Duration::from_secs(30),
+            tcp_user_timeout: Duration::ZERO,
+        };
+        let keys = LoginKeys::password(Secret(password.to_owned()));
+        let outcome = backend::log_in(&target, user, "shop", &[], &keys).await;
+        let bound = if outcome.is_ok() { serve.await.unwrap() } else { false };
+        (outcome, bound)
+    }
+
+    #[tokio::test]
+    async fn both_ends_log_in_with_and_without_tls() {
+        use ClientTlsMode::{Disable, Prefer, Require};
+        for (client, node, tls) in [
+            (Disable, NodeTlsMode::Disable, false),
+            (Disable, NodeTlsMode::Prefer, false),
+            (Prefer, NodeTlsMode::Prefer, true),
+            (Prefer, NodeTlsMode::Allow, false),
+            (Require, NodeTlsMode::Allow, true),
+            (Require, NodeTlsMode::Require, true),
+            (Require, NodeTlsMode::VerifyCa, true),
+            (Require, NodeTlsMode::VerifyFull, true),
+        ] {
+            let (outcome, bound) = play(client, node, "app", "geheim").await;
+            let logged_in = outcome.unwrap();
+            assert_eq!((logged_in.stream.is_tls(), bound), (tls, tls), "{client:?} {node:?}");
+            assert_eq!((logged_in.pid, logged_in.key.as_slice()), (7, &b"abcd"[..]));
+        }
+    }
+
+    #[tokio::test]
+    async fn whoever_is_not_let_in_is_told_the_same() {
+        for (user, password) in [("app", "falsch"), ("nobody", "geheim")] {
+            let (outcome, _) = play(ClientTlsMode::Disable, NodeTlsMode::Disable, user, password).await;
+            let Err(backend::LoginError::Refused { message, sqlstate, before_authentication }) = outcome
+            else {
+                panic!("{outcome:?}")
+            };
+            assert_eq!((&sqlstate, before_authentication), (b"28P01", false));
+            let words = format!("password authentication failed for user \"{user}\"");
+            assert_eq!(wire::error_fields(&message[wire::HEADER..]).message, words.as_bytes());
+        }
+        let (outcome, _) = play(ClientTlsMode::Require, NodeTlsMode::Disable, "app", "geheim").await;
+        let Err(backend::LoginError::Refused { sqlstate, before_authentication, .. }) = outcome else {
+            panic!("{outcome:?}")
+        };
+        assert_eq!((&sqlstate, before_authentication), (b"28000", true));
     }
 
     proptest! {

@@ -123,6 +123,15 @@ impl Verifiers {
         Ok(Verifiers { secret, source })
     }
 
+    /// One listed user, without a configuration around it.
+    #[cfg(test)]
+    pub(crate) fn of_one(user: &str, password: &str) -> Verifiers {
+        let password = Secret(password.to_owned());
+        let keys = LoginKeys::password(password.clone());
+        let listed = Listed { password, keys, verifier: OnceCell::new() };
+        Verifiers { secret: [3; 32], source: Source::Listed(HashMap::from([(user.to_owned(), listed)])) }
+    }
+
     /// What is known of `user` and its right to `database`.
     pub async fn look_up(&self, user: &str, database: &str) -> Result<Account, VerifierError> {
         match &self.source {
