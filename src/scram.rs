@@ -13,7 +13,7 @@
 //! `n` header passes as if it had been bound).
 //!
 //! Deliberately not here: sockets, the choice of verifiers, and where the costly PBKDF2 runs. Only
-//! [`salted_password`] and what is documented to call it is slow (about 1 ms per 4096 iterations).
+//! `salted_password` and what is documented to call it is slow (about 1 ms per 4096 iterations).
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
