@@ -1,0 +1,367 @@
+//! Who may log in, and by which verifier: from the configured users, or asked of the primary.
+//!
+//! Promises: a user who does not exist, has no password, has one that is not SCRAM, or whose password
+//! has expired looks the same from outside: a mock verifier, always with the same salt for the same
+//! name in one process. PBKDF2 runs once for each listed user, off the I/O threads. Answers of the
+//! nodes are not kept: rights are those of the moment of login, and a question is bounded in time.
+//!
+//! While the primary does not answer, replicas are asked, which may lag behind a change of password by
+//! their replay lag. The proxy's clock decides whether a password has expired.
+//!
+//! Deliberately not here: the exchange itself ([`super::auth`]), and any cache of questions.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use ring::rand::{SecureRandom, SystemRandom};
+use tokio::sync::OnceCell;
+use tokio_postgres::types::Type;
+
+use crate::config::{AuthSource, Config, Secret};
+use crate::node::Nodes;
+use crate::scram::{LoginKeys, Verifier};
+use crate::topology::{NodeId, Standing, TopologyHandle};
+
+/// How long one node may take for one answer.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Nodes asked for one login, at most.
+const ASKED: usize = 3;
+
+/// Where verifiers come from. One for the whole proxy.
+pub struct Verifiers {
+    /// Makes mock verifiers unpredictable, and the same for the same name.
+    secret: [u8; 32],
+    source: Source,
+}
+
+enum Source {
+    Listed(HashMap<String, Listed>),
+    Asked { config: Arc<Config>, nodes: Arc<Nodes>, topology: Arc<TopologyHandle> },
+}
+
+struct Listed {
+    password: Secret,
+    keys: LoginKeys,
+    verifier: OnceCell<Verifier>,
+}
+
+/// What is known of a user who wants to log in to a database.
+#[derive(Clone, Debug)]
+pub struct Account {
+    /// What the client must prove itself against; a mock when nothing could let it in.
+    pub verifier: Verifier,
+    /// What logs in to the nodes, where it is known beforehand; else the exchange yields it.
+    pub known_keys: Option<LoginKeys>,
+    /// `rolcanlogin`.
+    pub may_log_in: bool,
+    /// Whether the database may be connected to.
+    pub database: DatabaseAccess,
+}
+
+/// Whether a database may be connected to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DatabaseAccess {
+    /// It may; or the node is to decide (source `list`).
+    Granted,
+    /// The role lacks CONNECT.
+    Denied,
+    /// There is no such database.
+    Unknown,
+}
+
+/// No verifier can be had now.
+#[derive(Debug)]
+pub enum VerifierError {
+    /// No node that could be asked answered; how the last one failed.
+    NoNode(String),
+    /// A node answered, but not with what `auth.query` must yield.
+    Query(String),
+    /// The system gave no random bytes, or the derivation was cut off by the end of the process.
+    System(&'static str),
+}
+
+impl fmt::Display for VerifierError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            VerifierError::NoNode(cause) => write!(f, "no node answers auth.query: {cause}"),
+            VerifierError::Query(cause) => write!(f, "auth.query failed: {cause}"),
+            VerifierError::System(what) => f.write_str(what),
+        }
+    }
+}
+
+impl std::error::Error for VerifierError {}
+
+impl Verifiers {
+    /// Nothing is asked or derived yet.
+    pub fn new(
+        config: Arc<Config>,
+        nodes: Arc<Nodes>,
+        topology: Arc<TopologyHandle>,
+    ) -> Result<Verifiers, VerifierError> {
+        let mut secret = [0; 32];
+        SystemRandom::new()
+            .fill(&mut secret)
+            .map_err(|_| VerifierError::System("no random bytes from the system"))?;
+        let source = match config.auth.source {
+            AuthSource::Query => Source::Asked { config, nodes, topology },
+            AuthSource::List => Source::Listed(
+                config
+                    .auth
+                    .users
+                    .iter()
+                    .map(|user| {
+                        let keys = LoginKeys::password(user.password.clone());
+                        let password = user.password.clone();
+                        (user.name.clone(), Listed { password, keys, verifier: OnceCell::new() })
+                    })
+                    .collect(),
+            ),
+        };
+        Ok(Verifiers { secret, source })
+    }
+
+    /// One listed user, without a configuration around it.
+    #[cfg(test)]
+    pub(crate) fn of_one(user: &str, password: &str) -> Verifiers {
+        let password = Secret(password.to_owned());
+        let keys = LoginKeys::password(password.clone());
+        let listed = Listed { password, keys, verifier: OnceCell::new() };
+        Verifiers { secret: [3; 32], source: Source::Listed(HashMap::from([(user.to_owned(), listed)])) }
+    }
+
+    /// What is known of `user` and its right to `database`.
+    pub async fn look_up(&self, user: &str, database: &str) -> Result<Account, VerifierError> {
+        match &self.source {
+            Source::Listed(users) => match users.get(user) {
+                Some(listed) => self.listed(user, listed).await,
+                None => Ok(self.nobody(user)),
+            },
+            Source::Asked { config, nodes, topology } => {
+                let row = ask_nodes(config, nodes, topology, user, database).await?;
+                Ok(match row {
+                    Some(row) => self.account(user, row, SystemTime::now()),
+                    None => self.nobody(user),
+                })
+            }
+        }
+    }
+
+    async fn listed(&self, user: &str, listed: &Listed) -> Result<Account, VerifierError> {
+        let derive = || async {
+            let (password, user, secret) = (listed.password.clone(), user.to_owned(), self.secret);
+            tokio::task::spawn_blocking(move || Verifier::from_password(&password.0, &user, &secret))
+                .await
+                .map_err(|_| VerifierError::System("the key derivation was cut off"))
+        };
+        Ok(Account {
+            verifier: listed.verifier.get_or_try_init(derive).await?.clone(),
+            // The keys of this exchange belong to our own salt; only the password fits the nodes'.
+            known_keys: Some(listed.keys.clone()),
+            may_log_in: true,
+            database: DatabaseAccess::Granted,
+        })
+    }
+
+    fn nobody(&self, user: &str) -> Account {
+        Account {
+            verifier: Verifier::mock(user, &self.secret),
+            known_keys: None,
+            may_log_in: true,
+            database: DatabaseAccess::Granted,
+        }
+    }
+
+    fn account(&self, user: &str, row: AuthRow, now: SystemTime) -> Account {
+        let expired = row.valid_until.is_some_and(|until| until < now);
+        let verifier = row.verifier.as_deref().filter(|_| !expired).and_then(Verifier::parse);
+        Account {
+            verifier: verifier.unwrap_or_else(|| Verifier::mock(user, &self.secret)),
+            known_keys: None,
+            // A null says neither yes nor no: closed.
+            may_log_in: row.may_log_in.unwrap_or(false),
+            database: match row.may_connect {
+                Some(true) => DatabaseAccess::Granted,
+                Some(false) => DatabaseAccess::Denied,
+                None => DatabaseAccess::Unknown,
+            },
+        }
+    }
+}
+
+/// One answer of `auth.query`.
+#[derive(Clone)]
+struct AuthRow {
+    /// `rolpassword`; null: no password.
+    verifier: Option<String>,
+    /// `rolcanlogin`.
+    may_log_in: Option<bool>,
+    /// `rolvaliduntil`; null: for ever.
+    valid_until: Option<SystemTime>,
+    /// CONNECT on the database; null: there is no such database.
+    may_connect: Option<bool>,
+}
+
+/// Why one node gave no row.
+enum AskError {
+    /// It could not be asked: another may answer.
+    Away(String),
+    /// It answered with an error, which another would give too.
+    Answered(String),
+}
+
+async fn ask_nodes(
+    config: &Config,
+    nodes: &Nodes,
+    topology: &TopologyHandle,
+    user: &str,
+    database: &str,
+) -> Result<Option<AuthRow>, VerifierError> {
+    let mut last = "no primary and no replica is known".to_owned();
+    for node in whom_to_ask(topology) {
+        let attempt = async {
+            let client = nodes
+                .client(node, &config.control.database)
+                .await
+                .map_err(|error| AskError::Away(format!("{}: {}", error.node, error.cause)))?;
+            ask(&client, &config.auth.query, user, database).await
+        };
+        match tokio::time::timeout(ANSWER, attempt).await {
+            Ok(Ok(row)) => return Ok(row),
+            Ok(Err(AskError::Answered(cause))) => return Err(VerifierError::Query(cause)),
+            Ok(Err(AskError::Away(cause))) => last = cause,
+            Err(_) => last = "no answer in time".to_owned(),
+        }
+    }
+    Err(VerifierError::NoNode(last))
+}
+
+/// The primary first (last when its probes fail), then replicas, the freshest first.
+fn whom_to_ask(topology: &TopologyHandle) -> Vec<NodeId> {
+    let topology = topology.load();
+    let mut found: Vec<_> = topology
+        .nodes
+        .iter()
+        .filter_map(|node| {
+            let rank = match &node.standing {
+                Standing::Primary { reachable: true } => (0, 0),
+                Standing::Replica => (1, node.replay_lag_bytes.unwrap_or(u64::MAX)),
+                Standing::Primary { reachable: false } => (2, 0),
+                Standing::Excluded(_) => return None,
+            };
+            Some((rank, node.id))
+        })
+        .collect();
+    found.sort();
+    found.into_iter().map(|(_, id)| id).take(ASKED).collect()
+}
+
+/// Asks one node. Both parameters are text, so that one round trip does.
+async fn ask(
+    client: &tokio_postgres::Client,
+    query: &str,
+    user: &str,
+    database: &str,
+) -> Result<Option<AuthRow>, AskError> {
+    let rows = client.query_typed(query, &[(&user, Type::TEXT), (&database, Type::TEXT)]).await;
+    let rows = rows.map_err(|error| match error.as_db_error() {
+        // 57P01 to 57P03: the server is going down or coming up.
+        Some(answer) if !answer.code().code().starts_with("57P") => AskError::Answered(answer.to_string()),
+        _ => AskError::Away(error.to_string()),
+    })?;
+    let [row] = rows.as_slice() else {
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        return Err(AskError::Answered("more than one row".to_owned()));
+    };
+    if row.len() < 4 {
+        return Err(AskError::Answered("less than four columns".to_owned()));
+    }
+    let wrong = |error: tokio_postgres::Error| AskError::Answered(error.to_string());
+    Ok(Some(AuthRow {
+        verifier: row.try_get(0).map_err(wrong)?,
+        may_log_in: row.try_get(1).map_err(wrong)?,
+        valid_until: row.try_get(2).map_err(wrong)?,
+        may_connect: row.try_get(3).map_err(wrong)?,
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::topology::{Epoch, Exclusion, NodeView, Topology};
+
+    const GOOD: &str = "SCRAM-SHA-256$4096:W22ZaJ0SNY7soEsUEjb6gQ==$WG5d8oPm3OtcPnkdi4Uo7BkeZkBFzpcXkuLmtbsT4qY=:wfPLwcE6nTWhTAmQ7tl2KeoiWGPlZqQxSrmfPwDl2dU=";
+
+    fn row() -> AuthRow {
+        AuthRow {
+            verifier: Some(GOOD.to_owned()),
+            may_log_in: Some(true),
+            valid_until: None,
+            may_connect: Some(true),
+        }
+    }
+
+    #[test]
+    fn only_a_valid_scram_verifier_lets_anybody_in() {
+        let verifiers = Verifiers { secret: [1; 32], source: Source::Listed(HashMap::new()) };
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+        let is_mock = |row: AuthRow| verifiers.account("app", row, now).verifier.is_mock();
+        assert!(!is_mock(row()));
+        assert!(!is_mock(AuthRow { valid_until: Some(now + Duration::from_secs(1)), ..row() }));
+        assert!(is_mock(AuthRow { valid_until: Some(now - Duration::from_secs(1)), ..row() }));
+        assert!(is_mock(AuthRow { verifier: None, ..row() }));
+        assert!(is_mock(AuthRow {
+            verifier: Some("md5e0cd8f0e1ff4ae1b5de6e3f5b8a1b5f1".to_owned()),
+            ..row()
+        }));
+    }
+
+    #[test]
+    fn a_null_never_opens_anything() {
+        let verifiers = Verifiers { secret: [1; 32], source: Source::Listed(HashMap::new()) };
+        let account = |row| verifiers.account("app", row, SystemTime::UNIX_EPOCH);
+        assert!(!account(AuthRow { may_log_in: None, ..row() }).may_log_in);
+        assert_eq!(account(AuthRow { may_connect: None, ..row() }).database, DatabaseAccess::Unknown);
+        assert_eq!(account(AuthRow { may_connect: Some(false), ..row() }).database, DatabaseAccess::Denied);
+        assert_eq!(account(row()).database, DatabaseAccess::Granted);
+    }
+
+    #[test]
+    fn the_primary_is_asked_first_and_excluded_nodes_never() {
+        let check = |standings: [Standing; 3], expected: &[u16]| {
+            let nodes = standings
+                .into_iter()
+                .enumerate()
+                .map(|(index, standing)| NodeView {
+                    id: NodeId(index as u16),
+                    name: "n".into(),
+                    weight: 1,
+                    standing,
+                    timeline: None,
+                    replay_lag_bytes: Some(100 - index as u64),
+                    replay_lag: None,
+                    server_major: None,
+                })
+                .collect();
+            let topology = Topology {
+                epoch: Epoch(1),
+                system_identifier: None,
+                primary: None,
+                timeline: None,
+                nodes,
+                switches: vec![],
+            };
+            let found = whom_to_ask(&TopologyHandle::new(topology));
+            assert_eq!(found, expected.iter().map(|&id| NodeId(id)).collect::<Vec<_>>());
+        };
+        let primary = |reachable| Standing::Primary { reachable };
+        let away = Standing::Excluded(Exclusion::NotProbed);
+        check([Standing::Replica, Standing::Replica, primary(true)], &[2, 1, 0]);
+        check([primary(false), Standing::Replica, Standing::Replica], &[2, 1, 0]);
+        check([away.clone(), Standing::Replica, away], &[1]);
+    }
+}
