@@ -2,5 +2,7 @@
 //! it keeps.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "end_to_end/fixture.rs"]
+mod fixture;
 #[path = "end_to_end/private_cluster.rs"]
 mod private_cluster;

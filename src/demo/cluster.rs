@@ -335,7 +335,8 @@ impl Home {
                 Err(error) => failure = Some(error),
             }
         }
-        Err(failure.unwrap_or_else(|| ClusterError::Deadline("no usable directory for temporary files".into())))
+        Err(failure
+            .unwrap_or_else(|| ClusterError::Deadline("no usable directory for temporary files".into())))
     }
 
     fn make_at(run_as: RunAs, path: PathBuf) -> Result<Home, ClusterError> {
@@ -358,7 +359,8 @@ impl Home {
 
     /// Runs a program of PostgreSQL's to its end; its output is the error's text.
     fn run(&self, command: &mut Command, stdin: &str) -> Result<String, ClusterError> {
-        let name = Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name =
+            Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
         // In the directory, so that the janitor finds it.
         command.current_dir(&self.path).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = system(format_args!("cannot run {name}"), command.spawn())?;
@@ -479,7 +481,9 @@ impl PrivateCluster {
         let cluster = {
             let (options, bin) = (options.clone(), bin.clone());
             let made = tokio::task::spawn_blocking(move || PrivateCluster::make(&options, bin));
-            made.await.map_err(|error| ClusterError::System("making the cluster".into(), io::Error::other(error)))??
+            made.await.map_err(|error| {
+                ClusterError::System("making the cluster".into(), io::Error::other(error))
+            })??
         };
         for node in &cluster.nodes {
             progress(&format!("starting {} on 127.0.0.1:{}", node.name, node.port()));
@@ -753,7 +757,9 @@ impl PrivateNode {
         let postmaster = self.pid();
         let mut pids = Vec::new();
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+                continue;
+            };
             if fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd == self.data) {
                 pids.push(pid);
             }
@@ -895,10 +901,14 @@ impl PrivateNode {
         )?;
         let Login { user, password } = &self.roles.replicator;
         let mut copy = self.run_as.command(self.bin.join("pg_basebackup"));
-        copy.args(["-h", "127.0.0.1", "-p", &upstream.port().to_string(), "-U", user]).arg("-D").arg(&self.data);
+        copy.args(["-h", "127.0.0.1", "-p", &upstream.port().to_string(), "-U", user])
+            .arg("-D")
+            .arg(&self.data);
         copy.args(["-X", "stream", "-c", "fast", "-R", "--no-sync"]).env("PGPASSWORD", password);
         copy.current_dir(&self.data).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let output = tokio::task::spawn_blocking(move || copy.output()).await.unwrap_or_else(|error| Err(io::Error::other(error)));
+        let output = tokio::task::spawn_blocking(move || copy.output())
+            .await
+            .unwrap_or_else(|error| Err(io::Error::other(error)));
         let output = system("cannot run pg_basebackup", output)?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -910,7 +920,8 @@ impl PrivateNode {
         text += &format!("port = {}\ncluster_name = '{}'\n", self.port(), self.name);
         self.run_as.write(&conf, &text)?;
         let auto = self.data.join("postgresql.auto.conf");
-        self.run_as.write(&auto, &format!("primary_conninfo = '{}'\n", quoted(&self.conninfo(upstream.port()))))?;
+        self.run_as
+            .write(&auto, &format!("primary_conninfo = '{}'\n", quoted(&self.conninfo(upstream.port()))))?;
         self.start().await
     }
 
@@ -920,7 +931,10 @@ impl PrivateNode {
         let query = |error| ClusterError::Query(self.name.clone(), error);
         let before: String =
             client.query_one("SELECT pg_conf_load_time()::text", &[]).await.map_err(query)?.get(0);
-        client.batch_execute(&format!("ALTER SYSTEM SET {name} = '{}'", quoted(value))).await.map_err(query)?;
+        client
+            .batch_execute(&format!("ALTER SYSTEM SET {name} = '{}'", quoted(value)))
+            .await
+            .map_err(query)?;
         client.batch_execute("SELECT pg_reload_conf()").await.map_err(query)?;
         let deadline = Instant::now() + SERVER_DEADLINE;
         loop {
@@ -935,7 +949,9 @@ impl PrivateNode {
 
     /// A connection of its own, past every proxy.
     pub async fn connect(&self, database: &str, login: &Login) -> Result<Client, ClusterError> {
-        connect(self.port(), database, login).await.map_err(|error| ClusterError::Query(self.name.clone(), error))
+        connect(self.port(), database, login)
+            .await
+            .map_err(|error| ClusterError::Query(self.name.clone(), error))
     }
 
     /// The superuser's connection to the database `postgres`.
