@@ -3,11 +3,10 @@
 //! it waits for, up to [`PATIENCE`].
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::net::Ipv4Addr;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use highwater::demo::cluster::{self, ClusterOptions, Login, PrivateCluster};
@@ -130,6 +129,11 @@ impl Link {
             }
             to.write_all(&buffer[..got]).await?;
         }
+    }
+
+    /// Where the node is reached through this link.
+    pub fn port(&self) -> u16 {
+        self.port.number()
     }
 
     /// Closes all connections and refuses new ones.
@@ -322,7 +326,11 @@ impl Proxy {
         let (port, http) = (ReservedPort::claim().unwrap(), ReservedPort::claim().unwrap());
         let directory = tempfile::tempdir().unwrap();
         let config = directory.path().join("config.yaml");
-        std::fs::write(&config, config_text(cluster, port.number(), http.number(), directory.path(), &options)).unwrap();
+        std::fs::write(
+            &config,
+            config_text(cluster, port.number(), http.number(), directory.path(), &options),
+        )
+        .unwrap();
 
         let log = std::fs::File::create(directory.path().join("log")).unwrap();
         let process = Command::new(env!("CARGO_BIN_EXE_highwater"))
@@ -401,7 +409,11 @@ impl Proxy {
         cluster::connect(self.port(), "app", &self.app).await.unwrap()
     }
 
-    pub async fn connect_as(&self, database: &str, login: &Login) -> Result<tokio_postgres::Client, tokio_postgres::Error> {
+    pub async fn connect_as(
+        &self,
+        database: &str,
+        login: &Login,
+    ) -> Result<tokio_postgres::Client, tokio_postgres::Error> {
         cluster::connect(self.port(), database, login).await
     }
 
@@ -475,9 +487,12 @@ impl Drop for Proxy {
                     loop {
                         match self.process.try_wait() {
                             Ok(Some(status)) if status.success() => break,
-                            Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
+                            Ok(None) if Instant::now() < deadline => {
+                                std::thread::sleep(Duration::from_millis(5))
+                            }
                             how => {
-                                complaint = Some(format!("the proxy did not exit cleanly on SIGTERM: {how:?}"));
+                                complaint =
+                                    Some(format!("the proxy did not exit cleanly on SIGTERM: {how:?}"));
                                 break;
                             }
                         }
@@ -506,14 +521,20 @@ impl Drop for Proxy {
     }
 }
 
-fn config_text(cluster: &Cluster, port: u16, http: u16, directory: &Path, options: &ProxyOptions<'_>) -> String {
+fn config_text(
+    cluster: &Cluster,
+    port: u16,
+    http: u16,
+    directory: &Path,
+    options: &ProxyOptions<'_>,
+) -> String {
     let control = &cluster.roles().control;
     let nodes: String = cluster
         .nodes()
         .iter()
         .zip(&cluster.links)
         .map(|(node, link)| {
-            format!("  - {{ name: {}, host: 127.0.0.1, port: {} }}\n", node.name(), link.port.number())
+            format!("  - {{ name: {}, host: 127.0.0.1, port: {} }}\n", node.name(), link.port())
         })
         .collect();
     let base = format!(
@@ -609,7 +630,9 @@ impl Message {
     pub fn field(&self, code: u8) -> Option<String> {
         assert!(matches!(self.tag, b'E' | b'N'), "not an error or notice: {self:?}");
         let mut fields = self.body.split(|byte| *byte == 0);
-        fields.find(|field| field.first() == Some(&code)).map(|field| String::from_utf8_lossy(&field[1..]).into_owned())
+        fields
+            .find(|field| field.first() == Some(&code))
+            .map(|field| String::from_utf8_lossy(&field[1..]).into_owned())
     }
 
     /// The columns of a DataRow as text.
