@@ -290,7 +290,8 @@ fn pure_modules_do_no_io_and_ask_neither_clock_nor_chance() {
                     .iter()
                     .any(|(file, text)| source.path == *file && source.code[offset..].starts_with(text));
                 let word_before = source.code[..offset].ends_with(|c: char| c.is_alphanumeric() || c == '_');
-                if !excused && !(word_before && impure.starts_with(char::is_alphabetic)) {
+                let part_of_a_word = word_before && impure.starts_with(char::is_alphabetic);
+                if !excused && !part_of_a_word {
                     wrong.push(format!("{}: {impure} in a pure module", source.at(offset)));
                 }
             }

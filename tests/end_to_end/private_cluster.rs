@@ -228,3 +228,19 @@ async fn a_killed_owner_leaves_nothing_behind() {
     .await
     .expect("servers or files outlived their owner");
 }
+
+#[test]
+fn a_demo_whose_proxy_does_not_start_says_why_and_leaves_nothing() {
+    let (tell, told) = std::sync::mpsc::channel();
+    let refuse = move |config: &Path| -> Result<(), String> {
+        tell.send((config.to_owned(), std::fs::read_to_string(config).unwrap())).unwrap();
+        Err("not today".into())
+    };
+    let error = highwater::demo::run(&highwater::demo::DemoOptions::default(), refuse).unwrap_err();
+    assert!(error.to_string().contains("not today"));
+    let (config, text) = told.recv().unwrap();
+    let directory = config.parent().unwrap();
+    assert!(!directory.exists() && processes_in(directory).is_empty());
+    let nodes = serde_yaml::from_str::<serde_yaml::Value>(&text).unwrap();
+    assert_eq!(nodes["nodes"].as_sequence().unwrap().len(), 3);
+}
