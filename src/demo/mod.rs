@@ -1,0 +1,489 @@
+//! `highwater demo`: a private primary and two replicas in a temporary directory, the proxy over
+//! them, a little live traffic, and one line a second that says what ran where and why.
+//!
+//! Promises: needs nothing but PostgreSQL's programs on the machine; uses ports and files of its own
+//! only, and leaves none behind, on Ctrl-C, SIGTERM and SIGKILL alike. Everything it shows of the
+//! routing comes from the proxy's own /metrics, so that what is printed is what was counted.
+//!
+//! Does not measure: the traffic is paced for reading along, not for load.
+
+pub mod cluster;
+pub mod port;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use self::cluster::{ClusterError, ClusterOptions, Identity, Login, PrivateCluster, connect};
+use self::port::ReservedPort;
+
+/// The metric of statements answered, with labels for the node and for why it was that one.
+const STATEMENTS: &str = "highwater_statements_total";
+
+/// A replica's distance behind the primary.
+const LAG_BYTES: &str = "highwater_replay_lag_bytes";
+
+/// The same as time.
+const LAG_SECONDS: &str = "highwater_replay_lag_seconds";
+
+/// How long the proxy may take to find the cluster.
+const READY_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Sessions that write and read back what they wrote.
+const WRITERS: i32 = 3;
+
+/// Sessions that only read.
+const READERS: i32 = 5;
+
+/// Between two statements of a writer.
+const WRITE_PACE: Duration = Duration::from_millis(50);
+
+/// Between two statements of a reader.
+const READ_PACE: Duration = Duration::from_millis(20);
+
+/// What the demo is asked for.
+#[derive(Clone, Debug, Default)]
+pub struct DemoOptions {
+    /// When to end by itself, counted from the first line of traffic; `None`: at Ctrl-C or SIGTERM.
+    pub exit_after: Option<Duration>,
+}
+
+/// The demo could not start or go on.
+#[derive(Debug)]
+pub enum DemoError {
+    /// The private cluster.
+    Cluster(ClusterError),
+    /// The proxy did not start; its own words.
+    Proxy(String),
+    /// The proxy started but was not ready in time.
+    NotReady,
+    /// A statement of the demo's own failed: the statement and the error.
+    Statement(String, tokio_postgres::Error),
+    /// A system call: what was tried, and the answer.
+    System(&'static str, io::Error),
+}
+
+impl fmt::Display for DemoError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DemoError::Cluster(error) => error.fmt(f),
+            DemoError::Proxy(said) => write!(f, "the proxy did not start: {said}"),
+            DemoError::NotReady => write!(f, "the proxy was not ready within {READY_DEADLINE:?}"),
+            DemoError::Statement(sql, error) => match error.as_db_error() {
+                Some(error) => write!(f, "{sql}: {} ({})", error.message(), error.code().code()),
+                None => write!(f, "{sql}: {error}"),
+            },
+            DemoError::System(what, error) => write!(f, "{what}: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for DemoError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            DemoError::Cluster(error) => Some(error),
+            DemoError::Statement(_, error) => Some(error),
+            DemoError::System(_, error) => Some(error),
+            DemoError::Proxy(_) | DemoError::NotReady => None,
+        }
+    }
+}
+
+impl From<ClusterError> for DemoError {
+    fn from(error: ClusterError) -> DemoError {
+        DemoError::Cluster(error)
+    }
+}
+
+/// Runs the demo to its end. `start_proxy` is given the path of a configuration file, starts a proxy
+/// by it in this process and returns what stops it when dropped. It is called on a blocking thread.
+pub fn run<P, F>(options: &DemoOptions, start_proxy: F) -> Result<(), DemoError>
+where
+    P: Send + 'static,
+    F: FnOnce(&Path) -> Result<P, String> + Send + 'static,
+{
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| DemoError::System("cannot start a runtime", error))?;
+    let result = runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(signal_error)?;
+        let mut terminate = signal(SignalKind::terminate()).map_err(signal_error)?;
+        tokio::select! {
+            result = play(options, start_proxy) => result,
+            _ = interrupt.recv() => Ok(()),
+            _ = terminate.recv() => Ok(()),
+        }
+    });
+    match result {
+        // Whoever read along has seen enough: `highwater demo | head`.
+        Err(DemoError::System(_, error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        Ok(()) => {
+            // The servers and files are gone by now: they ended with the future above.
+            let _ = say("stopped; servers and files are gone");
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+fn signal_error(error: io::Error) -> DemoError {
+    DemoError::System("cannot wait for signals", error)
+}
+
+/// One line on standard output.
+fn say(line: &str) -> Result<(), DemoError> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{line}")
+        .and_then(|()| out.flush())
+        .map_err(|error| DemoError::System("cannot print", error))
+}
+
+async fn play<P, F>(options: &DemoOptions, start_proxy: F) -> Result<(), DemoError>
+where
+    P: Send + 'static,
+    F: FnOnce(&Path) -> Result<P, String> + Send + 'static,
+{
+    // An identity of its own, so that the template goes as soon as it has been copied.
+    let cluster_options =
+        ClusterOptions { replicas: 2, identity: Identity::Own, ..ClusterOptions::default() };
+    let cluster = PrivateCluster::start(&cluster_options, &mut |step| drop(say(step))).await?;
+    let claim = || ReservedPort::claim().map_err(|error| DemoError::System("no free port", error));
+    let (port, http) = (claim()?, claim()?);
+    let proxy = Proxy { port: port.number(), http: http.number() };
+
+    say(&format!("starting the proxy on 127.0.0.1:{}", proxy.port))?;
+    let config = cluster.directory().join("config.yaml");
+    let text = config_text(&cluster, &proxy);
+    std::fs::write(&config, text)
+        .map_err(|error| DemoError::System("cannot write the configuration", error))?;
+    // Dropped before the cluster, at whichever point this future ends.
+    let _running = tokio::task::spawn_blocking(move || start_proxy(&config))
+        .await
+        .unwrap_or_else(|error| Err(error.to_string()))
+        .map_err(DemoError::Proxy)?;
+    proxy.wait_ready().await?;
+
+    introduce(&cluster, &proxy)?;
+    let app = cluster.roles().app.clone();
+    show_samples(&proxy, &app).await?;
+    show_traffic(&proxy, &app, options.exit_after).await
+}
+
+fn config_text(cluster: &PrivateCluster, proxy: &Proxy) -> String {
+    let Login { user, password } = &cluster.roles().control;
+    let mut text =
+        format!("listen: 127.0.0.1:{}\nhttp: 127.0.0.1:{}\nworkers: 2\nnodes:\n", proxy.port, proxy.http);
+    for node in cluster.nodes() {
+        text += &format!("  - {{ name: {}, host: 127.0.0.1, port: {} }}\n", node.name(), node.port());
+    }
+    text += &format!(
+        "control: {{ user: {user}, password: '{password}', database: postgres }}\n\
+         auth: {{ source: query, admins: [ {user} ] }}\n\
+         node_tls: {{ mode: disable }}\n\
+         failover: {{ mode: follow, state_dir: '{state}' }}\n\
+         log: {{ level: warn }}\n",
+        state = cluster.directory().join("state").display()
+    );
+    text
+}
+
+fn introduce(cluster: &PrivateCluster, proxy: &Proxy) -> Result<(), DemoError> {
+    say(&format!("directory: {}", cluster.directory().display()))?;
+    for (index, node) in cluster.nodes().iter().enumerate() {
+        let role = if index == 0 { "primary" } else { "replica" };
+        say(&format!("node {}: {role}, 127.0.0.1:{}", node.name(), node.port()))?;
+    }
+    let Login { user, password } = &cluster.roles().app;
+    say("")?;
+    say("try it yourself, from another terminal:")?;
+    say(&format!("  psql 'postgresql://{user}:{password}@127.0.0.1:{}/app'", proxy.port))?;
+    say(&format!("  curl -s http://127.0.0.1:{}/metrics | grep ^highwater_", proxy.http))
+}
+
+/// Where the proxy listens.
+struct Proxy {
+    port: u16,
+    http: u16,
+}
+
+impl Proxy {
+    async fn get(&self, path: &str) -> io::Result<(u16, String)> {
+        let ask = async {
+            let mut stream = TcpStream::connect(("127.0.0.1", self.http)).await?;
+            let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+            stream.write_all(request.as_bytes()).await?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await?;
+            let (head, body) = answer.split_once("\r\n\r\n").ok_or(io::ErrorKind::InvalidData)?;
+            let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+            Ok((status.ok_or(io::ErrorKind::InvalidData)?, body.to_owned()))
+        };
+        tokio::time::timeout(Duration::from_secs(5), ask).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    async fn wait_ready(&self) -> Result<(), DemoError> {
+        let deadline = Instant::now() + READY_DEADLINE;
+        loop {
+            if matches!(self.get("/readyz").await, Ok((200, _))) {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(DemoError::NotReady);
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn scrape(&self) -> Result<Scrape, DemoError> {
+        let (_, text) =
+            self.get("/metrics").await.map_err(|error| DemoError::System("cannot read /metrics", error))?;
+        Ok(Scrape::parse(&text))
+    }
+}
+
+/// Why statements went where they went: (node, class, reason), as the metric labels them.
+type Why = (String, String, String);
+
+/// What the demo reads from /metrics.
+#[derive(Debug, Default, PartialEq)]
+struct Scrape {
+    statements: BTreeMap<Why, f64>,
+    /// By node: bytes, seconds.
+    lag: BTreeMap<String, (f64, f64)>,
+}
+
+impl Scrape {
+    /// Prometheus' text format; lines of other metrics are skipped.
+    fn parse(text: &str) -> Scrape {
+        let mut scrape = Scrape::default();
+        for line in text.lines() {
+            let Some((series, value)) = line.rsplit_once(' ') else { continue };
+            let Some((name, labels)) = series.trim_end_matches('}').split_once('{') else { continue };
+            let Ok(value) = value.parse::<f64>() else { continue };
+            let label = |wanted: &str| {
+                let mut pairs = labels.split("\",").filter_map(|pair| pair.split_once("=\""));
+                let found = pairs.find(|(label, _)| label.trim() == wanted);
+                found.map(|(_, text)| text.trim_end_matches('"').to_owned()).unwrap_or_default()
+            };
+            match name {
+                STATEMENTS => {
+                    let why = (label("node"), label("class"), label("reason"));
+                    *scrape.statements.entry(why).or_default() += value;
+                }
+                LAG_BYTES => scrape.lag.entry(label("node")).or_default().0 = value,
+                LAG_SECONDS => scrape.lag.entry(label("node")).or_default().1 = value,
+                _ => {}
+            }
+        }
+        scrape
+    }
+
+    /// What was counted since `earlier`.
+    fn since(&self, earlier: &Scrape) -> BTreeMap<Why, u64> {
+        let grown = self.statements.iter().filter_map(|(why, now)| {
+            let before = earlier.statements.get(why).copied().unwrap_or_default();
+            // Counts are whole; a negative difference (a restarted proxy) saturates to 0.
+            let count = (now - before).round() as u64;
+            (count > 0).then(|| (why.clone(), count))
+        });
+        grown.collect()
+    }
+}
+
+/// Statements that each show one rule, one after the other on one session.
+const SAMPLES: &[&str] = &[
+    "CREATE TABLE account (id int PRIMARY KEY, balance bigint NOT NULL)",
+    "INSERT INTO account SELECT i, 100 FROM generate_series(1, 1000) i",
+    "SELECT balance FROM account WHERE id = 7",
+    "SELECT count(*) FROM account",
+    "SELECT * FROM account WHERE id = 7 FOR UPDATE",
+    "WITH m AS (UPDATE account SET balance = balance + 1 WHERE id = 7 RETURNING balance) SELECT * FROM m",
+    "SELECT pg_is_in_recovery()",
+    "SELECT 1; DELETE FROM account WHERE id = 1000",
+];
+
+async fn show_samples(proxy: &Proxy, app: &Login) -> Result<(), DemoError> {
+    say("")?;
+    say("where statements go, and why:")?;
+    let client = connect(proxy.port, "app", app)
+        .await
+        .map_err(|error| DemoError::Statement("connecting through the proxy".into(), error))?;
+    for sql in SAMPLES {
+        let before = proxy.scrape().await?;
+        client.batch_execute(sql).await.map_err(|error| DemoError::Statement((*sql).into(), error))?;
+        // A second message follows the first on a replica only once that one has caught up; the
+        // demo shows the usual case, not the race.
+        let ran = counted_since(proxy, &before).await?;
+        let places: Vec<String> =
+            ran.keys().map(|(node, class, reason)| format!("{node} ({class}: {reason})")).collect();
+        say(&format!("  {:<24} <- {sql}", places.join(", ")))?;
+    }
+    Ok(())
+}
+
+/// The difference once there is one: a statement is counted when its answer has been passed on, and
+/// we may ask before that.
+async fn counted_since(proxy: &Proxy, before: &Scrape) -> Result<BTreeMap<Why, u64>, DemoError> {
+    let deadline = Instant::now() + Duration::from_secs(1);
+    loop {
+        let ran = proxy.scrape().await?.since(before);
+        if !ran.is_empty() || Instant::now() >= deadline {
+            return Ok(ran);
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// What the traffic has seen.
+#[derive(Debug, Default)]
+struct Seen {
+    /// Rows read back by the session that wrote them.
+    own: AtomicU64,
+    /// Of those, older than what was written: 0, or the product is broken.
+    stale: AtomicU64,
+}
+
+async fn show_traffic(proxy: &Proxy, app: &Login, exit_after: Option<Duration>) -> Result<(), DemoError> {
+    say("")?;
+    say(&format!(
+        "live traffic: {WRITERS} sessions write and read their own rows back, {READERS} only read; per second:"
+    ))?;
+    let seen = Arc::new(Seen::default());
+    // Its tasks end with it.
+    let mut sessions = JoinSet::new();
+    for id in 1..=WRITERS {
+        sessions.spawn(writer(proxy.port, app.clone(), id, seen.clone()));
+    }
+    for id in 1..=READERS {
+        sessions.spawn(reader(proxy.port, app.clone(), id));
+    }
+    let end = exit_after.map(|after| Instant::now() + after);
+    let mut tick = tokio::time::interval(Duration::from_secs(1));
+    tick.tick().await;
+    let mut earlier = proxy.scrape().await?;
+    loop {
+        tokio::select! {
+            _ = tick.tick() => {}
+            () = async { tokio::time::sleep_until(end.unwrap_or_else(Instant::now)).await }, if end.is_some() => return Ok(()),
+            ended = sessions.join_next() => {
+                // Sessions go on for ever: one that ends says why, and the demo with it.
+                return match ended {
+                    Some(Ok(Err(error))) => Err(error),
+                    _ => Ok(()),
+                };
+            }
+        }
+        let now = proxy.scrape().await?;
+        say(&traffic_line(&now.since(&earlier), &now.lag, &seen))?;
+        earlier = now;
+    }
+}
+
+/// `a 61 (write: command 60, read: not_caught_up 1) | b 180 (read: read 180) | lag b 0.4 ms 168 B | ...`
+fn traffic_line(ran: &BTreeMap<Why, u64>, lag: &BTreeMap<String, (f64, f64)>, seen: &Seen) -> String {
+    let mut nodes: BTreeMap<&str, (u64, Vec<String>)> = BTreeMap::new();
+    for ((node, class, reason), count) in ran {
+        let (total, reasons) = nodes.entry(node).or_default();
+        *total += count;
+        reasons.push(format!("{class}: {reason} {count}"));
+    }
+    let mut parts: Vec<String> = nodes
+        .iter()
+        .map(|(node, (total, reasons))| format!("{node} {total} ({})", reasons.join(", ")))
+        .collect();
+    for (node, (bytes, seconds)) in lag {
+        parts.push(format!("lag {node} {:.1} ms {bytes} B", seconds * 1000.0));
+    }
+    let (own, stale) = (seen.own.load(Ordering::Relaxed), seen.stale.load(Ordering::Relaxed));
+    parts.push(format!("own rows read back {own}, stale {stale}"));
+    parts.join(" | ")
+}
+
+/// Raises its own row's balance and reads it back, for ever.
+async fn writer(port: u16, app: Login, id: i32, seen: Arc<Seen>) -> Result<(), DemoError> {
+    const WRITE: &str = "UPDATE account SET balance = balance + 1 WHERE id = $1 RETURNING balance";
+    const READ: &str = "SELECT balance FROM account WHERE id = $1";
+    let failed = |sql: &str| {
+        let sql = sql.to_owned();
+        move |error| DemoError::Statement(sql, error)
+    };
+    let client = connect(port, "app", &app).await.map_err(failed("connecting through the proxy"))?;
+    let write = client.prepare(WRITE).await.map_err(failed(WRITE))?;
+    let read = client.prepare(READ).await.map_err(failed(READ))?;
+    loop {
+        let wrote: i64 = client.query_one(&write, &[&id]).await.map_err(failed(WRITE))?.get(0);
+        let found: i64 = client.query_one(&read, &[&id]).await.map_err(failed(READ))?.get(0);
+        seen.own.fetch_add(1, Ordering::Relaxed);
+        if found < wrote {
+            seen.stale.fetch_add(1, Ordering::Relaxed);
+        }
+        tokio::time::sleep(WRITE_PACE).await;
+    }
+}
+
+/// Reads a sum over all rows or one row, in turns, for ever.
+async fn reader(port: u16, app: Login, id: i32) -> Result<(), DemoError> {
+    let failed = |sql: &str| {
+        let sql = sql.to_owned();
+        move |error| DemoError::Statement(sql, error)
+    };
+    let client = connect(port, "app", &app).await.map_err(failed("connecting through the proxy"))?;
+    let one = format!("SELECT balance FROM account WHERE id = {}", id + 100);
+    loop {
+        for sql in ["SELECT sum(balance) FROM account", one.as_str()] {
+            client.simple_query(sql).await.map_err(failed(sql))?;
+            tokio::time::sleep(READ_PACE).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn why(node: &str, class: &str, reason: &str) -> Why {
+        (node.into(), class.into(), reason.into())
+    }
+
+    #[test]
+    fn a_scrape_holds_what_is_shown_and_skips_the_rest() {
+        let text = "# HELP x y\n\
+             highwater_statements_total{class=\"read\",node=\"b\",reason=\"read\"} 3\n\
+             highwater_statements_total{class=\"read\",node=\"b\",reason=\"read\",protocol=\"simple\"} 2\n\
+             highwater_replay_lag_bytes{node=\"b\"} 168\n\
+             highwater_replay_lag_seconds{node=\"b\"} 0.004\n\
+             highwater_clients 4\nnot a sample\n";
+        let scrape = Scrape::parse(text);
+        assert_eq!(scrape.statements, BTreeMap::from([(why("b", "read", "read"), 5.0)]));
+        assert_eq!(scrape.lag, BTreeMap::from([("b".to_owned(), (168.0, 0.004))]));
+    }
+
+    #[test]
+    fn a_line_says_where_why_and_how_far_behind() {
+        let before =
+            Scrape::parse("highwater_statements_total{node=\"a\",class=\"write\",reason=\"command\"} 10\n");
+        let now = Scrape::parse(
+            "highwater_statements_total{node=\"a\",class=\"write\",reason=\"command\"} 70\n\
+             highwater_statements_total{node=\"b\",class=\"read\",reason=\"read\"} 5\n\
+             highwater_replay_lag_bytes{node=\"b\"} 168\nhighwater_replay_lag_seconds{node=\"b\"} 0.0004\n",
+        );
+        let ran = now.since(&before);
+        assert_eq!(ran, BTreeMap::from([(why("a", "write", "command"), 60), (why("b", "read", "read"), 5)]));
+        assert_eq!(
+            traffic_line(&ran, &now.lag, &Seen::default()),
+            "a 60 (write: command 60) | b 5 (read: read 5) | lag b 0.4 ms 168 B | own rows read back 0, stale 0"
+        );
+        assert!(before.since(&now).is_empty());
+    }
+}

@@ -1,0 +1,11 @@
+//! What is promised to those who connect to the proxy.
+
+mod cancel;
+mod consistency;
+mod faults;
+mod garbage;
+mod login;
+mod operator;
+mod relay;
+mod routing;
+mod tools;
