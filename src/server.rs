@@ -1,1 +1,312 @@
-//! (placeholder of the skeleton)
+//! Puts the parts together: threads, runtimes, and the order in which things start and end.
+//!
+//! One thread runs the control plane (probes, samplers, catalog facts, HTTP), so that a busy worker
+//! never delays a probe; one accepts; the workers serve clients.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread::JoinHandle;
+
+use tokio::net::TcpListener;
+use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
+use tracing::info;
+
+use crate::admin::{self, AdminState};
+use crate::backend::pool::{PoolContext, Pools};
+use crate::catalogs::Catalogs;
+use crate::classify::Classifier;
+use crate::client::verifiers::Verifiers;
+use crate::config::Config;
+use crate::control;
+use crate::listener::{self, Door, Drain};
+use crate::metrics::Metrics;
+use crate::net::{ClientTls, NodeTls};
+use crate::node::Nodes;
+use crate::positions::Positions;
+use crate::session::Shared;
+use crate::session::handle::Sessions;
+use crate::session::prepared::Names;
+use crate::topology::{Topology, TopologyHandle};
+
+/// Why the proxy could not start.
+#[derive(Debug)]
+pub struct StartError {
+    /// What was being tried.
+    pub what: String,
+    /// How it failed.
+    pub cause: String,
+}
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "could not {}: {}", self.what, self.cause)
+    }
+}
+
+impl std::error::Error for StartError {}
+
+fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> StartError {
+    let what = what.into();
+    move |cause| StartError { what, cause: cause.to_string() }
+}
+
+/// A running proxy.
+pub struct ServerHandle {
+    /// Where clients connect.
+    pub address: SocketAddr,
+    /// Where HTTP is served.
+    pub http: Option<SocketAddr>,
+    /// What is believed of the nodes.
+    pub topology: Arc<TopologyHandle>,
+    /// Counts.
+    pub metrics: Arc<Metrics>,
+    stop: watch::Sender<bool>,
+    main: Option<JoinHandle<()>>,
+}
+
+impl ServerHandle {
+    /// Ends the sessions (those in a transaction within `drain_timeout`) and all threads.
+    pub fn shutdown(mut self) {
+        self.stop.send_replace(true);
+        if let Some(main) = self.main.take() {
+            // A panic of the main thread has been printed by its hook.
+            let _ = main.join();
+        }
+    }
+}
+
+/// Starts the proxy and returns once it accepts clients; the nodes may still be unknown then.
+pub fn start(config: Config) -> Result<ServerHandle, StartError> {
+    let config = Arc::new(config);
+    let (stop, stopped) = watch::channel(false);
+    let (ready, started) = oneshot::channel();
+    let main = std::thread::Builder::new()
+        .name("hw-main".to_owned())
+        .spawn(move || run_main(config, stopped, ready))
+        .map_err(failed("start a thread"))?;
+    match started.blocking_recv() {
+        Ok(Ok(started)) => Ok(ServerHandle {
+            address: started.address,
+            http: started.http,
+            topology: started.topology,
+            metrics: started.metrics,
+            stop,
+            main: Some(main),
+        }),
+        Ok(Err(error)) => Err(error),
+        Err(_) => {
+            Err(StartError { what: "start".to_owned(), cause: "the main thread ended early".to_owned() })
+        }
+    }
+}
+
+/// Runs the proxy until SIGTERM or SIGINT.
+pub fn run(config: Config) -> Result<(), StartError> {
+    let server = start(config)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(failed("start a runtime"))?;
+    runtime.block_on(async {
+        use tokio::signal::unix::{SignalKind, signal};
+        let mut terminate = signal(SignalKind::terminate()).map_err(failed("listen for SIGTERM"))?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("listen for SIGINT"))?;
+        tokio::select! {
+            _ = terminate.recv() => info!("SIGTERM: draining"),
+            _ = interrupt.recv() => info!("SIGINT: draining"),
+        }
+        Ok::<(), StartError>(())
+    })?;
+    server.shutdown();
+    info!("stopped");
+    Ok(())
+}
+
+struct Started {
+    address: SocketAddr,
+    http: Option<SocketAddr>,
+    topology: Arc<TopologyHandle>,
+    metrics: Arc<Metrics>,
+}
+
+fn run_main(
+    config: Arc<Config>,
+    stopped: watch::Receiver<bool>,
+    ready: oneshot::Sender<Result<Started, StartError>>,
+) {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let _ = ready.send(Err(failed("start a runtime")(error)));
+            return;
+        }
+    };
+    runtime.block_on(async move {
+        match build(&config).await {
+            Ok(parts) => {
+                let _ = ready.send(Ok(parts.started()));
+                parts.run(&config, stopped).await;
+            }
+            Err(error) => {
+                let _ = ready.send(Err(error));
+            }
+        }
+    });
+    // Tasks that wait for a name to resolve must not hold the process up.
+    runtime.shutdown_timeout(std::time::Duration::from_millis(500));
+}
+
+struct Parts {
+    listener: TcpListener,
+    address: SocketAddr,
+    http: Option<(TcpListener, SocketAddr)>,
+    door: Arc<Door>,
+    /// Holds the control loop's tasks.
+    _control: control::Control,
+}
+
+async fn bind(address: &str) -> Result<(TcpListener, SocketAddr), StartError> {
+    let what = || format!("listen on {address}");
+    let listener = TcpListener::bind(address).await.map_err(failed(what()))?;
+    let address = listener.local_addr().map_err(failed(what()))?;
+    Ok((listener, address))
+}
+
+async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
+    let tls = |error: crate::net::TlsError| StartError { what: "set up TLS".to_owned(), cause: error.to_string() };
+    let client_tls = ClientTls::new(&config.client_tls).map_err(tls)?;
+    let node_tls = Arc::new(NodeTls::new(&config.node_tls).map_err(tls)?);
+    let (listener, address) = bind(&config.listen).await?;
+    let http = match &config.http {
+        Some(address) => Some(bind(address).await?),
+        None => None,
+    };
+
+    let topology = Arc::new(TopologyHandle::new(Topology::initial(config)));
+    let positions = Arc::new(Positions::new(config.nodes.len()));
+    let names: Vec<String> = config.nodes.iter().map(|n| n.name.clone()).collect();
+    let metrics = Arc::new(Metrics::new(&names));
+    let nodes = Nodes::new(config.clone(), &node_tls);
+    let control = control::start(config.clone(), nodes.clone(), topology.clone(), positions.clone());
+    let catalogs =
+        Arc::new(Catalogs::new(nodes.clone(), topology.clone(), tokio::runtime::Handle::current()));
+    let pools = Arc::new(Pools::new(Arc::new(PoolContext {
+        config: config.clone(),
+        tls: node_tls,
+        positions: positions.clone(),
+        topology: topology.clone(),
+        metrics: metrics.clone(),
+        outstanding: config.nodes.iter().map(|_| AtomicU32::new(0)).collect(),
+    })));
+    let shared = Arc::new(Shared {
+        config: config.clone(),
+        topology: topology.clone(),
+        positions,
+        classifier: Arc::new(Classifier::new(&config.limits)),
+        catalogs,
+        pools,
+        metrics,
+        sessions: Arc::new(Sessions::default()),
+        names: Names::new(rand::random()),
+        reports: control.reports(),
+    });
+    let verifiers = Verifiers::new(config.clone(), nodes, topology)
+        .map_err(|error| StartError { what: "set up the login".to_owned(), cause: error.to_string() })?;
+    let door = Arc::new(Door { shared, tls: client_tls, verifiers, drain: Arc::new(Drain::default()) });
+    Ok(Parts { listener, address, http, door, _control: control })
+}
+
+impl Parts {
+    fn started(&self) -> Started {
+        Started {
+            address: self.address,
+            http: self.http.as_ref().map(|(_, address)| *address),
+            topology: self.door.shared.topology.clone(),
+            metrics: self.door.shared.metrics.clone(),
+        }
+    }
+
+    async fn run(self, config: &Arc<Config>, mut stopped: watch::Receiver<bool>) {
+        let (senders, receivers) = listener::handover(config.workers);
+        let ended = Arc::new(AtomicBool::new(false));
+        let mut threads = Vec::new();
+        let (quit, quitting) = watch::channel(false);
+        for (worker, handed) in receivers.into_iter().enumerate() {
+            let door = self.door.clone();
+            let quitting = quitting.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("hw-worker-{worker}"))
+                .spawn(move || run_worker(&door, handed, worker, quitting));
+            match thread {
+                Ok(thread) => threads.push(thread),
+                Err(error) => tracing::error!(%error, "could not start a worker"),
+            }
+        }
+        let accepting = tokio::spawn(listener::accept(self.listener, senders));
+        let pools = self.door.shared.pools.clone();
+        tokio::spawn(async move { pools.reap().await });
+        if let Some((listener, _)) = self.http {
+            let drain = self.door.drain.clone();
+            let pools = self.door.shared.pools.clone();
+            tokio::spawn(admin::serve(
+                listener,
+                AdminState {
+                    topology: self.door.shared.topology.clone(),
+                    metrics: self.door.shared.metrics.clone(),
+                    draining: Arc::new(move || drain.is_draining()),
+                    pools: Arc::new(move || pool_rows(&pools)),
+                },
+            ));
+        }
+        info!(address = %self.address, workers = config.workers, nodes = config.nodes.len(), "accepting clients");
+
+        // An error means that the handle is gone: as good as a stop.
+        let _ = stopped.wait_for(|stop| *stop).await;
+        accepting.abort();
+        self.door.drain.drain(&self.door.shared, Instant::now() + config.drain_timeout).await;
+        quit.send_replace(true);
+        ended.store(true, Ordering::SeqCst);
+        for thread in threads {
+            let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+        }
+    }
+}
+
+fn run_worker(
+    door: &Arc<Door>,
+    handed: listener::Handover,
+    worker: usize,
+    mut quitting: watch::Receiver<bool>,
+) {
+    match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => {
+            let door = door.clone();
+            runtime.block_on(async move {
+                tokio::spawn(listener::work(door, handed, worker));
+                let _ = quitting.wait_for(|quit| *quit).await;
+            });
+            runtime.shutdown_timeout(std::time::Duration::from_millis(200));
+        }
+        Err(error) => tracing::error!(%error, worker, "could not start a worker's runtime"),
+    }
+}
+
+fn pool_rows(pools: &Pools) -> Vec<crate::metrics::PoolRow> {
+    pools
+        .counts()
+        .into_iter()
+        .map(|c| crate::metrics::PoolRow {
+            node: c.node.index(),
+            database: c.database.to_string(),
+            user: c.user.to_string(),
+            idle: c.idle,
+            active: c.active,
+            opening: c.opening,
+            waiting: c.waiting,
+        })
+        .collect()
+}
