@@ -11,7 +11,9 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, TimeoutType};
+use deadpool_postgres::{
+    Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, TimeoutType,
+};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
@@ -27,8 +29,7 @@ const POOL_CONNECTIONS: usize = 2;
 const MAX_POOLS: usize = 128;
 /// Settings that a role's or database's defaults must not change under our questions: names resolve
 /// to the server's own, and a standby refuses every statement under `serializable`.
-const SETTINGS: &str =
-    "-c search_path=pg_catalog -c default_transaction_isolation=read\\ committed -c idle_session_timeout=0 -c jit=off";
+const SETTINGS: &str = "-c search_path=pg_catalog -c default_transaction_isolation=read\\ committed -c idle_session_timeout=0 -c jit=off";
 
 /// What kind of failure a node gave: health weighs them differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -264,8 +265,15 @@ impl Nodes {
     /// question.
     pub async fn open(&self, node: NodeId, deadline: Duration) -> Result<NodeClient, NodeError> {
         let (client, task) = self.dial_within(node, &self.config.control.database, deadline).await?;
-        let connection =
-            NodeClient { client, task: EndWithOwner(task), name: self.name(node), deadline, sample: None, probe: None, wal_sizes: (0, 0) };
+        let connection = NodeClient {
+            client,
+            task: EndWithOwner(task),
+            name: self.name(node),
+            deadline,
+            sample: None,
+            probe: None,
+            wal_sizes: (0, 0),
+        };
         connection.prepared().await
     }
 
@@ -280,7 +288,9 @@ impl Nodes {
             PoolError::Timeout(TimeoutType::Wait) => {
                 self.failure(node, NodeFailure::Answered, "all control connections are in use".to_owned())
             }
-            PoolError::Timeout(_) => self.failure(node, NodeFailure::Timeout, "connection timed out".to_owned()),
+            PoolError::Timeout(_) => {
+                self.failure(node, NodeFailure::Timeout, "connection timed out".to_owned())
+            }
             other => self.failure(node, NodeFailure::Broken, other.to_string()),
         })
     }
@@ -308,8 +318,9 @@ impl Nodes {
             client.query_one(&statement, &[&asked]).await.map_err(|e| self.error(node, &e))
         };
         let row = timeout(deadline, question).await.map_err(|_| self.late(node))??;
-        read_not_committed(&row)
-            .ok_or_else(|| self.failure(node, NodeFailure::Answered, "not a replica that has replayed".to_owned()))
+        read_not_committed(&row).ok_or_else(|| {
+            self.failure(node, NodeFailure::Answered, "not a replica that has replayed".to_owned())
+        })
     }
 
     /// The node's name in the configuration.
@@ -347,7 +358,11 @@ impl Nodes {
 
     fn settings(&self, node: NodeId, database: &str) -> Result<tokio_postgres::Config, NodeError> {
         let Some(address) = self.config.nodes.get(node.index()) else {
-            return Err(self.failure(node, NodeFailure::Refused, "no such node in the configuration".to_owned()));
+            return Err(self.failure(
+                node,
+                NodeFailure::Refused,
+                "no such node in the configuration".to_owned(),
+            ));
         };
         let mut settings = tokio_postgres::Config::new();
         settings
@@ -488,7 +503,11 @@ impl NodeClient {
     }
 
     fn late(&self) -> NodeError {
-        NodeError { node: self.name.clone(), cause: "no answer in time".to_owned(), kind: NodeFailure::Timeout }
+        NodeError {
+            node: self.name.clone(),
+            cause: "no answer in time".to_owned(),
+            kind: NodeFailure::Timeout,
+        }
     }
 
     fn unreadable(&self) -> NodeError {
@@ -529,14 +548,17 @@ fn describe(node: String, error: &tokio_postgres::Error) -> NodeError {
         Some(answer) => {
             let kind = match answer.code() {
                 code if *code == SqlState::CANNOT_CONNECT_NOW => NodeFailure::Starting,
-                code if *code == SqlState::ADMIN_SHUTDOWN || *code == SqlState::CRASH_SHUTDOWN => NodeFailure::Broken,
+                code if *code == SqlState::ADMIN_SHUTDOWN || *code == SqlState::CRASH_SHUTDOWN => {
+                    NodeFailure::Broken
+                }
                 _ => NodeFailure::Answered,
             };
             (kind, format!("{} ({})", answer.message(), answer.code().code()))
         }
         None => {
             let source = std::error::Error::source(error);
-            let kind = match source.and_then(|s| s.downcast_ref::<std::io::Error>()).map(std::io::Error::kind) {
+            let kind = match source.and_then(|s| s.downcast_ref::<std::io::Error>()).map(std::io::Error::kind)
+            {
                 Some(std::io::ErrorKind::ConnectionRefused) => NodeFailure::Refused,
                 Some(std::io::ErrorKind::TimedOut) => NodeFailure::Timeout,
                 _ => NodeFailure::Broken,

@@ -127,7 +127,8 @@ impl TimelineHistory {
         let mut left: Vec<(TimelineId, Lsn)> = Vec::new();
         for line in text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')) {
             let mut fields = line.split_ascii_whitespace();
-            let timeline = fields.next().and_then(|f| f.parse().ok()).map(TimelineId).ok_or(InvalidHistory)?;
+            let timeline =
+                fields.next().and_then(|f| f.parse().ok()).map(TimelineId).ok_or(InvalidHistory)?;
             let lsn = fields.next().and_then(|f| f.parse().ok()).ok_or(InvalidHistory)?;
             if left.last().is_some_and(|(earlier, _)| *earlier >= timeline) {
                 return Err(InvalidHistory);
@@ -157,7 +158,9 @@ mod tests {
             assert_eq!(text.parse(), Ok(Lsn(value)));
             assert_eq!(Lsn(value).to_string(), text);
         }
-        for bad in ["", "/", "0", "0/", "/0", "+1/0", "0/-1", "0/ 1", "123456789/0", "0/123456789", "g/0", "0/0/0"] {
+        for bad in
+            ["", "/", "0", "0/", "/0", "+1/0", "0/-1", "0/ 1", "123456789/0", "0/123456789", "g/0", "0/0/0"]
+        {
             assert_eq!(bad.parse::<Lsn>(), Err(InvalidLsn), "{bad:?}");
         }
     }

@@ -270,8 +270,12 @@ mod tests {
                     self.next_xid += 1;
                 }
                 1 => {
-                    let open: Vec<u64> =
-                        self.running.iter().copied().filter(|x| self.committed.iter().all(|c| c.0 != *x)).collect();
+                    let open: Vec<u64> = self
+                        .running
+                        .iter()
+                        .copied()
+                        .filter(|x| self.committed.iter().all(|c| c.0 != *x))
+                        .collect();
                     if !open.is_empty() {
                         self.insert += 10;
                         self.committed.push((open[which % open.len()], self.insert));

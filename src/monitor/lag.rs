@@ -81,12 +81,25 @@ impl PrimaryHistory {
             _ => self.entries.push_back(Entry { lsn, last_seen: at }),
         }
         // The entry before the oldest one kept still answers for what lies between the two.
-        while self.entries.get(1).is_some_and(|second| at.saturating_duration_since(second.last_seen) > self.keep) {
+        while self
+            .entries
+            .get(1)
+            .is_some_and(|second| at.saturating_duration_since(second.last_seen) > self.keep)
+        {
             self.entries.pop_front();
         }
         if self.entries.len() > MAX_ENTRIES {
             self.thin();
         }
+    }
+
+    /// The primary's connection was broken and answers again, at `lsn`: a crash may have taken the end of
+    /// the log with it, so what was seen above is void.
+    pub fn resume(&mut self, lsn: Lsn, at: Instant) {
+        while self.entries.back().is_some_and(|newest| newest.lsn > lsn) {
+            self.entries.pop_back();
+        }
+        self.record(lsn, at);
     }
 
     /// The lag at `now` of a replica that has replayed up to `replay`; `None`: nothing is known of the primary.
@@ -97,7 +110,12 @@ impl PrimaryHistory {
         let time = if bytes == 0 {
             LagTime::AtMost(Duration::ZERO)
         } else {
-            match self.entries.partition_point(|e| e.lsn <= replay).checked_sub(1).and_then(|i| self.entries.get(i)) {
+            match self
+                .entries
+                .partition_point(|e| e.lsn <= replay)
+                .checked_sub(1)
+                .and_then(|i| self.entries.get(i))
+            {
                 // The primary was at or before the replica's position when this entry was last seen.
                 Some(passed) => LagTime::AtMost(now.saturating_duration_since(passed.last_seen)),
                 None => LagTime::MoreThan(now.saturating_duration_since(oldest.last_seen)),
@@ -153,6 +171,19 @@ mod tests {
         check(100, LagTime::AtMost(ms(500)));
         check(99, LagTime::MoreThan(ms(500)));
         check(200, LagTime::AtMost(ms(0)));
+    }
+
+    #[test]
+    fn a_crash_that_takes_the_end_of_the_log_does_not_leave_replicas_behind_for_ever() {
+        let start = Instant::now();
+        let mut history = PrimaryHistory::new(ms(60_000));
+        history.record(Lsn(100), start);
+        history.record(Lsn(300), start + ms(10));
+        history.record(Lsn(200), start + ms(20));
+        assert_eq!(history.newest(), Some(Lsn(300)), "an answer that was overtaken");
+        history.resume(Lsn(200), start + ms(500));
+        assert_eq!(history.lag(Lsn(200), start + ms(9000)).map(|l| l.bytes), Some(0));
+        assert_eq!(history.lag(Lsn(150), start + ms(600)).map(|l| l.time), Some(LagTime::AtMost(ms(600))));
     }
 
     proptest! {

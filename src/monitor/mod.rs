@@ -9,6 +9,7 @@ pub mod floor;
 pub mod health;
 pub mod lag;
 pub mod probe;
-pub mod sample;
 mod received;
+pub mod sample;
 
+pub use received::ReceivedTimeline;
