@@ -1,1 +1,925 @@
-//! (placeholder of the skeleton)
+//! The control loop: the only writer of the topology.
+//!
+//! Samplers and probes run beside it and report; after each report it decides anew what to believe of
+//! the cluster, by a pure function, and publishes what has changed. One log line for each event that an
+//! operator acts on.
+//!
+//! Promises: one primary per epoch at most; another one is believed only if it belongs to the same
+//! cluster and writes a later timeline; a primary that cannot be reached stays the only write target;
+//! an old one that comes back is never used. Deliberately does not promote, fence or re-point anything.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::config::{Config, FailoverMode};
+use crate::monitor::health::{Answering, Health, HealthSettings};
+use crate::monitor::lag::{LagTime, ReplayLag};
+use crate::monitor::probe::{self, Observation, ProbeSettings, Seen};
+use crate::monitor::sample::{PrimaryTrack, SampleSettings, Sampler};
+use crate::node::{NodeError, NodeFailure, Nodes, ProbedRole};
+use crate::positions::{Positions, SampleBody};
+use crate::topology::{Epoch, Exclusion, NodeId, NodeView, Standing, Switch, Topology, TopologyHandle};
+use crate::wal::{Lsn, TimelineId};
+
+/// How many ends of epochs a topology remembers.
+const MAX_SWITCHES: usize = 16;
+/// Reports of sessions that wait to be taken; more say nothing new.
+const REPORT_QUEUE: usize = 64;
+/// The least time between two reports of sessions on one node.
+const REPORT_GAP_MS: u64 = 20;
+/// Pooled control connections that nobody has used for so long are closed.
+const POOL_IDLE: Duration = Duration::from_secs(60);
+
+/// The running control loop. Dropping it stops the loop, its samplers and its probes.
+pub struct Control {
+    reports: Reports,
+    _tasks: JoinSet<()>,
+}
+
+impl Control {
+    /// For sessions: where to tell of a node that failed them.
+    pub fn reports(&self) -> Reports {
+        self.reports.clone()
+    }
+}
+
+/// Where sessions tell that a node failed them. Cheap to clone and to call; never waits.
+#[derive(Clone)]
+pub struct Reports {
+    queue: mpsc::Sender<Report>,
+    started: Instant,
+    last_ms: Arc<[AtomicU64]>,
+}
+
+struct Report {
+    node: NodeId,
+    kind: NodeFailure,
+}
+
+impl Reports {
+    /// A session's connection to `node` was refused or broke. The node is probed at once; a refused
+    /// connection ejects it by itself. Reports on one node that come closer together than 20 ms, or find
+    /// the queue full, are left out: a probe is on its way already.
+    pub fn report_failure(&self, node: NodeId, kind: NodeFailure) {
+        let Some(last) = self.last_ms.get(node.index()) else {
+            return;
+        };
+        let now = u64::try_from(self.started.elapsed().as_millis())
+            .unwrap_or(u64::MAX)
+            .saturating_add(REPORT_GAP_MS);
+        let before = last.load(Ordering::Relaxed);
+        let due = now >= before.saturating_add(REPORT_GAP_MS);
+        if due && last.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            let _ = self.queue.try_send(Report { node, kind });
+        }
+    }
+}
+
+/// Starts samplers, probes and the loop on the current tokio runtime.
+///
+/// `topology` must hold [`Topology::initial`] of the same configuration, and `positions` as many nodes.
+pub fn start(
+    config: Arc<Config>,
+    nodes: Arc<Nodes>,
+    topology: Arc<TopologyHandle>,
+    positions: Arc<Positions>,
+) -> Control {
+    let count = topology.load().nodes.len();
+    let failover = &config.failover;
+    let keep = config.consistency.max_lag.saturating_mul(4).max(Duration::from_secs(60));
+    let track = Arc::new(PrimaryTrack::new(keep));
+    let (send_observation, observations) = mpsc::channel(count.max(1) * 2);
+    let (send_report, reports) = mpsc::channel(REPORT_QUEUE);
+    let probe_now: Vec<Arc<Notify>> = (0..count).map(|_| Arc::new(Notify::new())).collect();
+    let mut tasks = JoinSet::new();
+    for (id, probe_now) in (0u16..).map(NodeId).zip(&probe_now) {
+        let probing = ProbeSettings { interval: failover.check_interval, deadline: failover.check_timeout };
+        tasks.spawn(probe::run(
+            id,
+            Arc::clone(&nodes),
+            probing,
+            Arc::clone(probe_now),
+            send_observation.clone(),
+        ));
+        let sampler = Sampler {
+            node: id,
+            nodes: Arc::clone(&nodes),
+            topology: Arc::clone(&topology),
+            positions: Arc::clone(&positions),
+            track: Arc::clone(&track),
+            settings: SampleSettings {
+                interval: config.consistency.sample_interval,
+                gap: config.consistency.sample_gap,
+                deadline: failover.check_timeout,
+            },
+            probe: Arc::clone(probe_now),
+        };
+        tasks.spawn(sampler.run());
+    }
+    let state = Loop {
+        policy: Policy { mode: failover.mode, max_lag: config.consistency.max_lag },
+        health: HealthSettings {
+            failure_threshold: failover.failure_threshold,
+            eject_time: failover.eject_time,
+        },
+        facts: (0..count).map(|_| NodeFacts::default()).collect(),
+        tick: failover.check_interval,
+        nodes,
+        topology,
+        positions,
+        track,
+        probe_now,
+    };
+    tasks.spawn(state.run(observations, reports));
+    let last_ms = (0..count).map(|_| AtomicU64::new(0)).collect();
+    Control { reports: Reports { queue: send_report, started: Instant::now(), last_ms }, _tasks: tasks }
+}
+
+struct Loop {
+    policy: Policy,
+    health: HealthSettings,
+    facts: Vec<NodeFacts>,
+    tick: Duration,
+    nodes: Arc<Nodes>,
+    topology: Arc<TopologyHandle>,
+    positions: Arc<Positions>,
+    track: Arc<PrimaryTrack>,
+    probe_now: Vec<Arc<Notify>>,
+}
+
+impl Loop {
+    async fn run(
+        mut self,
+        mut observations: mpsc::Receiver<Observation>,
+        mut reports: mpsc::Receiver<Report>,
+    ) {
+        // Time alone changes things too: ejections end, lags grow.
+        let mut tick = interval(self.tick.max(Duration::from_millis(10)));
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut swept = Instant::now();
+        loop {
+            tokio::select! {
+                Some(observation) = observations.recv() => self.take_observation(observation),
+                Some(report) = reports.recv() => self.take_report(&report),
+                _ = tick.tick() => {}
+            }
+            self.decide();
+            if swept.elapsed() >= POOL_IDLE {
+                self.nodes.close_idle(POOL_IDLE);
+                swept = Instant::now();
+            }
+        }
+    }
+
+    fn take_observation(&mut self, observation: Observation) {
+        let now = Instant::now();
+        let Some(facts) = self.facts.get_mut(observation.node.index()) else {
+            return;
+        };
+        match observation.result {
+            Ok(seen) => {
+                facts.health.answered(self.health, now);
+                if let ProbedRole::Primary { insert, timeline } = seen.answer.role {
+                    let topology = self.topology.load();
+                    if topology.primary == Some(observation.node) && topology.timeline == Some(timeline) {
+                        self.track.record(topology.epoch, insert, observation.asked_at);
+                    }
+                }
+                facts.seen = Some(seen);
+            }
+            Err(error) => {
+                tracing::debug!(%error, kind = error.kind.label(), "probe failed");
+                facts.health.failed(&error, self.health, now);
+            }
+        }
+    }
+
+    fn take_report(&mut self, report: &Report) {
+        let index = report.node.index();
+        if report.kind == NodeFailure::Refused
+            && let Some(facts) = self.facts.get_mut(index)
+        {
+            let error = NodeError {
+                node: self.nodes.name(report.node),
+                cause: "it refused a session's connection".to_owned(),
+                kind: report.kind,
+            };
+            facts.health.failed(&error, self.health, Instant::now());
+        }
+        if let Some(probe) = self.probe_now.get(index) {
+            probe.notify_one();
+        }
+    }
+
+    fn decide(&mut self) {
+        let now = Instant::now();
+        let before = self.topology.load();
+        for (id, facts) in (0u16..).map(NodeId).zip(&mut self.facts) {
+            let sampled =
+                match self.positions.node(id).latest().filter(|s| s.epoch == before.epoch).map(|s| s.body) {
+                    Some(SampleBody::Replica { replay, .. }) => Some(replay),
+                    _ => None,
+                };
+            facts.replay = sampled.or_else(|| facts.seen.as_ref().and_then(probed_replay));
+            facts.lag = facts.replay.and_then(|replay| self.track.lag(replay, now));
+        }
+        let next = decide(&before, &self.facts, &self.policy, self.track.last_sample(), now);
+        if next == **before {
+            return;
+        }
+        for event in events(&before, &next) {
+            event.log();
+        }
+        let (epoch, primary) = (next.epoch, next.primary);
+        let new_epoch = epoch != before.epoch;
+        if new_epoch {
+            self.track.begin(epoch);
+        }
+        drop(before);
+        self.topology.publish(next);
+        if new_epoch {
+            // Samples carry the epoch, and lags start anew: both are needed at once.
+            if let Some(primary) = primary {
+                self.positions.node(primary).want();
+            }
+            self.probe_now.iter().for_each(|probe| probe.notify_one());
+        }
+        // Whoever waits for a position decides anew whether to.
+        self.positions.wake_all();
+    }
+}
+
+fn probed_replay(seen: &Seen) -> Option<Lsn> {
+    match &seen.answer.role {
+        ProbedRole::Replica { positions, .. } => positions.replay,
+        ProbedRole::Primary { .. } => None,
+    }
+}
+
+/// The part of the configuration that the decision goes by.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    /// Whether another primary may be believed.
+    pub mode: FailoverMode,
+    /// A replica further behind serves nothing.
+    pub max_lag: Duration,
+}
+
+/// What is known of one node.
+#[derive(Clone, Debug, Default)]
+pub struct NodeFacts {
+    /// How its probes went.
+    pub health: Health,
+    /// What the last answered probe saw.
+    pub seen: Option<Seen>,
+    /// A replica's replay position, the newest known.
+    pub replay: Option<Lsn>,
+    /// How far behind that is.
+    pub lag: Option<ReplayLag>,
+}
+
+impl NodeFacts {
+    /// What it says now; `None` while it does not answer.
+    fn current(&self) -> Option<&Seen> {
+        self.seen.as_ref().filter(|_| *self.health.answering() == Answering::Yes)
+    }
+
+    /// The timeline it writes now.
+    fn writes(&self) -> Option<TimelineId> {
+        match self.current()?.answer.role {
+            ProbedRole::Primary { timeline, .. } => Some(timeline),
+            ProbedRole::Replica { .. } => None,
+        }
+    }
+}
+
+/// What to believe, given what was believed and what is known now. `last_sample` is the last one of the
+/// epoch's primary.
+pub fn decide(
+    before: &Topology,
+    facts: &[NodeFacts],
+    policy: &Policy,
+    last_sample: Option<(u64, Lsn)>,
+    now: Instant,
+) -> Topology {
+    let mut next = before.clone();
+    let choice = choose_primary(before, facts, policy);
+    if let Choice::Take(chosen) = choice {
+        take_primary(&mut next, chosen, facts, last_sample);
+    }
+    for (index, known) in facts.iter().enumerate() {
+        let view = view(before, &next, choice, index, known, policy, now);
+        if let (Some(slot), Some(view)) = (next.nodes.get_mut(index), view) {
+            *slot = view;
+        }
+    }
+    next
+}
+
+/// What to do about the primary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Choice {
+    /// Believe in this one from now on.
+    Take(NodeId),
+    /// Nothing has shown itself to be the successor of what was believed.
+    Keep,
+    /// There is none yet, and not all nodes have been heard: the first to answer may be an old primary
+    /// that has come back.
+    Waits,
+}
+
+fn choose_primary(before: &Topology, facts: &[NodeFacts], policy: &Policy) -> Choice {
+    let Some(current) = before.primary else {
+        if !facts.iter().all(|known| known.health.asked()) {
+            return Choice::Waits;
+        }
+        return latest_writer(facts, |_, _| true).map_or(Choice::Keep, Choice::Take);
+    };
+    let newer = |id: NodeId, known: &NodeFacts| {
+        let Some(seen) = known.current() else { return false };
+        let same_cluster = Some(seen.answer.system_identifier) == before.system_identifier;
+        let allowed = id == current || policy.mode != FailoverMode::Off;
+        // A history that is known and lacks the current timeline is another branch.
+        let branch = before.timeline.zip(seen.history.as_ref()).is_some_and(|(t, h)| h.fork_of(t).is_none());
+        same_cluster && allowed && seen.timeline > before.timeline && !branch
+    };
+    latest_writer(facts, newer).map_or(Choice::Keep, Choice::Take)
+}
+
+/// Of the nodes that take writes and that `eligible` admits, the one whose timeline descends from all
+/// the others'; `None` when there is none, or it cannot be shown.
+fn latest_writer(facts: &[NodeFacts], eligible: impl Fn(NodeId, &NodeFacts) -> bool) -> Option<NodeId> {
+    let writers: Vec<(TimelineId, NodeId, &Seen)> = (0u16..)
+        .map(NodeId)
+        .zip(facts)
+        .filter(|(id, known)| eligible(*id, known))
+        .filter_map(|(id, known)| Some((known.writes()?, id, known.current()?)))
+        .collect();
+    let (timeline, id, seen) = writers.iter().max_by_key(|(timeline, ..)| *timeline)?;
+    let descends = writers.iter().filter(|(_, other, _)| other != id).all(|(theirs, _, other)| {
+        other.answer.system_identifier == seen.answer.system_identifier
+            && theirs < timeline
+            && seen.history.as_ref().is_some_and(|history| history.fork_of(*theirs).is_some())
+    });
+    descends.then_some(*id)
+}
+
+fn take_primary(next: &mut Topology, chosen: NodeId, facts: &[NodeFacts], last_sample: Option<(u64, Lsn)>) {
+    let Some(seen) = facts.get(chosen.index()).and_then(NodeFacts::current) else {
+        return;
+    };
+    if let (Some(old_primary), Some(old_timeline)) = (next.primary, next.timeline) {
+        let fork = seen.history.as_ref().and_then(|history| history.fork_of(old_timeline));
+        next.switches.push(Switch { from: next.epoch, old_primary, old_timeline, fork, last_sample });
+        let excess = next.switches.len().saturating_sub(MAX_SWITCHES);
+        next.switches.drain(..excess);
+    }
+    next.epoch = Epoch(next.epoch.0 + 1);
+    next.primary = Some(chosen);
+    next.timeline = seen.timeline;
+    next.system_identifier = Some(seen.answer.system_identifier);
+}
+
+fn view(
+    before: &Topology,
+    next: &Topology,
+    choice: Choice,
+    index: usize,
+    known: &NodeFacts,
+    policy: &Policy,
+    now: Instant,
+) -> Option<NodeView> {
+    let old = before.nodes.get(index)?;
+    let seen = known.seen.as_ref();
+    let standing = if next.primary == Some(old.id) {
+        Standing::Primary { reachable: is_reachable_primary(next, known) }
+    } else {
+        let served = before.epoch == next.epoch && old.standing == Standing::Replica;
+        match replica_exclusion(next, choice, known, served, policy, now) {
+            None => Standing::Replica,
+            Some(exclusion) => Standing::Excluded(exclusion),
+        }
+    };
+    let is_replica = seen.is_some_and(|s| matches!(s.answer.role, ProbedRole::Replica { .. }));
+    // A lag is a distance from the primary of this epoch, on its timeline.
+    let lag = known.lag.filter(|_| {
+        is_replica
+            && before.epoch == next.epoch
+            && next.timeline.is_some()
+            && seen.and_then(|s| s.timeline) == next.timeline
+    });
+    Some(NodeView {
+        id: old.id,
+        name: Arc::clone(&old.name),
+        weight: old.weight,
+        standing,
+        timeline: seen.and_then(|s| s.timeline),
+        replay_lag_bytes: lag.map(|l| l.bytes),
+        replay_lag: lag.map(|l| l.time.duration()),
+        server_major: seen.map(|s| s.answer.server_major),
+    })
+}
+
+fn is_reachable_primary(next: &Topology, known: &NodeFacts) -> bool {
+    known.current().is_some_and(|seen| Some(seen.answer.system_identifier) == next.system_identifier)
+        && known.writes().is_some()
+        && known.writes() == next.timeline
+}
+
+/// Why a node that is not the primary does not serve reads; `None`: it does. `served` says whether it did
+/// until now, in this epoch.
+fn replica_exclusion(
+    next: &Topology,
+    choice: Choice,
+    known: &NodeFacts,
+    served: bool,
+    policy: &Policy,
+    now: Instant,
+) -> Option<Exclusion> {
+    match known.health.answering() {
+        Answering::Unknown => return Some(Exclusion::NotProbed),
+        Answering::No(cause) => return Some(Exclusion::Unreachable(cause.clone())),
+        Answering::Starting => return Some(Exclusion::Starting),
+        Answering::Yes => {}
+    }
+    let Some(seen) = &known.seen else {
+        return Some(Exclusion::NotProbed);
+    };
+    if next.system_identifier.is_some_and(|cluster| cluster != seen.answer.system_identifier) {
+        return Some(Exclusion::ForeignCluster);
+    }
+    let ProbedRole::Replica { walreceiver, .. } = &seen.answer.role else {
+        return Some(if choice == Choice::Waits { Exclusion::NoPrimary } else { Exclusion::SecondPrimary });
+    };
+    if next.timeline.is_none() {
+        return Some(Exclusion::NoPrimary);
+    }
+    if let Some(cause) = known.health.ejected(now) {
+        return Some(Exclusion::Ejected(cause.to_owned()));
+    }
+    if seen.timeline.is_some() && seen.timeline != next.timeline {
+        return Some(Exclusion::OtherTimeline);
+    }
+    // One that serves goes on while the primary is away: its lag says when it must stop. A new one, or one
+    // that comes back, must be seen streaming: a diverged standby answers and waits.
+    let streaming = walreceiver.as_deref() == Some("streaming");
+    if seen.timeline.is_none() || !(streaming || served) {
+        return Some(Exclusion::NotStreaming);
+    }
+    match known.lag {
+        None => Some(Exclusion::LagUnknown),
+        Some(ReplayLag { time: LagTime::AtMost(time), .. }) if time <= policy.max_lag => None,
+        Some(_) => Some(Exclusion::TooFarBehind),
+    }
+}
+
+/// What an operator may have to act on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// There is a primary where there was none.
+    PrimaryFound {
+        /// Its name.
+        node: Arc<str>,
+        /// Its timeline.
+        timeline: Option<TimelineId>,
+    },
+    /// Another primary, or another timeline of the same one.
+    NewPrimary {
+        /// Its name.
+        node: Arc<str>,
+        /// Its timeline.
+        timeline: Option<TimelineId>,
+        /// How the epoch before ended.
+        switch: Option<Switch>,
+    },
+    /// The primary stopped answering as one.
+    PrimaryLost {
+        /// Its name.
+        node: Arc<str>,
+    },
+    /// It answers again.
+    PrimaryBack {
+        /// Its name.
+        node: Arc<str>,
+    },
+    /// A node takes writes that is not the primary.
+    SecondPrimary {
+        /// Its name.
+        node: Arc<str>,
+    },
+    /// A replica serves reads.
+    ReplicaInUse {
+        /// Its name.
+        node: Arc<str>,
+    },
+    /// A replica stopped serving reads.
+    ReplicaOut {
+        /// Its name.
+        node: Arc<str>,
+        /// Why.
+        why: Exclusion,
+    },
+    /// A node that was not in use is kept out for another reason.
+    StillOut {
+        /// Its name.
+        node: Arc<str>,
+        /// Why.
+        why: Exclusion,
+    },
+}
+
+/// What changed between two topologies, lag figures apart.
+pub fn events(before: &Topology, next: &Topology) -> Vec<Event> {
+    let mut events = Vec::new();
+    if before.epoch != next.epoch
+        && let Some(view) = next.primary.and_then(|id| next.nodes.get(id.index()))
+    {
+        let (node, timeline) = (Arc::clone(&view.name), next.timeline);
+        events.push(match before.primary {
+            None => Event::PrimaryFound { node, timeline },
+            Some(_) => Event::NewPrimary { node, timeline, switch: next.switches.last().cloned() },
+        });
+    }
+    for (old, new) in before.nodes.iter().zip(&next.nodes) {
+        let node = Arc::clone(&new.name);
+        match (&old.standing, &new.standing) {
+            (Standing::Primary { reachable: true }, Standing::Primary { reachable: false }) => {
+                events.push(Event::PrimaryLost { node });
+            }
+            (Standing::Primary { reachable: false }, Standing::Primary { reachable: true }) => {
+                events.push(Event::PrimaryBack { node });
+            }
+            (Standing::Replica, Standing::Replica) | (_, Standing::Primary { .. }) => {}
+            (_, Standing::Replica) => events.push(Event::ReplicaInUse { node }),
+            (Standing::Excluded(was), Standing::Excluded(why)) if was.label() == why.label() => {}
+            (_, Standing::Excluded(Exclusion::SecondPrimary)) => events.push(Event::SecondPrimary { node }),
+            (Standing::Excluded(_), Standing::Excluded(why)) => {
+                events.push(Event::StillOut { node, why: why.clone() });
+            }
+            (_, Standing::Excluded(why)) => events.push(Event::ReplicaOut { node, why: why.clone() }),
+        }
+    }
+    events
+}
+
+/// A value, or a dash for none.
+struct Known<T>(Option<T>);
+
+impl<T: fmt::Display> fmt::Display for Known<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some(value) => value.fmt(f),
+            None => f.write_str("unknown"),
+        }
+    }
+}
+
+impl Event {
+    fn log(&self) {
+        match self {
+            Event::PrimaryFound { node, timeline } => {
+                tracing::info!(%node, timeline = %Known(*timeline), "primary found");
+            }
+            Event::NewPrimary { node, timeline, switch } => {
+                let fork = Known(switch.as_ref().and_then(|s| s.fork));
+                tracing::warn!(%node, timeline = %Known(*timeline), %fork, "new primary");
+            }
+            Event::PrimaryLost { node } => {
+                tracing::error!(%node, "primary lost: writes wait or fail until it is back")
+            }
+            Event::PrimaryBack { node } => tracing::info!(%node, "primary answers again"),
+            Event::SecondPrimary { node } => {
+                tracing::error!(%node, "second primary: it accepts writes, and is not used");
+            }
+            Event::ReplicaInUse { node } => tracing::info!(%node, "replica in use"),
+            Event::ReplicaOut { node, why } => {
+                tracing::warn!(%node, reason = why.label(), "replica out of use: {why}");
+            }
+            Event::StillOut { node, why } => match why {
+                // On the way in: each node passes these.
+                Exclusion::NotProbed
+                | Exclusion::NoPrimary
+                | Exclusion::LagUnknown
+                | Exclusion::Ejected(_) => {
+                    tracing::debug!(%node, reason = why.label(), "node not in use: {why}");
+                }
+                _ => tracing::warn!(%node, reason = why.label(), "node not in use: {why}"),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::{ProbeAnswer, ReplicaSample};
+    use crate::wal::TimelineHistory;
+    use proptest::prelude::*;
+
+    const HEALTH: HealthSettings =
+        HealthSettings { failure_threshold: 3, eject_time: Duration::from_secs(1) };
+    const FOLLOW: Policy = Policy { mode: FailoverMode::Follow, max_lag: Duration::from_secs(10) };
+
+    fn nodes(count: u16) -> Topology {
+        let view = |id| NodeView {
+            id: NodeId(id),
+            name: Arc::from(format!("n{id}")),
+            weight: 1,
+            standing: Standing::Excluded(Exclusion::NotProbed),
+            timeline: None,
+            replay_lag_bytes: None,
+            replay_lag: None,
+            server_major: None,
+        };
+        Topology {
+            epoch: Epoch(0),
+            system_identifier: None,
+            primary: None,
+            timeline: None,
+            nodes: (0..count).map(view).collect(),
+            switches: Vec::new(),
+        }
+    }
+
+    fn answering(now: Instant, timeline: Option<u32>, history: Option<&str>, role: ProbedRole) -> NodeFacts {
+        let mut health = Health::default();
+        health.answered(HEALTH, now);
+        let seen = Seen {
+            answer: ProbeAnswer { system_identifier: 42, server_major: 15, role },
+            timeline: timeline.map(TimelineId),
+            history: history.map(|text| TimelineHistory::parse(text).unwrap()),
+        };
+        NodeFacts { health, seen: Some(seen), replay: None, lag: None }
+    }
+
+    fn writer(now: Instant, timeline: u32, history: Option<&str>) -> NodeFacts {
+        let role = ProbedRole::Primary { insert: Lsn(1000), timeline: TimelineId(timeline) };
+        answering(now, Some(timeline), history, role)
+    }
+
+    fn replica(
+        now: Instant,
+        timeline: Option<u32>,
+        walreceiver: Option<&str>,
+        lag: Option<u64>,
+    ) -> NodeFacts {
+        let positions = ReplicaSample {
+            receive: Some(Lsn(900)),
+            replay: Some(Lsn(900)),
+            received_timeline: timeline.map(TimelineId),
+            archive: false,
+        };
+        let walreceiver = walreceiver.map(str::to_owned);
+        let role = ProbedRole::Replica { positions, walreceiver, apply_delay: Duration::ZERO };
+        let mut facts = answering(now, timeline, None, role);
+        facts.lag = lag.map(|s| ReplayLag { bytes: 100, time: LagTime::AtMost(Duration::from_secs(s)) });
+        facts
+    }
+
+    fn streaming(now: Instant, timeline: u32) -> NodeFacts {
+        replica(now, Some(timeline), Some("streaming"), Some(0))
+    }
+
+    fn fail(mut facts: NodeFacts, kind: NodeFailure, now: Instant) -> NodeFacts {
+        facts.health.failed(&NodeError { node: String::new(), cause: "gone".to_owned(), kind }, HEALTH, now);
+        facts
+    }
+
+    fn settled(now: Instant) -> Topology {
+        let facts = [writer(now, 1, Some("")), streaming(now, 1), streaming(now, 1)];
+        let found = decide(&nodes(3), &facts, &FOLLOW, None, now);
+        decide(&found, &facts, &FOLLOW, None, now)
+    }
+
+    fn labels(topology: &Topology) -> Vec<&'static str> {
+        let label = |view: &NodeView| match &view.standing {
+            Standing::Primary { reachable: true } => "primary",
+            Standing::Primary { reachable: false } => "primary away",
+            Standing::Replica => "replica",
+            Standing::Excluded(why) => why.label(),
+        };
+        topology.nodes.iter().map(label).collect()
+    }
+
+    #[test]
+    fn roles_are_discovered() {
+        let now = Instant::now();
+        let topology = settled(now);
+        assert_eq!(labels(&topology), ["primary", "replica", "replica"]);
+        assert_eq!((topology.epoch, topology.timeline), (Epoch(1), Some(TimelineId(1))));
+        assert!(topology.switches.is_empty());
+        assert_eq!(
+            topology,
+            decide(
+                &topology,
+                &[writer(now, 1, Some("")), streaming(now, 1), streaming(now, 1)],
+                &FOLLOW,
+                None,
+                now
+            )
+        );
+    }
+
+    #[test]
+    fn it_starts_with_nodes_missing_but_not_before_all_were_asked() {
+        let now = Instant::now();
+        let unasked = [writer(now, 1, Some("")), NodeFacts::default()];
+        assert_eq!(labels(&decide(&nodes(2), &unasked, &FOLLOW, None, now)), ["no_primary", "not_probed"]);
+        let missing = [writer(now, 1, Some("")), fail(NodeFacts::default(), NodeFailure::Refused, now)];
+        assert_eq!(labels(&decide(&nodes(2), &missing, &FOLLOW, None, now)), ["primary", "unreachable"]);
+        let headless = [streaming(now, 1), fail(NodeFacts::default(), NodeFailure::Refused, now)];
+        assert_eq!(labels(&decide(&nodes(2), &headless, &FOLLOW, None, now)), ["no_primary", "unreachable"]);
+    }
+
+    #[test]
+    fn two_primaries_at_the_start_take_a_history_to_tell_apart() {
+        let now = Instant::now();
+        for (second, expected) in [
+            (writer(now, 2, Some("1 0/500 x")), Some(NodeId(1))),
+            (writer(now, 3, Some("1 0/500 x\n2 0/600 x")), Some(NodeId(1))),
+            (writer(now, 3, Some("2 0/600 x")), None),
+            (writer(now, 2, None), None),
+            (writer(now, 1, Some("")), None),
+        ] {
+            let next = decide(&nodes(2), &[writer(now, 1, Some("")), second], &FOLLOW, None, now);
+            assert_eq!(next.primary, expected, "{next:?}");
+        }
+    }
+
+    #[test]
+    fn a_promotion_outside_begins_an_epoch_and_says_how_the_last_one_ended() {
+        let now = Instant::now();
+        let before = settled(now);
+        let facts = [
+            fail(writer(now, 1, Some("")), NodeFailure::Refused, now),
+            writer(now, 2, Some("1 0/500 x")),
+            streaming(now, 1),
+        ];
+        let next = decide(&before, &facts, &FOLLOW, Some((7, Lsn(0x510))), now);
+        assert_eq!(labels(&next), ["unreachable", "primary", "other_timeline"]);
+        let switch = Switch {
+            from: Epoch(1),
+            old_primary: NodeId(0),
+            old_timeline: TimelineId(1),
+            fork: Some(Lsn(0x500)),
+            last_sample: Some((7, Lsn(0x510))),
+        };
+        assert_eq!(
+            (next.epoch, next.timeline, &next.switches),
+            (Epoch(2), Some(TimelineId(2)), &vec![switch])
+        );
+        // The old one comes back, still on its timeline: never used. The other replica follows.
+        let facts = [writer(now, 1, Some("")), writer(now, 2, Some("1 0/500 x")), streaming(now, 2)];
+        let next = decide(&next, &facts, &FOLLOW, None, now);
+        assert_eq!(labels(&next), ["second_primary", "primary", "replica"]);
+        assert_eq!(next.epoch, Epoch(2));
+    }
+
+    #[test]
+    fn what_is_not_shown_to_be_the_successor_is_not_believed() {
+        let now = Instant::now();
+        let gone = fail(writer(now, 1, Some("")), NodeFailure::Refused, now);
+        let mut foreign = writer(now, 2, Some("1 0/500 x"));
+        foreign.seen.as_mut().unwrap().answer.system_identifier = 43;
+        let off = Policy { mode: FailoverMode::Off, ..FOLLOW };
+        for (policy, challenger, label) in [
+            (FOLLOW, foreign, "foreign_cluster"),
+            (FOLLOW, writer(now, 1, Some("")), "second_primary"),
+            (FOLLOW, writer(now, 3, Some("2 0/500 x")), "second_primary"),
+            (off, writer(now, 2, Some("1 0/500 x")), "second_primary"),
+        ] {
+            let next =
+                decide(&settled(now), &[gone.clone(), challenger, streaming(now, 1)], &policy, None, now);
+            assert_eq!(labels(&next), ["primary away", label, "replica"]);
+            assert_eq!(next.epoch, Epoch(1));
+        }
+        // Twins: the same timeline, the same history, and yet two clusters.
+        let twin = writer(now, 2, Some("1 0/500 x"));
+        let next = decide(&settled(now), &[gone.clone(), twin.clone(), twin], &FOLLOW, None, now);
+        assert_eq!(labels(&next), ["primary away", "second_primary", "second_primary"]);
+        // Without permission to read the history the timeline alone decides; nothing is said of the fork.
+        let next =
+            decide(&settled(now), &[gone, writer(now, 2, None), streaming(now, 1)], &FOLLOW, None, now);
+        assert_eq!((next.primary, next.switches[0].fork), (Some(NodeId(1)), None));
+    }
+
+    #[test]
+    fn a_primary_away_stays_the_primary_and_replicas_go_on() {
+        let now = Instant::now();
+        let before = settled(now);
+        let without_walreceiver = replica(now, Some(1), None, Some(0));
+        for gone in [
+            fail(writer(now, 1, Some("")), NodeFailure::Refused, now),
+            fail(writer(now, 1, Some("")), NodeFailure::Starting, now),
+            replica(now, Some(1), None, Some(0)),
+        ] {
+            let facts = [gone, without_walreceiver.clone(), without_walreceiver.clone()];
+            let away = decide(&before, &facts, &FOLLOW, None, now);
+            assert_eq!(labels(&away), ["primary away", "replica", "replica"]);
+            let facts = [writer(now, 1, Some("")), streaming(now, 1), streaming(now, 1)];
+            let back = decide(&away, &facts, &FOLLOW, None, now);
+            assert_eq!((labels(&back), back.epoch), (vec!["primary", "replica", "replica"], Epoch(1)));
+        }
+    }
+
+    #[test]
+    fn a_replica_serves_only_while_it_is_well() {
+        let now = Instant::now();
+        let mut beyond = streaming(now, 1);
+        beyond.lag = Some(ReplayLag { bytes: 1, time: LagTime::MoreThan(Duration::ZERO) });
+        let mut flapped = fail(streaming(now, 1), NodeFailure::Refused, now);
+        flapped.health.answered(HEALTH, now);
+        for (facts, first, serving) in [
+            (streaming(now, 1), "replica", "replica"),
+            (replica(now, Some(1), Some("waiting"), Some(0)), "not_streaming", "replica"),
+            (replica(now, Some(1), None, Some(0)), "not_streaming", "replica"),
+            (replica(now, None, None, Some(0)), "not_streaming", "not_streaming"),
+            (replica(now, Some(2), Some("streaming"), Some(0)), "other_timeline", "other_timeline"),
+            (replica(now, Some(1), Some("streaming"), Some(11)), "too_far_behind", "too_far_behind"),
+            (replica(now, Some(1), Some("streaming"), None), "lag_unknown", "lag_unknown"),
+            (beyond, "too_far_behind", "too_far_behind"),
+            (flapped, "ejected", "ejected"),
+            (fail(streaming(now, 1), NodeFailure::Refused, now), "unreachable", "unreachable"),
+            (fail(streaming(now, 1), NodeFailure::Starting, now), "starting", "starting"),
+            (fail(streaming(now, 1), NodeFailure::Timeout, now), "replica", "replica"),
+        ] {
+            let all = [writer(now, 1, Some("")), facts, streaming(now, 1)];
+            assert_eq!(labels(&decide(&settled(now), &all, &FOLLOW, None, now))[1], serving, "{all:?}");
+            let mut fresh = settled(now);
+            fresh.nodes[1].standing = Standing::Excluded(Exclusion::NotProbed);
+            assert_eq!(labels(&decide(&fresh, &all, &FOLLOW, None, now))[1], first, "{all:?}");
+        }
+    }
+
+    #[test]
+    fn each_change_is_told_once() {
+        let now = Instant::now();
+        let before = settled(now);
+        let facts = [
+            fail(writer(now, 1, Some("")), NodeFailure::Refused, now),
+            fail(streaming(now, 1), NodeFailure::Refused, now),
+            streaming(now, 1),
+        ];
+        let next = decide(&before, &facts, &FOLLOW, None, now);
+        let name = |n: &str| Arc::<str>::from(n);
+        let why = Exclusion::Unreachable("gone".to_owned());
+        assert_eq!(
+            events(&before, &next),
+            vec![Event::PrimaryLost { node: name("n0") }, Event::ReplicaOut { node: name("n1"), why }]
+        );
+        assert_eq!(events(&next, &decide(&next, &facts, &FOLLOW, None, now)), vec![]);
+    }
+
+    fn any_facts() -> impl Strategy<Value = NodeFacts> {
+        let role = (0u8..2, 1u32..4, 0u8..3, 0u8..5, any::<bool>());
+        role.prop_map(|(role, timeline, history, health, foreign)| {
+            let now = Instant::now();
+            let history = [None, Some("1 0/500 x"), Some("1 0/500 x\n2 0/600 x")][usize::from(history)];
+            let mut facts = match role {
+                0 => writer(now, timeline, history),
+                _ => streaming(now, timeline),
+            };
+            if let (Some(seen), true) = (facts.seen.as_mut(), foreign) {
+                seen.answer.system_identifier = 43;
+            }
+            match health {
+                0 => NodeFacts::default(),
+                1 => fail(facts, NodeFailure::Refused, now),
+                _ => facts,
+            }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn one_primary_per_epoch_and_neither_moves_back(
+            rounds in prop::collection::vec(prop::collection::vec(any_facts(), 3), 1..40),
+        ) {
+            let now = Instant::now();
+            let mut topology = nodes(3);
+            for facts in rounds {
+                let next = decide(&topology, &facts, &FOLLOW, None, now);
+                prop_assert!(next.epoch >= topology.epoch && next.timeline >= topology.timeline);
+                if next.epoch == topology.epoch {
+                    prop_assert_eq!((next.primary, next.timeline), (topology.primary, topology.timeline));
+                }
+                if topology.system_identifier.is_some() {
+                    prop_assert_eq!(next.system_identifier, topology.system_identifier);
+                }
+                for view in &next.nodes {
+                    let primary = matches!(view.standing, Standing::Primary { .. });
+                    prop_assert_eq!(primary, next.primary == Some(view.id));
+                    prop_assert!(view.standing != Standing::Replica || view.timeline == next.timeline);
+                }
+                prop_assert!(next.switches.len() <= MAX_SWITCHES);
+                topology = next;
+            }
+        }
+    }
+}

@@ -1,43 +1,667 @@
 //! Our own questions and orders to a node, in SQL, over `tokio-postgres` and `deadpool-postgres`.
+//!
+//! Promises: every connection and every answer has a deadline; connections are bounded (two per node
+//! and database in the pools, and a bounded number of pools); a failure says what kind it is, because a
+//! refused connection, a frozen server and one that is starting mean different things.
+//!
+//! Deliberately does not: decide anything, retry, or carry statements of clients.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use deadpool_postgres::{
+    Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, TimeoutType,
+};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, Row, Statement};
 
 use crate::config::Config;
 use crate::topology::NodeId;
+use crate::wal::{Lsn, TimelineHistory, TimelineId, round_down_page_header};
 
-/// The control user's connections to the nodes.
-pub struct Nodes {
-    #[allow(dead_code)]
-    config: Arc<Config>,
+/// Connections at most per (node, database) of the shared pools.
+const POOL_CONNECTIONS: usize = 2;
+/// Pools at most; beyond, the one not used for longest is closed.
+const MAX_POOLS: usize = 128;
+/// Settings that a role's or database's defaults must not change under our questions: names resolve
+/// to the server's own, and a standby refuses every statement under `serializable`.
+const SETTINGS: &str = "-c search_path=pg_catalog -c default_transaction_isolation=read\\ committed -c idle_session_timeout=0 -c jit=off";
+
+/// What kind of failure a node gave: health weighs them differently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeFailure {
+    /// Nobody listens there: hard evidence that no server runs.
+    Refused,
+    /// No answer before the deadline, or the network lost it: frozen, overloaded or cut off.
+    Timeout,
+    /// The server says that it is starting up, shutting down or recovering (57P03): not dead.
+    Starting,
+    /// The connection broke.
+    Broken,
+    /// The server answered, with an error: it lives, but does not let us look.
+    Answered,
+}
+
+impl NodeFailure {
+    /// One word for a metric label or a log field.
+    pub fn label(self) -> &'static str {
+        match self {
+            NodeFailure::Refused => "refused",
+            NodeFailure::Timeout => "timeout",
+            NodeFailure::Starting => "starting",
+            NodeFailure::Broken => "broken",
+            NodeFailure::Answered => "answered",
+        }
+    }
 }
 
 /// A question to a node failed.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeError {
     /// The node's name.
     pub node: String,
     /// What went wrong.
     pub cause: String,
+    /// Of what kind it is.
+    pub kind: NodeFailure,
+}
+
+impl fmt::Display for NodeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "node {}: {}", self.node, self.cause)
+    }
+}
+
+impl std::error::Error for NodeError {}
+
+/// What a primary said of its positions, in the order in which it was read: a transaction whose commit
+/// record lies below `insert` is out of the snapshot's way, in `snapshot.xip`, or in
+/// `snapshot.xmax..next_xid`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PrimarySample {
+    /// Who was running, read first.
+    pub snapshot: Snapshot,
+    /// The insert position, rounded down over page and segment headers.
+    pub insert: Lsn,
+    /// The flush position.
+    pub flush: Lsn,
+    /// The next transaction id to be given, widened to 64 bits, read last.
+    pub next_xid: u64,
+    /// The timeline it writes.
+    pub timeline: TimelineId,
+}
+
+/// PostgreSQL's `pg_snapshot`, without its `xmin`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The first transaction id that had not completed, nor any after it.
+    pub xmax: u64,
+    /// The transactions below `xmax` that were running, ascending.
+    pub xip: Vec<u64>,
+}
+
+impl Snapshot {
+    /// Reads `xmin:xmax:xip,xip,...`; `None`: it is not that.
+    pub fn parse(text: &str) -> Option<Snapshot> {
+        let mut parts = text.splitn(3, ':');
+        let _xmin: u64 = parts.next()?.parse().ok()?;
+        let xmax = parts.next()?.parse().ok()?;
+        let list = parts.next()?;
+        let mut xip = Vec::new();
+        for xid in list.split(',').filter(|x| !x.is_empty()) {
+            xip.push(xid.parse().ok()?);
+        }
+        xip.sort_unstable();
+        Some(Snapshot { xmax, xip })
+    }
+}
+
+/// A 32-bit transaction id that is at or after `reference`, in 64 bits.
+pub fn widen_xid(next: u32, reference: u64) -> u64 {
+    let same_epoch = (reference & !0xFFFF_FFFF) | u64::from(next);
+    if same_epoch < reference { same_epoch.saturating_add(1 << 32) } else { same_epoch }
+}
+
+/// What a replica said of its positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReplicaSample {
+    /// The last position received and synced, if a walreceiver has run.
+    pub receive: Option<Lsn>,
+    /// The last position replayed; `None` while recovery has not replayed anything.
+    pub replay: Option<Lsn>,
+    /// The timeline that its walreceiver receives; `None` while none runs.
+    pub received_timeline: Option<TimelineId>,
+    /// Whether WAL may also come from an archive (`restore_command`), on whatever timeline.
+    pub archive: bool,
+}
+
+/// One answer to a sampler's question.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SampleAnswer {
+    /// The node was not in recovery.
+    Primary(PrimarySample),
+    /// The node was in recovery.
+    Replica(ReplicaSample),
+}
+
+/// What a probe found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProbeAnswer {
+    /// The identity of the cluster that the node's data belongs to.
+    pub system_identifier: u64,
+    /// The server's major version, for example 15.
+    pub server_major: u16,
+    /// What it was doing.
+    pub role: ProbedRole,
+}
+
+/// What a probed node was doing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ProbedRole {
+    /// It takes writes.
+    Primary {
+        /// The insert position, rounded.
+        insert: Lsn,
+        /// The timeline it writes.
+        timeline: TimelineId,
+    },
+    /// It replays.
+    Replica {
+        /// Its positions and its walreceiver's timeline.
+        positions: ReplicaSample,
+        /// The walreceiver's status (`streaming`, `waiting`, ...); `None`: none runs.
+        walreceiver: Option<String>,
+        /// Its `recovery_min_apply_delay`.
+        apply_delay: Duration,
+    },
+}
+
+/// What a replica said of transactions that a primary still lists as running.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotCommitted {
+    /// Its replay position, read before the transactions' states were.
+    pub replay: Lsn,
+    /// Its walreceiver's timeline; `None`: it is not known which history `replay` belongs to.
+    pub timeline: Option<TimelineId>,
+    /// Those of the transactions asked for that had not committed at `replay`.
+    pub xids: Vec<u64>,
+}
+
+// One CASE over the whole row: a promotion between two columns cannot mix the roles. Columns of an
+// ARRAY are evaluated from left to right; `age` is stable, so it is read when its turn comes, and it
+// is the next transaction id minus 3 as a signed 32-bit number.
+const SAMPLE: &str = "\
+SELECT CASE WHEN pg_is_in_recovery() THEN ARRAY['replica', \
+  pg_last_wal_receive_lsn()::text, pg_last_wal_replay_lsn()::text, \
+  (SELECT received_tli::text FROM pg_stat_get_wal_receiver()), \
+  (current_setting('restore_command') <> '')::text] \
+ELSE ARRAY['primary', \
+  pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text, pg_current_wal_flush_lsn()::text, \
+  ((age('3'::xid)::bigint & 4294967295) + 3)::text, \
+  left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)] END";
+
+const PROBE: &str = "\
+SELECT (SELECT system_identifier FROM pg_control_system()), \
+  current_setting('server_version_num')::int4, \
+  CASE WHEN pg_is_in_recovery() THEN ARRAY['replica', \
+    pg_last_wal_receive_lsn()::text, pg_last_wal_replay_lsn()::text, \
+    (SELECT received_tli::text FROM pg_stat_get_wal_receiver()), \
+    (current_setting('restore_command') <> '')::text, \
+    (SELECT status FROM pg_stat_get_wal_receiver()), \
+    (extract(epoch FROM current_setting('recovery_min_apply_delay')::interval) * 1000)::bigint::text] \
+  ELSE ARRAY['primary', pg_current_wal_insert_lsn()::text, \
+    left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)] END";
+
+// Sizes of a WAL page and segment in bytes.
+const WAL_SIZES: &str = "\
+SELECT current_setting('wal_block_size')::int8, pg_size_bytes(current_setting('wal_segment_size'))";
+
+const HISTORY: &str = "SELECT pg_read_file($1, 0, 1048576, true)";
+
+// Each step depends on the one before it, so the order is position, next id, states. `age` shows the next
+// id that replay has heard of; it is widened by the snapshot's, which is older and hence not above it.
+// `pg_xact_status` raises for an id at or past it: that one has not committed there.
+const NOT_COMMITTED: &str = "\
+SELECT r.lsn::text, pg_is_in_recovery(), \
+  (SELECT array_agg(x.xid) FROM unnest($1::int8[]) AS x (xid) WHERE r.lsn IS NOT NULL AND \
+    CASE WHEN x.xid >= r.xmax + ((r.next - r.xmax) & 4294967295) THEN true \
+         ELSE pg_xact_status(x.xid::text::xid8) <> 'committed' END), \
+  (SELECT received_tli FROM pg_stat_get_wal_receiver()) \
+FROM (SELECT p.lsn, pg_snapshot_xmax(pg_current_snapshot())::text::int8 AS xmax, \
+        (age(CASE WHEN p.lsn IS NOT NULL THEN '3'::xid END)::int8 & 4294967295) + 3 AS next \
+      FROM (SELECT pg_last_wal_replay_lsn() AS lsn OFFSET 0) AS p OFFSET 0) AS r";
+
+/// The control user's connections to the nodes.
+pub struct Nodes {
+    config: Arc<Config>,
+    pools: Mutex<HashMap<(NodeId, String), PoolEntry>>,
+}
+
+struct PoolEntry {
+    pool: Pool,
+    used: Instant,
 }
 
 impl Nodes {
     /// No connection is made yet.
     pub fn new(config: Arc<Config>) -> Arc<Nodes> {
-        Arc::new(Nodes { config })
+        Arc::new(Nodes { config, pools: Mutex::new(HashMap::new()) })
     }
 
-    /// A connection of its own to `database` on `node` as the control user (samplers, probes). Its
-    /// task is spawned on the current runtime; `Client::is_closed` says when it has ended.
-    pub async fn connect(&self, _node: NodeId, _database: &str) -> Result<tokio_postgres::Client, NodeError> {
-        Err(NodeError { node: String::new(), cause: String::new() })
+    /// A connection of its own to `database` on `node` as the control user. Its task is spawned on the
+    /// current runtime; `Client::is_closed` says when it has ended.
+    ///
+    /// Fails after `pool.connect_timeout` at the latest, login included.
+    pub async fn connect(&self, node: NodeId, database: &str) -> Result<Client, NodeError> {
+        Ok(self.dial_within(node, database, self.config.pool.connect_timeout).await?.0)
     }
 
-    /// A shared connection out of a small bounded pool per (node, database): auth query, catalog facts.
-    pub async fn client(
+    /// A connection of its own to the control database of `node`, with our questions as prepared
+    /// statements (samplers, probes). `deadline` bounds the connection with its login, and then each
+    /// question.
+    pub async fn open(&self, node: NodeId, deadline: Duration) -> Result<NodeClient, NodeError> {
+        let (client, task) = self.dial_within(node, &self.config.control.database, deadline).await?;
+        let connection = NodeClient {
+            client,
+            task: EndWithOwner(task),
+            name: self.name(node),
+            deadline,
+            sample: None,
+            probe: None,
+            wal_sizes: (0, 0),
+        };
+        connection.prepared().await
+    }
+
+    /// A shared connection out of a small bounded pool per (node, database): auth query, catalog facts,
+    /// the floor's question. It resolves unqualified names in `pg_catalog` only.
+    ///
+    /// Fails when none becomes free, or a new one cannot be made, within `pool.connect_timeout`.
+    pub async fn client(&self, node: NodeId, database: &str) -> Result<Object, NodeError> {
+        let pool = self.pool(node, database)?;
+        pool.get().await.map_err(|error| match error {
+            PoolError::Backend(error) => self.error(node, &error),
+            PoolError::Timeout(TimeoutType::Wait) => {
+                self.failure(node, NodeFailure::Answered, "all control connections are in use".to_owned())
+            }
+            PoolError::Timeout(_) => {
+                self.failure(node, NodeFailure::Timeout, "connection timed out".to_owned())
+            }
+            other => self.failure(node, NodeFailure::Broken, other.to_string()),
+        })
+    }
+
+    /// Closes pooled connections that nobody has used for `idle`, and forgets pools without any.
+    pub fn close_idle(&self, idle: Duration) {
+        self.lock_pools().retain(|_, entry| {
+            entry.pool.retain(|_, metrics| metrics.last_used() < idle);
+            entry.pool.status().size > 0 || entry.used.elapsed() < idle
+        });
+    }
+
+    /// Asks `node`, a replica, which of `xids` had not committed at its replay position, over a pooled
+    /// connection. An answer of a node that is not in recovery is none.
+    pub async fn not_committed(
         &self,
-        _node: NodeId,
-        _database: &str,
-    ) -> Result<deadpool_postgres::Object, NodeError> {
-        Err(NodeError { node: String::new(), cause: String::new() })
+        node: NodeId,
+        xids: &[u64],
+        deadline: Duration,
+    ) -> Result<NotCommitted, NodeError> {
+        let asked: Vec<i64> = xids.iter().filter_map(|x| i64::try_from(*x).ok()).collect();
+        let question = async {
+            let client = self.client(node, &self.config.control.database).await?;
+            let statement = client.prepare_cached(NOT_COMMITTED).await.map_err(|e| self.error(node, &e))?;
+            client.query_one(&statement, &[&asked]).await.map_err(|e| self.error(node, &e))
+        };
+        let row = timeout(deadline, question).await.map_err(|_| self.late(node))??;
+        read_not_committed(&row).ok_or_else(|| {
+            self.failure(node, NodeFailure::Answered, "not a replica that has replayed".to_owned())
+        })
+    }
+
+    /// The node's name in the configuration.
+    pub fn name(&self, node: NodeId) -> String {
+        self.config.nodes.get(node.index()).map_or_else(|| format!("#{}", node.0), |n| n.name.clone())
+    }
+
+    fn pool(&self, node: NodeId, database: &str) -> Result<Pool, NodeError> {
+        let settings = self.settings(node, database)?;
+        let mut pools = self.lock_pools();
+        let key = (node, database.to_owned());
+        if let Some(entry) = pools.get_mut(&key) {
+            entry.used = Instant::now();
+            return Ok(entry.pool.clone());
+        }
+        if pools.len() >= MAX_POOLS {
+            let oldest = pools.iter().min_by_key(|(_, entry)| entry.used).map(|(key, _)| key.clone());
+            if let Some(evicted) = oldest.and_then(|key| pools.remove(&key)) {
+                evicted.pool.close();
+            }
+        }
+        let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
+        let limit = Some(self.config.pool.connect_timeout);
+        let pool = Pool::builder(Manager::from_connect(settings, Dialer, recycling))
+            .max_size(POOL_CONNECTIONS)
+            .runtime(Runtime::Tokio1)
+            .wait_timeout(limit)
+            .create_timeout(limit)
+            .recycle_timeout(limit)
+            .build()
+            .map_err(|e| self.failure(node, NodeFailure::Broken, e.to_string()))?;
+        pools.insert(key, PoolEntry { pool: pool.clone(), used: Instant::now() });
+        Ok(pool)
+    }
+
+    fn settings(&self, node: NodeId, database: &str) -> Result<tokio_postgres::Config, NodeError> {
+        let Some(address) = self.config.nodes.get(node.index()) else {
+            return Err(self.failure(
+                node,
+                NodeFailure::Refused,
+                "no such node in the configuration".to_owned(),
+            ));
+        };
+        let mut settings = tokio_postgres::Config::new();
+        settings
+            .host(&address.host)
+            .port(address.port)
+            .user(&self.config.control.user)
+            .dbname(database)
+            .application_name("highwater")
+            .options(SETTINGS)
+            .connect_timeout(self.config.pool.connect_timeout)
+            .keepalives_idle(Duration::from_secs(10))
+            .keepalives_interval(Duration::from_secs(5))
+            .keepalives_retries(3)
+            .tcp_user_timeout(self.config.failover.tcp_user_timeout);
+        if let Some(password) = &self.config.control.password {
+            settings.password(&password.0);
+        }
+        Ok(settings)
+    }
+
+    async fn dial_within(
+        &self,
+        node: NodeId,
+        database: &str,
+        deadline: Duration,
+    ) -> Result<(Client, JoinHandle<()>), NodeError> {
+        let settings = self.settings(node, database)?;
+        // A frozen server still accepts TCP: the deadline must span the login as well.
+        match timeout(deadline, dial(&settings)).await {
+            Ok(connected) => connected.map_err(|error| self.error(node, &error)),
+            Err(_) => Err(self.failure(node, NodeFailure::Timeout, "connection timed out".to_owned())),
+        }
+    }
+
+    fn error(&self, node: NodeId, error: &tokio_postgres::Error) -> NodeError {
+        describe(self.name(node), error)
+    }
+
+    fn late(&self, node: NodeId) -> NodeError {
+        self.failure(node, NodeFailure::Timeout, "no answer in time".to_owned())
+    }
+
+    fn failure(&self, node: NodeId, kind: NodeFailure, cause: String) -> NodeError {
+        NodeError { node: self.name(node), cause, kind }
+    }
+
+    fn lock_pools(&self) -> std::sync::MutexGuard<'_, HashMap<(NodeId, String), PoolEntry>> {
+        self.pools.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// One connection with our questions prepared on it. Dropping it closes the connection at once, also
+/// towards a server that does not answer.
+pub struct NodeClient {
+    client: Client,
+    task: EndWithOwner,
+    name: String,
+    deadline: Duration,
+    sample: Option<Statement>,
+    probe: Option<Statement>,
+    wal_sizes: (u64, u64),
+}
+
+struct EndWithOwner(JoinHandle<()>);
+
+impl Drop for EndWithOwner {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl NodeClient {
+    /// Where the node is. One round trip.
+    pub async fn sample(&self) -> Result<SampleAnswer, NodeError> {
+        let row = self.ask(self.sample.as_ref()).await?;
+        read_sample(&row, self.wal_sizes).ok_or_else(|| self.unreadable())
+    }
+
+    /// What the node is. One round trip.
+    pub async fn probe(&self) -> Result<ProbeAnswer, NodeError> {
+        let row = self.ask(self.probe.as_ref()).await?;
+        read_probe(&row, self.wal_sizes).ok_or_else(|| self.unreadable())
+    }
+
+    /// The history of `timeline`, as the node's `pg_wal` has it. `Ok(None)`: there is no such file, or
+    /// the control user may not read it (`pg_read_file` takes a superuser or a grant).
+    pub async fn timeline_history(&self, timeline: TimelineId) -> Result<Option<TimelineHistory>, NodeError> {
+        if timeline.0 <= 1 {
+            return Ok(Some(TimelineHistory::default()));
+        }
+        let path = format!("pg_wal/{:08X}.history", timeline.0);
+        match timeout(self.deadline, self.client.query_one(HISTORY, &[&path])).await {
+            Err(_) => Err(self.late()),
+            Ok(Err(error)) if error.as_db_error().is_some() => Ok(None),
+            Ok(Err(error)) => Err(describe(self.name.clone(), &error)),
+            Ok(Ok(row)) => {
+                let text: Option<String> = row.try_get(0).ok().flatten();
+                Ok(text.and_then(|text| TimelineHistory::parse(&text).ok()))
+            }
+        }
+    }
+
+    /// Resolves when the connection has ended, for whatever reason.
+    pub async fn ended(&mut self) {
+        // The task is never awaited again once it has ended: the owner then drops the connection.
+        let _ = (&mut self.task.0).await;
+    }
+
+    async fn prepared(mut self) -> Result<NodeClient, NodeError> {
+        let preparing = async {
+            // Sent together: one round trip for the three.
+            tokio::try_join!(
+                self.client.query_one(WAL_SIZES, &[]),
+                self.client.prepare(SAMPLE),
+                self.client.prepare(PROBE)
+            )
+        };
+        let (sizes, sample, probe) = timeout(self.deadline, preparing)
+            .await
+            .map_err(|_| self.late())?
+            .map_err(|error| describe(self.name.clone(), &error))?;
+        let size = |column: usize| sizes.try_get::<_, i64>(column).ok().and_then(|n| u64::try_from(n).ok());
+        let (Some(block), Some(segment)) = (size(0), size(1)) else {
+            return Err(self.unreadable());
+        };
+        self.wal_sizes = (block, segment);
+        self.sample = Some(sample);
+        self.probe = Some(probe);
+        Ok(self)
+    }
+
+    async fn ask(&self, statement: Option<&Statement>) -> Result<Row, NodeError> {
+        let statement = statement.ok_or_else(|| self.unreadable())?;
+        timeout(self.deadline, self.client.query_one(statement, &[]))
+            .await
+            .map_err(|_| self.late())?
+            .map_err(|error| describe(self.name.clone(), &error))
+    }
+
+    fn late(&self) -> NodeError {
+        NodeError {
+            node: self.name.clone(),
+            cause: "no answer in time".to_owned(),
+            kind: NodeFailure::Timeout,
+        }
+    }
+
+    fn unreadable(&self) -> NodeError {
+        NodeError {
+            node: self.name.clone(),
+            cause: "its answer cannot be read".to_owned(),
+            kind: NodeFailure::Answered,
+        }
+    }
+}
+
+struct Dialer;
+
+impl deadpool_postgres::Connect for Dialer {
+    fn connect(
+        &self,
+        settings: &tokio_postgres::Config,
+    ) -> std::pin::Pin<
+        Box<dyn Future<Output = Result<(Client, JoinHandle<()>), tokio_postgres::Error>> + Send + '_>,
+    > {
+        let settings = settings.clone();
+        Box::pin(async move { dial(&settings).await })
+    }
+}
+
+/// The one place where a control connection is made; its task runs until the connection ends.
+async fn dial(settings: &tokio_postgres::Config) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error> {
+    let (client, connection) = settings.connect(tokio_postgres::NoTls).await?;
+    let task = tokio::spawn(async move {
+        // Whoever asks over the connection gets its error; there is nobody else to tell.
+        let _ = connection.await;
+    });
+    Ok((client, task))
+}
+
+fn describe(node: String, error: &tokio_postgres::Error) -> NodeError {
+    let (kind, cause) = match error.as_db_error() {
+        Some(answer) => {
+            let kind = match answer.code() {
+                code if *code == SqlState::CANNOT_CONNECT_NOW => NodeFailure::Starting,
+                code if *code == SqlState::ADMIN_SHUTDOWN || *code == SqlState::CRASH_SHUTDOWN => {
+                    NodeFailure::Broken
+                }
+                _ => NodeFailure::Answered,
+            };
+            (kind, format!("{} ({})", answer.message(), answer.code().code()))
+        }
+        None => {
+            let source = std::error::Error::source(error);
+            let kind = match source.and_then(|s| s.downcast_ref::<std::io::Error>()).map(std::io::Error::kind)
+            {
+                Some(std::io::ErrorKind::ConnectionRefused) => NodeFailure::Refused,
+                Some(std::io::ErrorKind::TimedOut) => NodeFailure::Timeout,
+                _ => NodeFailure::Broken,
+            };
+            (kind, source.map_or_else(|| error.to_string(), |source| format!("{error}: {source}")))
+        }
+    };
+    NodeError { node, cause, kind }
+}
+
+type Fields = Vec<Option<String>>;
+
+fn field<T: std::str::FromStr>(fields: &Fields, index: usize) -> Option<T> {
+    fields.get(index)?.as_deref()?.parse().ok()
+}
+
+fn timeline_of_file(fields: &Fields, index: usize) -> Option<TimelineId> {
+    u32::from_str_radix(fields.get(index)?.as_deref()?, 16).ok().map(TimelineId)
+}
+
+fn replica_positions(fields: &Fields) -> ReplicaSample {
+    ReplicaSample {
+        receive: field(fields, 1),
+        replay: field(fields, 2),
+        // A walreceiver that has not begun shows 0.
+        received_timeline: field(fields, 3).filter(|t| *t > 0).map(TimelineId),
+        archive: field(fields, 4).unwrap_or(true),
+    }
+}
+
+fn read_sample(row: &Row, (block, segment): (u64, u64)) -> Option<SampleAnswer> {
+    let fields: Fields = row.try_get(0).ok()?;
+    match fields.first()?.as_deref()? {
+        "replica" => Some(SampleAnswer::Replica(replica_positions(&fields))),
+        "primary" => {
+            let snapshot = Snapshot::parse(fields.get(1)?.as_deref()?)?;
+            let next_xid = widen_xid(field(&fields, 4)?, snapshot.xmax);
+            Some(SampleAnswer::Primary(PrimarySample {
+                insert: round_down_page_header(field(&fields, 2)?, block, segment),
+                flush: field(&fields, 3)?,
+                next_xid,
+                timeline: timeline_of_file(&fields, 5)?,
+                snapshot,
+            }))
+        }
+        _ => None,
+    }
+}
+
+fn read_probe(row: &Row, (block, segment): (u64, u64)) -> Option<ProbeAnswer> {
+    let version: i32 = row.try_get(1).ok()?;
+    let fields: Fields = row.try_get(2).ok()?;
+    let role = match fields.first()?.as_deref()? {
+        "replica" => ProbedRole::Replica {
+            positions: replica_positions(&fields),
+            walreceiver: fields.get(5).cloned().flatten(),
+            apply_delay: Duration::from_millis(field(&fields, 6).unwrap_or(0)),
+        },
+        "primary" => ProbedRole::Primary {
+            insert: round_down_page_header(field(&fields, 1)?, block, segment),
+            timeline: timeline_of_file(&fields, 2)?,
+        },
+        _ => return None,
+    };
+    Some(ProbeAnswer {
+        system_identifier: row.try_get::<_, i64>(0).ok()?.cast_unsigned(),
+        server_major: u16::try_from(version / 10_000).ok()?,
+        role,
+    })
+}
+
+fn read_not_committed(row: &Row) -> Option<NotCommitted> {
+    if !row.try_get::<_, bool>(1).ok()? {
+        return None;
+    }
+    let xids: Option<Vec<i64>> = row.try_get(2).ok()?;
+    let timeline: Option<i32> = row.try_get(3).ok()?;
+    Some(NotCommitted {
+        replay: row.try_get::<_, Option<String>>(0).ok()??.parse().ok()?,
+        timeline: timeline.and_then(|t| u32::try_from(t).ok()).filter(|t| *t > 0).map(TimelineId),
+        xids: xids.unwrap_or_default().into_iter().filter_map(|x| u64::try_from(x).ok()).collect(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_is_read_as_the_server_writes_it() {
+        assert_eq!(Snapshot::parse("10:10:"), Some(Snapshot { xmax: 10, xip: vec![] }));
+        assert_eq!(Snapshot::parse("10:20:10,14,15"), Some(Snapshot { xmax: 20, xip: vec![10, 14, 15] }));
+        for bad in ["", "10", "10:20", "a:b:", "10:20:x", "10:20:1,,x", "-1:2:"] {
+            assert_eq!(Snapshot::parse(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_narrow_xid_is_widened_past_its_reference() {
+        assert_eq!(widen_xid(800, 790), 800);
+        assert_eq!(widen_xid(790, 790), 790);
+        assert_eq!(widen_xid(5, 0xFFFF_FFF0), 0x1_0000_0005);
+        assert_eq!(widen_xid(5, 0x7_0000_0003), 0x7_0000_0005);
+        assert_eq!(widen_xid(3, 0x7_FFFF_FFFF), 0x8_0000_0003);
     }
 }

@@ -1,12 +1,14 @@
 //! What is believed of the nodes: an immutable value, made by `control`, read by everybody. Pure,
 //! but for [`TopologyHandle`], the place where the current value is published.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
 use tokio::sync::Notify;
 
+use crate::config::Config;
 use crate::wal::{Lsn, TimelineId};
 
 /// Which node: its index in the configuration's `nodes`.
@@ -32,10 +34,18 @@ pub enum Exclusion {
     NotProbed,
     /// Probes fail; the text says how the last one did.
     Unreachable(String),
+    /// The server says that it is starting up, shutting down or recovering.
+    Starting,
     /// A replica that failed and must first show itself well again.
     Ejected(String),
     /// Its lag is above `consistency.max_lag`.
     TooFarBehind,
+    /// How far behind it is cannot be known yet: the primary's position has not been seen.
+    LagUnknown,
+    /// No primary has been found yet, so it is not known what this replica should follow.
+    NoPrimary,
+    /// Its walreceiver does not stream, and it has not served since; or its timeline cannot be known.
+    NotStreaming,
     /// It replays another timeline than the primary's.
     OtherTimeline,
     /// Its system identifier is not the cluster's: not a copy of this primary.
@@ -51,10 +61,32 @@ impl Exclusion {
             Exclusion::NotProbed => "not_probed",
             Exclusion::Unreachable(_) => "unreachable",
             Exclusion::Ejected(_) => "ejected",
+            Exclusion::Starting => "starting",
             Exclusion::TooFarBehind => "too_far_behind",
+            Exclusion::LagUnknown => "lag_unknown",
+            Exclusion::NoPrimary => "no_primary",
+            Exclusion::NotStreaming => "not_streaming",
             Exclusion::OtherTimeline => "other_timeline",
             Exclusion::ForeignCluster => "foreign_cluster",
             Exclusion::SecondPrimary => "second_primary",
+        }
+    }
+}
+
+impl fmt::Display for Exclusion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Exclusion::NotProbed => f.write_str("no probe has been answered yet"),
+            Exclusion::Unreachable(cause) => write!(f, "it cannot be reached: {cause}"),
+            Exclusion::Starting => f.write_str("it is starting up or shutting down"),
+            Exclusion::Ejected(cause) => write!(f, "it failed a moment ago: {cause}"),
+            Exclusion::TooFarBehind => f.write_str("its lag is above max_lag"),
+            Exclusion::LagUnknown => f.write_str("its lag is not known yet"),
+            Exclusion::NoPrimary => f.write_str("no primary has been found yet"),
+            Exclusion::NotStreaming => f.write_str("it does not stream from the primary"),
+            Exclusion::OtherTimeline => f.write_str("it replays another timeline than the primary's"),
+            Exclusion::ForeignCluster => f.write_str("its system identifier is not the cluster's"),
+            Exclusion::SecondPrimary => f.write_str("it accepts writes, but is not the primary"),
         }
     }
 }
@@ -127,6 +159,29 @@ pub struct Topology {
 }
 
 impl Topology {
+    /// Before anything has been probed: the configured nodes, none of them usable.
+    pub fn initial(config: &Config) -> Topology {
+        let view = |(index, node): (usize, &crate::config::NodeConfig)| NodeView {
+            // More nodes than a NodeId can count cannot be told apart, hence are left out.
+            id: NodeId(index as u16),
+            name: Arc::from(node.name.as_str()),
+            weight: node.weight,
+            standing: Standing::Excluded(Exclusion::NotProbed),
+            timeline: None,
+            replay_lag_bytes: None,
+            replay_lag: None,
+            server_major: None,
+        };
+        Topology {
+            epoch: Epoch(0),
+            system_identifier: None,
+            primary: None,
+            timeline: None,
+            nodes: config.nodes.iter().take(usize::from(u16::MAX)).enumerate().map(view).collect(),
+            switches: Vec::new(),
+        }
+    }
+
     /// The view of one node.
     pub fn node(&self, id: NodeId) -> &NodeView {
         &self.nodes[id.index()]

@@ -1,1 +1,15 @@
-//! (placeholder of the skeleton)
+//! What the nodes are and where they are: samples of positions for the sessions' marks, probes for the
+//! control loop, and the pure judgements over them.
+//!
+//! Promises: asking costs the same however many sessions there are; every question has a deadline; a
+//! node that does not answer costs one task some waiting and nobody else anything. Deliberately does
+//! not decide who is the primary or who may serve: that is `control`.
+
+pub mod floor;
+pub mod health;
+pub mod lag;
+pub mod probe;
+mod received;
+pub mod sample;
+
+pub use received::ReceivedTimeline;

@@ -1,0 +1,420 @@
+//! Samples a node's WAL positions for all sessions: one task and one connection per node.
+//!
+//! Promises: a sample counts before it is sent, and one is in flight at most; `consistency.sample_interval`
+//! apart while sessions lean on the node, at once (with the least gap) when one waits, rarely when idle;
+//! a question that is not answered in time, or a connection that breaks, voids what was known of the node
+//! before anything else happens. The cost does not grow with sessions or statements.
+//!
+//! Deliberately does not decide whom a sample serves: role, timeline and epoch go in as they were, and
+//! sessions compare them with the topology's. A replica whose timeline cannot be known is sampled with
+//! [`UNKNOWN_TIMELINE`].
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, oneshot};
+use tokio::time::{sleep, sleep_until};
+
+use crate::monitor::ReceivedTimeline;
+use crate::monitor::floor::Floor;
+use crate::monitor::lag::{PrimaryHistory, ReplayLag};
+use crate::node::{NodeClient, NodeError, Nodes, NotCommitted, PrimarySample, SampleAnswer};
+use crate::positions::{Incarnation, NodePositions, Positions, Sample, SampleBody};
+use crate::topology::{Epoch, NodeId, Standing, Topology, TopologyHandle};
+use crate::wal::{Lsn, TimelineId};
+
+/// The timeline of a sample whose real one cannot be known. PostgreSQL's begin at 1, so it equals none.
+pub const UNKNOWN_TIMELINE: TimelineId = TimelineId(0);
+
+/// Time between samples while no session leans on the node.
+const IDLE_INTERVAL: Duration = Duration::from_millis(500);
+/// How long a node stays busy after a session has leaned on it.
+const STAYS_ACTIVE: Duration = Duration::from_millis(250);
+/// The longest pause between attempts to connect; the first comes at once, then 50 ms, doubling.
+const MAX_BACKOFF: Duration = Duration::from_millis(500);
+const FIRST_BACKOFF: Duration = Duration::from_millis(50);
+/// A suspect of the floor that is older is looked for on a replica.
+const SUSPECT_AGE: Duration = Duration::from_millis(20);
+/// Transaction ids per such question, at most.
+const MAX_SUSPECTS: usize = 256;
+
+/// How samples are taken.
+#[derive(Clone, Copy, Debug)]
+pub struct SampleSettings {
+    /// Time between samples while sessions lean on the node.
+    pub interval: Duration,
+    /// The least time between two samples.
+    pub gap: Duration,
+    /// How long connecting, and then an answer, may take.
+    pub deadline: Duration,
+}
+
+/// What has been seen of the epoch's primary: shared by its sampler, which writes, and the control
+/// loop, which measures lag by it and tells sessions how an epoch ended.
+#[derive(Debug)]
+pub struct PrimaryTrack {
+    state: Mutex<Track>,
+}
+
+#[derive(Debug)]
+struct Track {
+    epoch: Epoch,
+    history: PrimaryHistory,
+    last_sample: Option<(u64, Lsn)>,
+}
+
+/// Whether a sample is the first of its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FirstSample {
+    /// It is: the server may have lost the end of its log since the connection before.
+    OfConnection,
+    /// It is not.
+    No,
+}
+
+impl PrimaryTrack {
+    /// Remembers the primary's positions for `keep`.
+    pub fn new(keep: Duration) -> PrimaryTrack {
+        let track = Track { epoch: Epoch(0), history: PrimaryHistory::new(keep), last_sample: None };
+        PrimaryTrack { state: Mutex::new(track) }
+    }
+
+    /// The primary of `epoch` was at `insert` when asked at `asked_at`. Ignored for another epoch than
+    /// the current one.
+    pub fn record(&self, epoch: Epoch, insert: Lsn, asked_at: Instant) {
+        let mut track = self.lock();
+        if track.epoch == epoch {
+            track.history.record(insert, asked_at);
+        }
+    }
+
+    /// As [`record`](Self::record), for a sample with its number. `first`: of its connection, so that
+    /// positions seen earlier may be void.
+    pub fn record_sample(
+        &self,
+        epoch: Epoch,
+        number: u64,
+        insert: Lsn,
+        asked_at: Instant,
+        first: FirstSample,
+    ) {
+        let mut track = self.lock();
+        if track.epoch == epoch {
+            match first {
+                FirstSample::OfConnection => track.history.resume(insert, asked_at),
+                FirstSample::No => track.history.record(insert, asked_at),
+            }
+            track.last_sample = Some((number, insert));
+        }
+    }
+
+    /// The number and insert position of the epoch's last sample. It outlives the connection it came by.
+    pub fn last_sample(&self) -> Option<(u64, Lsn)> {
+        self.lock().last_sample
+    }
+
+    /// A new epoch begins: positions of the old one are of another history.
+    pub fn begin(&self, epoch: Epoch) {
+        let mut track = self.lock();
+        if track.epoch != epoch {
+            track.epoch = epoch;
+            track.history.clear();
+            track.last_sample = None;
+        }
+    }
+
+    /// How far behind a replica is that has replayed up to `replay`; `None`: nothing is known of the primary.
+    pub fn lag(&self, replay: Lsn, now: Instant) -> Option<ReplayLag> {
+        self.lock().history.lag(replay, now)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Track> {
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// One node's sampler.
+pub struct Sampler {
+    /// The node.
+    pub node: NodeId,
+    /// The control connections.
+    pub nodes: Arc<Nodes>,
+    /// Who is primary, in which epoch.
+    pub topology: Arc<TopologyHandle>,
+    /// Where samples go.
+    pub positions: Arc<Positions>,
+    /// Where the primary's positions go.
+    pub track: Arc<PrimaryTrack>,
+    /// How.
+    pub settings: SampleSettings,
+    /// Asked for whenever the connection was lost: tells what became of the node.
+    pub probe: Arc<Notify>,
+}
+
+impl Sampler {
+    /// Samples for ever.
+    pub async fn run(self) {
+        let mut backoff = Duration::ZERO;
+        loop {
+            sleep(backoff).await;
+            match self.nodes.open(self.node, self.settings.deadline).await {
+                Ok(client) => {
+                    let (samples, error) = self.sample_on(client).await;
+                    // One that accepts connections but answers nothing must not be hammered.
+                    backoff = if samples > 0 { Duration::ZERO } else { next_backoff(backoff) };
+                    let positions = self.positions.node(self.node);
+                    positions.lost();
+                    self.positions.wake_all();
+                    self.probe.notify_one();
+                    tracing::debug!(node = %self.nodes.name(self.node), %error, "sampler connection lost");
+                }
+                Err(error) => {
+                    backoff = next_backoff(backoff);
+                    tracing::debug!(%error, "sampler cannot connect");
+                }
+            }
+        }
+    }
+
+    /// One incarnation: how many samples were answered, and what ended it.
+    async fn sample_on(&self, mut client: NodeClient) -> (u64, String) {
+        let mut answered = 0;
+        let positions = self.positions.node(self.node);
+        let mut state = Known::new(positions.connected());
+        let mut pace = Pace { sent: None, active_until: Instant::now() };
+        loop {
+            if let Turn::Ended = pace.wait(positions, &mut client, &self.settings).await {
+                return (answered, "the connection ended".to_owned());
+            }
+            let leaned_on = positions.is_wanted() || pace.is_active(Instant::now());
+            let epoch = self.topology.load().epoch;
+            let asked_at = Instant::now();
+            pace.sent = Some(asked_at);
+            let number = positions.begin();
+            match client.sample().await {
+                Ok(answer) => {
+                    answered += 1;
+                    if let Some(sample) = self.read(&mut state, answer, number, epoch, asked_at) {
+                        self.positions.publish(self.node, sample);
+                    }
+                }
+                // Even an error as answer: whatever it means, nothing is known of the position.
+                Err(error) => return (answered, error.cause),
+            }
+            if leaned_on {
+                self.clear_suspects(&mut state, epoch);
+            }
+        }
+    }
+
+    fn read(
+        &self,
+        state: &mut Known,
+        answer: SampleAnswer,
+        number: u64,
+        epoch: Epoch,
+        asked_at: Instant,
+    ) -> Option<Sample> {
+        let incarnation = state.incarnation;
+        let (timeline, body) = match answer {
+            SampleAnswer::Primary(primary) => {
+                self.notice(state, Role::Writes(primary.timeline));
+                let topology = self.topology.load();
+                if topology.primary == Some(self.node) && topology.timeline == Some(primary.timeline) {
+                    let first = if state.tracked { FirstSample::No } else { FirstSample::OfConnection };
+                    state.tracked = true;
+                    self.track.record_sample(epoch, number, primary.insert, asked_at, first);
+                }
+                let floor = state.raise_floor(&primary, epoch, asked_at);
+                (primary.timeline, SampleBody::Primary { insert: primary.insert, floor })
+            }
+            SampleAnswer::Replica(replica) => {
+                let timeline = state.received.observe(&replica).unwrap_or(UNKNOWN_TIMELINE);
+                self.notice(state, Role::Replays(timeline));
+                // A node that has replayed nothing yet has no position.
+                (timeline, SampleBody::Replica { receive: replica.receive, replay: replica.replay? })
+            }
+        };
+        Some(Sample { number, incarnation, epoch, timeline, body })
+    }
+
+    /// A promotion or another timeline does not break a connection: the control loop shall hear of it now.
+    fn notice(&self, state: &mut Known, role: Role) {
+        if state.role.replace(role).is_some_and(|before| before != role) {
+            self.probe.notify_one();
+        }
+    }
+
+    /// Asks the freshest replica about transactions that have held the floor for long, one question at
+    /// a time; its answer is taken with the next sample, which it asks for.
+    fn clear_suspects(&self, state: &mut Known, epoch: Epoch) {
+        let topology = self.topology.load();
+        if state.clearing.is_some() || topology.primary != Some(self.node) || topology.epoch != epoch {
+            return;
+        }
+        let xids = state.floor.overdue(Instant::now(), SUSPECT_AGE, MAX_SUSPECTS);
+        let Some(replica) = (!xids.is_empty()).then(|| self.freshest_replica(&topology)).flatten() else {
+            return;
+        };
+        let (tell, answer) = oneshot::channel();
+        state.clearing = Some(Clearing { epoch, answer });
+        let (nodes, deadline) = (Arc::clone(&self.nodes), self.settings.deadline);
+        let (positions, primary) = (Arc::clone(&self.positions), self.node);
+        tokio::spawn(async move {
+            let answer = nodes.not_committed(replica, &xids, deadline).await;
+            // Without a receiver the sampler has lost its connection, and the floor with it.
+            if tell.send(answer).is_ok() {
+                positions.node(primary).want();
+            }
+        });
+    }
+
+    fn freshest_replica(&self, topology: &Topology) -> Option<NodeId> {
+        topology
+            .nodes
+            .iter()
+            .filter(|view| view.standing == Standing::Replica)
+            .filter_map(|view| match self.positions.node(view.id).latest()?.body {
+                SampleBody::Replica { replay, .. } => Some((replay, view.id)),
+                SampleBody::Primary { .. } => None,
+            })
+            .max()
+            .map(|(_, id)| id)
+    }
+}
+
+fn next_backoff(last: Duration) -> Duration {
+    (last * 2).clamp(FIRST_BACKOFF, MAX_BACKOFF)
+}
+
+/// What one incarnation has learned.
+struct Known {
+    incarnation: Incarnation,
+    epoch: Option<Epoch>,
+    timeline: Option<TimelineId>,
+    role: Option<Role>,
+    /// Whether the lag's history has had a sample of this connection.
+    tracked: bool,
+    floor: Floor,
+    received: ReceivedTimeline,
+    clearing: Option<Clearing>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Writes(TimelineId),
+    Replays(TimelineId),
+}
+
+struct Clearing {
+    epoch: Epoch,
+    answer: oneshot::Receiver<Result<NotCommitted, NodeError>>,
+}
+
+impl Known {
+    fn new(incarnation: Incarnation) -> Known {
+        Known {
+            incarnation,
+            epoch: None,
+            timeline: None,
+            role: None,
+            tracked: false,
+            floor: Floor::default(),
+            received: ReceivedTimeline::default(),
+            clearing: None,
+        }
+    }
+
+    fn raise_floor(&mut self, primary: &PrimarySample, epoch: Epoch, now: Instant) -> Lsn {
+        if self.epoch != Some(epoch) || self.timeline != Some(primary.timeline) {
+            self.epoch = Some(epoch);
+            self.timeline = Some(primary.timeline);
+            self.floor = Floor::default();
+            self.clearing = None;
+        }
+        let floor = self.floor.observe(primary, now);
+        self.cleared(primary.timeline).unwrap_or(floor)
+    }
+
+    /// Takes a replica's answer if one has come.
+    fn cleared(&mut self, timeline: TimelineId) -> Option<Lsn> {
+        use oneshot::error::TryRecvError;
+        let clearing = self.clearing.as_mut()?;
+        let answer = match clearing.answer.try_recv() {
+            Err(TryRecvError::Empty) => return None,
+            Err(TryRecvError::Closed) => None,
+            Ok(answer) => answer.ok(),
+        };
+        let asked_in = clearing.epoch;
+        self.clearing = None;
+        let answer = answer.filter(|a| a.timeline == Some(timeline) && Some(asked_in) == self.epoch)?;
+        Some(self.floor.clear(&answer.xids, answer.replay))
+    }
+}
+
+enum Turn {
+    Send,
+    Ended,
+}
+
+/// When the next sample is due.
+struct Pace {
+    sent: Option<Instant>,
+    active_until: Instant,
+}
+
+impl Pace {
+    fn is_active(&self, now: Instant) -> bool {
+        now < self.active_until
+    }
+
+    async fn wait(
+        &mut self,
+        positions: &NodePositions,
+        client: &mut NodeClient,
+        settings: &SampleSettings,
+    ) -> Turn {
+        let now = Instant::now();
+        if positions.take_active() || positions.is_wanted() {
+            self.active_until = now + STAYS_ACTIVE;
+        }
+        let Some(sent) = self.sent else {
+            return Turn::Send;
+        };
+        let interval = if self.is_active(now) { settings.interval } else { IDLE_INTERVAL };
+        let due = sent + interval.max(settings.gap);
+        // A wake-up may be left over from a request that the last sample has served.
+        while !positions.is_wanted() && Instant::now() < due {
+            tokio::select! {
+                () = client.ended() => return Turn::Ended,
+                () = positions.wanted() => {}
+                () = sleep_until(due.into()) => {}
+            }
+        }
+        let earliest = sent + settings.gap;
+        if Instant::now() < earliest {
+            sleep_until(earliest.into()).await;
+        }
+        Turn::Send
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_sample_of_a_primary_outlives_all_but_its_epoch() {
+        let track = PrimaryTrack::new(Duration::from_secs(60));
+        let now = Instant::now();
+        track.begin(Epoch(1));
+        track.record_sample(Epoch(1), 7, Lsn(100), now, FirstSample::OfConnection);
+        track.record_sample(Epoch(0), 8, Lsn(200), now, FirstSample::No);
+        assert_eq!(track.last_sample(), Some((7, Lsn(100))));
+        track.begin(Epoch(1));
+        assert_eq!(track.last_sample(), Some((7, Lsn(100))));
+        assert_eq!(track.lag(Lsn(90), now).map(|l| l.bytes), Some(10));
+        track.begin(Epoch(2));
+        assert_eq!((track.last_sample(), track.lag(Lsn(90), now)), (None, None));
+    }
+}
