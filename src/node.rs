@@ -20,6 +20,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Row, Statement};
 
 use crate::config::Config;
+use crate::net::NodeTls;
 use crate::topology::NodeId;
 use crate::wal::{Lsn, TimelineHistory, TimelineId, round_down_page_header};
 
@@ -238,6 +239,7 @@ FROM (SELECT p.lsn, pg_snapshot_xmax(pg_current_snapshot())::text::int8 AS xmax,
 /// The control user's connections to the nodes.
 pub struct Nodes {
     config: Arc<Config>,
+    dialer: Dialer,
     pools: Mutex<HashMap<(NodeId, String), PoolEntry>>,
 }
 
@@ -248,8 +250,10 @@ struct PoolEntry {
 
 impl Nodes {
     /// No connection is made yet.
-    pub fn new(config: Arc<Config>) -> Arc<Nodes> {
-        Arc::new(Nodes { config, pools: Mutex::new(HashMap::new()) })
+    pub fn new(config: Arc<Config>, tls: &NodeTls) -> Arc<Nodes> {
+        let (connector, mode) = tls.postgres_connector();
+        let dialer = Dialer { connector, mode };
+        Arc::new(Nodes { config, dialer, pools: Mutex::new(HashMap::new()) })
     }
 
     /// A connection of its own to `database` on `node` as the control user. Its task is spawned on the
@@ -344,7 +348,7 @@ impl Nodes {
         }
         let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
         let limit = Some(self.config.pool.connect_timeout);
-        let pool = Pool::builder(Manager::from_connect(settings, Dialer, recycling))
+        let pool = Pool::builder(Manager::from_connect(settings, self.dialer.clone(), recycling))
             .max_size(POOL_CONNECTIONS)
             .runtime(Runtime::Tokio1)
             .wait_timeout(limit)
@@ -391,7 +395,7 @@ impl Nodes {
     ) -> Result<(Client, JoinHandle<()>), NodeError> {
         let settings = self.settings(node, database)?;
         // A frozen server still accepts TCP: the deadline must span the login as well.
-        match timeout(deadline, dial(&settings)).await {
+        match timeout(deadline, self.dialer.dial(&settings)).await {
             Ok(connected) => connected.map_err(|error| self.error(node, &error)),
             Err(_) => Err(self.failure(node, NodeFailure::Timeout, "connection timed out".to_owned())),
         }
@@ -519,7 +523,29 @@ impl NodeClient {
     }
 }
 
-struct Dialer;
+/// Makes control connections, with the TLS that all connections to nodes have.
+#[derive(Clone)]
+struct Dialer {
+    connector: tokio_postgres_rustls::MakeRustlsConnect,
+    mode: tokio_postgres::config::SslMode,
+}
+
+impl Dialer {
+    /// The one place where a control connection is made; its task runs until the connection ends.
+    async fn dial(
+        &self,
+        settings: &tokio_postgres::Config,
+    ) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error> {
+        let mut settings = settings.clone();
+        settings.ssl_mode(self.mode);
+        let (client, connection) = settings.connect(self.connector.clone()).await?;
+        let task = tokio::spawn(async move {
+            // Whoever asks over the connection gets its error; there is nobody else to tell.
+            let _ = connection.await;
+        });
+        Ok((client, task))
+    }
+}
 
 impl deadpool_postgres::Connect for Dialer {
     fn connect(
@@ -529,18 +555,8 @@ impl deadpool_postgres::Connect for Dialer {
         Box<dyn Future<Output = Result<(Client, JoinHandle<()>), tokio_postgres::Error>> + Send + '_>,
     > {
         let settings = settings.clone();
-        Box::pin(async move { dial(&settings).await })
+        Box::pin(async move { self.dial(&settings).await })
     }
-}
-
-/// The one place where a control connection is made; its task runs until the connection ends.
-async fn dial(settings: &tokio_postgres::Config) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error> {
-    let (client, connection) = settings.connect(tokio_postgres::NoTls).await?;
-    let task = tokio::spawn(async move {
-        // Whoever asks over the connection gets its error; there is nobody else to tell.
-        let _ = connection.await;
-    });
-    Ok((client, task))
 }
 
 fn describe(node: String, error: &tokio_postgres::Error) -> NodeError {

@@ -18,6 +18,7 @@ use super::{Backend, CancelTarget, Dirt, StartupParameters};
 use crate::config::Config;
 use crate::metrics::{CloseReason, Metrics};
 use crate::net::NodeTls;
+use crate::node::NodeFailure;
 use crate::positions::Positions;
 use crate::scram::LoginKeys;
 use crate::topology::{NodeId, TopologyHandle};
@@ -49,7 +50,12 @@ pub enum AcquireError {
         sqlstate: [u8; 5],
     },
     /// The node could not be reached, or the connection broke during the login.
-    Unreachable(Arc<str>),
+    Unreachable {
+        /// What kind of failure it was.
+        failure: NodeFailure,
+        /// How it failed.
+        why: Arc<str>,
+    },
     /// The proxy cannot log in there: an authentication method or TLS mode that does not fit.
     Unfit(Arc<str>),
     /// Nothing became free in time.
@@ -205,7 +211,7 @@ impl Pool {
                 match &error {
                     // The server is full, but some of its backends are ours and will come back.
                     AcquireError::Refused { sqlstate, .. } if sqlstate == b"53300" && others => {}
-                    AcquireError::Unreachable(_) | AcquireError::Timeout if others => {
+                    AcquireError::Unreachable { .. } | AcquireError::Timeout if others => {
                         fail_first(&mut state, &error);
                     }
                     _ => while fail_first(&mut state, &error) {},
@@ -222,7 +228,6 @@ impl Pool {
         let config = &self.context.config;
         let node = &config.nodes[self.node.index()];
         let target = LoginTarget {
-            name: &node.name,
             host: &node.host,
             port: node.port,
             tls: &self.context.tls,
@@ -378,12 +383,22 @@ fn fail_first(state: &mut State, error: &AcquireError) -> bool {
 }
 
 fn refusal(error: LoginError) -> AcquireError {
+    let why: Arc<str> = error.to_string().into();
+    let unreachable = |failure| AcquireError::Unreachable { failure, why: why.clone() };
     match error {
-        LoginError::Refused { message, sqlstate } => {
+        LoginError::Refused { message, sqlstate, .. } => {
             AcquireError::Refused { message: message.into(), sqlstate }
         }
-        LoginError::Unfit(why) => AcquireError::Unfit(why.into()),
-        other => AcquireError::Unreachable(other.to_string().into()),
+        LoginError::Io { cause, .. } if cause.kind() == std::io::ErrorKind::ConnectionRefused => {
+            unreachable(NodeFailure::Refused)
+        }
+        LoginError::Io { .. } | LoginError::Protocol { .. } => unreachable(NodeFailure::Broken),
+        LoginError::Timeout { .. } => unreachable(NodeFailure::Timeout),
+        LoginError::StaleKeys { .. }
+        | LoginError::Unsupported { .. }
+        | LoginError::UnsendableStartup
+        | LoginError::Scram { .. }
+        | LoginError::Tls { .. } => AcquireError::Unfit(why),
     }
 }
 

@@ -55,6 +55,22 @@ impl fmt::Display for AuthFailure {
     }
 }
 
+impl AuthFailure {
+    /// One word for a metric label.
+    pub fn label(&self) -> &'static str {
+        match self {
+            AuthFailure::Refused(report) if report.sqlstate == "28P01" => "password",
+            AuthFailure::Refused(report) if report.sqlstate == "28000" => "not_permitted",
+            AuthFailure::Refused(report) if report.sqlstate == "3D000" => "no_database",
+            AuthFailure::Refused(report) if report.sqlstate == "42501" => "no_connect_privilege",
+            AuthFailure::Refused(_) => "protocol",
+            AuthFailure::NoVerifier(_) => "no_verifier",
+            AuthFailure::Timeout => "timeout",
+            AuthFailure::Gone | AuthFailure::Io(_) => "gone",
+        }
+    }
+}
+
 impl std::error::Error for AuthFailure {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {

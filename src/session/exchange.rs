@@ -1007,22 +1007,21 @@ impl Session {
             self.skip_expected();
             return Ok(Step::On);
         }
-        let lease = self.lease.as_mut().expect("an exchange has a backend");
+        let lease = self.lease.as_ref().expect("an exchange has a backend");
         let fields = wire::error_fields(&lease.input[HEADER..len]);
-        if self.unit.redoable && self.role == Role::Replica {
-            let again = match refusal::of(fields.sqlstate, fields.message, fields.routine) {
-                Refusal::NotARead => Some(Again::NotARead),
-                Refusal::LateReplica => Some(Again::LateReplica),
-                Refusal::RecoveryConflict => Some(Again::Conflict),
-                Refusal::Shutdown => Some(Again::NodeLost),
-                Refusal::None => None,
-            };
-            if let Some(again) = again {
-                return Ok(self.discard(again, fields.severity == b"FATAL"));
-            }
+        let fatal = matches!(fields.severity, b"FATAL" | b"PANIC");
+        let again = match refusal::of(fields.sqlstate, fields.message, fields.routine) {
+            _ if !self.unit.redoable || self.role == Role::Primary => None,
+            Refusal::NotARead => Some(Again::NotARead),
+            Refusal::LateReplica => Some(Again::LateReplica),
+            Refusal::RecoveryConflict => Some(Again::Conflict),
+            Refusal::Shutdown => Some(Again::NodeLost),
+            Refusal::None => None,
+        };
+        if let Some(again) = again {
+            return Ok(self.discard(again, fatal));
         }
         self.commit();
-        let fatal = matches!(fields.severity, b"FATAL" | b"PANIC");
         // PostgreSQL leaves COPY mode; what the client still sends of it is dropped.
         if self.unit.intake == Intake::CopyIn {
             let simple = matches!(self.unit.expects.front(), Some(Expect::Query));

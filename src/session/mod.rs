@@ -33,6 +33,7 @@ use crate::classify::{Classifier, Leaves, PinReason};
 use crate::config::Config;
 use crate::metrics::{ClassLabel, Metrics};
 use crate::net::Stream;
+use crate::node::NodeFailure;
 use crate::positions::Positions;
 use crate::route::RouteReason;
 use crate::topology::{NodeId, TopologyHandle};
@@ -59,7 +60,7 @@ pub struct Shared {
     /// Makes prepared statements' names.
     pub names: Names,
     /// Where failures of nodes are reported.
-    pub control: crate::control::Control,
+    pub reports: crate::control::Reports,
 }
 
 /// What a logged-in client brings along.
@@ -465,7 +466,7 @@ impl Session {
                 }
                 Err(End::NodeLost { node }) => {
                     self.note();
-                    self.shared.control.report_failure(node, "connection lost");
+                    self.shared.reports.report_failure(node, NodeFailure::Broken);
                     return Err(End::NodeLost { node });
                 }
                 Err(end) => return Err(end),
@@ -505,7 +506,7 @@ impl Session {
             }
             Err(End::NodeLost { node }) => {
                 self.note();
-                self.shared.control.report_failure(node, "connection lost");
+                self.shared.reports.report_failure(node, NodeFailure::Broken);
                 Err(End::NodeLost { node })
             }
             Err(end) => Err(end),
@@ -518,7 +519,10 @@ impl Session {
 
     /// The unit ran on a replica that could not serve it: where it must not go again, and what is learned.
     fn take_back(&mut self, again: Again, node: NodeId, avoid: &mut Vec<NodeId>) {
-        self.shared.metrics.redone(again);
+        self.shared.metrics.redone(again.label());
+        if again == Again::NotARead {
+            self.learn();
+        }
         self.handle.waiting();
         let lease = self.lease.take();
         match again {
@@ -533,7 +537,7 @@ impl Session {
                 }
             }
             Again::NodeLost => {
-                self.shared.control.report_failure(node, "connection lost");
+                self.shared.reports.report_failure(node, NodeFailure::Broken);
                 avoid.push(node);
             }
         }

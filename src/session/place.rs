@@ -92,8 +92,8 @@ impl Session {
                         return Ok(Tried::Primary(RouteReason::Behind));
                     }
                     Err(AcquireError::Timeout) => return Ok(Tried::Failed(self.timed_out())),
-                    Err(AcquireError::Unreachable(why)) => {
-                        shared.control.report_failure(node, &why);
+                    Err(AcquireError::Unreachable { failure, .. }) => {
+                        shared.reports.report_failure(node, failure);
                         avoid.push(node);
                         continue;
                     }
@@ -223,8 +223,8 @@ impl Session {
                     return Err(End::NodeSaidFatal);
                 }
                 Err(AcquireError::Refused { .. }) => {}
-                Err(AcquireError::Unreachable(why)) => {
-                    self.shared.control.report_failure(node, &why);
+                Err(AcquireError::Unreachable { failure, .. }) => {
+                    self.shared.reports.report_failure(node, failure);
                 }
             }
             // Nothing was sent: waiting for the primary, or for the next one, is safe.
@@ -354,8 +354,8 @@ impl Session {
                     return Err(End::NodeSaidFatal);
                 }
                 Err(error) => {
-                    if let AcquireError::Unreachable(why) = &error {
-                        self.shared.control.report_failure(node, why);
+                    if let AcquireError::Unreachable { failure, .. } = &error {
+                        self.shared.reports.report_failure(node, *failure);
                     }
                     last = Some(error);
                 }
