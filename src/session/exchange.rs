@@ -220,7 +220,8 @@ impl Session {
             if !lease.output.is_empty() {
                 let backend = &mut **lease;
                 match poll_drain(&mut backend.stream, &mut backend.output, cx) {
-                    Poll::Ready(Ok(())) => {}
+                    // There is room again for what the client sends.
+                    Poll::Ready(Ok(())) => moved = true,
                     // The node may have said why before it closed: read on; the end of input decides.
                     Poll::Ready(Err(_)) => backend.output.clear(),
                     Poll::Pending => {}
@@ -247,12 +248,13 @@ impl Session {
                 Ok(Step::Wait) => {}
                 Err(end) => return Poll::Ready(Err(end)),
             }
-            if !self.unit.redoable
-                && !self.client.output.is_empty()
-                && let Poll::Ready(Err(_)) =
-                    poll_drain(&mut self.client.stream, &mut self.client.output, cx)
-            {
-                return Poll::Ready(Err(End::ClientGone));
+            if !self.unit.redoable && !self.client.output.is_empty() {
+                match poll_drain(&mut self.client.stream, &mut self.client.output, cx) {
+                    // There is room again for what the node sends.
+                    Poll::Ready(Ok(())) => moved = true,
+                    Poll::Ready(Err(_)) => return Poll::Ready(Err(End::ClientGone)),
+                    Poll::Pending => {}
+                }
             }
             if self.client.input.len() < HIGH_WATER && !self.client.at_end {
                 match poll_fill(&mut self.client.stream, &mut self.client.input, cx) {
