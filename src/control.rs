@@ -230,6 +230,15 @@ impl Loop {
             facts.lag = facts.replay.and_then(|replay| self.track.lag(replay, now));
         }
         let next = decide(&before, &self.facts, &self.policy, self.track.last_sample(), now);
+        if has_reachable_primary(&next) {
+            // A replica that only waits to be measured need not wait for the next round of probes.
+            for view in next.nodes.iter().filter(|v| v.standing == Standing::Excluded(Exclusion::LagUnknown))
+            {
+                if let Some(probe) = self.probe_now.get(view.id.index()) {
+                    probe.notify_one();
+                }
+            }
+        }
         if next == **before {
             return;
         }
@@ -253,6 +262,10 @@ impl Loop {
         // Whoever waits for a position decides anew whether to.
         self.positions.wake_all();
     }
+}
+
+fn has_reachable_primary(topology: &Topology) -> bool {
+    topology.nodes.iter().any(|view| view.standing == Standing::Primary { reachable: true })
 }
 
 fn probed_replay(seen: &Seen) -> Option<Lsn> {
@@ -475,6 +488,10 @@ fn replica_exclusion(
     match known.lag {
         None => Some(Exclusion::LagUnknown),
         Some(ReplayLag { time: LagTime::AtMost(time), .. }) if time <= policy.max_lag => None,
+        // Behind all that has been seen of the primary, which is not much yet.
+        Some(ReplayLag { time: LagTime::MoreThan(time), .. }) if time <= policy.max_lag => {
+            Some(Exclusion::LagUnknown)
+        }
         Some(_) => Some(Exclusion::TooFarBehind),
     }
 }
@@ -674,6 +691,7 @@ mod tests {
             replay: Some(Lsn(900)),
             received_timeline: timeline.map(TimelineId),
             archive: false,
+            newest_history: None,
         };
         let walreceiver = walreceiver.map(str::to_owned);
         let role = ProbedRole::Replica { positions, walreceiver, apply_delay: Duration::ZERO };
@@ -843,7 +861,7 @@ mod tests {
             (replica(now, Some(2), Some("streaming"), Some(0)), "other_timeline", "other_timeline"),
             (replica(now, Some(1), Some("streaming"), Some(11)), "too_far_behind", "too_far_behind"),
             (replica(now, Some(1), Some("streaming"), None), "lag_unknown", "lag_unknown"),
-            (beyond, "too_far_behind", "too_far_behind"),
+            (beyond, "lag_unknown", "lag_unknown"),
             (flapped, "ejected", "ejected"),
             (fail(streaming(now, 1), NodeFailure::Refused, now), "unreachable", "unreachable"),
             (fail(streaming(now, 1), NodeFailure::Starting, now), "starting", "starting"),

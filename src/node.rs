@@ -138,6 +138,9 @@ pub struct ReplicaSample {
     pub received_timeline: Option<TimelineId>,
     /// Whether WAL may also come from an archive (`restore_command`), on whatever timeline.
     pub archive: bool,
+    /// Only while no walreceiver runs: the latest timeline whose history file is in `pg_wal`, 1 for none.
+    /// `None` also when the control user may not list that directory (`pg_monitor` may).
+    pub newest_history: Option<TimelineId>,
 }
 
 /// One answer to a sampler's question.
@@ -199,7 +202,11 @@ const SAMPLE: &str = "\
 SELECT CASE WHEN pg_is_in_recovery() THEN ARRAY['replica', \
   pg_last_wal_receive_lsn()::text, pg_last_wal_replay_lsn()::text, \
   (SELECT received_tli::text FROM pg_stat_get_wal_receiver()), \
-  (current_setting('restore_command') <> '')::text] \
+  (current_setting('restore_command') <> '')::text, \
+  CASE WHEN NOT EXISTS (SELECT FROM pg_stat_get_wal_receiver() WHERE received_tli > 0) \
+         AND has_function_privilege('pg_ls_waldir()', 'execute') \
+       THEN (SELECT coalesce(max(left(name, 8)), '00000001') FROM pg_ls_waldir() \
+             WHERE name ~ '^[0-9A-F]{8}[.]history$') END] \
 ELSE ARRAY['primary', \
   pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text, pg_current_wal_flush_lsn()::text, \
   ((age('3'::xid)::bigint & 4294967295) + 3)::text, \
@@ -212,6 +219,10 @@ SELECT (SELECT system_identifier FROM pg_control_system()), \
     pg_last_wal_receive_lsn()::text, pg_last_wal_replay_lsn()::text, \
     (SELECT received_tli::text FROM pg_stat_get_wal_receiver()), \
     (current_setting('restore_command') <> '')::text, \
+    CASE WHEN NOT EXISTS (SELECT FROM pg_stat_get_wal_receiver() WHERE received_tli > 0) \
+           AND has_function_privilege('pg_ls_waldir()', 'execute') \
+         THEN (SELECT coalesce(max(left(name, 8)), '00000001') FROM pg_ls_waldir() \
+               WHERE name ~ '^[0-9A-F]{8}[.]history$') END, \
     (SELECT status FROM pg_stat_get_wal_receiver()), \
     (extract(epoch FROM current_setting('recovery_min_apply_delay')::interval) * 1000)::bigint::text] \
   ELSE ARRAY['primary', pg_current_wal_insert_lsn()::text, \
@@ -602,6 +613,7 @@ fn replica_positions(fields: &Fields) -> ReplicaSample {
         // A walreceiver that has not begun shows 0.
         received_timeline: field(fields, 3).filter(|t| *t > 0).map(TimelineId),
         archive: field(fields, 4).unwrap_or(true),
+        newest_history: timeline_of_file(fields, 5),
     }
 }
 
@@ -630,8 +642,8 @@ fn read_probe(row: &Row, (block, segment): (u64, u64)) -> Option<ProbeAnswer> {
     let role = match fields.first()?.as_deref()? {
         "replica" => ProbedRole::Replica {
             positions: replica_positions(&fields),
-            walreceiver: fields.get(5).cloned().flatten(),
-            apply_delay: Duration::from_millis(field(&fields, 6).unwrap_or(0)),
+            walreceiver: fields.get(6).cloned().flatten(),
+            apply_delay: Duration::from_millis(field(&fields, 7).unwrap_or(0)),
         },
         "primary" => ProbedRole::Primary {
             insert: round_down_page_header(field(&fields, 1)?, block, segment),

@@ -206,7 +206,7 @@ mod tests {
             let rounded = round_down_page_header(Lsn(at), block, segment);
             let taken = at - rounded.0;
             prop_assert!([0, PAGE_HEADER, SEGMENT_HEADER].contains(&taken));
-            prop_assert!(taken == 0 || rounded.0 % block == 0);
+            prop_assert!(taken == 0 || rounded.0.is_multiple_of(block));
             prop_assert_eq!(round_down_page_header(rounded, block, segment), rounded);
         }
 

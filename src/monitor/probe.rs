@@ -18,6 +18,8 @@ use crate::wal::{TimelineHistory, TimelineId};
 
 /// The least time between two probes of a node, whoever asks.
 const LEAST_GAP: Duration = Duration::from_millis(20);
+/// The time between two probes of a node where nobody listens, or that is starting.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// What a probe saw of a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,10 +64,17 @@ pub async fn run(
     loop {
         let asked_at = Instant::now();
         let result = probe.once().await;
+        let pause = match &result {
+            // It fails fast, so asking often costs little, and a restart takes a tenth of a second.
+            Err(e) if matches!(e.kind, NodeFailure::Refused | NodeFailure::Starting) => {
+                settings.interval.min(RETRY)
+            }
+            _ => settings.interval,
+        };
         if results.send(Observation { node, asked_at, result }).await.is_err() {
             return;
         }
-        probe.wait(asked_at, &now_please).await;
+        probe.wait(asked_at + pause, &now_please).await;
     }
 }
 
@@ -116,8 +125,9 @@ impl Probe {
         self.held.insert(held).look().await
     }
 
-    async fn wait(&mut self, asked_at: Instant, now_please: &Notify) {
-        let due = sleep_until((asked_at + self.settings.interval).into());
+    async fn wait(&mut self, due: Instant, now_please: &Notify) {
+        let earliest = due.min(Instant::now() + LEAST_GAP);
+        let due = sleep_until(due.into());
         let ended = match &mut self.held {
             None => {
                 tokio::select! { () = due => {}, () = now_please.notified() => {} }
@@ -132,7 +142,7 @@ impl Probe {
         if ended {
             self.held = None;
         }
-        sleep_until((asked_at + LEAST_GAP.min(self.settings.interval)).into()).await;
+        sleep_until(earliest.into()).await;
     }
 }
 

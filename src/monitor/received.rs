@@ -2,9 +2,11 @@
 //!
 //! Only its walreceiver says it (`received_tli`), and only while it runs; the control file's timelines
 //! lag behind by a checkpoint. When the primary dies all walreceivers end, and the replicas must go on
-//! serving: what a walreceiver was seen to receive on a timeline stays a position of that timeline. So a
-//! position up to there keeps it, unless WAL may also come from an archive, on whatever timeline.
-//! Beyond, and on a connection that has not seen a walreceiver, the timeline is unknown.
+//! serving. A standby without an archive enters a new timeline only after its walreceiver has put that
+//! timeline's history file into `pg_wal`: while there is none later than the timeline that this
+//! connection has seen received, it is still on it. Where the directory may not be listed, what was
+//! seen received on a timeline keeps it. With an archive (`restore_command`), or on a connection that
+//! has not seen a walreceiver, the timeline is unknown.
 
 use crate::node::ReplicaSample;
 use crate::wal::{Lsn, TimelineId};
@@ -28,7 +30,10 @@ impl ReceivedTimeline {
             return Some(timeline);
         }
         let replay = answer.replay?;
-        self.seen = self.seen.filter(|(_, upto)| !answer.archive && replay <= *upto);
+        self.seen = self.seen.filter(|(timeline, upto)| {
+            let same = answer.newest_history.map_or(replay <= *upto, |newest| newest <= *timeline);
+            !answer.archive && same
+        });
         self.seen.map(|(timeline, _)| timeline)
     }
 }
@@ -43,6 +48,20 @@ mod tests {
             replay: Some(Lsn(replay)),
             received_timeline: timeline.map(TimelineId),
             archive,
+            newest_history: None,
+        }
+    }
+
+    #[test]
+    fn the_history_files_tell_whether_a_new_timeline_was_entered() {
+        for (newest, timeline) in [(1, Some(TimelineId(1))), (2, None)] {
+            let mut received = ReceivedTimeline::default();
+            received.observe(&answer(Some(1), 100, 90, false));
+            // More was received and replayed before the walreceiver ended, unseen.
+            let stopped =
+                ReplicaSample { newest_history: Some(TimelineId(newest)), ..answer(None, 130, 120, false) };
+            assert_eq!(received.observe(&stopped), timeline);
+            assert_eq!(received.observe(&stopped), timeline);
         }
     }
 

@@ -33,6 +33,7 @@ const STAYS_ACTIVE: Duration = Duration::from_millis(250);
 /// The longest pause between attempts to connect; the first comes at once, then 50 ms, doubling.
 const MAX_BACKOFF: Duration = Duration::from_millis(500);
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
+const TIMER_GRAIN: Duration = Duration::from_millis(1);
 /// A suspect of the floor that is older is looked for on a replica.
 const SUSPECT_AGE: Duration = Duration::from_millis(20);
 /// Transaction ids per such question, at most.
@@ -391,8 +392,9 @@ impl Pace {
                 () = sleep_until(due.into()) => {}
             }
         }
+        // The runtime's timers count milliseconds and round up: less than half of one is not slept.
         let earliest = sent + settings.gap;
-        if Instant::now() < earliest {
+        if earliest.saturating_duration_since(Instant::now()) >= TIMER_GRAIN / 2 {
             sleep_until(earliest.into()).await;
         }
         Turn::Send
