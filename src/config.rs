@@ -442,10 +442,20 @@ impl Config {
             let message = format!("larger than {MAX_FILE} bytes");
             return Err(fail(vec![Problem { line: 0, column: 0, path: String::new(), message }]));
         }
-        let tree = walk(text, None).map_err(|e| {
-            let (line, column) = e.location().map_or((0, 0), |l| (l.line(), l.column()));
-            fail(vec![Problem { line, column, path: String::new(), message: bare_message(&e) }])
-        })?;
+        let tree = match walk(text, None) {
+            Ok(tree) => tree,
+            // No value at all, perhaps comments: say what is missing instead.
+            Err(e) if e.to_string().starts_with("EOF while parsing a value") => Tree::Null,
+            Err(e) => {
+                let (line, column) = e.location().map_or((0, 0), |l| (l.line(), l.column()));
+                return Err(fail(vec![Problem {
+                    line,
+                    column,
+                    path: String::new(),
+                    message: bare_message(&e),
+                }]));
+            }
+        };
         let mut reader = Reader { env, found: Vec::new() };
         let config = reader.config(&tree);
         match config {
@@ -1315,7 +1325,8 @@ mod tests {
         assert!(twice.contains("f.yaml:4:22: nodes[1].host: node `a` already"), "{twice}");
         assert!(all("  []").starts_with("f.yaml:3:3: nodes: expected at least one node"));
         assert!(all("  - { name: a }").contains("nodes[0]: `host` is missing"));
-        assert!(parse("").unwrap_err().to_string().contains("expected a mapping"));
+        let empty = parse("# nothing\n").unwrap_err().to_string();
+        assert!(empty.contains("expected a mapping, not nothing"), "{empty}");
     }
 
     #[test]
