@@ -444,8 +444,6 @@ impl Config {
         }
         let tree = match walk(text, None) {
             Ok(tree) => tree,
-            // No value at all, perhaps comments: say what is missing instead.
-            Err(e) if e.to_string().starts_with("EOF while parsing a value") => Tree::Null,
             Err(e) => {
                 let (line, column) = e.location().map_or((0, 0), |l| (l.line(), l.column()));
                 return Err(fail(vec![Problem {
@@ -622,6 +620,11 @@ impl<'de> de::Visitor<'de> for Walk<'_> {
         self.arrive().map(|()| Tree::Null)
     }
 
+    /// How a document without any value arrives.
+    fn visit_none<E: de::Error>(self) -> Result<Tree, E> {
+        self.visit_unit()
+    }
+
     fn visit_bool<E: de::Error>(self, v: bool) -> Result<Tree, E> {
         self.arrive().map(|()| Tree::Bool(v))
     }
@@ -769,12 +772,11 @@ impl Reader<'_> {
         default: u64,
     ) -> u64 {
         let Some((tree, trail)) = section.get(key) else { return default };
-        match tree {
-            Tree::Int(i) => match u64::try_from(*i) {
-                Ok(n) if allowed.contains(&n) => return n,
-                _ => {}
-            },
-            _ => {}
+        if let Tree::Int(i) = tree
+            && let Ok(n) = u64::try_from(*i)
+            && allowed.contains(&n)
+        {
+            return n;
         }
         self.wrong(
             &trail,
@@ -1326,6 +1328,7 @@ mod tests {
         assert!(all("  []").starts_with("f.yaml:3:3: nodes: expected at least one node"));
         assert!(all("  - { name: a }").contains("nodes[0]: `host` is missing"));
         let empty = parse("# nothing\n").unwrap_err().to_string();
+        assert!(parse("").unwrap_err().to_string().contains("expected a mapping"));
         assert!(empty.contains("expected a mapping, not nothing"), "{empty}");
     }
 

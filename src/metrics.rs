@@ -2,8 +2,7 @@
 //!
 //! Promises: a registry of its own, no globals; label values that clients could invent never become
 //! labels unbounded; on the way of a statement no name is looked up: a count is an array index and one
-//! relaxed atomic addition (a few nanoseconds alone, tens when threads fight for the cache line), an
-//! observation about three. Figures that others hold (topology, pools, caches) are
+//! relaxed atomic addition, shared by all workers. Figures that others hold (topology, pools, caches) are
 //! read when somebody scrapes. Deliberately does not serve HTTP (`admin` does) or keep history.
 
 use std::collections::BTreeMap;
@@ -71,11 +70,11 @@ pub struct Scrape<'a> {
     pub class_cache: ClassCacheFigures,
 }
 
-/// Counters by a reason, resolved at the first use of each; for events that are not on the way of every statement.
+/// Counters by a reason, looked up at each use; for events that are not on the way of every statement.
 pub struct ReasonCounter(IntCounterVec);
 
 impl ReasonCounter {
-    /// Counts one. A look-up by hash under a shared lock, about 50 ns.
+    /// Counts one. Costs a look-up by hash under a shared lock.
     pub fn inc(&self, reason: &'static str) {
         self.0.with_label_values(&[reason]).inc();
     }
