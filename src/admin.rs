@@ -1,1 +1,277 @@
-//! (placeholder of the skeleton)
+//! The HTTP side door: `/metrics`, `/healthz`, `/readyz`, `/topology`.
+//!
+//! Promises: GET and HEAD only; connections, header bytes and the time of a request are bounded, so that
+//! a slow or greedy peer costs at most [`MAX_CONNECTIONS`] small buffers; no answer shows a secret.
+//! Deliberately has no login and changes nothing: bind it to where only operators reach it.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE};
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::json;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+
+use crate::metrics::{ClassCacheFigures, Metrics, PoolFigure, Scrape, is_up, role_label};
+use crate::topology::{Standing, Topology, TopologyHandle};
+
+/// Connections at most; further ones wait in the kernel's queue.
+pub const MAX_CONNECTIONS: usize = 32;
+/// From accept to close: a scrape fits, an idle peer does not stay.
+const CONNECTION_TIME: Duration = Duration::from_secs(60);
+const HEADER_TIME: Duration = Duration::from_secs(5);
+const MAX_HEADER_BYTES: usize = 16 * 1024;
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+const TEXT: &str = "text/plain; charset=utf-8";
+const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
+const JSON: &str = "application/json";
+
+/// What the answers are made of.
+#[derive(Clone)]
+pub struct AdminState {
+    /// The published topology.
+    pub topology: Arc<TopologyHandle>,
+    /// The metrics.
+    pub metrics: Arc<Metrics>,
+    /// Set once the proxy drains: it is no longer ready.
+    pub draining: Arc<AtomicBool>,
+    /// The pools' backends now; called once a scrape, must not block.
+    pub pools: Arc<dyn Fn() -> Vec<PoolFigure> + Send + Sync>,
+    /// The classification cache's figures now; called once a scrape, must not block.
+    pub class_cache: Arc<dyn Fn() -> ClassCacheFigures + Send + Sync>,
+}
+
+/// Serves until the future is dropped; connections then end by their own time limit.
+pub async fn serve(listener: TcpListener, state: AdminState) {
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        // The semaphore is never closed; an error would mean it, and then there is nothing to serve.
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let state = state.clone();
+                tokio::spawn(async move {
+                    connection(stream, state).await;
+                    drop(slot);
+                });
+            }
+            Err(e) => {
+                // Out of file descriptors, most likely: accepting again at once would spin.
+                tracing::warn!(error = %e, "an HTTP connection could not be accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn connection(stream: TcpStream, state: AdminState) {
+    let service = service_fn(move |request: Request<Incoming>| {
+        let response = answer(request.method(), request.uri().path(), &state);
+        std::future::ready(Ok::<_, Infallible>(response))
+    });
+    let serving = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIME)
+        .max_buf_size(MAX_HEADER_BYTES)
+        .serve_connection(TokioIo::new(stream), service);
+    // A peer that breaks HTTP or takes too long concerns nobody else.
+    let _ = tokio::time::timeout(CONNECTION_TIME, serving).await;
+}
+
+fn answer(method: &Method, path: &str, state: &AdminState) -> Response<Full<Bytes>> {
+    if method != Method::GET && method != Method::HEAD {
+        let mut refusal = response(StatusCode::METHOD_NOT_ALLOWED, TEXT, "only GET and HEAD\n".to_owned());
+        refusal.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
+        return refusal;
+    }
+    match path {
+        "/metrics" => response(StatusCode::OK, METRICS, scrape(state)),
+        "/healthz" => response(StatusCode::OK, TEXT, "alive\n".to_owned()),
+        "/readyz" => {
+            let readiness = readiness(&state.topology.load(), state.draining.load(Ordering::Relaxed));
+            response(readiness.status(), TEXT, format!("{}\n", readiness.text()))
+        }
+        "/topology" => {
+            response(StatusCode::OK, JSON, format!("{:#}\n", topology_json(&state.topology.load())))
+        }
+        _ => response(
+            StatusCode::NOT_FOUND,
+            TEXT,
+            "here are /metrics, /healthz, /readyz and /topology\n".to_owned(),
+        ),
+    }
+}
+
+fn response(status: StatusCode, kind: &'static str, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(kind));
+    headers.insert(CACHE_CONTROL, hyper::header::HeaderValue::from_static("no-store"));
+    response
+}
+
+fn scrape(state: &AdminState) -> String {
+    let pools = (state.pools)();
+    let class_cache = (state.class_cache)();
+    state.metrics.render(&Scrape { topology: &state.topology.load(), pools: &pools, class_cache })
+}
+
+/// Whether a load balancer should send clients here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// A primary is known and answers.
+    Ready,
+    /// No primary answers, but a replica serves reads.
+    ReadOnly,
+    /// Neither.
+    NoNode,
+    /// The proxy is going away.
+    Draining,
+}
+
+impl Readiness {
+    fn status(self) -> StatusCode {
+        match self {
+            Readiness::Ready | Readiness::ReadOnly => StatusCode::OK,
+            Readiness::NoNode | Readiness::Draining => StatusCode::SERVICE_UNAVAILABLE,
+        }
+    }
+
+    fn text(self) -> &'static str {
+        match self {
+            Readiness::Ready => "ready",
+            Readiness::ReadOnly => "read-only: no primary answers",
+            Readiness::NoNode => "not ready: no node can serve",
+            Readiness::Draining => "not ready: draining",
+        }
+    }
+}
+
+/// Pure: what `/readyz` says.
+pub fn readiness(topology: &Topology, draining: bool) -> Readiness {
+    let primary = topology.nodes.iter().any(|n| n.standing == Standing::Primary { reachable: true });
+    if draining {
+        Readiness::Draining
+    } else if primary {
+        Readiness::Ready
+    } else if topology.serving_replicas().next().is_some() {
+        Readiness::ReadOnly
+    } else {
+        Readiness::NoNode
+    }
+}
+
+fn topology_json(topology: &Topology) -> serde_json::Value {
+    let nodes: Vec<_> = topology
+        .nodes
+        .iter()
+        .map(|node| {
+            let excluded = match &node.standing {
+                Standing::Excluded(why) => Some(why.label()),
+                _ => None,
+            };
+            json!({
+                "name": &*node.name,
+                "role": role_label(&node.standing),
+                "up": is_up(&node.standing),
+                "excluded": excluded,
+                "weight": node.weight,
+                "timeline": node.timeline.map(|t| t.0),
+                "replay_lag_bytes": node.replay_lag_bytes,
+                "replay_lag_seconds": node.replay_lag.map(|l| l.as_secs_f64()),
+                "server_major": node.server_major,
+            })
+        })
+        .collect();
+    let primary = topology.primary.and_then(|id| topology.nodes.get(id.index())).map(|n| &*n.name);
+    json!({
+        "epoch": topology.epoch.0,
+        // As text: JavaScript's numbers end at 53 bits.
+        "system_identifier": topology.system_identifier.map(|s| s.to_string()),
+        "primary": primary,
+        "timeline": topology.timeline.map(|t| t.0),
+        "nodes": nodes,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+    use crate::metrics::tests::topology;
+    use crate::topology::Exclusion;
+
+    fn state() -> AdminState {
+        let standings =
+            vec![Standing::Primary { reachable: true }, Standing::Excluded(Exclusion::TooFarBehind)];
+        AdminState {
+            topology: Arc::new(TopologyHandle::new(topology(standings))),
+            metrics: Arc::new(Metrics::new(&["n0".to_owned(), "n1".to_owned()], &["read"], &["read"])),
+            draining: Arc::new(AtomicBool::new(false)),
+            pools: Arc::new(Vec::new),
+            class_cache: Arc::new(ClassCacheFigures::default),
+        }
+    }
+
+    async fn ask(address: std::net::SocketAddr, request: &[u8]) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(request).await.unwrap();
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer).await;
+        String::from_utf8(answer).unwrap()
+    }
+
+    #[test]
+    fn readiness_follows_the_topology() {
+        let up = Standing::Primary { reachable: true };
+        let down = Standing::Primary { reachable: false };
+        assert_eq!(readiness(&topology(vec![up.clone()]), false), Readiness::Ready);
+        assert_eq!(readiness(&topology(vec![up]), true), Readiness::Draining);
+        assert_eq!(readiness(&topology(vec![down.clone(), Standing::Replica]), false), Readiness::ReadOnly);
+        assert_eq!(readiness(&topology(vec![down]), false), Readiness::NoNode);
+    }
+
+    #[tokio::test]
+    async fn the_pages_answer_and_the_rest_is_refused() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let state = state();
+        let draining = Arc::clone(&state.draining);
+        let server = tokio::spawn(serve(listener, state));
+        let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        let metrics = ask(address, get("/metrics").as_bytes()).await;
+        assert!(metrics.starts_with("HTTP/1.1 200") && metrics.contains("highwater_epoch 2"), "{metrics}");
+        let topology = ask(address, get("/topology").as_bytes()).await;
+        let body: serde_json::Value =
+            serde_json::from_str(topology.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+        assert_eq!(body["primary"], "n0");
+        assert_eq!(body["nodes"][1]["excluded"], "too_far_behind");
+        assert!(ask(address, get("/healthz").as_bytes()).await.starts_with("HTTP/1.1 200"));
+        assert!(ask(address, get("/readyz").as_bytes()).await.ends_with("\r\n\r\nready\n"));
+        draining.store(true, Ordering::Relaxed);
+        assert!(ask(address, get("/readyz").as_bytes()).await.starts_with("HTTP/1.1 503"));
+        assert!(ask(address, get("/nothing").as_bytes()).await.starts_with("HTTP/1.1 404"));
+        let head = ask(address, b"HEAD /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
+        assert!(head.starts_with("HTTP/1.1 200") && head.ends_with("\r\n\r\n"), "{head}");
+        let post = ask(
+            address,
+            b"POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+        );
+        assert!(post.await.starts_with("HTTP/1.1 405"));
+        assert!(ask(address, b"\x00\x01garbage\r\n\r\n").await.starts_with("HTTP/1.1 400"));
+        let huge = format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "a".repeat(MAX_HEADER_BYTES));
+        assert!(ask(address, huge.as_bytes()).await.starts_with("HTTP/1.1 431"));
+        server.abort();
+    }
+}

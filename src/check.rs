@@ -1,1 +1,379 @@
-//! (placeholder of the skeleton)
+//! `highwater check`: asks every node what it is, and says in plain words where statements would go.
+//!
+//! Promises: reads only; all nodes are asked at once, each with one connection and one deadline; whatever
+//! would keep the proxy from working well is one line of [`Report::problems`]. Deliberately does not start
+//! anything or judge performance. It connects without TLS; where `node_tls.mode` demands TLS it
+//! does not connect at all, so that no password travels in a way the configuration forbids.
+
+use std::fmt;
+
+use tokio_postgres::{Client, NoTls};
+
+use crate::config::{AuthSource, Config, NodeConfig, NodeTlsMode};
+use crate::wal::Lsn;
+
+/// What `check` found. `Display` prints all of it, for people.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// What each node answered, in the configuration's order; the error says why it did not.
+    pub nodes: Vec<(String, Result<NodeFacts, String>)>,
+    /// What should be mended, one sentence each; empty: all is well.
+    pub problems: Vec<String>,
+    /// The effective routing, one sentence each.
+    pub routing: Vec<String>,
+}
+
+/// What one node said of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeFacts {
+    /// Whether it replays another server's WAL.
+    pub in_recovery: bool,
+    /// The cluster's identity.
+    pub system_identifier: String,
+    /// The timeline it writes, or receives.
+    pub timeline: i32,
+    /// For example `15.14`.
+    pub server_version: String,
+    /// For example 15.
+    pub server_major: i32,
+    /// Insert position of a primary, replay position of a replica.
+    pub lsn: Option<Lsn>,
+    /// Whether the control user has the rights of `pg_monitor`.
+    pub may_monitor: bool,
+    /// The server's `password_encryption`.
+    pub password_encryption: String,
+    /// Whether the server offers TLS.
+    pub offers_tls: bool,
+    /// Roles that may log in and have an md5 verifier; `None`: the control user may not see them.
+    pub md5_roles: Option<i64>,
+    /// Whether the auth query works for the control user; `None`: not tried.
+    pub auth_query: Option<Result<(), String>>,
+}
+
+const FACTS: &str = "SELECT pg_is_in_recovery(), \
+    (SELECT system_identifier::text FROM pg_control_system()), \
+    CASE WHEN pg_is_in_recovery() \
+         THEN COALESCE((SELECT received_tli FROM pg_stat_wal_receiver), \
+                       (SELECT timeline_id FROM pg_control_checkpoint())) \
+         ELSE ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int END, \
+    current_setting('server_version'), current_setting('server_version_num')::int / 10000, \
+    CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() \
+         ELSE pg_current_wal_insert_lsn() END::text, \
+    pg_has_role('pg_monitor', 'USAGE'), current_setting('password_encryption'), \
+    current_setting('ssl') = 'on'";
+
+const MD5_ROLES: &str =
+    "SELECT count(*) FROM pg_catalog.pg_authid WHERE rolcanlogin AND rolpassword LIKE 'md5%'";
+
+/// Asks the nodes; returns after at most `pool.connect_timeout` plus `failover.check_timeout`, about.
+/// Must run on a tokio runtime.
+pub async fn check(config: &Config) -> Report {
+    let mut asking = tokio::task::JoinSet::new();
+    for (index, node) in config.nodes.iter().enumerate() {
+        let (config, node) = (config.clone(), node.clone());
+        asking.spawn(async move { (index, ask(&config, &node).await) });
+    }
+    let unanswered = || Err("the question ended early".to_owned());
+    let mut nodes: Vec<_> = config.nodes.iter().map(|n| (n.name.clone(), unanswered())).collect();
+    while let Some(done) = asking.join_next().await {
+        if let Ok((index, answer)) = done {
+            nodes[index].1 = answer;
+        }
+    }
+    Report { problems: problems(config, &nodes), routing: routing(config, &nodes), nodes }
+}
+
+async fn ask(config: &Config, node: &NodeConfig) -> Result<NodeFacts, String> {
+    if matches!(config.node_tls.mode, NodeTlsMode::Require | NodeTlsMode::VerifyCa | NodeTlsMode::VerifyFull)
+    {
+        return Err("not tried: node_tls.mode demands TLS, which check does not speak yet".to_owned());
+    }
+    let deadline = config.pool.connect_timeout + config.failover.check_timeout;
+    match tokio::time::timeout(deadline, connect_and_ask(config, node)).await {
+        Ok(answer) => answer,
+        Err(_) => Err(format!("no answer within {deadline:?}")),
+    }
+}
+
+async fn connect_and_ask(config: &Config, node: &NodeConfig) -> Result<NodeFacts, String> {
+    let mut options = tokio_postgres::Config::new();
+    options
+        .host(&node.host)
+        .port(node.port)
+        .user(&config.control.user)
+        .dbname(&config.control.database)
+        .application_name("highwater check")
+        .ssl_mode(tokio_postgres::config::SslMode::Disable)
+        .connect_timeout(config.pool.connect_timeout);
+    if let Some(password) = &config.control.password {
+        options.password(&password.0);
+    }
+    let (client, connection) = options.connect(NoTls).await.map_err(|e| describe(&e))?;
+    // Ends by itself when `client` is dropped.
+    tokio::spawn(connection);
+    facts(config, &client).await.map_err(|e| describe(&e))
+}
+
+async fn facts(config: &Config, client: &Client) -> Result<NodeFacts, tokio_postgres::Error> {
+    let row = client.query_one(FACTS, &[]).await?;
+    let lsn: Option<&str> = row.try_get(5)?;
+    // Only a superuser may look; for others it stays unknown.
+    let md5_roles = match client.query_one(MD5_ROLES, &[]).await {
+        Ok(row) => row.try_get(0).ok(),
+        Err(_) => None,
+    };
+    Ok(NodeFacts {
+        in_recovery: row.try_get(0)?,
+        system_identifier: row.try_get(1)?,
+        timeline: row.try_get(2)?,
+        server_version: row.try_get(3)?,
+        server_major: row.try_get(4)?,
+        lsn: lsn.and_then(|text| text.parse().ok()),
+        may_monitor: row.try_get(6)?,
+        password_encryption: row.try_get(7)?,
+        offers_tls: row.try_get(8)?,
+        md5_roles,
+        auth_query: match config.auth.source {
+            AuthSource::List => None,
+            AuthSource::Query => Some(try_auth_query(config, client).await),
+        },
+    })
+}
+
+async fn try_auth_query(config: &Config, client: &Client) -> Result<(), String> {
+    use tokio_postgres::types::Type;
+    let statement = client.prepare(&config.auth.query).await.map_err(|e| describe(&e))?;
+    let text = |t: &Type| [Type::TEXT, Type::NAME, Type::VARCHAR].contains(t);
+    if statement.params().len() != 2 || !statement.params().iter().all(text) {
+        return Err("it must take two text parameters, $1 the user and $2 the database".to_owned());
+    }
+    let types: Vec<&Type> = statement.columns().iter().map(|c| c.type_()).collect();
+    let shape = matches!(types.as_slice(), [verifier, login, until, connect]
+        if text(verifier) && **login == Type::BOOL && **until == Type::TIMESTAMPTZ && **connect == Type::BOOL);
+    if !shape {
+        return Err("it must answer four columns: text, boolean, timestamptz, boolean".to_owned());
+    }
+    let (user, database) = (&config.control.user, &config.control.database);
+    client.query(&statement, &[user, database]).await.map(|_| ()).map_err(|e| describe(&e))
+}
+
+/// The server's own words where there are some; the crate's `Display` says only `db error`.
+fn describe(e: &tokio_postgres::Error) -> String {
+    if let Some(db) = e.as_db_error() {
+        return format!("{} ({})", db.message(), db.code().code());
+    }
+    match std::error::Error::source(e) {
+        Some(cause) => format!("{e}: {cause}"),
+        None => e.to_string(),
+    }
+}
+
+type Answers = [(String, Result<NodeFacts, String>)];
+
+fn answered(nodes: &Answers) -> impl Iterator<Item = (&str, &NodeFacts)> {
+    nodes.iter().filter_map(|(name, answer)| Some((name.as_str(), answer.as_ref().ok()?)))
+}
+
+fn primaries(nodes: &Answers) -> Vec<&str> {
+    answered(nodes).filter(|(_, f)| !f.in_recovery).map(|(name, _)| name).collect()
+}
+
+fn problems(config: &Config, nodes: &Answers) -> Vec<String> {
+    let mut found = Vec::new();
+    for (name, answer) in nodes {
+        match answer {
+            Err(why) => found.push(format!("node {name} cannot be used: {why}")),
+            Ok(facts) => node_problems(config, name, facts, &mut found),
+        }
+    }
+    match primaries(nodes).as_slice() {
+        [] => found.push("no node that answers is a primary: nothing can be written".to_owned()),
+        [_] => {}
+        several => found.push(format!("several nodes accept writes: {}", several.join(", "))),
+    }
+    differing("system identifiers", nodes, |f| f.system_identifier.clone(), &mut found);
+    differing("timelines", nodes, |f| f.timeline.to_string(), &mut found);
+    differing("major versions", nodes, |f| f.server_major.to_string(), &mut found);
+    found
+}
+
+fn node_problems(config: &Config, name: &str, facts: &NodeFacts, found: &mut Vec<String>) {
+    let user = &config.control.user;
+    if !facts.may_monitor {
+        found.push(format!("node {name}: role {user} lacks pg_monitor (GRANT pg_monitor TO {user})"));
+    }
+    if let Some(Err(why)) = &facts.auth_query {
+        found.push(format!("node {name}: auth.query fails for role {user}: {why}"));
+    }
+    if facts.password_encryption != "scram-sha-256" {
+        let setting = &facts.password_encryption;
+        found.push(format!("node {name}: password_encryption is {setting}; logins need scram-sha-256"));
+    }
+    if let Some(count @ 1..) = facts.md5_roles {
+        found.push(format!(
+            "node {name}: {count} roles have md5 verifiers and cannot log in until they set \
+                            their password anew"
+        ));
+    }
+}
+
+fn differing(what: &str, nodes: &Answers, of: fn(&NodeFacts) -> String, found: &mut Vec<String>) {
+    let values: Vec<_> = answered(nodes).map(|(name, facts)| (name, of(facts))).collect();
+    if values.iter().any(|(_, value)| *value != values[0].1) {
+        let list: Vec<_> = values.iter().map(|(name, value)| format!("{name} {value}")).collect();
+        found.push(format!("the nodes' {what} differ: {}", list.join(", ")));
+    }
+}
+
+fn routing(config: &Config, nodes: &Answers) -> Vec<String> {
+    let mut lines = Vec::new();
+    let primaries = primaries(nodes);
+    let primary = match primaries.as_slice() {
+        [] => {
+            let wait = config.failover.pause_timeout;
+            lines.push(format!(
+                "Statements for the primary wait up to {wait:?} for one to be found, then fail."
+            ));
+            None
+        }
+        [one] => {
+            lines.push(format!("Writes, explicit transactions and all that is unclear go to {one}."));
+            Some(*one)
+        }
+        several => {
+            lines.push(format!("Writes go to one of {}, whichever is found first.", several.join(", ")));
+            None
+        }
+    };
+    let reference = primary.and_then(|p| answered(nodes).find(|(name, _)| *name == p)).map(|(_, f)| f);
+    let serving: Vec<&str> = answered(nodes)
+        .filter(|(name, f)| f.in_recovery && config.nodes.iter().any(|n| n.name == *name && n.weight > 0))
+        .filter(|(_, f)| reference.is_none_or(|p| same_history(p, f)))
+        .map(|(name, _)| name)
+        .collect();
+    if !config.routing.split {
+        lines.push("Reads go to the primary too: routing.split is false.".to_owned());
+    } else if serving.is_empty() {
+        lines.push("Reads go to the primary too: no replica can serve.".to_owned());
+    } else {
+        let (lag, wait) = (config.consistency.max_lag, config.consistency.catch_up_wait);
+        lines.push(format!(
+            "Reads go to {}, while its lag is at most {lag:?} and it has reached the session's mark; after \
+             {wait:?} of waiting for that, to the primary.",
+            serving.join(" or ")
+        ));
+    }
+    lines
+}
+
+fn same_history(primary: &NodeFacts, replica: &NodeFacts) -> bool {
+    primary.system_identifier == replica.system_identifier && primary.timeline == replica.timeline
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let head = answered(&self.nodes).filter(|(_, n)| !n.in_recovery).find_map(|(_, n)| n.lsn);
+        for (name, answer) in &self.nodes {
+            let facts = match answer {
+                Err(why) => {
+                    writeln!(f, "node {name}: unreachable: {why}")?;
+                    continue;
+                }
+                Ok(facts) => facts,
+            };
+            let role = if facts.in_recovery { "replica" } else { "primary" };
+            write!(f, "node {name}: {role}, PostgreSQL {}", facts.server_version)?;
+            write!(f, ", timeline {}, system {}", facts.timeline, facts.system_identifier)?;
+            if let (true, Some(head), Some(replayed)) = (facts.in_recovery, head, facts.lsn) {
+                write!(f, ", {} bytes behind", head.bytes_since(replayed))?;
+            }
+            let tls = if facts.offers_tls { "offered" } else { "not offered" };
+            let monitor = if facts.may_monitor { "yes" } else { "no" };
+            let query = match &facts.auth_query {
+                None => "not used",
+                Some(Ok(())) => "works",
+                Some(Err(_)) => "fails",
+            };
+            writeln!(f, ", TLS {tls}, pg_monitor {monitor}, auth query {query}")?;
+        }
+        writeln!(f, "\neffective routing:")?;
+        self.routing.iter().try_for_each(|line| writeln!(f, "  {line}"))?;
+        if self.problems.is_empty() {
+            return writeln!(f, "\nno problems found");
+        }
+        writeln!(f, "\nproblems:")?;
+        self.problems.iter().try_for_each(|line| writeln!(f, "  {line}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts(in_recovery: bool) -> NodeFacts {
+        NodeFacts {
+            in_recovery,
+            system_identifier: "7".to_owned(),
+            timeline: 1,
+            server_version: "15.14".to_owned(),
+            server_major: 15,
+            lsn: Some(Lsn(if in_recovery { 100 } else { 150 })),
+            may_monitor: true,
+            password_encryption: "scram-sha-256".to_owned(),
+            offers_tls: false,
+            md5_roles: Some(0),
+            auth_query: Some(Ok(())),
+        }
+    }
+
+    fn config() -> Config {
+        let text = "control: { user: u }\nnodes: [ { name: a, host: a }, { name: b, host: b } ]";
+        Config::parse(text, "f", &|_| None).unwrap()
+    }
+
+    fn report(a: Result<NodeFacts, String>, b: Result<NodeFacts, String>) -> Report {
+        let nodes = vec![("a".to_owned(), a), ("b".to_owned(), b)];
+        let config = config();
+        Report { problems: problems(&config, &nodes), routing: routing(&config, &nodes), nodes }
+    }
+
+    #[test]
+    fn a_healthy_pair_has_no_problems() {
+        let report = report(Ok(facts(false)), Ok(facts(true)));
+        assert_eq!(report.problems, Vec::<String>::new());
+        let text = report.to_string();
+        assert!(
+            text.contains("50 bytes behind") && text.contains("go to a.") && text.contains("Reads go to b,")
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let says = |r: Report, what: &str| assert!(r.problems.iter().any(|p| p.contains(what)), "{r}");
+        says(report(Ok(facts(true)), Ok(facts(true))), "no node that answers is a primary");
+        says(report(Ok(facts(false)), Ok(facts(false))), "several nodes accept writes: a, b");
+        says(report(Ok(facts(false)), Err("refused".to_owned())), "node b cannot be used: refused");
+        let odd = NodeFacts {
+            system_identifier: "8".to_owned(),
+            server_major: 16,
+            may_monitor: false,
+            password_encryption: "md5".to_owned(),
+            md5_roles: Some(2),
+            auth_query: Some(Err("permission denied".to_owned())),
+            ..facts(true)
+        };
+        let report = report(Ok(facts(false)), Ok(odd));
+        let text = report.to_string();
+        for what in [
+            "system identifiers differ: a 7, b 8",
+            "major versions differ",
+            "lacks pg_monitor",
+            "password_encryption is md5",
+            "2 roles have md5",
+            "auth.query fails for role u: permission denied",
+            "Reads go to the primary too",
+        ] {
+            assert!(text.contains(what), "{what} is missing in\n{text}");
+        }
+    }
+}

@@ -1,7 +1,17 @@
 //! The configuration: YAML in, a [`Config`] out that cannot be wrong once it is built.
+//!
+//! Promises: every mistake is reported with file, line, column, path and what is allowed, all of one file
+//! at once; a key that nothing reads is refused; secrets are never shown; size, depth and count of
+//! values are bounded. Deliberately does not: open certificates or talk to nodes (`check` does), or guess.
 
-use std::path::PathBuf;
+use std::cell::Cell;
+use std::fmt;
+use std::io::Read as _;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use serde::de::{self, DeserializeSeed as _};
 
 /// A secret text: never shown by `Debug`.
 #[derive(Clone, PartialEq, Eq)]
@@ -259,4 +269,1166 @@ pub struct LogConfig {
     pub format: LogFormat,
     /// `tracing` filter, for example `info` or `info,highwater::monitor=debug`.
     pub level: String,
+}
+
+/// SQL of `auth.query` unless the file gives another. The last column is NULL when the database does
+/// not exist and false when the user may not connect to it, because PostgreSQL answers the two with
+/// different SQLSTATEs (3D000 and 42501). No row: no such user.
+pub const DEFAULT_AUTH_QUERY: &str = "SELECT r.rolpassword, r.rolcanlogin, r.rolvaliduntil, \
+     (SELECT has_database_privilege(r.oid, d.oid, 'CONNECT') FROM pg_catalog.pg_database d WHERE d.datname = $2) \
+     FROM pg_catalog.pg_authid r WHERE r.rolname = $1";
+
+/// Every section of the file and the keys allowed in it; "" is the top. The reader refuses what is
+/// not here, and tests hold `config.yaml` and `docs/CONFIGURATION.md` against it.
+pub const SECTIONS: &[(&str, &[&str])] = &[
+    (
+        "",
+        &[
+            "listen",
+            "http",
+            "workers",
+            "max_clients",
+            "nodes",
+            "control",
+            "auth",
+            "client_tls",
+            "node_tls",
+            "pool",
+            "consistency",
+            "routing",
+            "limits",
+            "failover",
+            "log",
+            "drain_timeout",
+        ],
+    ),
+    ("nodes[]", &["name", "host", "port", "weight"]),
+    ("control", &["user", "password", "password_env", "password_file", "database"]),
+    ("auth", &["source", "users", "admins", "query", "login_timeout"]),
+    ("auth.users[]", &["name", "password", "password_env", "password_file"]),
+    ("client_tls", &["mode", "cert", "key", "ca"]),
+    ("node_tls", &["mode", "ca"]),
+    (
+        "pool",
+        &[
+            "mode",
+            "size",
+            "query_wait_timeout",
+            "connect_timeout",
+            "server_idle_timeout",
+            "server_lifetime",
+            "max_prepared",
+        ],
+    ),
+    ("consistency", &["level", "max_lag", "catch_up_wait", "on_stale", "sample_interval", "sample_gap"]),
+    ("routing", &["split", "transactions"]),
+    (
+        "limits",
+        &[
+            "unit_hold",
+            "statement_text",
+            "statements_per_session",
+            "class_cache",
+            "parser_text",
+            "parser_deadline",
+        ],
+    ),
+    (
+        "failover",
+        &[
+            "mode",
+            "durability",
+            "check_interval",
+            "check_timeout",
+            "failure_threshold",
+            "eject_time",
+            "tcp_user_timeout",
+            "pause_timeout",
+        ],
+    ),
+    ("log", &["format", "level"]),
+];
+
+/// Keys of the design that nothing in this version reads: refused, so that nobody relies on them.
+const NOT_YET: &[(&str, &str)] =
+    &[("failover.state_dir", "not available in this version, which keeps nothing on disk; leave it out")];
+
+const MAX_FILE: u64 = 1 << 20;
+/// Values in a file at most, aliases expanded: bounds what a YAML bomb can cost.
+const MAX_VALUES: usize = 50_000;
+const MAX_DEPTH: usize = 16;
+const MAX_PROBLEMS: usize = 20;
+const MAX_NODES: u64 = 64;
+const MAX_TIME: Duration = Duration::from_secs(365 * 86_400);
+
+/// One thing wrong with a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Line, from 1; 0: the problem has no place in the text.
+    pub line: usize,
+    /// Column, from 1.
+    pub column: usize,
+    /// Where in the structure, as `nodes[1].port`; empty: the file as a whole.
+    pub path: String,
+    /// What is wrong and what is allowed.
+    pub message: String,
+}
+
+/// The file cannot be used. Shown as one line per problem, `file:line:column: path: what`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    /// The file's name as given.
+    pub file: String,
+    /// What is wrong, in the order of the text; never empty, at most 20.
+    pub problems: Vec<Problem>,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, p) in self.problems.iter().enumerate() {
+            if i > 0 {
+                f.write_str("\n")?;
+            }
+            f.write_str(&self.file)?;
+            if p.line > 0 {
+                write!(f, ":{}:{}", p.line, p.column)?;
+            }
+            if !p.path.is_empty() {
+                write!(f, ": {}", p.path)?;
+            }
+            write!(f, ": {}", p.message)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+impl Config {
+    /// Reads and checks the file at `path`; secrets come from it, the process's environment, or files.
+    pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        let file = path.display().to_string();
+        let fail = |message: String| ConfigError {
+            file: file.clone(),
+            problems: vec![Problem { line: 0, column: 0, path: String::new(), message }],
+        };
+        let bytes = read_capped(path, MAX_FILE).map_err(fail)?;
+        let text = match String::from_utf8(bytes) {
+            Ok(text) => text,
+            Err(e) => {
+                let good = &e.as_bytes()[..e.utf8_error().valid_up_to()];
+                let line = good.iter().filter(|&&b| b == b'\n').count() + 1;
+                let last = good.rsplit(|&b| b == b'\n').next().unwrap_or_default();
+                let column = String::from_utf8_lossy(last).chars().count() + 1;
+                let message = "not UTF-8 text".to_owned();
+                return Err(ConfigError {
+                    file,
+                    problems: vec![Problem { line, column, path: String::new(), message }],
+                });
+            }
+        };
+        Config::parse(&text, &file, &|name| std::env::var(name).ok())
+    }
+
+    /// Checks `text`. `file_name` is only shown; `env` answers `password_env`. Reads the files that
+    /// `password_file` names, and nothing else.
+    pub fn parse(
+        text: &str,
+        file_name: &str,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Config, ConfigError> {
+        let fail = |problems| ConfigError { file: file_name.to_owned(), problems };
+        if text.len() as u64 > MAX_FILE {
+            let message = format!("larger than {MAX_FILE} bytes");
+            return Err(fail(vec![Problem { line: 0, column: 0, path: String::new(), message }]));
+        }
+        let tree = match walk(text, None) {
+            Ok(tree) => tree,
+            Err(e) => {
+                let (line, column) = e.location().map_or((0, 0), |l| (l.line(), l.column()));
+                return Err(fail(vec![Problem {
+                    line,
+                    column,
+                    path: String::new(),
+                    message: bare_message(&e),
+                }]));
+            }
+        };
+        let mut reader = Reader { env, found: Vec::new() };
+        let config = reader.config(&tree);
+        match config {
+            Some(config) if reader.found.is_empty() => Ok(config),
+            _ => {
+                let mut problems: Vec<Problem> = reader
+                    .found
+                    .into_iter()
+                    .take(MAX_PROBLEMS)
+                    .map(|(trail, message)| {
+                        let (line, column) = locate(text, &trail.steps);
+                        Problem { line, column, path: trail.shown, message }
+                    })
+                    .collect();
+                problems.sort_by_key(|p| (p.line, p.column));
+                Err(fail(problems))
+            }
+        }
+    }
+}
+
+fn read_capped(path: &Path, cap: u64) -> Result<Vec<u8>, String> {
+    let file = std::fs::File::open(path).map_err(|e| format!("cannot be opened: {e}"))?;
+    let mut bytes = Vec::new();
+    file.take(cap + 1).read_to_end(&mut bytes).map_err(|e| format!("cannot be read: {e}"))?;
+    if bytes.len() as u64 > cap {
+        return Err(format!("larger than {cap} bytes"));
+    }
+    Ok(bytes)
+}
+
+/// The parser's message without the place that it appends: we print the place in front.
+fn bare_message(e: &serde_yaml::Error) -> String {
+    let text = e.to_string();
+    match text.rfind(" at line ") {
+        Some(at) if text[at..].contains("column") => text[..at].to_owned(),
+        _ => text,
+    }
+}
+
+// ---- text -> tree ----------------------------------------------------------------------------
+// serde hands no positions to its visitors, but an error raised inside a visitor is given the place of
+// the value being visited. So the tree is read without positions, and the few places that are to be
+// reported are found by walking the text again and failing on purpose at that value.
+
+enum Tree {
+    Null,
+    Bool(bool),
+    Int(i128),
+    Float(f64),
+    Text(String),
+    List(Vec<Tree>),
+    Map(Vec<(String, Tree)>),
+}
+
+impl Tree {
+    fn kind(&self) -> String {
+        match self {
+            Tree::Null => "nothing".to_owned(),
+            Tree::Bool(b) => b.to_string(),
+            Tree::Int(i) => i.to_string(),
+            Tree::Float(x) => x.to_string(),
+            Tree::Text(t) => format!("\"{}\"", t.chars().take(60).collect::<String>().escape_debug()),
+            Tree::List(_) => "a list".to_owned(),
+            Tree::Map(_) => "a mapping".to_owned(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Item(usize),
+    Key(usize),
+    Value(usize),
+}
+
+#[derive(Clone, Default)]
+struct Trail {
+    steps: Vec<Step>,
+    shown: String,
+}
+
+impl Trail {
+    fn key(&self, index: usize, name: &str, step: fn(usize) -> Step) -> Trail {
+        let mut next = self.clone();
+        next.steps.push(step(index));
+        if !next.shown.is_empty() {
+            next.shown.push('.');
+        }
+        next.shown.push_str(name);
+        next
+    }
+
+    fn item(&self, index: usize) -> Trail {
+        let mut next = self.clone();
+        next.steps.push(Step::Item(index));
+        next.shown.push_str(&format!("[{index}]"));
+        next
+    }
+}
+
+const FOUND: &str = "highwater: the place looked for";
+
+fn walk(text: &str, target: Option<&[Step]>) -> Result<Tree, serde_yaml::Error> {
+    let left = Cell::new(MAX_VALUES);
+    Walk { left: &left, depth: 0, target }.deserialize(serde_yaml::Deserializer::from_str(text))
+}
+
+fn locate(text: &str, steps: &[Step]) -> (usize, usize) {
+    match walk(text, Some(steps)) {
+        Err(e) => e.location().map_or((1, 1), |l| (l.line(), l.column())),
+        Ok(_) => (1, 1),
+    }
+}
+
+/// Reads one value; `target`: the steps still to go to the value to fail at.
+#[derive(Clone, Copy)]
+struct Walk<'a> {
+    left: &'a Cell<usize>,
+    depth: usize,
+    target: Option<&'a [Step]>,
+}
+
+impl<'a> Walk<'a> {
+    fn into(self, step: Step) -> Walk<'a> {
+        let target = match self.target {
+            Some([first, rest @ ..]) if *first == step => Some(rest),
+            _ => None,
+        };
+        Walk { left: self.left, depth: self.depth + 1, target }
+    }
+
+    fn arrive<E: de::Error>(&self) -> Result<(), E> {
+        if self.target.is_some_and(<[Step]>::is_empty) {
+            return Err(E::custom(FOUND));
+        }
+        if self.depth > MAX_DEPTH {
+            return Err(E::custom("nested too deeply"));
+        }
+        match self.left.get().checked_sub(1) {
+            Some(left) => self.left.set(left),
+            None => return Err(E::custom(format!("more than {MAX_VALUES} values"))),
+        }
+        Ok(())
+    }
+}
+
+impl<'de> de::DeserializeSeed<'de> for Walk<'_> {
+    type Value = Tree;
+
+    fn deserialize<D: de::Deserializer<'de>>(self, deserializer: D) -> Result<Tree, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> de::Visitor<'de> for Walk<'_> {
+    type Value = Tree;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a plain value, list or mapping")
+    }
+
+    fn visit_unit<E: de::Error>(self) -> Result<Tree, E> {
+        self.arrive().map(|()| Tree::Null)
+    }
+
+    /// How a document without any value arrives.
+    fn visit_none<E: de::Error>(self) -> Result<Tree, E> {
+        self.visit_unit()
+    }
+
+    fn visit_bool<E: de::Error>(self, v: bool) -> Result<Tree, E> {
+        self.arrive().map(|()| Tree::Bool(v))
+    }
+
+    fn visit_i64<E: de::Error>(self, v: i64) -> Result<Tree, E> {
+        self.arrive().map(|()| Tree::Int(v.into()))
+    }
+
+    fn visit_u64<E: de::Error>(self, v: u64) -> Result<Tree, E> {
+        self.arrive().map(|()| Tree::Int(v.into()))
+    }
+
+    fn visit_f64<E: de::Error>(self, v: f64) -> Result<Tree, E> {
+        self.arrive().map(|()| Tree::Float(v))
+    }
+
+    fn visit_str<E: de::Error>(self, v: &str) -> Result<Tree, E> {
+        self.arrive().map(|()| Tree::Text(v.to_owned()))
+    }
+
+    fn visit_seq<A: de::SeqAccess<'de>>(self, mut items: A) -> Result<Tree, A::Error> {
+        self.arrive()?;
+        let mut list = Vec::new();
+        while let Some(item) = items.next_element_seed(self.into(Step::Item(list.len())))? {
+            list.push(item);
+        }
+        Ok(Tree::List(list))
+    }
+
+    fn visit_map<A: de::MapAccess<'de>>(self, mut entries: A) -> Result<Tree, A::Error> {
+        self.arrive()?;
+        let mut map = Vec::new();
+        while let Some(key) = entries.next_key_seed(self.into(Step::Key(map.len())))? {
+            let key = match key {
+                Tree::Text(text) => text,
+                other => other.kind(),
+            };
+            let value = entries.next_value_seed(self.into(Step::Value(map.len())))?;
+            map.push((key, value));
+        }
+        Ok(Tree::Map(map))
+    }
+}
+
+// ---- tree -> Config --------------------------------------------------------------------------
+
+struct Reader<'e> {
+    env: &'e dyn Fn(&str) -> Option<String>,
+    found: Vec<(Trail, String)>,
+}
+
+/// One mapping of the file: its entries, and where it is.
+struct Section<'t> {
+    trail: Trail,
+    entries: &'t [(String, Tree)],
+}
+
+impl<'t> Section<'t> {
+    fn get(&self, key: &str) -> Option<(&'t Tree, Trail)> {
+        let index = self.entries.iter().position(|(k, _)| k == key)?;
+        Some((&self.entries[index].1, self.trail.key(index, key, Step::Value)))
+    }
+
+    fn has(&self, key: &str) -> bool {
+        self.entries.iter().any(|(k, _)| k == key)
+    }
+}
+
+impl Reader<'_> {
+    fn wrong(&mut self, trail: &Trail, message: impl Into<String>) {
+        self.found.push((trail.clone(), message.into()));
+    }
+
+    fn section<'t>(&mut self, name: &str, tree: &'t Tree, trail: Trail) -> Section<'t> {
+        let entries: &[_] = match tree {
+            Tree::Map(entries) => entries,
+            other => {
+                self.wrong(&trail, format!("expected a mapping, not {}", other.kind()));
+                &[]
+            }
+        };
+        let allowed = SECTIONS.iter().find(|(n, _)| *n == name).map_or(&[][..], |(_, keys)| keys);
+        for (i, (key, _)) in entries.iter().enumerate() {
+            let at = trail.key(i, key, Step::Key);
+            if let Some((_, message)) = NOT_YET.iter().find(|(path, _)| *path == at.shown) {
+                self.wrong(&at, *message);
+            } else if !allowed.contains(&key.as_str()) {
+                self.wrong(&at, format!("unknown key; allowed here: {}", allowed.join(", ")));
+            } else if entries[..i].iter().any(|(k, _)| k == key) {
+                self.wrong(&at, "given twice");
+            }
+        }
+        Section { trail, entries }
+    }
+
+    /// A section below `parent`; when left out, an empty one, so that defaults apply.
+    fn child<'t>(&mut self, parent: &Section<'t>, key: &str) -> Section<'t> {
+        match parent.get(key) {
+            Some((tree, trail)) => self.section(key, tree, trail),
+            None => Section { trail: parent.trail.clone(), entries: &[] },
+        }
+    }
+
+    fn list<'t>(&mut self, section: &Section<'t>, key: &str) -> Vec<(&'t Tree, Trail)> {
+        match section.get(key) {
+            None => Vec::new(),
+            Some((Tree::List(items), trail)) => {
+                items.iter().enumerate().map(|(i, item)| (item, trail.item(i))).collect()
+            }
+            Some((other, trail)) => {
+                self.wrong(&trail, format!("expected a list, not {}", other.kind()));
+                Vec::new()
+            }
+        }
+    }
+
+    fn text_of(&mut self, tree: &Tree, trail: &Trail) -> Option<String> {
+        match tree {
+            Tree::Text(text) if text.is_empty() => self.wrong(trail, "may not be empty"),
+            Tree::Text(text) if text.contains('\0') => self.wrong(trail, "may not contain a zero byte"),
+            Tree::Text(text) => return Some(text.clone()),
+            other => self.wrong(trail, format!("expected text, not {}; quote it", other.kind())),
+        }
+        None
+    }
+
+    fn text(&mut self, section: &Section<'_>, key: &str) -> Option<String> {
+        let (tree, trail) = section.get(key)?;
+        self.text_of(tree, &trail)
+    }
+
+    /// Text that has no default.
+    fn needed(&mut self, section: &Section<'_>, key: &str) -> Option<String> {
+        if !section.has(key) {
+            self.wrong(&section.trail, format!("`{key}` is missing"));
+        }
+        self.text(section, key)
+    }
+
+    fn number(
+        &mut self,
+        section: &Section<'_>,
+        key: &str,
+        allowed: RangeInclusive<u64>,
+        default: u64,
+    ) -> u64 {
+        let Some((tree, trail)) = section.get(key) else { return default };
+        if let Tree::Int(i) = tree
+            && let Ok(n) = u64::try_from(*i)
+            && allowed.contains(&n)
+        {
+            return n;
+        }
+        self.wrong(
+            &trail,
+            format!(
+                "expected a whole number from {} to {}, not {}",
+                allowed.start(),
+                allowed.end(),
+                tree.kind()
+            ),
+        );
+        default
+    }
+
+    fn flag(&mut self, section: &Section<'_>, key: &str, default: bool) -> bool {
+        match section.get(key) {
+            None => default,
+            Some((Tree::Bool(b), _)) => *b,
+            Some((other, trail)) => {
+                self.wrong(&trail, format!("expected true or false, not {}", other.kind()));
+                default
+            }
+        }
+    }
+
+    fn time(&mut self, section: &Section<'_>, key: &str, default: Duration, least: Duration) -> Duration {
+        let Some((tree, trail)) = section.get(key) else { return default };
+        let parsed = match tree {
+            Tree::Text(text) => parse_duration(text),
+            _ => None,
+        };
+        match parsed {
+            Some(time) if time >= least && time <= MAX_TIME => time,
+            Some(_) => {
+                let least = if least.is_zero() { "0s".to_owned() } else { format!("{least:?}") };
+                self.wrong(&trail, format!("expected a time from {least} to 365d, not {}", tree.kind()));
+                default
+            }
+            None => {
+                let message =
+                    "expected a time: a whole number and one of us, ms, s, m, h, d, for example 10s or 20ms";
+                self.wrong(&trail, format!("{message}, not {}", tree.kind()));
+                default
+            }
+        }
+    }
+
+    fn size(
+        &mut self,
+        section: &Section<'_>,
+        key: &str,
+        default: usize,
+        allowed: RangeInclusive<usize>,
+    ) -> usize {
+        let Some((tree, trail)) = section.get(key) else { return default };
+        let parsed = match tree {
+            Tree::Int(i) => usize::try_from(*i).ok(),
+            Tree::Text(text) => parse_size(text),
+            _ => None,
+        };
+        match parsed {
+            Some(size) if allowed.contains(&size) => size,
+            _ => {
+                let (low, high) = (allowed.start(), allowed.end());
+                let message =
+                    format!("expected a size from {low} to {high} bytes, for example 64KiB or 1MiB");
+                self.wrong(&trail, format!("{message}, not {}", tree.kind()));
+                default
+            }
+        }
+    }
+
+    /// One word of `words`; the first is the default. `later`: words of the design that this version
+    /// does not have.
+    fn choice<T: Copy>(
+        &mut self,
+        section: &Section<'_>,
+        key: &str,
+        words: &[(&str, T)],
+        later: &[&str],
+        default: T,
+    ) -> T {
+        let Some((tree, trail)) = section.get(key) else { return default };
+        let given = match tree {
+            Tree::Text(text) => text.as_str(),
+            // YAML 1.1 readers take a bare `off` for false; both spellings mean the word.
+            Tree::Bool(false) if words.iter().any(|(w, _)| *w == "off") => "off",
+            _ => "",
+        };
+        if let Some((_, value)) = words.iter().find(|(word, _)| *word == given) {
+            return *value;
+        }
+        let allowed = words.iter().map(|(w, _)| *w).collect::<Vec<_>>().join(", ");
+        if later.contains(&given) {
+            self.wrong(
+                &trail,
+                format!("`{given}` is not available in this version; allowed here: {allowed}"),
+            );
+        } else {
+            self.wrong(&trail, format!("expected one of {allowed}, not {}", tree.kind()));
+        }
+        default
+    }
+
+    fn address(&mut self, section: &Section<'_>, key: &str, default: &str) -> String {
+        let Some((tree, trail)) = section.get(key) else { return default.to_owned() };
+        let Some(text) = self.text_of(tree, &trail) else { return default.to_owned() };
+        let good = text.rsplit_once(':').is_some_and(|(host, port)| {
+            let bracketed = host.starts_with('[') && host.ends_with(']');
+            !host.is_empty()
+                && (bracketed || !host.contains(':'))
+                && !host.contains(char::is_whitespace)
+                && port.bytes().all(|b| b.is_ascii_digit())
+                && port.parse::<u16>().is_ok()
+        });
+        if !good {
+            let message = "expected host:port, for example 127.0.0.1:6432 or [::1]:6432";
+            self.wrong(&trail, format!("{message}, not {}", tree.kind()));
+        }
+        text
+    }
+
+    /// The secret of `password`, `password_env` or `password_file`, of which one at most may be given.
+    fn secret(&mut self, section: &Section<'_>) -> Option<Secret> {
+        let given: Vec<_> = ["password", "password_env", "password_file"]
+            .into_iter()
+            .filter_map(|key| section.get(key).map(|(tree, trail)| (key, tree, trail)))
+            .collect();
+        if let [_, (_, _, second), ..] = given.as_slice() {
+            self.wrong(second, "give only one of password, password_env and password_file");
+            return None;
+        }
+        let (key, tree, trail) = given.into_iter().next()?;
+        if key == "password" {
+            return match tree {
+                Tree::Text(text) if !text.is_empty() && !text.contains('\0') => Some(Secret(text.clone())),
+                // Not through `text_of`, which shows the value.
+                _ => {
+                    self.wrong(&trail, "expected text that is not empty; quote it if it looks like a number");
+                    None
+                }
+            };
+        }
+        let name = self.text_of(tree, &trail)?;
+        let answer = if key == "password_env" {
+            (self.env)(&name).ok_or_else(|| format!("environment variable `{name}` is not set"))
+        } else {
+            read_capped(Path::new(&name), 64 * 1024)
+                .and_then(|bytes| String::from_utf8(bytes).map_err(|_| "is not UTF-8 text".to_owned()))
+                .map(|text| text.trim_end_matches(['\r', '\n']).to_owned())
+                .map_err(|e| format!("file `{name}` {e}"))
+        };
+        match answer {
+            Ok(secret) if !secret.is_empty() && !secret.contains('\0') => Some(Secret(secret)),
+            Ok(_) => {
+                self.wrong(&trail, format!("`{name}` holds no usable password: empty, or with a zero byte"));
+                None
+            }
+            Err(message) => {
+                self.wrong(&trail, message);
+                None
+            }
+        }
+    }
+
+    fn config(&mut self, tree: &Tree) -> Option<Config> {
+        let top = self.section("", tree, Trail::default());
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let nodes = self.nodes(&top);
+        let control = self.control(&top);
+        let auth = self.auth(&top);
+        let listen = self.address(&top, "listen", "127.0.0.1:6432");
+        let http = match top.get("http") {
+            Some((Tree::Null, _)) => None,
+            _ => Some(self.address(&top, "http", "127.0.0.1:9632")),
+        };
+        if let Some((_, trail)) = top.get("http")
+            && http.as_ref() == Some(&listen)
+            && !listen.ends_with(":0")
+        {
+            self.wrong(&trail, "the same address as `listen`");
+        }
+        Some(Config {
+            listen,
+            http,
+            workers: self.number(&top, "workers", 1..=1024, cores as u64) as usize,
+            max_clients: self.number(&top, "max_clients", 1..=1_000_000, 1000) as usize,
+            nodes,
+            client_tls: self.client_tls(&top),
+            node_tls: self.node_tls(&top),
+            pool: self.pool(&top),
+            consistency: self.consistency(&top),
+            routing: self.routing(&top),
+            limits: self.limits(&top),
+            failover: self.failover(&top),
+            log: self.log(&top),
+            drain_timeout: self.time(&top, "drain_timeout", Duration::from_secs(30), Duration::ZERO),
+            control: control?,
+            auth: auth?,
+        })
+    }
+
+    fn nodes(&mut self, top: &Section<'_>) -> Vec<NodeConfig> {
+        let items = self.list(top, "nodes");
+        match top.get("nodes") {
+            None => self.wrong(&top.trail, "`nodes` is missing: a list of { name, host, port }"),
+            Some((Tree::List(list), trail)) if list.is_empty() => {
+                self.wrong(&trail, "expected at least one node")
+            }
+            Some((Tree::List(list), trail)) if list.len() as u64 > MAX_NODES => {
+                self.wrong(&trail, format!("expected at most {MAX_NODES} nodes"))
+            }
+            Some(_) => {}
+        }
+        let mut nodes: Vec<NodeConfig> = Vec::new();
+        for (tree, trail) in items.into_iter().take(MAX_NODES as usize) {
+            let section = self.section("nodes[]", tree, trail);
+            let name = self.needed(&section, "name").unwrap_or_default();
+            let host = self.needed(&section, "host").unwrap_or_default();
+            let port = self.number(&section, "port", 1..=65_535, 5432) as u16;
+            let weight = self.number(&section, "weight", 0..=1000, 1) as u32;
+            if !name.is_empty() && nodes.iter().any(|n| n.name == name) {
+                let at = section.get("name").map_or(section.trail.clone(), |(_, t)| t);
+                self.wrong(&at, format!("another node is already named `{name}`"));
+            }
+            if name.len() > 63 || name.chars().any(|c| !(c.is_ascii_alphanumeric() || "_-.".contains(c))) {
+                let at = section.get("name").map_or(section.trail.clone(), |(_, t)| t);
+                self.wrong(&at, "expected at most 63 letters, digits, and the signs - _ .");
+            }
+            if !host.is_empty()
+                && let Some(other) =
+                    nodes.iter().find(|n| n.host.eq_ignore_ascii_case(&host) && n.port == port)
+            {
+                let message = format!("node `{}` already has this host and port", other.name);
+                let at =
+                    section.get("port").or(section.get("host")).map_or(section.trail.clone(), |(_, t)| t);
+                self.wrong(&at, message);
+            }
+            nodes.push(NodeConfig { name, host, port, weight });
+        }
+        nodes
+    }
+
+    fn control(&mut self, top: &Section<'_>) -> Option<ControlConfig> {
+        if !top.has("control") {
+            self.wrong(&top.trail, "`control` is missing: how the proxy logs in, { user, password }");
+            return None;
+        }
+        let section = self.child(top, "control");
+        let user = self.needed(&section, "user");
+        let password = self.secret(&section);
+        let database = if section.has("database") {
+            self.text(&section, "database")
+        } else {
+            Some("postgres".to_owned())
+        };
+        Some(ControlConfig { user: user?, password, database: database? })
+    }
+
+    fn auth(&mut self, top: &Section<'_>) -> Option<AuthConfig> {
+        let section = self.child(top, "auth");
+        let words = [("query", AuthSource::Query), ("list", AuthSource::List)];
+        let source = self.choice(&section, "source", &words, &[], AuthSource::Query);
+        let mut users: Vec<UserConfig> = Vec::new();
+        for (tree, trail) in self.list(&section, "users") {
+            let user = self.section("auth.users[]", tree, trail);
+            let name = self.needed(&user, "name");
+            let before = self.found.len();
+            let password = self.secret(&user);
+            if password.is_none() && self.found.len() == before {
+                self.wrong(&user.trail, "a password is missing: password, password_env or password_file");
+            }
+            let (Some(name), Some(password)) = (name, password) else { continue };
+            if users.iter().any(|u| u.name == name) {
+                let at = user.get("name").map_or(user.trail.clone(), |(_, t)| t);
+                self.wrong(&at, format!("user `{name}` is listed twice"));
+            }
+            users.push(UserConfig { name, password });
+        }
+        let listed = matches!(section.get("users"), Some((Tree::List(items), _)) if !items.is_empty());
+        if source == AuthSource::List && !listed {
+            let at = section.get("source").map_or(section.trail.clone(), |(_, t)| t);
+            self.wrong(&at, "source `list` needs at least one entry in auth.users");
+        }
+        if source == AuthSource::Query && listed {
+            let at = section.get("users").map_or(section.trail.clone(), |(_, t)| t);
+            self.wrong(&at, "users are only for `source: list`; with `query` they are not asked");
+        }
+        let mut admins = Vec::new();
+        for (tree, trail) in self.list(&section, "admins") {
+            admins.extend(self.text_of(tree, &trail));
+        }
+        let query = if section.has("query") {
+            self.text(&section, "query")
+        } else {
+            Some(DEFAULT_AUTH_QUERY.to_owned())
+        };
+        let login_timeout =
+            self.time(&section, "login_timeout", Duration::from_secs(15), Duration::from_millis(100));
+        Some(AuthConfig { source, users, admins, query: query?, login_timeout })
+    }
+
+    fn path(&mut self, section: &Section<'_>, key: &str) -> Option<PathBuf> {
+        match section.get(key) {
+            Some((Tree::Null, _)) => None,
+            _ => self.text(section, key).map(PathBuf::from),
+        }
+    }
+
+    fn client_tls(&mut self, top: &Section<'_>) -> ClientTlsConfig {
+        let section = self.child(top, "client_tls");
+        let words = [
+            ("disable", ClientTlsMode::Disable),
+            ("prefer", ClientTlsMode::Prefer),
+            ("require", ClientTlsMode::Require),
+        ];
+        let mode = self.choice(&section, "mode", &words, &[], ClientTlsMode::Disable);
+        let tls = ClientTlsConfig {
+            mode,
+            cert: self.path(&section, "cert"),
+            key: self.path(&section, "key"),
+            ca: self.path(&section, "ca"),
+        };
+        let at = |key: &str| section.get(key).map_or(section.trail.clone(), |(_, t)| t);
+        match (&tls.cert, &tls.key) {
+            (Some(_), None) => self.wrong(&at("cert"), "a certificate needs its `key`"),
+            (None, Some(_)) => self.wrong(&at("key"), "a key needs its `cert`"),
+            (None, None) if mode != ClientTlsMode::Disable => {
+                self.wrong(&at("mode"), "TLS towards clients needs `cert` and `key`")
+            }
+            _ => {}
+        }
+        tls
+    }
+
+    fn node_tls(&mut self, top: &Section<'_>) -> NodeTlsConfig {
+        let section = self.child(top, "node_tls");
+        let words = [
+            ("disable", NodeTlsMode::Disable),
+            ("allow", NodeTlsMode::Allow),
+            ("prefer", NodeTlsMode::Prefer),
+            ("require", NodeTlsMode::Require),
+            ("verify-ca", NodeTlsMode::VerifyCa),
+            ("verify-full", NodeTlsMode::VerifyFull),
+        ];
+        NodeTlsConfig {
+            mode: self.choice(&section, "mode", &words, &[], NodeTlsMode::Prefer),
+            ca: self.path(&section, "ca"),
+        }
+    }
+
+    fn pool(&mut self, top: &Section<'_>) -> PoolConfig {
+        let section = self.child(top, "pool");
+        self.choice(&section, "mode", &[("transaction", ())], &["session"], ());
+        let least = Duration::from_millis(1);
+        PoolConfig {
+            size: self.number(&section, "size", 1..=100_000, 20) as usize,
+            query_wait_timeout: self.time(&section, "query_wait_timeout", Duration::from_secs(30), least),
+            connect_timeout: self.time(&section, "connect_timeout", Duration::from_secs(5), least),
+            server_idle_timeout: self.time(&section, "server_idle_timeout", Duration::from_secs(600), least),
+            server_lifetime: self.time(&section, "server_lifetime", Duration::from_secs(3600), least),
+            max_prepared: self.number(&section, "max_prepared", 1..=100_000, 200) as usize,
+        }
+    }
+
+    fn consistency(&mut self, top: &Section<'_>) -> ConsistencyConfig {
+        let section = self.child(top, "consistency");
+        let later = ["eventual", "read_your_writes", "global", "strong"];
+        self.choice(&section, "level", &[("session", ())], &later, ());
+        self.choice(&section, "on_stale", &[("wait", ())], &["primary", "error"], ());
+        let least = Duration::from_micros(100);
+        let config = ConsistencyConfig {
+            max_lag: self.time(&section, "max_lag", Duration::from_secs(10), least),
+            catch_up_wait: self.time(&section, "catch_up_wait", Duration::from_millis(20), Duration::ZERO),
+            sample_interval: self.time(&section, "sample_interval", Duration::from_millis(20), least),
+            sample_gap: self.time(&section, "sample_gap", Duration::from_millis(1), least),
+        };
+        if config.sample_gap > config.sample_interval {
+            let at = section.get("sample_gap").or(section.get("sample_interval"));
+            let at = at.map_or(section.trail.clone(), |(_, t)| t);
+            self.wrong(&at, "sample_gap may not be longer than sample_interval");
+        }
+        config
+    }
+
+    fn routing(&mut self, top: &Section<'_>) -> RoutingConfig {
+        let section = self.child(top, "routing");
+        self.choice(&section, "transactions", &[("primary", ())], &["split"], ());
+        RoutingConfig { split: self.flag(&section, "split", true) }
+    }
+
+    fn limits(&mut self, top: &Section<'_>) -> LimitsConfig {
+        let section = self.child(top, "limits");
+        let (kib, mib) = (1024, 1024 * 1024);
+        LimitsConfig {
+            unit_hold: self.size(&section, "unit_hold", 256 * kib, kib..=64 * mib),
+            statement_text: self.size(&section, "statement_text", mib, kib..=256 * mib),
+            statements_per_session: self.number(&section, "statements_per_session", 1..=1_000_000, 5000)
+                as usize,
+            class_cache: self.number(&section, "class_cache", 1..=10_000_000, 10_000) as usize,
+            // The second parser's stack holds for 16 KiB of the worst text known; more would let a
+            // client end the process by stack overflow.
+            parser_text: self.size(&section, "parser_text", 16 * kib, 1..=16 * kib),
+            parser_deadline: self.time(
+                &section,
+                "parser_deadline",
+                Duration::from_millis(250),
+                Duration::from_millis(1),
+            ),
+        }
+    }
+
+    fn failover(&mut self, top: &Section<'_>) -> FailoverConfig {
+        let section = self.child(top, "failover");
+        let words =
+            [("manual", FailoverMode::Manual), ("follow", FailoverMode::Follow), ("off", FailoverMode::Off)];
+        let mode = self.choice(&section, "mode", &words, &["auto"], FailoverMode::Manual);
+        self.choice(&section, "durability", &[("async", ())], &["quorum"], ());
+        let least = Duration::from_millis(1);
+        FailoverConfig {
+            mode,
+            check_interval: self.time(&section, "check_interval", Duration::from_millis(500), least),
+            check_timeout: self.time(&section, "check_timeout", Duration::from_secs(1), least),
+            failure_threshold: self.number(&section, "failure_threshold", 1..=1000, 3) as u32,
+            eject_time: self.time(&section, "eject_time", Duration::from_secs(1), least),
+            tcp_user_timeout: self.time(&section, "tcp_user_timeout", Duration::from_secs(5), least),
+            pause_timeout: self.time(&section, "pause_timeout", Duration::from_secs(10), Duration::ZERO),
+        }
+    }
+
+    fn log(&mut self, top: &Section<'_>) -> LogConfig {
+        let section = self.child(top, "log");
+        let words = [("text", LogFormat::Text), ("json", LogFormat::Json)];
+        let format = self.choice(&section, "format", &words, &[], LogFormat::Text);
+        let level = self.text(&section, "level").unwrap_or_else(|| "info".to_owned());
+        if tracing_subscriber::EnvFilter::try_new(&level).is_err() {
+            let at = section.get("level").map_or(section.trail.clone(), |(_, t)| t);
+            self.wrong(
+                &at,
+                "expected error, warn, info, debug, trace, or a list as info,highwater::monitor=debug",
+            );
+        }
+        LogConfig { format, level }
+    }
+}
+
+fn parse_duration(text: &str) -> Option<Duration> {
+    let split = text.find(|c: char| !c.is_ascii_digit())?;
+    let count: u64 = text[..split].parse().ok()?;
+    let micros = match &text[split..] {
+        "us" => 1,
+        "ms" => 1000,
+        "s" => 1_000_000,
+        "m" => 60_000_000,
+        "h" => 3_600_000_000,
+        "d" => 86_400_000_000,
+        _ => return None,
+    };
+    count.checked_mul(micros).map(Duration::from_micros)
+}
+
+fn parse_size(text: &str) -> Option<usize> {
+    let split = text.find(|c: char| !c.is_ascii_digit())?;
+    let count: usize = text[..split].parse().ok()?;
+    let unit: usize = match &text[split..] {
+        "B" => 1,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => return None,
+    };
+    count.checked_mul(unit)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MINIMAL: &str = "nodes: [ { name: a, host: h } ]\ncontrol: { user: u }\n";
+    const EXAMPLE: &str = include_str!("../config.yaml");
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, "f.yaml", &|name| (name == "PW").then(|| "hidden".to_owned()))
+    }
+
+    #[track_caller]
+    fn check(extra: &str, expected: &str) {
+        let error = parse(&format!("{MINIMAL}{extra}")).unwrap_err().to_string();
+        assert!(error.lines().any(|line| line.starts_with(expected)), "{error}");
+    }
+
+    #[test]
+    fn every_mistake_is_placed_exactly() {
+        check("pool: { sise: 3 }", "f.yaml:3:9: pool.sise: unknown key; allowed here: mode, size, ");
+        check("pool:\n  size: 0", "f.yaml:4:9: pool.size: expected a whole number from 1 to 100000, not 0");
+        check("pool:\n  size: many", "f.yaml:4:9: pool.size: expected a whole number");
+        check("pool: 3", "f.yaml:3:7: pool: expected a mapping, not 3");
+        check("max_clients: 5\nmax_clients: 6", "f.yaml:4:1: max_clients: given twice");
+        check(
+            "pool: { query_wait_timeout: 0s }",
+            "f.yaml:3:29: pool.query_wait_timeout: expected a time from",
+        );
+        check("pool: { query_wait_timeout: 10 }", "f.yaml:3:29: pool.query_wait_timeout: expected a time: ");
+        check("limits: { unit_hold: 0 }", "f.yaml:3:22: limits.unit_hold: expected a size");
+        check("auth: { source: list }", "f.yaml:3:17: auth.source: source `list` needs");
+        check("client_tls: { cert: x }", "f.yaml:3:21: client_tls.cert: a certificate needs");
+        check("client_tls: { mode: require }", "f.yaml:3:21: client_tls.mode: TLS towards");
+        check("listen: nowhere", "f.yaml:3:9: listen: expected host:port");
+        check("http: 127.0.0.1:6432", "f.yaml:3:7: http: the same address");
+        check("log: { level: 'a=b=c' }", "f.yaml:3:15: log.level: expected error");
+        check(
+            "pool: { mode: session }",
+            "f.yaml:3:15: pool.mode: `session` is not available in this version",
+        );
+        check("consistency: { level: strong }", "f.yaml:3:23: consistency.level: `strong` is not available");
+        check(
+            "consistency: { on_stale: error }",
+            "f.yaml:3:26: consistency.on_stale: `error` is not available",
+        );
+        check("routing: { transactions: split }", "f.yaml:3:26: routing.transactions: `split` is not");
+        check("failover: { mode: auto }", "f.yaml:3:19: failover.mode: `auto` is not available");
+        check("failover: { durability: quorum }", "f.yaml:3:25: failover.durability: `quorum` is not");
+        check("failover: { state_dir: x }", "f.yaml:3:13: failover.state_dir: not available in this version");
+        check("consistency: { sample_gap: 1s }", "f.yaml:3:28: consistency.sample_gap: sample_gap may not");
+        check(
+            "auth: { source: list, users: [ { name: x } ] }",
+            "f.yaml:3:32: auth.users[0]: a password is missing",
+        );
+        check(
+            "auth: { source: list, users: [ { name: x, password_env: NOPE } ] }",
+            "f.yaml:3:57: auth.users[0].password_env: environment variable `NOPE` is not set",
+        );
+        check(
+            "auth: { source: list, users: [ { name: x, password: a, password_env: PW } ] }",
+            "f.yaml:3:70: auth.users[0].password_env: give only one",
+        );
+    }
+
+    #[test]
+    fn nodes_are_checked() {
+        let all =
+            |nodes: &str| parse(&format!("control: {{ user: u }}\nnodes:\n{nodes}")).unwrap_err().to_string();
+        assert!(all("  - { name: a, host: h, port: 0 }").starts_with("f.yaml:3:31: nodes[0].port: expected"));
+        assert!(all("  - { name: a, host: h, weight: -1 }").starts_with("f.yaml:3:33: nodes[0].weight: "));
+        let twice = all("  - { name: a, host: h }\n  - { name: a, host: h }");
+        assert!(twice.contains("f.yaml:4:13: nodes[1].name: another node"), "{twice}");
+        assert!(twice.contains("f.yaml:4:22: nodes[1].host: node `a` already"), "{twice}");
+        assert!(all("  []").starts_with("f.yaml:3:3: nodes: expected at least one node"));
+        assert!(all("  - { name: a }").contains("nodes[0]: `host` is missing"));
+        let empty = parse("# nothing\n").unwrap_err().to_string();
+        assert!(parse("").unwrap_err().to_string().contains("expected a mapping"));
+        assert!(empty.contains("expected a mapping, not nothing"), "{empty}");
+    }
+
+    #[test]
+    fn all_problems_are_reported_at_once_in_order() {
+        let error = parse("workers: 0\nbogus: 1\nlisten: 4\n").unwrap_err();
+        let lines: Vec<_> = error.problems.iter().map(|p| p.line).collect();
+        assert!(lines.is_sorted() && lines.len() == 5, "{error}");
+    }
+
+    #[test]
+    fn secrets_come_from_the_environment_or_a_file_and_are_not_shown() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("pw");
+        std::fs::write(&file, "from file\n").unwrap();
+        let text = format!(
+            "nodes: [ {{ name: a, host: h }} ]\ncontrol: {{ user: u, password_env: PW }}\n\
+             auth: {{ source: list, users: [ {{ name: x, password_file: '{}' }} ] }}",
+            file.display()
+        );
+        let config = parse(&text).unwrap();
+        assert_eq!(config.control.password, Some(Secret("hidden".to_owned())));
+        assert_eq!(config.auth.users[0].password, Secret("from file".to_owned()));
+        assert!(!format!("{config:?}").contains("hidden"));
+        let error = parse("control: { user: u, password: 12345 }").unwrap_err().to_string();
+        assert!(error.contains("control.password: expected text") && !error.contains("12345"), "{error}");
+    }
+
+    #[test]
+    fn bombs_and_depth_and_garbage_end_in_an_error() {
+        let mut bomb = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n".to_owned();
+        for i in 1..9 {
+            let prior = format!("*a{},", i - 1).repeat(10);
+            bomb.push_str(&format!("a{i}: &a{i} [{prior}]\n"));
+        }
+        assert!(parse(&bomb).is_err());
+        assert!(parse(&"[".repeat(5000)).is_err());
+        assert!(parse(&"#".repeat(MAX_FILE as usize + 1)).is_err());
+        let error = parse("a: [1,\nb: {").unwrap_err();
+        assert!(error.problems[0].line > 0, "{error}");
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("c.yaml");
+        std::fs::write(&file, b"listen: x\nhttp: \xff").unwrap();
+        let error = Config::load(&file).unwrap_err();
+        assert_eq!((error.problems[0].line, error.problems[0].column), (2, 7));
+    }
+
+    #[test]
+    fn the_example_names_every_key_and_states_the_defaults() {
+        let example = parse(EXAMPLE).unwrap();
+        let minimal: String = EXAMPLE
+            .lines()
+            .skip_while(|l| !l.starts_with("nodes:"))
+            .take_while(|l| !l.starts_with("auth:"))
+            .collect::<Vec<_>>()
+            .join("\n");
+        assert_eq!(format!("{:#?}", parse(&minimal).unwrap()), format!("{example:#?}"));
+        for (section, keys) in SECTIONS {
+            for key in *keys {
+                assert!(EXAMPLE.contains(&format!("{key}:")), "config.yaml lacks {section}.{key}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_reference_page_describes_every_key() {
+        let page = include_str!("../docs/CONFIGURATION.md");
+        let mut described: Vec<&str> =
+            page.lines().filter_map(|l| l.strip_prefix("| `")?.split('`').next()).collect();
+        let mut keys = Vec::new();
+        for (section, names) in SECTIONS {
+            let dot = if section.is_empty() { "" } else { "." };
+            keys.extend(names.iter().map(|name| format!("{section}{dot}{name}")));
+        }
+        described.sort_unstable();
+        keys.sort_unstable();
+        assert_eq!(described, keys);
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(text in "[ -~\n]{0,200}") {
+            let _ = parse(&text);
+        }
+
+        #[test]
+        fn durations_are_exact(count in 0u64..1_000_000) {
+            prop_assert_eq!(parse_duration(&format!("{count}ms")), Some(Duration::from_millis(count)));
+            prop_assert_eq!(parse_duration(&format!("{count}")), None);
+        }
+
+        #[test]
+        fn a_bad_node_port_is_placed_on_its_line(good in 0usize..20, pad in 1usize..8) {
+            let mut text = "control: { user: u }\nnodes:\n".to_owned();
+            for i in 0..good {
+                text.push_str(&format!("  - {{ name: n{i}, host: h{i} }}\n"));
+            }
+            text.push_str(&format!("  - name: bad\n    host: bad\n    port:{}70000\n", " ".repeat(pad)));
+            let error = parse(&text).unwrap_err();
+            prop_assert_eq!((error.problems[0].line, error.problems[0].column), (good + 5, 10 + pad));
+        }
+    }
 }

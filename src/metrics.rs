@@ -1,1 +1,456 @@
-//! (placeholder of the skeleton)
+//! Each metric's name, labels, unit and help text, once.
+//!
+//! Promises: a registry of its own, no globals; label values that clients could invent never become
+//! labels unbounded; on the way of a statement no name is looked up: a count is an array index and one
+//! relaxed atomic addition, shared by all workers. Figures that others hold (topology, pools, caches) are
+//! read when somebody scrapes. Deliberately does not serve HTTP (`admin` does) or keep history.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use prometheus::core::Collector;
+use prometheus::{
+    Encoder as _, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
+    IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+use crate::topology::{NodeId, Standing, Topology};
+
+/// The (database, user) pairs that get labels of their own; further ones are summed as `other`.
+pub const MAX_POOL_LABELS: usize = 100;
+const SECONDS: [f64; 16] =
+    [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+
+/// What a statement waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WaitFor {
+    /// A replica reaching the session's mark.
+    Mark,
+    /// The primary's visible floor reaching what replicas have shown.
+    Floor,
+    /// A backend of the pool.
+    Backend,
+    /// A primary being found.
+    Primary,
+}
+
+/// The backends of one pool in one state, for a scrape.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolFigure {
+    /// Which node.
+    pub node: NodeId,
+    /// The pool's database.
+    pub database: String,
+    /// The pool's user.
+    pub user: String,
+    /// What the backends do: `idle`, `active`, `connecting`...
+    pub state: &'static str,
+    /// How many.
+    pub backends: u64,
+}
+
+/// The classification cache's figures since the start, for a scrape.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ClassCacheFigures {
+    /// Look-ups that found their statement.
+    pub hits: u64,
+    /// Look-ups that did not.
+    pub misses: u64,
+    /// Entries now.
+    pub entries: u64,
+}
+
+/// Everything a scrape reads from elsewhere.
+pub struct Scrape<'a> {
+    /// The current topology.
+    pub topology: &'a Topology,
+    /// The pools' backends.
+    pub pools: &'a [PoolFigure],
+    /// The classification cache.
+    pub class_cache: ClassCacheFigures,
+}
+
+/// Counters by a reason, looked up at each use; for events that are not on the way of every statement.
+pub struct ReasonCounter(IntCounterVec);
+
+impl ReasonCounter {
+    /// Counts one. Costs a look-up by hash under a shared lock.
+    pub fn inc(&self, reason: &'static str) {
+        self.0.with_label_values(&[reason]).inc();
+    }
+
+    /// The count of `reason`.
+    pub fn get(&self, reason: &'static str) -> u64 {
+        self.0.with_label_values(&[reason]).get()
+    }
+}
+
+/// All metrics. Made once, shared by `Arc`.
+pub struct Metrics {
+    registry: Registry,
+    node_names: Vec<String>,
+    /// `[node][class][reason]`, flattened.
+    statements: Vec<IntCounter>,
+    classes: usize,
+    reasons: usize,
+    statement_seconds: Vec<Histogram>,
+    waits: [Histogram; 4],
+    backends_opened: Vec<IntCounter>,
+    backends_closed: IntCounterVec,
+    samples: Vec<IntCounter>,
+    /// Statements run again elsewhere, by why.
+    pub redone: ReasonCounter,
+    /// Pins set, by why.
+    pub pins: ReasonCounter,
+    /// Sessions bound to one backend now.
+    pub pinned_sessions: IntGauge,
+    /// Client connections now.
+    pub clients: IntGauge,
+    /// Client connections accepted.
+    pub clients_total: IntCounter,
+    /// Client connections refused before a login, by why.
+    pub client_refused: ReasonCounter,
+    /// Logins that failed, by why.
+    pub login_failures: ReasonCounter,
+    /// Cancel requests, by what came of them.
+    pub cancels: ReasonCounter,
+    /// Client connections ended for breaking the protocol.
+    pub protocol_errors: IntCounter,
+    /// Statements whose outcome could not be learned.
+    pub unknown_outcomes: IntCounter,
+    /// Sessions told that an acknowledged write may have been lost in a failover.
+    pub lost_write: IntCounter,
+    /// Changes of the topology.
+    pub topology_changes: IntCounter,
+}
+
+fn register<C: Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<C>) -> C {
+    let collector = made.expect("names and labels are constants that the tests have seen work");
+    registry.register(Box::new(collector.clone())).expect("each name is registered once, as the tests show");
+    collector
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
+    register(registry, IntCounter::new(name, help))
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    register(registry, IntCounterVec::new(Opts::new(name, help), labels))
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
+    register(registry, IntGauge::new(name, help))
+}
+
+fn histograms(registry: &Registry, name: &str, help: &str, label: &str) -> HistogramVec {
+    let options = HistogramOpts::new(name, help).buckets(SECONDS.to_vec());
+    register(registry, HistogramVec::new(options, &[label]))
+}
+
+impl Metrics {
+    /// The nodes in the configuration's order, and the label values of a statement's class and of the
+    /// reason of its route; [`statement`](Self::statement) takes indexes into these lists.
+    pub fn new(
+        node_names: &[String],
+        classes: &'static [&'static str],
+        reasons: &'static [&'static str],
+    ) -> Metrics {
+        let registry = Registry::new();
+        let r = &registry;
+        let statements_vec = counters(
+            r,
+            "highwater_statements_total",
+            "Statements that ran, by node, class and the reason of the route.",
+            &["node", "class", "reason"],
+        );
+        let mut statements = Vec::new();
+        for node in node_names {
+            for class in classes {
+                for reason in reasons {
+                    statements.push(statements_vec.with_label_values(&[node.as_str(), class, reason]));
+                }
+            }
+        }
+        let seconds = histograms(
+            r,
+            "highwater_statement_seconds",
+            "Time from a statement's arrival to its end.",
+            "node",
+        );
+        let wait = histograms(r, "highwater_wait_seconds", "Time statements waited, by what for.", "for");
+        let opened =
+            counters(r, "highwater_backends_opened_total", "Connections opened to a node.", &["node"]);
+        let samples = counters(r, "highwater_samples_total", "Samples of a node's WAL position.", &["node"]);
+        let by_reason =
+            |name: &str, help: &str, label: &str| ReasonCounter(counters(r, name, help, &[label]));
+        let build =
+            register(r, IntGaugeVec::new(Opts::new("highwater_build_info", "Always 1."), &["version"]));
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Metrics {
+            statement_seconds: node_names.iter().map(|n| seconds.with_label_values(&[n])).collect(),
+            waits: ["mark", "floor", "backend", "primary"].map(|w| wait.with_label_values(&[w])),
+            backends_opened: node_names.iter().map(|n| opened.with_label_values(&[n])).collect(),
+            backends_closed: counters(
+                r,
+                "highwater_backends_closed_total",
+                "Connections to a node closed, by why.",
+                &["node", "reason"],
+            ),
+            samples: node_names.iter().map(|n| samples.with_label_values(&[n])).collect(),
+            redone: by_reason("highwater_redone_total", "Statements run again on another node.", "reason"),
+            pins: by_reason("highwater_pins_total", "Sessions bound to one backend, by why.", "reason"),
+            pinned_sessions: gauge(r, "highwater_pinned_sessions", "Sessions bound to one backend now."),
+            clients: gauge(r, "highwater_clients", "Client connections now."),
+            clients_total: counter(r, "highwater_clients_total", "Client connections accepted."),
+            client_refused: by_reason("highwater_client_refused_total", "Connections refused.", "reason"),
+            login_failures: by_reason("highwater_login_failures_total", "Logins that failed.", "reason"),
+            cancels: by_reason("highwater_cancels_total", "Cancel requests, by outcome.", "outcome"),
+            protocol_errors: counter(
+                r,
+                "highwater_protocol_errors_total",
+                "Connections ended for breaking the protocol.",
+            ),
+            unknown_outcomes: counter(
+                r,
+                "highwater_unknown_outcomes_total",
+                "Statements whose outcome is unknown.",
+            ),
+            lost_write: counter(r, "highwater_lost_write_total", "Sessions told of a possibly lost write."),
+            topology_changes: counter(r, "highwater_topology_changes_total", "Changes of the topology."),
+            classes: classes.len(),
+            reasons: reasons.len(),
+            node_names: node_names.to_vec(),
+            statements,
+            registry,
+        }
+    }
+
+    /// Counts a statement; indexes into the lists given to [`new`](Self::new). Out of range: not counted.
+    pub fn statement(&self, node: NodeId, class: usize, reason: usize) {
+        if class < self.classes
+            && reason < self.reasons
+            && let Some(counter) =
+                self.statements.get((node.index() * self.classes + class) * self.reasons + reason)
+        {
+            counter.inc();
+        }
+    }
+
+    /// Observes a statement's time on `node`.
+    pub fn statement_took(&self, node: NodeId, time: Duration) {
+        if let Some(histogram) = self.statement_seconds.get(node.index()) {
+            histogram.observe(time.as_secs_f64());
+        }
+    }
+
+    /// Observes a wait.
+    pub fn waited(&self, what: WaitFor, time: Duration) {
+        self.waits[what as usize].observe(time.as_secs_f64());
+    }
+
+    /// Counts a connection opened to `node`.
+    pub fn backend_opened(&self, node: NodeId) {
+        if let Some(counter) = self.backends_opened.get(node.index()) {
+            counter.inc();
+        }
+    }
+
+    /// Counts a connection to `node` closed.
+    pub fn backend_closed(&self, node: NodeId, reason: &'static str) {
+        if let Some(name) = self.node_names.get(node.index()) {
+            self.backends_closed.with_label_values(&[name.as_str(), reason]).inc();
+        }
+    }
+
+    /// Counts a sample of `node`.
+    pub fn sampled(&self, node: NodeId) {
+        if let Some(counter) = self.samples.get(node.index()) {
+            counter.inc();
+        }
+    }
+
+    /// All metrics in Prometheus's text format. Metrics that nothing has touched yet are left out.
+    pub fn render(&self, scrape: &Scrape<'_>) -> String {
+        let now = Registry::new();
+        topology_metrics(&now, scrape.topology);
+        pool_metrics(&now, &self.node_names, scrape.pools);
+        let cache = scrape.class_cache;
+        counter(&now, "highwater_class_cache_hits_total", "Look-ups that found their statement.")
+            .inc_by(cache.hits);
+        counter(&now, "highwater_class_cache_misses_total", "Look-ups that did not.").inc_by(cache.misses);
+        gauge(&now, "highwater_class_cache_entries", "Entries of the classification cache.")
+            .set(as_gauge(cache.entries));
+        let mut families = self.registry.gather();
+        families.extend(now.gather());
+        // A family without a sample is an error to the encoder.
+        families.retain(|family| !family.get_metric().is_empty());
+        // Most of the table of statements is never used: a reader is not made to carry the zeros.
+        for family in &mut families {
+            if family.name() == "highwater_statements_total" {
+                let mut used = family.take_metric();
+                used.retain(|m| m.get_counter().get_value() > 0.0);
+                family.set_metric(used);
+            }
+        }
+        families.retain(|family| !family.get_metric().is_empty());
+        let mut text = Vec::new();
+        match TextEncoder::new().encode(&families, &mut text) {
+            Ok(()) => String::from_utf8_lossy(&text).into_owned(),
+            Err(e) => format!("# metrics could not be written: {}\n", e.to_string().replace('\n', " ")),
+        }
+    }
+}
+
+fn as_gauge(count: u64) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+fn topology_metrics(now: &Registry, topology: &Topology) {
+    let gauges = |name: &str, help: &str, labels: &[&str]| -> GaugeVec {
+        register(now, GaugeVec::new(Opts::new(name, help), labels))
+    };
+    let up = gauges("highwater_node_up", "1: the node answers its probes.", &["node"]);
+    let role = gauges("highwater_node_role", "1 at the role the node has.", &["node", "role"]);
+    let bytes = gauges("highwater_replica_replay_lag_bytes", "WAL not yet replayed.", &["node"]);
+    let seconds = gauges("highwater_replica_replay_lag_seconds", "Age of what is replayed.", &["node"]);
+    for node in &topology.nodes {
+        let name: &str = &node.name;
+        up.with_label_values(&[name]).set(f64::from(u8::from(is_up(&node.standing))));
+        let now_is = role_label(&node.standing);
+        for word in ["primary", "replica", "excluded"] {
+            role.with_label_values(&[name, word]).set(f64::from(u8::from(word == now_is)));
+        }
+        if let Some(lag) = node.replay_lag_bytes {
+            bytes.with_label_values(&[name]).set(lag as f64);
+        }
+        if let Some(lag) = node.replay_lag {
+            seconds.with_label_values(&[name]).set(lag.as_secs_f64());
+        }
+    }
+    gauge(now, "highwater_epoch", "Write targets this proxy has had.").set(as_gauge(topology.epoch.0));
+    if let Some(timeline) = topology.timeline {
+        let made: Gauge = register(now, Gauge::new("highwater_timeline", "The primary's timeline."));
+        made.set(f64::from(timeline.0));
+    }
+}
+
+fn pool_metrics(now: &Registry, node_names: &[String], pools: &[PoolFigure]) {
+    let mut named: Vec<(&str, &str)> = pools.iter().map(|p| (p.database.as_str(), p.user.as_str())).collect();
+    named.sort_unstable();
+    named.dedup();
+    named.truncate(MAX_POOL_LABELS);
+    let mut sums: BTreeMap<[&str; 4], u64> = BTreeMap::new();
+    for pool in pools {
+        let Some(node) = node_names.get(pool.node.index()) else { continue };
+        let pair = (pool.database.as_str(), pool.user.as_str());
+        let (database, user) = if named.binary_search(&pair).is_ok() { pair } else { ("other", "other") };
+        let sum = sums.entry([node, database, user, pool.state]).or_default();
+        *sum = sum.saturating_add(pool.backends);
+    }
+    let options = Opts::new("highwater_pool_backends", "Backends of the pools, by state.");
+    let vec = register(now, IntGaugeVec::new(options, &["node", "database", "user", "state"]));
+    for (labels, sum) in sums {
+        vec.with_label_values(&labels).set(as_gauge(sum));
+    }
+}
+
+/// Whether a node in this standing answered its last probe.
+pub fn is_up(standing: &Standing) -> bool {
+    use crate::topology::Exclusion::{Ejected, NotProbed, Unreachable};
+    match standing {
+        Standing::Primary { reachable } => *reachable,
+        Standing::Replica => true,
+        Standing::Excluded(NotProbed | Unreachable(_) | Ejected(_)) => false,
+        Standing::Excluded(_) => true,
+    }
+}
+
+/// `primary`, `replica` or `excluded`.
+pub fn role_label(standing: &Standing) -> &'static str {
+    match standing {
+        Standing::Primary { .. } => "primary",
+        Standing::Replica => "replica",
+        Standing::Excluded(_) => "excluded",
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::topology::{Epoch, Exclusion, NodeView};
+    use crate::wal::TimelineId;
+
+    pub(crate) fn topology(standings: Vec<Standing>) -> Topology {
+        let primary = standings.iter().position(|s| matches!(s, Standing::Primary { .. }));
+        let view = |(i, standing): (usize, Standing)| NodeView {
+            id: NodeId(i as u16),
+            name: format!("n{i}").into(),
+            weight: 1,
+            replay_lag_bytes: (standing == Standing::Replica).then_some(4096),
+            replay_lag: (standing == Standing::Replica).then_some(Duration::from_millis(250)),
+            standing,
+            timeline: Some(TimelineId(3)),
+            server_major: Some(15),
+        };
+        Topology {
+            epoch: Epoch(2),
+            system_identifier: Some(7),
+            primary: primary.map(|i| NodeId(i as u16)),
+            timeline: primary.map(|_| TimelineId(3)),
+            nodes: standings.into_iter().enumerate().map(view).collect(),
+            switches: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_scrape_shows_counts_topology_and_pools() {
+        let names = ["n0".to_owned(), "n1".to_owned(), "n2".to_owned()];
+        let metrics = Metrics::new(&names, &["read", "write"], &["mark_reached", "write", "unclear"]);
+        metrics.statement(NodeId(1), 1, 2);
+        metrics.statement(NodeId(1), 1, 2);
+        metrics.statement(NodeId(1), 0, 3);
+        metrics.statement(NodeId(9), 0, 0);
+        metrics.statement_took(NodeId(1), Duration::from_micros(200));
+        metrics.waited(WaitFor::Primary, Duration::from_secs(1));
+        metrics.redone.inc("read_only");
+        metrics.backend_opened(NodeId(0));
+        metrics.backend_closed(NodeId(0), "idle");
+        metrics.sampled(NodeId(2));
+        let topology = topology(vec![
+            Standing::Primary { reachable: true },
+            Standing::Replica,
+            Standing::Excluded(Exclusion::Unreachable("refused".to_owned())),
+        ]);
+        let pools: Vec<PoolFigure> = (0..150)
+            .map(|i| PoolFigure {
+                node: NodeId(0),
+                database: format!("d{i:03}"),
+                user: "u".to_owned(),
+                state: "idle",
+                backends: 2,
+            })
+            .collect();
+        let class_cache = ClassCacheFigures { hits: 5, misses: 1, entries: 1 };
+        let text = metrics.render(&Scrape { topology: &topology, pools: &pools, class_cache });
+        for line in [
+            "highwater_statements_total{class=\"write\",node=\"n1\",reason=\"unclear\"} 2",
+            "highwater_statement_seconds_bucket{node=\"n1\",le=\"0.00025\"} 1",
+            "highwater_wait_seconds_count{for=\"primary\"} 1",
+            "highwater_redone_total{reason=\"read_only\"} 1",
+            "highwater_backends_closed_total{node=\"n0\",reason=\"idle\"} 1",
+            "highwater_samples_total{node=\"n2\"} 1",
+            "highwater_node_up{node=\"n2\"} 0",
+            "highwater_node_role{node=\"n0\",role=\"primary\"} 1",
+            "highwater_replica_replay_lag_bytes{node=\"n1\"} 4096",
+            "highwater_replica_replay_lag_seconds{node=\"n1\"} 0.25",
+            "highwater_epoch 2",
+            "highwater_timeline 3",
+            "highwater_pool_backends{database=\"other\",node=\"n0\",state=\"idle\",user=\"other\"} 100",
+            "highwater_class_cache_hits_total 5",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
+        }
+        assert_eq!(text.matches("highwater_statements_total{").count(), 1);
+        assert_eq!(text.matches("highwater_pool_backends{").count(), MAX_POOL_LABELS + 1);
+    }
+}
