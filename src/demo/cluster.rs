@@ -791,7 +791,13 @@ impl PrivateNode {
         // Stopped first, so that the postmaster neither forks nor cleans up while we go through the list.
         self.signal_all(Signal::SIGSTOP)?;
         self.signal_all(Signal::SIGKILL)?;
-        self.wait_gone().await
+        self.wait_gone().await?;
+        // The children die on their own time, and one that still dies keeps its sockets open.
+        let deadline = Instant::now() + SERVER_DEADLINE;
+        while !self.processes().is_empty() {
+            pause_until(deadline, || format!("the processes of {} to end", self.name)).await?;
+        }
+        Ok(())
     }
 
     /// SIGKILL to the postmaster alone: its backends notice and leave by themselves, a busy one late.
