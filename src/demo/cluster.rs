@@ -461,13 +461,13 @@ impl Template {
 }
 
 /// The least that the proxy's role needs: to see all of the statistics, to read the verifiers of
-/// those who log in, and to ask for a timeline's history.
+/// those who log in, and to read a timeline's history file.
 fn roles_sql(roles: &Roles) -> String {
     let Roles { control, app, replicator, .. } = roles;
     format!(
-        "CREATE ROLE {control} LOGIN REPLICATION PASSWORD '{control_password}' IN ROLE pg_monitor;\n\
+        "CREATE ROLE {control} LOGIN PASSWORD '{control_password}' IN ROLE pg_monitor;\n\
          GRANT SELECT ON pg_catalog.pg_authid TO {control};\n\
-         GRANT EXECUTE ON FUNCTION pg_catalog.pg_control_checkpoint() TO {control};\n\
+         GRANT EXECUTE ON FUNCTION pg_catalog.pg_read_file(text, bigint, bigint, boolean) TO {control};\n\
          CREATE ROLE {app} LOGIN PASSWORD '{app_password}';\n\
          CREATE ROLE {replicator} LOGIN REPLICATION PASSWORD '{replicator_password}';\n\
          CREATE DATABASE app OWNER {app};\n",
