@@ -42,6 +42,12 @@ const LOG_TAIL_LINES: usize = 20;
 /// A socket's whole path must fit `sun_path` (108 bytes), `.s.PGSQL.31999` and its terminator too.
 const MAX_HOME_PATH: usize = 80;
 
+/// The file system in memory that Linux systems have.
+const MEMORY: &str = "/dev/shm";
+
+/// Bytes that must be free there: containers give 64 MiB by default, too little for servers.
+const PLENTY: u64 = 4 << 30;
+
 /// Runs under `sh -c`, as the servers' user. `$1`: the directory to make and, at the end, remove.
 const JANITOR: &str = r#"
 trap '' INT TERM HUP QUIT PIPE
@@ -311,6 +317,23 @@ impl RunAs {
     }
 }
 
+/// Where to try to make a directory, best first: TMPDIR if set (though it may be too long for a socket,
+/// or closed to the servers' user); memory where there is plenty, as copying a data directory there
+/// takes a tenth of the time (measured: 0.06 s against 0.78 s on a virtual disk); the usual places.
+fn parents() -> Vec<PathBuf> {
+    let mut parents = Vec::new();
+    if std::env::var_os("TMPDIR").is_some() {
+        parents.push(std::env::temp_dir());
+    }
+    if let Ok(memory) = nix::sys::statvfs::statvfs(MEMORY)
+        && memory.blocks_available().saturating_mul(memory.fragment_size()) >= PLENTY
+    {
+        parents.push(MEMORY.into());
+    }
+    parents.extend(["/tmp".into(), "/var/tmp".into()]);
+    parents
+}
+
 /// The directory of a cluster, and the janitor that removes it.
 #[derive(Debug)]
 struct Home {
@@ -324,8 +347,7 @@ struct Home {
 impl Home {
     fn make(run_as: RunAs) -> Result<Home, ClusterError> {
         let mut failure = None;
-        // The user's choice first; but it may be too long for a socket, or closed to the servers' user.
-        for parent in [std::env::temp_dir(), "/tmp".into(), "/var/tmp".into()] {
+        for parent in parents() {
             let path = parent.join(format!("hw-{}", random_name()));
             if path.as_os_str().len() > MAX_HOME_PATH {
                 continue;
@@ -439,13 +461,13 @@ impl Template {
 }
 
 /// The least that the proxy's role needs: to see all of the statistics, to read the verifiers of
-/// those who log in, and to ask for a timeline's history.
+/// those who log in, and to read a timeline's history file.
 fn roles_sql(roles: &Roles) -> String {
     let Roles { control, app, replicator, .. } = roles;
     format!(
-        "CREATE ROLE {control} LOGIN REPLICATION PASSWORD '{control_password}' IN ROLE pg_monitor;\n\
+        "CREATE ROLE {control} LOGIN PASSWORD '{control_password}' IN ROLE pg_monitor;\n\
          GRANT SELECT ON pg_catalog.pg_authid TO {control};\n\
-         GRANT EXECUTE ON FUNCTION pg_catalog.pg_control_checkpoint() TO {control};\n\
+         GRANT EXECUTE ON FUNCTION pg_catalog.pg_read_file(text, bigint, bigint, boolean) TO {control};\n\
          CREATE ROLE {app} LOGIN PASSWORD '{app_password}';\n\
          CREATE ROLE {replicator} LOGIN REPLICATION PASSWORD '{replicator_password}';\n\
          CREATE DATABASE app OWNER {app};\n",
@@ -645,6 +667,7 @@ impl PrivateNode {
              max_wal_senders = 16\n\
              max_replication_slots = 16\n\
              wal_keep_size = 128MB\n\
+             max_wal_size = 256MB\n\
              hot_standby = on\n\
              wal_log_hints = on\n\
              wal_retrieve_retry_interval = 100ms\n\
@@ -791,7 +814,13 @@ impl PrivateNode {
         // Stopped first, so that the postmaster neither forks nor cleans up while we go through the list.
         self.signal_all(Signal::SIGSTOP)?;
         self.signal_all(Signal::SIGKILL)?;
-        self.wait_gone().await
+        self.wait_gone().await?;
+        // The children die on their own time, and one that still dies keeps its sockets open.
+        let deadline = Instant::now() + SERVER_DEADLINE;
+        while !self.processes().is_empty() {
+            pause_until(deadline, || format!("the processes of {} to end", self.name)).await?;
+        }
+        Ok(())
     }
 
     /// SIGKILL to the postmaster alone: its backends notice and leave by themselves, a busy one late.

@@ -31,10 +31,10 @@ use self::port::ReservedPort;
 const STATEMENTS: &str = "highwater_statements_total";
 
 /// A replica's distance behind the primary.
-const LAG_BYTES: &str = "highwater_replay_lag_bytes";
+const LAG_BYTES: &str = "highwater_replica_replay_lag_bytes";
 
 /// The same as time.
-const LAG_SECONDS: &str = "highwater_replay_lag_seconds";
+const LAG_SECONDS: &str = "highwater_replica_replay_lag_seconds";
 
 /// How long the proxy may take to find the cluster.
 const READY_DEADLINE: Duration = Duration::from_secs(30);
@@ -191,9 +191,8 @@ fn config_text(cluster: &PrivateCluster, proxy: &Proxy) -> String {
         "control: {{ user: {user}, password: '{password}', database: postgres }}\n\
          auth: {{ source: query, admins: [ {user} ] }}\n\
          node_tls: {{ mode: disable }}\n\
-         failover: {{ mode: follow, state_dir: '{state}' }}\n\
-         log: {{ level: warn }}\n",
-        state = cluster.directory().join("state").display()
+         failover: {{ mode: follow }}\n\
+         log: {{ level: warn }}\n"
     );
     text
 }
@@ -461,8 +460,8 @@ mod tests {
         let text = "# HELP x y\n\
              highwater_statements_total{class=\"read\",node=\"b\",reason=\"read\"} 3\n\
              highwater_statements_total{class=\"read\",node=\"b\",reason=\"read\",protocol=\"simple\"} 2\n\
-             highwater_replay_lag_bytes{node=\"b\"} 168\n\
-             highwater_replay_lag_seconds{node=\"b\"} 0.004\n\
+             highwater_replica_replay_lag_bytes{node=\"b\"} 168\n\
+             highwater_replica_replay_lag_seconds{node=\"b\"} 0.004\n\
              highwater_clients 4\nnot a sample\n";
         let scrape = Scrape::parse(text);
         assert_eq!(scrape.statements, BTreeMap::from([(why("b", "read", "read"), 5.0)]));
@@ -476,7 +475,7 @@ mod tests {
         let now = Scrape::parse(
             "highwater_statements_total{node=\"a\",class=\"write\",reason=\"command\"} 70\n\
              highwater_statements_total{node=\"b\",class=\"read\",reason=\"read\"} 5\n\
-             highwater_replay_lag_bytes{node=\"b\"} 168\nhighwater_replay_lag_seconds{node=\"b\"} 0.0004\n",
+             highwater_replica_replay_lag_bytes{node=\"b\"} 168\nhighwater_replica_replay_lag_seconds{node=\"b\"} 0.0004\n",
         );
         let ran = now.since(&before);
         assert_eq!(ran, BTreeMap::from([(why("a", "write", "command"), 60), (why("b", "read", "read"), 5)]));

@@ -326,11 +326,7 @@ impl Proxy {
         let (port, http) = (ReservedPort::claim().unwrap(), ReservedPort::claim().unwrap());
         let directory = tempfile::tempdir().unwrap();
         let config = directory.path().join("config.yaml");
-        std::fs::write(
-            &config,
-            config_text(cluster, port.number(), http.number(), directory.path(), &options),
-        )
-        .unwrap();
+        std::fs::write(&config, config_text(cluster, port.number(), http.number(), &options)).unwrap();
 
         let log = std::fs::File::create(directory.path().join("log")).unwrap();
         let process = Command::new(env!("CARGO_BIN_EXE_highwater"))
@@ -378,10 +374,15 @@ impl Proxy {
         }
     }
 
-    /// How many nodes serve, by the proxy's own account (`highwater_node_up`).
+    /// How many nodes serve, by the proxy's own account: they answer its probes and are not excluded.
     pub async fn usable_nodes(&self) -> usize {
         let metrics = self.metrics().await;
-        metrics.all("highwater_node_up").filter(|up| *up == 1.0).count()
+        let serves = |node: &str| {
+            let role = |role| metrics.sum("highwater_node_role", &[("node", node), ("role", role)]);
+            metrics.sum("highwater_node_up", &[("node", node)]) == 1.0
+                && role("primary") + role("replica") == 1.0
+        };
+        metrics.values_of("highwater_node_up", "node").filter(|node| serves(node)).count()
     }
 
     /// Its port for clients.
@@ -521,13 +522,7 @@ impl Drop for Proxy {
     }
 }
 
-fn config_text(
-    cluster: &Cluster,
-    port: u16,
-    http: u16,
-    directory: &Path,
-    options: &ProxyOptions<'_>,
-) -> String {
+fn config_text(cluster: &Cluster, port: u16, http: u16, options: &ProxyOptions<'_>) -> String {
     let control = &cluster.roles().control;
     let nodes: String = cluster
         .nodes()
@@ -545,10 +540,9 @@ fn config_text(
          control: {{ user: {user}, password: '{password}', database: postgres }}\n\
          auth: {{ source: query, admins: [ {user} ] }}\n\
          node_tls: {{ mode: disable }}\n\
-         failover: {{ mode: follow, state_dir: '{state}' }}\n",
+         failover: {{ mode: follow }}\n",
         user = control.user,
         password = control.password,
-        state = directory.join("state").display(),
     );
     let mut config: serde_yaml::Value = serde_yaml::from_str(&base).unwrap();
     if !options.overrides.is_empty() {
@@ -591,9 +585,10 @@ impl Metrics {
         Metrics { samples: text.lines().filter(|line| !line.starts_with('#')).filter_map(sample).collect() }
     }
 
-    /// All values of `name`.
-    pub fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = f64> + 'a {
-        self.samples.iter().filter(move |(its, ..)| its == name).map(|(.., value)| *value)
+    /// What stands in `label` of the samples of `name`.
+    pub fn values_of<'a>(&'a self, name: &'a str, label: &'a str) -> impl Iterator<Item = &'a str> {
+        let of_name = self.samples.iter().filter(move |(its, ..)| its == name);
+        of_name.filter_map(move |(_, labels, _)| labels.get(label).map(String::as_str))
     }
 
     /// The sum of the samples of `name` that carry all of `labels`; 0 when there is none.

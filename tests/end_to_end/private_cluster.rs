@@ -62,6 +62,8 @@ async fn the_control_role_may_read_what_the_proxy_asks_for_and_is_no_superuser()
             "SELECT * FROM pg_control_checkpoint()",
             "SELECT * FROM pg_control_system()",
             "SELECT query FROM pg_stat_activity",
+            "SELECT name FROM pg_ls_waldir()",
+            "SELECT pg_read_file('pg_wal/00000002.history', 0, 1048576, true)",
         ] {
             client.simple_query(sql).await.unwrap();
         }

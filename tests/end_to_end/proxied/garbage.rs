@@ -88,8 +88,17 @@ async fn a_broken_frame_ends_its_connection_in_every_state_and_no_other() {
             let mut client = reach(&proxy, state).await;
             let _ = client.try_send(&bytes).await;
             let rest = client.read_to_end().await;
-            let fatal = rest.iter().filter(|message| message.tag == b'E').find_map(|error| error.field(b'V'));
-            assert_eq!(fatal.as_deref(), Some("FATAL"), "{name} when {state:?}: {rest:?}");
+            let errors: Vec<&Message> = rest.iter().filter(|message| message.tag == b'E').collect();
+            let last = errors.last().map(|error| (error.field(b'V').unwrap(), error.field(b'C').unwrap()));
+            let violation = last == Some(("FATAL".into(), "08P01".into()));
+            match state {
+                // Before a start-up packet is understood nobody knows whether the other side would
+                // understand an error: PostgreSQL just closes, and so may the proxy.
+                State::Connected | State::Authenticating => {
+                    assert!(errors.is_empty() || violation, "{name} when {state:?}: {rest:?}");
+                }
+                _ => assert!(violation, "{name} when {state:?}: {rest:?}"),
+            }
         }
         still_serves(&mut proxy, &format!("{state:?}")).await;
     }
@@ -133,12 +142,7 @@ async fn well_framed_nonsense_is_answered_and_survived() {
             let mut client = proxy.raw_login().await;
             // The Sync ends what can be ended: an answer or the end of the connection, never silence.
             let _ = client.try_send(&[message(tag, body), sync()].concat()).await;
-            if tag == b'Q' {
-                // A Query has an end of its own; two answers then.
-                client.read_ready().await;
-            } else {
-                client.read_ready().await;
-            }
+            client.read_ready().await;
         }
         still_serves(&mut proxy, &format!("nonsense in {:?}", char::from(tag))).await;
     }

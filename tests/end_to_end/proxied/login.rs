@@ -20,16 +20,16 @@ async fn refusal(port: u16, database: &str, user: &str, password: &str) -> (Stri
 #[tokio::test]
 async fn a_refused_login_reads_as_on_the_server_itself() {
     let cluster = Cluster::start(1).await;
-    cluster.set_up("SELECT 1").await;
-    cluster
-        .primary()
-        .execute(
-            "CREATE ROLE no_login PASSWORD 'x'; CREATE ROLE expired LOGIN PASSWORD 'x' VALID UNTIL '2001-01-01';
-             CREATE ROLE no_password LOGIN; CREATE ROLE outsider LOGIN PASSWORD 'x';
-             CREATE DATABASE closed; REVOKE CONNECT ON DATABASE closed FROM PUBLIC",
-        )
-        .await
-        .unwrap();
+    for sql in [
+        "CREATE ROLE no_login PASSWORD 'x'",
+        "CREATE ROLE expired LOGIN PASSWORD 'x' VALID UNTIL '2001-01-01'",
+        "CREATE ROLE no_password LOGIN",
+        "CREATE ROLE outsider LOGIN PASSWORD 'x'",
+        "CREATE DATABASE closed",
+        "REVOKE CONNECT ON DATABASE closed FROM PUBLIC",
+    ] {
+        cluster.primary().execute(sql).await.unwrap();
+    }
     cluster.wait_caught_up(0).await.unwrap();
     let proxy = Proxy::start(&cluster).await;
     let app = &cluster.roles().app;
