@@ -141,14 +141,13 @@ impl Classifier {
     /// cache allocates nothing.
     pub fn lookup(&self, statement: &Statement<'_>) -> Lookup {
         let prefix = self.prefix(statement);
-        let whole = match statement.text.len() {
-            0..=WHOLE_TEXT_BYTES => {
-                let mut hash = prefix;
-                hash.write(b"T");
-                hash.write(statement.text);
-                u128::from(hash.finish128())
-            }
-            _ => 0,
+        let whole = if statement.text.len() <= WHOLE_TEXT_BYTES {
+            let mut hash = prefix;
+            hash.write(b"T");
+            hash.write(statement.text);
+            u128::from(hash.finish128())
+        } else {
+            0
         };
         if whole != 0
             && let Some((class, skeleton)) = self.cache.whole(whole)
@@ -250,12 +249,9 @@ pub fn deallocate_target(text: &[u8]) -> Option<Vec<u8>> {
     if token == Token::Word && lexer.name() == b"prepare" {
         // A statement may itself be called prepare: then nothing follows.
         let mut ahead = lexer.clone();
-        match ahead.next_token() {
-            next @ (Token::Word | Token::Quoted) => {
-                token = next;
-                lexer = ahead;
-            }
-            _ => {}
+        if let next @ (Token::Word | Token::Quoted) = ahead.next_token() {
+            token = next;
+            lexer = ahead;
         }
     }
     let name = match token {

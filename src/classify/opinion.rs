@@ -53,10 +53,10 @@ impl Opinion {
     /// The verdict, or "not a read" when it does not come in time.
     pub(super) async fn ask(&self, question: Question) -> StatementClass {
         let (reply, answer) = oneshot::channel();
-        if self.send(Job { question, reply }) {
-            if let Ok(Ok(class)) = tokio::time::timeout(self.deadline, answer).await {
-                return class;
-            }
+        if self.send(Job { question, reply })
+            && let Ok(Ok(class)) = tokio::time::timeout(self.deadline, answer).await
+        {
+            return class;
         }
         StatementClass::write(ClassReason::SecondOpinion)
     }

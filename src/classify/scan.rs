@@ -711,10 +711,8 @@ impl Scan<'_> {
                 statement.kind = Kind::TransactionControl;
                 statement.leaves = Leaves::Nothing;
             }
-            Some(Lead::Declare) => {
-                if keyword == K::Hold && statement.previous == Previous::Keyword(K::With) {
-                    statement.leave(Leaves::Pins(PinReason::HoldCursor));
-                }
+            Some(Lead::Declare) if keyword == K::Hold && statement.previous == Previous::Keyword(K::With) => {
+                statement.leave(Leaves::Pins(PinReason::HoldCursor));
             }
             Some(Lead::Change) => {
                 // INSERT .. SELECT .. FROM: nothing more to learn. The words of an inner query do no harm here.
@@ -765,12 +763,12 @@ impl Scan<'_> {
                 statement.into_table = true;
                 statement.refuse(Kind::Ddl, ClassReason::WriteClause);
             }
-            K::Temp | K::Temporary | K::Local | K::Global if statement.into_table => {
-                if statement.previous == Previous::Keyword(K::Into)
-                    || matches!(statement.previous, Previous::Keyword(K::Local | K::Global))
-                {
-                    statement.leave(Leaves::Pins(PinReason::TemporaryTable));
-                }
+            K::Temp | K::Temporary | K::Local | K::Global
+                if statement.into_table
+                    && (statement.previous == Previous::Keyword(K::Into)
+                        || matches!(statement.previous, Previous::Keyword(K::Local | K::Global))) =>
+            {
+                statement.leave(Leaves::Pins(PinReason::TemporaryTable));
             }
             K::Share | K::No | K::Key if statement.previous == Previous::Keyword(K::For) => {
                 statement.refuse(Kind::Write, ClassReason::WriteClause);

@@ -389,3 +389,12 @@ proptest! {
         prop_assert_eq!(key(a), key(b));
     }
 }
+
+#[test]
+#[ignore = "a report, not a check: reads statements, parted by lines of %%, from $HIGHWATER_CORPUS"]
+fn report_corpus() {
+    let text = std::fs::read_to_string(std::env::var("HIGHWATER_CORPUS").unwrap()).unwrap();
+    for text in text.split("%%\n").filter(|text| !text.trim().is_empty()) {
+        println!("{:?} {}", class(text), text.split_whitespace().collect::<Vec<_>>().join(" "));
+    }
+}
