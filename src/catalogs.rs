@@ -1,1 +1,256 @@
-//! (placeholder of the skeleton)
+//! Keeps each database's [`Catalog`] up to date: one loader task per database that reads the facts from the
+//! primary, asks once a second whether any catalog changed, and reads them again if so. No policy: what
+//! the facts mean is decided in `classify`.
+//!
+//! Until the first load, after [`DatabaseCatalog::invalidate`], and while the primary cannot be asked, the
+//! catalog is unknown, and so no statement of that database is a read.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio::sync::Notify;
+use tokio::time::timeout;
+
+use crate::classify::catalog::{self, Catalog, CatalogRows, Mark, Object};
+use crate::classify::{safe_function_names, safe_system_names};
+use crate::node::Nodes;
+use crate::topology::{Epoch, NodeId, TopologyHandle};
+
+/// Databases whose facts are kept. Each costs a task and a question a second; sessions of further ones run on
+/// the primary.
+const MAX_DATABASES: usize = 256;
+
+/// Time between two looks at the change counters.
+const POLL: Duration = Duration::from_secs(1);
+
+/// How long one look or one load may take before the catalog counts as unknown.
+const QUESTION: Duration = Duration::from_secs(20);
+
+/// The catalogs of all databases.
+pub struct Catalogs {
+    nodes: Arc<Nodes>,
+    topology: Arc<TopologyHandle>,
+    runtime: tokio::runtime::Handle,
+    identities: Arc<AtomicU64>,
+    databases: Mutex<HashMap<Box<str>, Arc<DatabaseCatalog>>>,
+    never_loaded: Arc<DatabaseCatalog>,
+}
+
+/// One database's catalog.
+pub struct DatabaseCatalog {
+    current: ArcSwap<Catalog>,
+    identities: Arc<AtomicU64>,
+    /// Raised by each invalidation: a load that began before the last one is thrown away.
+    generation: Mutex<u64>,
+    wanted: Notify,
+}
+
+impl Catalogs {
+    /// Loaders run on `runtime`.
+    pub fn new(
+        nodes: Arc<Nodes>,
+        topology: Arc<TopologyHandle>,
+        runtime: tokio::runtime::Handle,
+    ) -> Arc<Catalogs> {
+        let identities = Arc::new(AtomicU64::new(0));
+        let never_loaded = DatabaseCatalog::new(&identities);
+        Arc::new(Catalogs { nodes, topology, runtime, identities, databases: Mutex::default(), never_loaded })
+    }
+
+    /// The catalog of a database that exists (the caller has logged in to it); its loader starts at the first call.
+    pub fn database(&self, name: &str) -> Arc<DatabaseCatalog> {
+        let mut databases = self.databases.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(known) = databases.get(name) {
+            return Arc::clone(known);
+        }
+        if databases.len() >= MAX_DATABASES {
+            return Arc::clone(&self.never_loaded);
+        }
+        let database = DatabaseCatalog::new(&self.identities);
+        databases.insert(name.into(), Arc::clone(&database));
+        self.runtime.spawn(keep(
+            Arc::clone(&self.nodes),
+            Arc::clone(&self.topology),
+            name.to_owned(),
+            Arc::clone(&database),
+        ));
+        database
+    }
+}
+
+impl DatabaseCatalog {
+    fn new(identities: &Arc<AtomicU64>) -> Arc<DatabaseCatalog> {
+        let identity = identities.fetch_add(1, Ordering::Relaxed);
+        Arc::new(DatabaseCatalog {
+            current: ArcSwap::from_pointee(Catalog::unknown(identity)),
+            identities: Arc::clone(identities),
+            generation: Mutex::new(0),
+            wanted: Notify::new(),
+        })
+    }
+
+    /// The facts as they stand.
+    pub fn current(&self) -> Arc<Catalog> {
+        self.current.load_full()
+    }
+
+    /// Data definition ran (or committed) in a session of ours: nothing is known until the facts have been read
+    /// again. Call it when the statement was sent and again when its transaction has ended.
+    pub fn invalidate(&self) {
+        {
+            let mut generation = self.generation();
+            *generation += 1;
+            self.forget();
+        }
+        self.wanted.notify_one();
+    }
+
+    fn generation(&self) -> std::sync::MutexGuard<'_, u64> {
+        self.generation.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn next_identity(&self) -> u64 {
+        self.identities.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn forget(&self) {
+        if self.current.load().is_loaded() {
+            self.current.store(Arc::new(Catalog::unknown(self.next_identity())));
+        }
+    }
+
+    /// Publishes what was read, unless it was invalidated since `started`.
+    fn publish(&self, started: u64, rows: CatalogRows) -> bool {
+        let catalog = Catalog::from_rows(self.next_identity(), rows);
+        let generation = self.generation();
+        let fresh = *generation == started;
+        if fresh {
+            self.current.store(Arc::new(catalog));
+        }
+        fresh
+    }
+}
+
+/// What the published facts rest on: another value of any of these means to read them again.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Basis {
+    primary: NodeId,
+    epoch: Epoch,
+    changes: i64,
+    generation: u64,
+}
+
+/// The loader's loop; lives as long as the process.
+async fn keep(
+    nodes: Arc<Nodes>,
+    topology: Arc<TopologyHandle>,
+    name: String,
+    database: Arc<DatabaseCatalog>,
+) {
+    let mut basis: Option<Basis> = None;
+    loop {
+        let step = timeout(QUESTION, refresh(&nodes, &topology, &name, &database, basis)).await;
+        match step {
+            Ok(Ok(next)) => basis = next,
+            Ok(Err(cause)) => {
+                tracing::debug!(database = name, cause, "catalog facts could not be read");
+                basis = None;
+                database.forget();
+            }
+            Err(_elapsed) => {
+                tracing::debug!(database = name, "catalog facts could not be read in time");
+                basis = None;
+                database.forget();
+            }
+        }
+        let stale = basis.is_none_or(|basis| basis.generation != *database.generation());
+        // Not at once after a failure, or it would spin.
+        if basis.is_none() || !stale {
+            let _ = timeout(POLL, database.wanted.notified()).await;
+        }
+    }
+}
+
+/// One look at the counters, and a load if they moved.
+async fn refresh(
+    nodes: &Nodes,
+    topology: &TopologyHandle,
+    name: &str,
+    database: &DatabaseCatalog,
+    basis: Option<Basis>,
+) -> Result<Option<Basis>, String> {
+    let (primary, epoch) = {
+        let view = topology.load();
+        (view.primary.ok_or("there is no primary")?, view.epoch)
+    };
+    let generation = *database.generation();
+    let mut client = nodes.client(primary, name).await.map_err(|error| error.cause)?;
+    let counters = client.query_one(catalog::CHANGES_SQL, &[]).await.map_err(|error| error.to_string())?;
+    let changes: i64 = counters.try_get(0).map_err(|error| error.to_string())?;
+    let version: i32 = counters.try_get(1).map_err(|error| error.to_string())?;
+    let next = Basis { primary, epoch, changes, generation };
+    if basis == Some(next) && database.current.load().is_loaded() {
+        return Ok(basis);
+    }
+    let major = u16::try_from(version / 10_000).unwrap_or_default();
+    let rows = load(&mut client, major).await.map_err(|error| error.to_string())?;
+    Ok(database.publish(generation, rows).then_some(next))
+}
+
+/// Reads the facts in one snapshot.
+async fn load(
+    client: &mut tokio_postgres::Client,
+    server_major: u16,
+) -> Result<CatalogRows, tokio_postgres::Error> {
+    let transaction = client
+        .build_transaction()
+        .isolation_level(tokio_postgres::IsolationLevel::RepeatableRead)
+        .read_only(true)
+        .start()
+        .await?;
+    let (functions, names) = (safe_function_names(), safe_system_names());
+    let mut rows = CatalogRows { server_major, ..CatalogRows::default() };
+    for row in transaction.query(catalog::FUNCTIONS_SQL, &[&functions]).await? {
+        rows.functions.push((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?));
+    }
+    for row in transaction.query(catalog::OBJECTS_SQL, &[&functions, &names]).await? {
+        if let Some(object) = Object::from_columns(row.try_get(0)?, row.try_get(1)?) {
+            rows.objects.push((object, row.try_get(2)?, Mark::from_letter(row.try_get(3)?)));
+        }
+    }
+    for row in transaction.query(catalog::EDGES_SQL, &[]).await? {
+        let from = Object::from_columns(row.try_get(0)?, row.try_get(1)?);
+        let to = Object::from_columns(row.try_get(2)?, row.try_get(3)?);
+        rows.edges.extend(from.zip(to));
+    }
+    for row in transaction.query(catalog::OPERATORS_SQL, &[]).await? {
+        rows.operators.push(row.try_get(0)?);
+    }
+    rows.casts_everywhere = transaction.query_one(catalog::CASTS_SQL, &[]).await?.try_get(0)?;
+    transaction.commit().await?;
+    Ok(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_load_that_data_definition_overtook_is_thrown_away() {
+        let database = DatabaseCatalog::new(&Arc::new(AtomicU64::new(0)));
+        let started = *database.generation();
+        database.invalidate();
+        assert!(!database.publish(started, CatalogRows::default()));
+        assert!(!database.current().is_loaded());
+        let started = *database.generation();
+        assert!(database.publish(started, CatalogRows::default()));
+        let loaded = database.current();
+        assert!(loaded.is_loaded());
+        database.invalidate();
+        assert!(!database.current().is_loaded());
+        assert_ne!(database.current().identity(), loaded.identity());
+    }
+}

@@ -1,8 +1,270 @@
 //! SQL text + catalog facts -> what a statement may do. Fail closed: what is not understood is not a read.
 //!
-//! The stages: a token scan of the text (`scan`), the second opinion of `sqlparser` on a thread of
-//! its own (`opinion`), built-in functions by allow-list (`builtin`), the database's unsafe names
-//! (`catalog`), and a cache of verdicts keyed by the scan's skeleton (`cache`).
+//! The stages: a token scan of the text (`scan`, over `lexer`), built-in functions by allow-list
+//! (`builtin`), the database's unsafe names (`catalog`), the second opinion of `sqlparser` on a thread of its own
+//! (`opinion`), and a cache of verdicts (`cache`), once by the whole text and once by the scan's skeleton.
+//! `refusal` reads what a replica's error says about all of that.
+//!
+//! Promised: a text that is not accounted for word by word is not a read; the verdict depends on nothing
+//! but the text, the parameters' types, the lexing and the catalog; no call blocks but `ask`, which ends
+//! at its deadline.
+//!
+//! Not covered, and so stated in the manual: triggers, defaults and rules of the tables that a write touches
+//! may leave state behind that [`Leaves`] does not show; the same holds for `nextval`, after which
+//! `currval` and `lastval` are right within the same transaction or once the session is pinned (their first
+//! use pins it).
+
+mod builtin;
+mod cache;
+pub mod catalog;
+mod lexer;
+mod opinion;
+pub mod refusal;
+mod scan;
+
+use std::hash::Hasher;
+use std::sync::Arc;
+
+use siphasher::sip128::{Hasher128, SipHasher13};
+
+pub use catalog::Catalog;
+
+use crate::config::LimitsConfig;
+use builtin::Vocabulary;
+use cache::Cache;
+use lexer::{Lexer, Token};
+use opinion::Opinion;
+
+/// The names that the catalog queries take as their first parameter: safe built-in functions.
+pub fn safe_function_names() -> Vec<&'static str> {
+    builtin::safe_functions().collect()
+}
+
+/// The names that the catalog queries take as their second parameter: safe system relations and types.
+pub fn safe_system_names() -> Vec<&'static str> {
+    builtin::safe_system_names().collect()
+}
+
+/// Texts above this are not looked up as a whole: hashing one twice would cost more than it saves.
+const WHOLE_TEXT_BYTES: usize = 16 * 1024;
+
+/// The settings of a session that decide how its texts are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Lexing {
+    /// Client and server both use UTF-8, and standard_conforming_strings is on.
+    Utf8,
+    /// ASCII means ASCII in the client's encoding, but other characters may be another in the server's:
+    /// a text with a non-ASCII name is not a read.
+    AsciiNames,
+    /// Trail bytes may look like ASCII (SJIS, BIG5, GBK, UHC, GB18030, JOHAB), or
+    /// standard_conforming_strings is off: nothing is a read, and nothing is known of what is left.
+    Unsafe,
+}
+
+/// A statement to classify.
+#[derive(Clone, Copy, Debug)]
+pub struct Statement<'a> {
+    /// The text of a Query or Parse, without its terminator.
+    pub text: &'a [u8],
+    /// The parameter types that a Parse gives; 0 is "not given".
+    pub parameter_types: &'a [u32],
+    /// What is known of the session's database.
+    pub catalog: &'a Catalog,
+    /// How the text is to be read.
+    pub lexing: Lexing,
+}
+
+/// Names a verdict in the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ClassKey {
+    whole: u128,
+    skeleton: u128,
+}
+
+/// What [`Classifier::lookup`] found.
+#[derive(Debug)]
+pub enum Lookup {
+    /// The class, and the key to teach it another by.
+    Known(StatementClass, ClassKey),
+    /// A read candidate that needs [`Classifier::ask`].
+    Ask(Question),
+}
+
+/// A read candidate that the second parser has not seen.
+#[derive(Debug)]
+pub struct Question {
+    text: Box<[u8]>,
+    key: ClassKey,
+}
+
+impl Question {
+    /// The key of the class to come.
+    pub fn key(&self) -> ClassKey {
+        self.key
+    }
+}
+
+/// Classifies statements; shared by all sessions.
+#[derive(Debug)]
+pub struct Classifier {
+    vocabulary: Vocabulary,
+    key: [u8; 16],
+    cache: Arc<Cache>,
+    opinion: Opinion,
+    parser_text: usize,
+}
+
+impl StatementClass {
+    const READ: StatementClass =
+        StatementClass { kind: Kind::Read, reason: ClassReason::Read, leaves: Leaves::Nothing };
+
+    fn write(reason: ClassReason) -> StatementClass {
+        StatementClass { kind: Kind::Write, reason, leaves: Leaves::Nothing }
+    }
+}
+
+impl Classifier {
+    /// With an empty cache; the second parser's thread starts when it is first needed.
+    pub fn new(limits: &LimitsConfig) -> Classifier {
+        let cache = Arc::new(Cache::new(limits.class_cache));
+        Classifier {
+            vocabulary: Vocabulary::new(),
+            // Random, so that nobody can make two texts meet in one entry.
+            key: rand::random(),
+            opinion: Opinion::new(Arc::clone(&cache), limits.parser_deadline),
+            cache,
+            parser_text: limits.parser_text,
+        }
+    }
+
+    /// The class, if it is known or can be told without the second parser. Never blocks; a hit in the
+    /// cache allocates nothing.
+    pub fn lookup(&self, statement: &Statement<'_>) -> Lookup {
+        let prefix = self.prefix(statement);
+        let whole = if statement.text.len() <= WHOLE_TEXT_BYTES {
+            let mut hash = prefix;
+            hash.write(b"T");
+            hash.write(statement.text);
+            u128::from(hash.finish128())
+        } else {
+            0
+        };
+        if whole != 0
+            && let Some((class, skeleton)) = self.cache.whole(whole)
+        {
+            return Lookup::Known(class, ClassKey { whole, skeleton });
+        }
+        let scanned = self.scan(statement, prefix);
+        let key = ClassKey { whole, skeleton: scanned.skeleton };
+        let class = self.with_facts(statement, scanned.class);
+        if class.kind != Kind::Read {
+            self.cache.put_whole(key, class);
+            return Lookup::Known(class, key);
+        }
+        if let Some(class) = self.cache.skeleton(key.skeleton) {
+            self.cache.put_whole(key, class);
+            return Lookup::Known(class, key);
+        }
+        if statement.text.len() > self.parser_text {
+            return Lookup::Known(StatementClass::write(ClassReason::SecondOpinion), key);
+        }
+        Lookup::Ask(Question { text: statement.text.into(), key })
+    }
+
+    /// The second opinion. Ends at the parser's deadline at the latest: then the statement is not a read this
+    /// time, and the verdict is cached when it comes.
+    pub async fn ask(&self, question: Question) -> StatementClass {
+        self.opinion.ask(question).await
+    }
+
+    /// A replica refused it: from now on it goes to the primary, until the catalog changes or the entry
+    /// is displaced.
+    pub fn learn(&self, key: ClassKey) {
+        let class = StatementClass::write(ClassReason::Learned);
+        self.cache.put_skeleton(key.skeleton, class);
+        self.cache.put_whole(key, class);
+    }
+
+    fn scan(&self, statement: &Statement<'_>, mut prefix: SipHasher13) -> scan::Scanned {
+        prefix.write(b"K");
+        let ascii_names = statement.lexing != Lexing::Utf8;
+        scan::scan(statement.text, prefix, &self.vocabulary, statement.catalog, ascii_names)
+    }
+
+    /// A hasher fed with all that the class depends on beside the text.
+    fn prefix(&self, statement: &Statement<'_>) -> SipHasher13 {
+        let mut hash = SipHasher13::new_with_key(&self.key);
+        hash.write_u64(statement.catalog.identity());
+        hash.write_u8(statement.lexing as u8);
+        hash.write_u32(statement.parameter_types.len() as u32);
+        for oid in statement.parameter_types {
+            hash.write_u32(*oid);
+        }
+        hash
+    }
+
+    /// What lexing, catalog and parameters make of the scan's class.
+    fn with_facts(&self, statement: &Statement<'_>, class: StatementClass) -> StatementClass {
+        if statement.lexing == Lexing::Unsafe && class.kind != Kind::Empty {
+            return StatementClass {
+                kind: if class.kind == Kind::Ddl { Kind::Ddl } else { Kind::Write },
+                reason: ClassReason::Lexing,
+                leaves: scan::stronger(class.leaves, Leaves::Unproven),
+            };
+        }
+        if class.kind != Kind::Read {
+            return class;
+        }
+        if !statement.catalog.is_loaded() {
+            // A name that looks like a built-in may be a user's.
+            return StatementClass {
+                leaves: Leaves::Unproven,
+                ..StatementClass::write(ClassReason::CatalogUnknown)
+            };
+        }
+        if statement.catalog.casts_everywhere() {
+            return StatementClass {
+                leaves: Leaves::Unproven,
+                ..StatementClass::write(ClassReason::UnsafeName)
+            };
+        }
+        if !statement.parameter_types.iter().all(|oid| statement.catalog.type_is_safe(*oid)) {
+            return StatementClass {
+                leaves: Leaves::Unproven,
+                ..StatementClass::write(ClassReason::ParameterType)
+            };
+        }
+        class
+    }
+}
+
+/// The statement that exactly `DEALLOCATE [PREPARE] name` names, decoded; `None` for any other text,
+/// `DEALLOCATE ALL` included.
+pub fn deallocate_target(text: &[u8]) -> Option<Vec<u8>> {
+    let mut lexer = Lexer::new(text);
+    if lexer.next_token() != Token::Word || lexer.name() != b"deallocate" {
+        return None;
+    }
+    let mut token = lexer.next_token();
+    if token == Token::Word && lexer.name() == b"prepare" {
+        // A statement may itself be called prepare: then nothing follows.
+        let mut ahead = lexer.clone();
+        if let next @ (Token::Word | Token::Quoted) = ahead.next_token() {
+            token = next;
+            lexer = ahead;
+        }
+    }
+    let name = match token {
+        Token::Word if lexer.name() == b"all" => return None,
+        Token::Word | Token::Quoted => lexer.name().to_vec(),
+        _ => return None,
+    };
+    match lexer.next_token() {
+        Token::End => Some(name),
+        Token::Punctuation(b';') if lexer.next_token() == Token::End => Some(name),
+        _ => None,
+    }
+}
 
 /// What a statement may do, and so where it may run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -104,3 +366,6 @@ pub enum PinReason {
     /// A statement text too long to be prepared again elsewhere.
     LargeStatement,
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,400 @@
+//! The classifier as a whole: what is a read, what is left behind, and which texts share a skeleton.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::catalog::{CatalogRows, Mark, Object};
+use super::*;
+
+fn classifier() -> Classifier {
+    Classifier::new(&LimitsConfig {
+        unit_hold: 65_536,
+        statement_text: 65_536,
+        statements_per_session: 100,
+        class_cache: 256,
+        parser_text: 16 * 1024,
+        parser_deadline: Duration::from_secs(20),
+    })
+}
+
+fn catalog() -> Catalog {
+    Catalog::from_rows(
+        7,
+        CatalogRows {
+            server_major: 15,
+            functions: vec![("fx".into(), true, true), ("nextval".into(), false, true)],
+            objects: vec![
+                (Object::Relation(1), "seq".into(), Mark::Elsewhere),
+                (Object::Type(2), "ct".into(), Mark::Code),
+            ],
+            edges: vec![],
+            operators: vec!["#*#".into(), "~~*".into()],
+            casts_everywhere: false,
+        },
+    )
+}
+
+fn statement<'a>(text: &'a [u8], catalog: &'a Catalog) -> Statement<'a> {
+    Statement { text, parameter_types: &[], catalog, lexing: Lexing::Utf8 }
+}
+
+fn class_and_key(classifier: &Classifier, catalog: &Catalog, text: &[u8]) -> (StatementClass, ClassKey) {
+    match classifier.lookup(&statement(text, catalog)) {
+        Lookup::Known(class, key) => (class, key),
+        Lookup::Ask(question) => {
+            let key = question.key();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            (runtime.block_on(classifier.ask(question)), key)
+        }
+    }
+}
+
+fn class(text: &str) -> StatementClass {
+    class_and_key(&classifier(), &catalog(), text.as_bytes()).0
+}
+
+#[test]
+fn reads() {
+    for text in [
+        "select 1",
+        "select * from t where a = $1;",
+        "(select 1) union all (select 2)",
+        "values (1,2),(3,4)",
+        "with x(a) as (select 1), y(b) as (select 2) select count(*) from x, y",
+        "select now(), lower('X')",
+        "select * from t where a in (1,2,3) and b like 'x%'",
+        "copy t (a, b) to stdout with (format csv)",
+        "copy (select 1) to stdout",
+        "explain analyze select 1",
+        "explain (analyze, format json) select 1",
+        "select coalesce(a, 1), cast(b as varchar(10)), row_number() over (order by c) from t",
+        "select current_setting('app.tenant')",
+        "select x.a from (values (1)) x(a)",
+        "select substring(a from 1 for 2) from t",
+        "select c.relname from pg_catalog.pg_class c where c.relname operator(pg_catalog.~) '^(t)$'",
+        "select exists(select 1 from t), array(select 1)",
+        "select a.update from a",
+        "select $$;$$",
+    ] {
+        assert_eq!(class(text), StatementClass::READ, "{text}");
+    }
+}
+
+#[test]
+fn not_reads() {
+    for text in [
+        "select pg_advisory_lock(1)",
+        "select U&\"pg_try_advisory_\\006Cock\"(9)",
+        "select U&\"pg!005ftry_advisory_lock\" uescape '!' (11)",
+        "select 1 --x\r, pg_try_advisory_lock(1)",
+        "select last_value from seq",
+        "select * from \"seq\"",
+        "select fx(1)",
+        "select t.fx from t",
+        "select nextval('s')",
+        "select ('s'::regclass).nextval",
+        "select a #*# b from t",
+        "select a ilike 'x' from t",
+        "select null::ct",
+        "select * into x from t",
+        "select * from t for update",
+        "select * from t for no key update",
+        "select * from t for share",
+        "select (select 1 from t for key share)",
+        "with x as (delete from t returning 1) select 1",
+        "with x as (select 1) insert into t select 1",
+        "copy t from stdin",
+        "copy t to '/tmp/x'",
+        "copy t to program 'x'",
+        "copy (insert into t values (1) returning a) to stdout",
+        "explain insert into t values (1)",
+        "select pg_is_in_recovery()",
+        "show transaction_read_only",
+        "select current_setting('transaction_read_only')",
+        "select current_setting('a.b' || 'c')",
+        "select current_setting(x) from t",
+        "select * from pg_stat_activity",
+        "select * from pg_locks",
+        "select * from pg_sequences",
+        "select inet_server_addr()",
+        "select pg_backend_pid()",
+        "select setseed(1)",
+        "select lastval()",
+        "select pg_stat_reset()",
+        "select pg_reload_conf()",
+        "checkpoint",
+        "alter system set x = 1",
+        "select pg_wal_replay_pause()",
+        "select lo_export(1, 'x')",
+        "lock table t in access share mode",
+        "do $$ begin end $$",
+        "call p()",
+        "merge into t using s on true when matched then do nothing",
+        "listen x",
+        "notify x",
+        "select txid_current()",
+        "select pg_current_snapshot()",
+        "select pg_notify('a','b')",
+        "vacuum",
+        "analyze",
+        "cluster t",
+        "reindex table t",
+        "refresh materialized view m",
+        "truncate t",
+        "prepare transaction 'x'",
+        "commit prepared 'x'",
+        "grant select on t to x",
+        "comment on table t is 'x'",
+        "select query_to_xml('select 1', true, true, '')",
+        "select ts_stat('select 1')",
+        "select ts_rewrite('a'::tsquery, 'select 1')",
+        "select pg_relation_size('t')",
+        "select 1; select 2",
+        "select 1_000",
+        "select 0x1F",
+        "insert into t values (1)",
+        "begin",
+        "declare c cursor for select 1",
+        "execute p",
+        "prepare p as select 1",
+        "select distinct on (a) unknown_fn(b) from t",
+        "select a operator(pg_catalog.+) unknown_fn(b) from t",
+        "select unknown_fn(1)",
+        "select dblink_exec('x')",
+        "select pg_export_snapshot()",
+        "select lo_open(1, 131072)",
+        "select pg_sleep(1) from pg_settings",
+        "select )",
+        "select (",
+        "discard all",
+        "table t for update",
+        "select set_config('a.b', 'x', true)",
+        "explain analyze create table x as select 1",
+    ] {
+        assert_ne!(class(text).kind, Kind::Read, "{text}");
+    }
+}
+
+#[test]
+fn what_is_left() {
+    use Leaves::*;
+    use PinReason::*;
+    for (text, leaves) in [
+        ("set x = 1", Pins(Setting)),
+        ("set session x = 1", Pins(Setting)),
+        ("set local x = 1", Nothing),
+        ("set role a", Pins(Setting)),
+        ("set session authorization a", Pins(Setting)),
+        ("set session characteristics as transaction read only", Pins(Setting)),
+        ("set transaction read only", Nothing),
+        ("set constraints all deferred", Nothing),
+        ("reset x", Pins(Setting)),
+        ("reset all", Nothing),
+        ("reset role", Pins(Setting)),
+        ("show x", Nothing),
+        ("select set_config('a.b', 'x', true)", Nothing),
+        ("select set_config('a.b', 'x', false)", Pins(Setting)),
+        ("select set_config('a.b', 'x', $1)", Pins(Setting)),
+        ("select set_config($1, $2, not true)", Pins(Setting)),
+        ("create temp table t (a int)", Pins(TemporaryTable)),
+        ("create local temporary table t ()", Pins(TemporaryTable)),
+        ("create or replace temp view v as select 1", Pins(TemporaryTable)),
+        ("create table pg_temp.x ()", Pins(TemporaryTable)),
+        ("select 1 into temp x", Pins(TemporaryTable)),
+        ("select 1 into pg_temp.x", Pins(TemporaryTable)),
+        ("create table t (a int)", Nothing),
+        ("listen x", Pins(Listen)),
+        ("unlisten *", Nothing),
+        ("prepare p as select 1", Pins(SqlPrepare)),
+        ("execute p", Pins(SqlPrepare)),
+        ("deallocate p", Pins(SqlPrepare)),
+        ("deallocate all", DeallocatesAll),
+        ("deallocate prepare all", DeallocatesAll),
+        ("prepare transaction 'x'", Nothing),
+        ("declare c cursor with hold for select 1", Pins(HoldCursor)),
+        ("declare c cursor for select 1", Nothing),
+        ("declare c cursor without hold for select 1", Nothing),
+        ("select pg_advisory_lock(1)", Pins(AdvisoryLock)),
+        ("select pg_try_advisory_lock_shared(1)", Pins(AdvisoryLock)),
+        ("select pg_advisory_xact_lock(1)", Nothing),
+        ("select pg_advisory_unlock_all()", Nothing),
+        ("select pg_backend_pid()", Pins(BackendPid)),
+        ("load 'x'", Pins(Other)),
+        ("select setseed(0)", Pins(Other)),
+        ("select pg_export_snapshot()", Pins(Other)),
+        ("discard all", DiscardsAll),
+        ("discard temp", Nothing),
+        ("discard plans", Nothing),
+        ("call p()", Unproven),
+        ("do 'x'", Unproven),
+        ("select fx(1)", Unproven),
+        ("insert into t (a) values (1)", Nothing),
+        ("insert into s.t (a) values (1)", Nothing),
+        ("update t set a = unknown(1)", Unproven),
+        ("SELECT pg_advisory_unlock_all(); CLOSE ALL; UNLISTEN *; RESET ALL;", Nothing),
+        ("begin; set x = 1", Pins(Setting)),
+        ("select lower(a) from seq", Nothing),
+        ("explain execute p", Pins(SqlPrepare)),
+        ("commit prepared 'x'", Nothing),
+    ] {
+        assert_eq!(class(text).leaves, leaves, "{text}");
+    }
+}
+
+#[test]
+fn kinds() {
+    for (text, kind) in [
+        ("", Kind::Empty),
+        (" ; -- x", Kind::Empty),
+        ("create table t()", Kind::Ddl),
+        ("select 1; drop table t", Kind::Ddl),
+        ("select 1 into t", Kind::Ddl),
+        ("begin", Kind::TransactionControl),
+        ("prepare transaction 'x'", Kind::TransactionControl),
+        ("commit prepared 'x'", Kind::Write),
+        ("set x = 1", Kind::Session),
+        ("insert into t values (1)", Kind::Write),
+    ] {
+        assert_eq!(class(text).kind, kind, "{text}");
+    }
+}
+
+#[test]
+fn skeletons() {
+    let (classifier, catalog) = (classifier(), catalog());
+    let key = |text: &str| class_and_key(&classifier, &catalog, text.as_bytes()).1.skeleton;
+    for (a, b) in [
+        ("select 1", "SELECT  /* x */ 22 "),
+        ("select * from t where a in (1)", "select * from t where a in (1, -2, 3)"),
+        ("values (1,2)", "values (3,4),(5,6)"),
+        ("select 'a'", "select 'b'"),
+    ] {
+        assert_eq!(key(a), key(b), "{a} {b}");
+    }
+    for (a, b) in [
+        ("select current_setting('app.x')", "select current_setting('app.y')"),
+        ("select 'now'", "select 'x'"),
+        ("select U&\"a!0062\" uescape '!'", "select U&\"a!0062\" uescape '#'"),
+        ("select true", "select false"),
+        ("select 1 /* highwater.route=primary */", "select 1 /* highwater.route=replica */"),
+        ("/* highwater.a */ select 1", "select 1"),
+        ("select f(1,2)", "select f(1)"),
+        ("select a", "select \"A\""),
+        ("values (1,2)", "values (1,2,3)"),
+        ("copy t to stdout (delimiter 'a')", "copy t to stdout (delimiter 'b')"),
+        ("set x = 'a'", "set x = 'b'"),
+        ("select array[1,2]", "select array[1]"),
+        ("select U&'a!0062' uescape '!'", "select U&'a!0062' uescape '#'"),
+    ] {
+        assert_ne!(key(a), key(b), "{a} {b}");
+    }
+}
+
+#[test]
+fn facts_decide() {
+    let classifier = classifier();
+    let known = |statement: &Statement<'_>| match classifier.lookup(statement) {
+        Lookup::Known(class, _) => class.reason,
+        Lookup::Ask(_) => ClassReason::Read,
+    };
+    let (loaded, unknown) = (catalog(), Catalog::unknown(8));
+    let plain = statement(b"select $1 = $2", &loaded);
+    assert_eq!(known(&plain), ClassReason::Read);
+    assert_eq!(known(&Statement { parameter_types: &[23, 20_000], ..plain }), ClassReason::ParameterType);
+    assert_eq!(known(&Statement { lexing: Lexing::Unsafe, ..plain }), ClassReason::Lexing);
+    assert_eq!(known(&Statement { catalog: &unknown, ..plain }), ClassReason::CatalogUnknown);
+    let wide = statement("select é".as_bytes(), &loaded);
+    assert_eq!(known(&wide), ClassReason::Read);
+    assert_eq!(known(&Statement { lexing: Lexing::AsciiNames, ..wide }), ClassReason::Unclear);
+}
+
+#[test]
+fn what_a_replica_refused_is_remembered() {
+    let (classifier, catalog) = (classifier(), catalog());
+    let (class, key) = class_and_key(&classifier, &catalog, b"select 1");
+    assert_eq!(class, StatementClass::READ);
+    classifier.learn(key);
+    assert_eq!(class_and_key(&classifier, &catalog, b"select 1").0.reason, ClassReason::Learned);
+    assert_eq!(class_and_key(&classifier, &catalog, b"select 2").0.reason, ClassReason::Learned);
+}
+
+/// Not a crash, whatever is piled up; the parser itself is fed too, past the scan's own limits.
+#[test]
+fn stack_bombs() {
+    let cap = 16 * 1024;
+    let fill = |head: &str, unit: &str, tail: &str| {
+        format!("{head}{}{tail}", unit.repeat((cap - head.len() - tail.len()) / unit.len()))
+    };
+    for text in [
+        fill("SELECT 1 ", "JOIN ", ""),
+        fill("SELECT * FROM a ", "JOIN b ", ""),
+        fill("select ", "(", ""),
+        fill("select ", "- ", "1"),
+        fill("select ", "not ", "true"),
+        fill("select ", "case when ", ""),
+        fill("select 1", " and 1", ""),
+        fill("select 1", "||1", ""),
+        fill("select 1", " union select 1", ""),
+        fill("select a", "[1]", ""),
+        fill("select ", "array[", ""),
+        fill("select 1", "::int", ""),
+        fill("select * from ", "(select * from ", ""),
+        fill("", "with a as (", ""),
+        fill("explain ", "explain ", "select 1"),
+        fill("select a", " between 1", ""),
+        fill("select a", " is null", ""),
+        fill("select interval ", "interval ", ""),
+    ] {
+        let _ = class(&text);
+    }
+}
+
+#[test]
+fn deallocate_targets() {
+    for (text, name) in [
+        ("deallocate a", Some("a")),
+        ("DEALLOCATE PREPARE \"A b\";", Some("A b")),
+        ("deallocate all", None),
+        ("deallocate prepare", Some("prepare")),
+        ("deallocate prepare all", None),
+        ("deallocate \"all\"", Some("all")),
+        ("deallocate a; select 1", None),
+        ("deallocate a b", None),
+        ("select 1", None),
+    ] {
+        assert_eq!(deallocate_target(text.as_bytes()).as_deref(), name.map(str::as_bytes), "{text}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        let (classifier, catalog) = (classifier(), catalog());
+        let first = class_and_key(&classifier, &catalog, &bytes);
+        prop_assert_eq!(first, class_and_key(&classifier, &catalog, &bytes));
+    }
+
+    #[test]
+    fn a_write_behind_a_semicolon_is_no_read(text in "[ -~]{0,60}") {
+        let (classifier, catalog) = (classifier(), catalog());
+        let text = format!("{text};delete from t");
+        prop_assert_ne!(class_and_key(&classifier, &catalog, text.as_bytes()).0.kind, Kind::Read);
+    }
+
+    #[test]
+    fn numbers_fold(a in 0u32.., b in 0u32..) {
+        let (classifier, catalog) = (classifier(), catalog());
+        let key = |n: u32| class_and_key(&classifier, &catalog, format!("select * from t where a = {n}").as_bytes()).1.skeleton;
+        prop_assert_eq!(key(a), key(b));
+    }
+}
+
+#[test]
+#[ignore = "a report, not a check: reads statements, parted by lines of %%, from $HIGHWATER_CORPUS"]
+fn report_corpus() {
+    let text = std::fs::read_to_string(std::env::var("HIGHWATER_CORPUS").unwrap()).unwrap();
+    for text in text.split("%%\n").filter(|text| !text.trim().is_empty()) {
+        println!("{:?} {}", class(text), text.split_whitespace().collect::<Vec<_>>().join(" "));
+    }
+}
