@@ -1222,7 +1222,8 @@ impl Reader<'_> {
     }
 }
 
-fn parse_duration(text: &str) -> Option<Duration> {
+/// Reads a duration as the file writes it: `20ms`, `10s`, `5m`, `1h`.
+pub fn parse_duration(text: &str) -> Option<Duration> {
     let split = text.find(|c: char| !c.is_ascii_digit())?;
     let count: u64 = text[..split].parse().ok()?;
     let micros = match &text[split..] {

@@ -21,7 +21,6 @@ use crate::backend::login::{self, LoginTarget};
 use crate::client::auth::{self, AuthFailure};
 use crate::client::startup::{self, GreetError, Greeting};
 use crate::client::verifiers::Verifiers;
-use crate::metrics::{CancelLabel, RefusedReason};
 use crate::net::{self, ClientTls};
 use crate::session::handle::{CancelOutcome, Ending};
 use crate::session::{Arrival, Session, Shared};
@@ -46,7 +45,7 @@ pub struct Door {
 #[derive(Default)]
 pub struct Drain {
     clients: AtomicUsize,
-    draining: AtomicBool,
+    draining: Arc<AtomicBool>,
     gone: Notify,
 }
 
@@ -54,6 +53,11 @@ impl Drain {
     /// Whether the proxy is shutting down.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::SeqCst)
+    }
+
+    /// The flag itself, for `admin`.
+    pub fn flag(&self) -> Arc<AtomicBool> {
+        self.draining.clone()
     }
 
     /// Connections now, logged in or not.
@@ -149,9 +153,10 @@ impl Door {
     async fn serve(self: Arc<Door>, tcp: TcpStream, worker: usize) {
         let peer = tcp.peer_addr().ok();
         let present = self.drain.enter();
-        self.shared.metrics.client_came();
+        self.shared.metrics.clients.inc();
+        self.shared.metrics.clients_total.inc();
         self.serve_counted(tcp, peer, worker).await;
-        self.shared.metrics.client_left();
+        self.shared.metrics.clients.dec();
         drop(present);
     }
 
@@ -166,30 +171,31 @@ impl Door {
             Ok(Greeting::Cancel { pid, key }) => return self.cancel(pid, &key).await,
             Ok(Greeting::Gone) => return,
             Err(error) => {
-                metrics.refused(match error {
-                    GreetError::Timeout => RefusedReason::Timeout,
-                    GreetError::Tls(_) => RefusedReason::Tls,
-                    GreetError::Io(_) => RefusedReason::Gone,
-                    GreetError::Nonsense(_) | GreetError::Refused(_) => RefusedReason::Protocol,
+                metrics.client_refused.inc(match error {
+                    GreetError::Timeout => "timeout",
+                    GreetError::Tls(_) => "tls",
+                    GreetError::Io(_) => "gone",
+                    GreetError::Nonsense(_) | GreetError::Refused(_) => "protocol",
                 });
                 debug!(?peer, %error, "client refused before its login");
                 return;
             }
         };
         if self.drain.is_draining() {
-            metrics.refused(RefusedReason::Draining);
+            metrics.client_refused.inc("draining");
             let report = ErrorReport::fatal("57P03", "the database system is shutting down");
             return say_last(&mut connection.stream, &report).await;
         }
         if self.drain.clients() > self.shared.config.max_clients {
-            metrics.refused(RefusedReason::TooMany);
+            metrics.client_refused.inc("too_many");
             let report = ErrorReport::fatal("53300", "sorry, too many clients already");
             return say_last(&mut connection.stream, &report).await;
         }
         if connection.startup.replication.is_some() {
-            metrics.refused(RefusedReason::Replication);
-            let report = ErrorReport::fatal("0A000", "replication connections are not supported by highwater")
-                .hint("Connect to the node itself.");
+            metrics.client_refused.inc("replication");
+            let report =
+                ErrorReport::fatal("0A000", "replication connections are not supported by highwater")
+                    .hint("Connect to the node itself.");
             return say_last(&mut connection.stream, &report).await;
         }
         let keys = match auth::authenticate(&mut connection, &self.verifiers, deadline).await {
@@ -200,7 +206,7 @@ impl Door {
                     AuthFailure::Gone => {}
                     other => info!(?peer, user = connection.startup.user, error = %other, "login failed"),
                 }
-                metrics.login_failed(failure.label());
+                metrics.login_failures.inc(failure.label());
                 return;
             }
         };
@@ -235,11 +241,11 @@ impl Door {
                 login::cancel(&login, target.pid, &target.key).await
             })
             .await;
-        self.shared.metrics.cancelled(match outcome {
-            CancelOutcome::Nothing => CancelLabel::Nothing,
-            CancelOutcome::WhileWaiting => CancelLabel::WhileWaiting,
-            CancelOutcome::Forwarded => CancelLabel::Forwarded,
-            CancelOutcome::Failed => CancelLabel::Failed,
+        self.shared.metrics.cancels.inc(match outcome {
+            CancelOutcome::Nothing => "nothing",
+            CancelOutcome::WhileWaiting => "while_waiting",
+            CancelOutcome::Forwarded => "forwarded",
+            CancelOutcome::Failed => "failed",
         });
     }
 }

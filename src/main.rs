@@ -3,11 +3,13 @@
 //! Exit codes: 0 fine; 1 it failed while running, or `check` found problems; 2 the arguments or the
 //! configuration are wrong, and nothing was started.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use highwater::config::{Config, LogConfig, LogFormat};
+use highwater::demo::DemoOptions;
 use tracing_subscriber::EnvFilter;
 
 /// A transparent PostgreSQL replication proxy.
@@ -24,7 +26,12 @@ enum Command {
     Run(ConfigFile),
     /// Validate the configuration, try the nodes, and say where statements would go.
     Check(ConfigFile),
-    // `Demo` goes here: `--exit-after`, and its arm in `main` calls `highwater::demo::run`.
+    /// Start a private primary and two replicas, the proxy over them and live traffic; Ctrl-C ends it.
+    Demo {
+        /// End by itself after this time, for example `10s` or `2m`.
+        #[arg(long, value_name = "TIME", value_parser = duration)]
+        exit_after: Option<Duration>,
+    },
 }
 
 #[derive(clap::Args)]
@@ -39,6 +46,7 @@ fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Run(file) => with_config(file, run),
         Command::Check(file) => with_config(file, check),
+        Command::Demo { exit_after } => demo(exit_after),
     }
 }
 
@@ -52,11 +60,33 @@ fn with_config(file: ConfigFile, command: fn(Config) -> ExitCode) -> ExitCode {
     }
 }
 
-/// `highwater::server::run(config)` is called here once the server is there.
 fn run(config: Config) -> ExitCode {
     start_logging(&config.log);
-    tracing::error!("this build has no server yet");
-    ExitCode::from(1)
+    match highwater::server::run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("highwater: {e}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    highwater::config::parse_duration(text).ok_or_else(|| "expected a time such as 10s or 2m".to_owned())
+}
+
+fn demo(exit_after: Option<Duration>) -> ExitCode {
+    let start_proxy = |path: &Path| {
+        let config = Config::load(path).map_err(|e| e.to_string())?;
+        highwater::server::start(config).map_err(|e| e.to_string())
+    };
+    match highwater::demo::run(&DemoOptions { exit_after }, start_proxy) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("highwater: {e}");
+            ExitCode::from(1)
+        }
+    }
 }
 
 fn check(config: Config) -> ExitCode {

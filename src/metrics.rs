@@ -56,8 +56,6 @@ pub struct ClassCacheFigures {
     pub hits: u64,
     /// Look-ups that did not.
     pub misses: u64,
-    /// Entries now.
-    pub entries: u64,
 }
 
 /// Everything a scrape reads from elsewhere.
@@ -278,8 +276,6 @@ impl Metrics {
         counter(&now, "highwater_class_cache_hits_total", "Look-ups that found their statement.")
             .inc_by(cache.hits);
         counter(&now, "highwater_class_cache_misses_total", "Look-ups that did not.").inc_by(cache.misses);
-        gauge(&now, "highwater_class_cache_entries", "Entries of the classification cache.")
-            .set(as_gauge(cache.entries));
         let mut families = self.registry.gather();
         families.extend(now.gather());
         // A family without a sample is an error to the encoder.
@@ -430,7 +426,7 @@ pub(crate) mod tests {
                 backends: 2,
             })
             .collect();
-        let class_cache = ClassCacheFigures { hits: 5, misses: 1, entries: 1 };
+        let class_cache = ClassCacheFigures { hits: 5, misses: 1 };
         let text = metrics.render(&Scrape { topology: &topology, pools: &pools, class_cache });
         for line in [
             "highwater_statements_total{class=\"write\",node=\"n1\",reason=\"unclear\"} 2",

@@ -23,10 +23,11 @@ use crate::client::verifiers::Verifiers;
 use crate::config::Config;
 use crate::control;
 use crate::listener::{self, Door, Drain};
-use crate::metrics::Metrics;
+use crate::metrics::{ClassCacheFigures, Metrics, PoolFigure};
 use crate::net::{ClientTls, NodeTls};
 use crate::node::Nodes;
 use crate::positions::Positions;
+use crate::route::{ClassLabel, RouteReason};
 use crate::session::Shared;
 use crate::session::handle::Sessions;
 use crate::session::prepared::Names;
@@ -54,7 +55,7 @@ fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> StartError {
     move |cause| StartError { what, cause: cause.to_string() }
 }
 
-/// A running proxy.
+/// A running proxy; dropping it is [`shutdown`](Self::shutdown).
 pub struct ServerHandle {
     /// Where clients connect.
     pub address: SocketAddr,
@@ -70,7 +71,13 @@ pub struct ServerHandle {
 
 impl ServerHandle {
     /// Ends the sessions (those in a transaction within `drain_timeout`) and all threads.
-    pub fn shutdown(mut self) {
+    pub fn shutdown(self) {
+        drop(self);
+    }
+}
+
+impl Drop for ServerHandle {
+    fn drop(&mut self) {
         self.stop.send_replace(true);
         if let Some(main) = self.main.take() {
             // A panic of the main thread has been printed by its hook.
@@ -177,7 +184,8 @@ async fn bind(address: &str) -> Result<(TcpListener, SocketAddr), StartError> {
 }
 
 async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
-    let tls = |error: crate::net::TlsError| StartError { what: "set up TLS".to_owned(), cause: error.to_string() };
+    let tls =
+        |error: crate::net::TlsError| StartError { what: "set up TLS".to_owned(), cause: error.to_string() };
     let client_tls = ClientTls::new(&config.client_tls).map_err(tls)?;
     let node_tls = Arc::new(NodeTls::new(&config.node_tls).map_err(tls)?);
     let (listener, address) = bind(&config.listen).await?;
@@ -189,11 +197,10 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
     let topology = Arc::new(TopologyHandle::new(Topology::initial(config)));
     let positions = Arc::new(Positions::new(config.nodes.len()));
     let names: Vec<String> = config.nodes.iter().map(|n| n.name.clone()).collect();
-    let metrics = Arc::new(Metrics::new(&names));
+    let metrics = Arc::new(Metrics::new(&names, &ClassLabel::LABELS, &RouteReason::LABELS));
     let nodes = Nodes::new(config.clone(), &node_tls);
     let control = control::start(config.clone(), nodes.clone(), topology.clone(), positions.clone());
-    let catalogs =
-        Arc::new(Catalogs::new(nodes.clone(), topology.clone(), tokio::runtime::Handle::current()));
+    let catalogs = Catalogs::new(nodes.clone(), topology.clone(), tokio::runtime::Handle::current());
     let pools = Arc::new(Pools::new(Arc::new(PoolContext {
         config: config.clone(),
         tls: node_tls,
@@ -250,15 +257,19 @@ impl Parts {
         let pools = self.door.shared.pools.clone();
         tokio::spawn(async move { pools.reap().await });
         if let Some((listener, _)) = self.http {
-            let drain = self.door.drain.clone();
             let pools = self.door.shared.pools.clone();
+            let classifier = self.door.shared.classifier.clone();
             tokio::spawn(admin::serve(
                 listener,
                 AdminState {
                     topology: self.door.shared.topology.clone(),
                     metrics: self.door.shared.metrics.clone(),
-                    draining: Arc::new(move || drain.is_draining()),
-                    pools: Arc::new(move || pool_rows(&pools)),
+                    draining: self.door.drain.flag(),
+                    pools: Arc::new(move || pool_figures(&pools)),
+                    class_cache: Arc::new(move || {
+                        let (hits, misses) = classifier.hits_and_misses();
+                        ClassCacheFigures { hits, misses }
+                    }),
                 },
             ));
         }
@@ -295,18 +306,18 @@ fn run_worker(
     }
 }
 
-fn pool_rows(pools: &Pools) -> Vec<crate::metrics::PoolRow> {
-    pools
-        .counts()
-        .into_iter()
-        .map(|c| crate::metrics::PoolRow {
-            node: c.node.index(),
+fn pool_figures(pools: &Pools) -> Vec<PoolFigure> {
+    let mut figures = Vec::new();
+    for c in pools.counts() {
+        let states =
+            [("idle", c.idle), ("active", c.active), ("connecting", c.opening), ("waiting", c.waiting)];
+        figures.extend(states.map(|(state, count)| PoolFigure {
+            node: c.node,
             database: c.database.to_string(),
             user: c.user.to_string(),
-            idle: c.idle,
-            active: c.active,
-            opening: c.opening,
-            waiting: c.waiting,
-        })
-        .collect()
+            state,
+            backends: count as u64,
+        }));
+    }
+    figures
 }

@@ -16,7 +16,7 @@ use super::clean;
 use super::login::{self, LoginError, LoginTarget};
 use super::{Backend, CancelTarget, Dirt, StartupParameters};
 use crate::config::Config;
-use crate::metrics::{CloseReason, Metrics};
+use crate::metrics::Metrics;
 use crate::net::NodeTls;
 use crate::node::NodeFailure;
 use crate::positions::Positions;
@@ -37,6 +37,46 @@ pub struct PoolContext {
     pub metrics: Arc<Metrics>,
     /// Per node: statements that sessions have sent and not seen the end of.
     pub outstanding: Box<[AtomicU32]>,
+}
+
+impl PoolContext {
+    fn count_closed(&self, node: NodeId, reason: CloseReason) {
+        self.metrics.backend_closed(node, reason.label());
+    }
+}
+
+/// Why a backend was closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CloseReason {
+    /// It was found closed (or talking) while idle.
+    Dead,
+    /// It made room for one with other startup parameters.
+    Replaced,
+    /// It could not be cleaned.
+    Unclean,
+    /// The epoch in which it was opened has ended.
+    Epoch,
+    /// `pool.server_lifetime`.
+    Lifetime,
+    /// `pool.server_idle_timeout`.
+    IdleTimeout,
+    /// Its session ended, or its connection broke, in the middle of something.
+    Broken,
+}
+
+impl CloseReason {
+    /// One word for a metric label.
+    pub fn label(self) -> &'static str {
+        match self {
+            CloseReason::Dead => "dead",
+            CloseReason::Replaced => "replaced",
+            CloseReason::Unclean => "unclean",
+            CloseReason::Epoch => "epoch",
+            CloseReason::Lifetime => "lifetime",
+            CloseReason::IdleTimeout => "idle_timeout",
+            CloseReason::Broken => "broken",
+        }
+    }
 }
 
 /// Why no backend could be lent.
@@ -165,7 +205,7 @@ impl Pool {
                 return Some(backend);
             }
             state.open -= 1;
-            self.context.metrics.backend_closed(self.node, CloseReason::Dead);
+            self.context.count_closed(self.node, CloseReason::Dead);
         }
     }
 
@@ -186,7 +226,7 @@ impl Pool {
                 // All idle ones are of other startup parameters, else they would have been lent.
                 state.idle.remove(0);
                 state.open -= 1;
-                self.context.metrics.backend_closed(self.node, CloseReason::Replaced);
+                self.context.count_closed(self.node, CloseReason::Replaced);
             }
             let waiter = &state.waiters[state.opening];
             let (startup, worker) = (waiter.startup.clone(), waiter.worker);
@@ -236,9 +276,8 @@ impl Pool {
         };
         let keys = self.keys.lock().unwrap_or_else(|p| p.into_inner()).clone();
         let epoch = self.context.topology.load().epoch;
-        let logged_in = login::log_in(&target, &self.user, &self.database, &startup.0, &keys)
-            .await
-            .map_err(refusal)?;
+        let logged_in =
+            login::log_in(&target, &self.user, &self.database, &startup.0, &keys).await.map_err(refusal)?;
         let cancel = Arc::new(CancelTarget::new(self.node, logged_in.pid, logged_in.key.clone()));
         self.context.metrics.backend_opened(self.node);
         Ok(Box::new(Backend::new(
@@ -264,7 +303,7 @@ impl Pool {
                 // It cannot serve who is next in line: make room for a connection that can.
                 state.waiters.push_front(waiter);
                 state.open -= 1;
-                self.context.metrics.backend_closed(self.node, CloseReason::Replaced);
+                self.context.count_closed(self.node, CloseReason::Replaced);
                 self.open_more(state);
                 return;
             }
@@ -308,7 +347,7 @@ impl Pool {
 
     /// A backend of this pool is gone.
     fn closed(self: &Arc<Pool>, reason: CloseReason) {
-        self.context.metrics.backend_closed(self.node, reason);
+        self.context.count_closed(self.node, reason);
         let mut state = self.lock();
         state.open -= 1;
         self.open_more(&mut state);
@@ -320,7 +359,6 @@ impl Pool {
         let epoch = self.context.topology.load().epoch;
         let mut state = self.lock();
         let before = state.idle.len();
-        let metrics = &self.context.metrics;
         state.idle.retain_mut(|b| {
             let reason = if b.epoch != epoch {
                 CloseReason::Epoch
@@ -333,7 +371,7 @@ impl Pool {
             } else {
                 return true;
             };
-            metrics.backend_closed(b.node, reason);
+            self.context.count_closed(b.node, reason);
             false
         });
         state.open -= before - state.idle.len();

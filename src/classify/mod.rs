@@ -24,6 +24,7 @@ mod scan;
 
 use std::hash::Hasher;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use siphasher::sip128::{Hasher128, SipHasher13};
 
@@ -112,6 +113,8 @@ pub struct Classifier {
     cache: Arc<Cache>,
     opinion: Opinion,
     parser_text: usize,
+    hits: AtomicU64,
+    misses: AtomicU64,
 }
 
 impl StatementClass {
@@ -134,7 +137,14 @@ impl Classifier {
             opinion: Opinion::new(Arc::clone(&cache), limits.parser_deadline),
             cache,
             parser_text: limits.parser_text,
+            hits: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
         }
+    }
+
+    /// Look-ups so far that found their statement in the cache, and that did not.
+    pub fn hits_and_misses(&self) -> (u64, u64) {
+        (self.hits.load(Ordering::Relaxed), self.misses.load(Ordering::Relaxed))
     }
 
     /// The class, if it is known or can be told without the second parser. Never blocks; a hit in the
@@ -152,19 +162,23 @@ impl Classifier {
         if whole != 0
             && let Some((class, skeleton)) = self.cache.whole(whole)
         {
+            self.hits.fetch_add(1, Ordering::Relaxed);
             return Lookup::Known(class, ClassKey { whole, skeleton });
         }
         let scanned = self.scan(statement, prefix);
         let key = ClassKey { whole, skeleton: scanned.skeleton };
         let class = self.with_facts(statement, scanned.class);
         if class.kind != Kind::Read {
+            self.misses.fetch_add(1, Ordering::Relaxed);
             self.cache.put_whole(key, class);
             return Lookup::Known(class, key);
         }
         if let Some(class) = self.cache.skeleton(key.skeleton) {
+            self.hits.fetch_add(1, Ordering::Relaxed);
             self.cache.put_whole(key, class);
             return Lookup::Known(class, key);
         }
+        self.misses.fetch_add(1, Ordering::Relaxed);
         if statement.text.len() > self.parser_text {
             return Lookup::Known(StatementClass::write(ClassReason::SecondOpinion), key);
         }
@@ -365,6 +379,24 @@ pub enum PinReason {
     FunctionState,
     /// A statement text too long to be prepared again elsewhere.
     LargeStatement,
+}
+
+impl PinReason {
+    /// One word for a metric label or a log field.
+    pub fn label(self) -> &'static str {
+        match self {
+            PinReason::Setting => "setting",
+            PinReason::TemporaryTable => "temporary_table",
+            PinReason::Listen => "listen",
+            PinReason::SqlPrepare => "sql_prepare",
+            PinReason::HoldCursor => "hold_cursor",
+            PinReason::AdvisoryLock => "advisory_lock",
+            PinReason::BackendPid => "backend_pid",
+            PinReason::Other => "other",
+            PinReason::FunctionState => "function_state",
+            PinReason::LargeStatement => "large_statement",
+        }
+    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,42 @@
 
 pub mod balance;
 
+use crate::classify::Kind;
+
+/// What a unit is counted as: the class of the statement that decided its route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ClassLabel {
+    /// All of it is reads.
+    Read,
+    /// It writes, locks, or is not shown to do neither.
+    Write,
+    /// Data definition.
+    Ddl,
+    /// BEGIN, COMMIT and kin.
+    TransactionControl,
+    /// About the session.
+    Session,
+    /// A unit that was passed on without being judged as a whole: a function call, a long text, an
+    /// extended-protocol unit in a transaction.
+    Unit,
+}
+
+impl ClassLabel {
+    /// All labels, in the order of the discriminants.
+    pub const LABELS: [&'static str; 6] = ["read", "write", "ddl", "transaction", "session", "unit"];
+
+    /// The label of a statement's kind.
+    pub fn of(kind: Kind) -> ClassLabel {
+        match kind {
+            Kind::Read | Kind::Empty => ClassLabel::Read,
+            Kind::Write => ClassLabel::Write,
+            Kind::Ddl => ClassLabel::Ddl,
+            Kind::TransactionControl => ClassLabel::TransactionControl,
+            Kind::Session => ClassLabel::Session,
+        }
+    }
+}
+
 /// Why a statement ran where it ran. The same value is a metric's label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RouteReason {
@@ -29,31 +65,21 @@ pub enum RouteReason {
 }
 
 impl RouteReason {
-    /// All of them, in the order of their discriminants.
-    pub const ALL: [RouteReason; 9] = [
-        RouteReason::Read,
-        RouteReason::NotARead,
-        RouteReason::InTransaction,
-        RouteReason::Pinned,
-        RouteReason::SplitOff,
-        RouteReason::NoReplica,
-        RouteReason::Behind,
-        RouteReason::TooLong,
-        RouteReason::Redone,
+    /// All labels, in the order of the discriminants.
+    pub const LABELS: [&'static str; 9] = [
+        "read",
+        "not_a_read",
+        "in_transaction",
+        "pinned",
+        "split_off",
+        "no_replica",
+        "behind",
+        "too_long",
+        "redone",
     ];
 
     /// One word for a metric label or a log field.
     pub fn label(self) -> &'static str {
-        match self {
-            RouteReason::Read => "read",
-            RouteReason::NotARead => "not_a_read",
-            RouteReason::InTransaction => "in_transaction",
-            RouteReason::Pinned => "pinned",
-            RouteReason::SplitOff => "split_off",
-            RouteReason::NoReplica => "no_replica",
-            RouteReason::Behind => "behind",
-            RouteReason::TooLong => "too_long",
-            RouteReason::Redone => "redone",
-        }
+        Self::LABELS[self as usize]
     }
 }

@@ -10,8 +10,7 @@ use super::messages::{self, Parse, Target};
 use super::prepared::{Found, Statement};
 use super::{End, Session};
 use crate::classify::{self, Kind, Leaves, Lookup, StatementClass};
-use crate::metrics::ClassLabel;
-use crate::route::RouteReason;
+use crate::route::{ClassLabel, RouteReason};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
 /// What a unit asks for.
@@ -114,9 +113,10 @@ impl Session {
             self.bring_mark_forward(&topology);
         }
         if let Some(fork) = self.lost.take() {
-            let report = ErrorReport::error("HW001", "what this session has written or seen was lost in a failover")
-                .detail(fork.to_string())
-                .hint("Read again what later work depends on; the session is usable.");
+            let report =
+                ErrorReport::error("HW001", "what this session has written or seen was lost in a failover")
+                    .detail(fork.to_string())
+                    .hint("Read again what later work depends on; the session is usable.");
             self.fail_unit(report)?;
             return Ok(Demand::Ours);
         }
@@ -302,7 +302,7 @@ impl Session {
 
     /// The class of a prepared statement under the current catalog facts.
     async fn class_of(&self, statement: &Statement) -> StatementClass {
-        let generation = self.catalog.current().generation();
+        let generation = self.catalog.current().identity();
         if let Some(class) = statement.class(generation) {
             return class;
         }
@@ -313,7 +313,7 @@ impl Session {
 
     /// The class of a prepared statement as far as it is known without a second opinion.
     pub(super) fn known_class(&self, statement: &Statement) -> Option<StatementClass> {
-        let generation = self.catalog.current().generation();
+        let generation = self.catalog.current().identity();
         if let Some(class) = statement.class(generation) {
             return Some(class);
         }
@@ -342,10 +342,12 @@ impl Session {
             let Some(body) = self.client.input.get(at + HEADER..at + header.len) else { return };
             let statement = match header.tag {
                 b'P' => Parse::read(body).map(|parse| self.shared.names.statement(&parse)),
-                b'B' => messages::bind_names(body).and_then(|(_, name, _)| match self.statements.find(name) {
-                    Found::Statement(statement) => Some(statement),
-                    Found::Nothing => None,
-                }),
+                b'B' => {
+                    messages::bind_names(body).and_then(|(_, name, _)| match self.statements.find(name) {
+                        Found::Statement(statement) => Some(statement),
+                        Found::Nothing => None,
+                    })
+                }
                 b'S' => return,
                 _ => None,
             };

@@ -337,7 +337,8 @@ impl Session {
         let input = &self.client.input[self.unit.taken..];
         let Some(header) = wire::header(input).map_err(End::length)? else { return Ok(Step::Wait) };
         let whole = input.len() >= header.len;
-        if matches!(header.tag, b'C' | b'D' | b'E' | b'H' | b'S' | b'X' | b'c' | b'f') && header.len > SMALL_MESSAGE
+        if matches!(header.tag, b'C' | b'D' | b'E' | b'H' | b'S' | b'X' | b'c' | b'f')
+            && header.len > SMALL_MESSAGE
         {
             return Err(End::protocol("invalid message length"));
         }
@@ -488,13 +489,14 @@ impl Session {
             return self.translate_long_parse(len, there);
         }
         let message = self.client.input[self.unit.taken..self.unit.taken + len].to_vec();
-        let parse =
-            Parse::read(&message[HEADER..]).ok_or_else(|| End::protocol("invalid message format"))?;
+        let parse = Parse::read(&message[HEADER..]).ok_or_else(|| End::protocol("invalid message format"))?;
         let statement = self.shared.names.statement(&parse);
         // Units are classified before they are placed; what is parsed later in an open unit is
         // classified here, without asking for a second opinion: unknown is not a read.
         let class = self.known_class(&statement);
-        if let Some(refused) = self.refuse_on_replica(!class.is_some_and(|c| c.kind == crate::classify::Kind::Read)) {
+        if let Some(refused) =
+            self.refuse_on_replica(!class.is_some_and(|c| c.kind == crate::classify::Kind::Read))
+        {
             return Ok(refused);
         }
         if len > self.shared.config.limits.statement_text {
@@ -1012,9 +1014,9 @@ impl Session {
         let lease = self.lease.as_ref().expect("an exchange has a backend");
         let fields = wire::error_fields(&lease.input[HEADER..len]);
         let fatal = matches!(fields.severity, b"FATAL" | b"PANIC");
-        let again = match refusal::of(fields.sqlstate, fields.message, fields.routine) {
+        let again = match refusal::of(&fields) {
             _ if !self.unit.redoable || self.role == Role::Primary => None,
-            Refusal::NotARead => Some(Again::NotARead),
+            Refusal::NotAReadAfterAll => Some(Again::NotARead),
             Refusal::LateReplica => Some(Again::LateReplica),
             Refusal::RecoveryConflict => Some(Again::Conflict),
             Refusal::Shutdown => Some(Again::NodeLost),
@@ -1221,8 +1223,8 @@ impl Session {
     pub(super) fn pin_now(&mut self, reason: PinReason) {
         if self.pin.is_none() {
             self.pin = Some(reason);
-            self.shared.metrics.pinned(reason);
+            self.shared.metrics.pins.inc(reason.label());
+            self.shared.metrics.pinned_sessions.inc();
         }
     }
 }
-

@@ -121,7 +121,11 @@ pub struct Fork {
 
 impl fmt::Display for Fork {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "The session's mark in epoch {} was {}; the new timeline began at ", self.epoch.0, self.mark)?;
+        write!(
+            f,
+            "The session's mark in epoch {} was {}; the new timeline began at ",
+            self.epoch.0, self.mark
+        )?;
         match self.fork {
             Some(lsn) => write!(f, "{lsn}."),
             None => f.write_str("a position that could not be learned."),
@@ -171,10 +175,8 @@ impl Mark {
     pub fn primary_showed(&mut self, note: Note) {
         // The statement was sent only after any replica's note had been resolved, so what is replaced
         // here is an earlier note of the same primary, or an inherited one, which this covers.
-        let replica_part = matches!(
-            self.pending,
-            Some(Pending { kind: PendingKind::Primary { replica_part: true }, .. })
-        );
+        let replica_part =
+            matches!(self.pending, Some(Pending { kind: PendingKind::Primary { replica_part: true }, .. }));
         self.pending = Some(Pending { note, kind: PendingKind::Primary { replica_part } });
         // It was sent only once the floor had reached `seen`, and a primary's visible state only grows.
         self.seen = Lsn::ZERO;
@@ -330,7 +332,9 @@ impl Mark {
                     return self.cross_position(samples, topology, switch);
                 }
                 PendingKind::Primary { replica_part } => match switch.last_sample {
-                    Some((number, insert)) if number > p.note.counter && switch.old_primary == p.note.node => {
+                    Some((number, insert))
+                        if number > p.note.counter && switch.old_primary == p.note.node =>
+                    {
                         self.position = self.position.max(insert);
                         if replica_part {
                             self.seen = self.seen.max(insert);

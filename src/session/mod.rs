@@ -29,13 +29,13 @@ use self::prepared::{Names, Statements};
 use crate::backend::pool::{Lease, Pools, UserPools};
 use crate::backend::{Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
 use crate::catalogs::{Catalogs, DatabaseCatalog};
-use crate::classify::{Classifier, Leaves, PinReason};
+use crate::classify::{Classifier, Leaves, Lexing, PinReason};
 use crate::config::Config;
-use crate::metrics::{ClassLabel, Metrics};
+use crate::metrics::Metrics;
 use crate::net::Stream;
 use crate::node::NodeFailure;
 use crate::positions::Positions;
-use crate::route::RouteReason;
+use crate::route::{ClassLabel, RouteReason};
 use crate::topology::{NodeId, TopologyHandle};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
@@ -137,7 +137,7 @@ pub struct Session {
     catalog: Arc<DatabaseCatalog>,
     /// The parameters as the client was told them last.
     reported: Arc<Parameters>,
-    lexing: crate::classify::Lexing,
+    lexing: Lexing,
     status: TransactionStatus,
     mark: Mark,
     lease: Option<Lease>,
@@ -170,7 +170,12 @@ impl Session {
         shared.sessions.unregister(pid);
     }
 
-    async fn serve_arrival(shared: &Arc<Shared>, arrival: Arrival, worker: usize, handle: Arc<SessionHandle>) {
+    async fn serve_arrival(
+        shared: &Arc<Shared>,
+        arrival: Arrival,
+        worker: usize,
+        handle: Arc<SessionHandle>,
+    ) {
         let pools = shared.pools.of(&arrival.database, &arrival.user, &arrival.keys);
         let topology = shared.topology.load();
         let mut session = Session {
@@ -186,7 +191,7 @@ impl Session {
             startup: Arc::new(arrival.startup),
             catalog: shared.catalogs.database(&arrival.database),
             reported: Arc::default(),
-            lexing: crate::classify::Lexing::default(),
+            lexing: Lexing::Unsafe,
             status: TransactionStatus::Idle,
             mark: Mark::new(&*shared.positions, &topology),
             lease: None,
@@ -246,11 +251,16 @@ impl Session {
     /// The client was told a parameter that decides how its texts are to be read.
     fn lexing_changed(&mut self) {
         let value = |name: &[u8]| self.reported.get(name).map(Vec::as_slice);
-        self.lexing = crate::classify::Lexing::of(
-            value(b"client_encoding"),
-            value(b"server_encoding"),
-            value(b"standard_conforming_strings"),
-        );
+        let standard_strings = value(b"standard_conforming_strings") == Some(b"on");
+        let utf8 = |encoding: Option<&[u8]>| encoding == Some(b"UTF8");
+        self.lexing = match value(b"client_encoding") {
+            _ if !standard_strings => Lexing::Unsafe,
+            client if utf8(client) && utf8(value(b"server_encoding")) => Lexing::Utf8,
+            Some(b"SJIS" | b"BIG5" | b"GBK" | b"UHC" | b"GB18030" | b"JOHAB" | b"SHIFT_JIS_2004") | None => {
+                Lexing::Unsafe
+            }
+            Some(_) => Lexing::AsciiNames,
+        };
     }
 
     async fn serve(&mut self) -> End {
@@ -514,12 +524,13 @@ impl Session {
     }
 
     fn count(&self, node: NodeId, class: ClassLabel, reason: RouteReason) {
-        self.shared.metrics.statement(node, class, reason, self.started.elapsed());
+        self.shared.metrics.statement(node, class as usize, reason as usize);
+        self.shared.metrics.statement_took(node, self.started.elapsed());
     }
 
     /// The unit ran on a replica that could not serve it: where it must not go again, and what is learned.
     fn take_back(&mut self, again: Again, node: NodeId, avoid: &mut Vec<NodeId>) {
-        self.shared.metrics.redone(again.label());
+        self.shared.metrics.redone.inc(again.label());
         if again == Again::NotARead {
             self.learn();
         }
@@ -560,7 +571,7 @@ impl Session {
                     lease.dirt = Dirt::Clean;
                 }
                 if self.pin.take().is_some() {
-                    self.shared.metrics.unpinned();
+                    self.shared.metrics.pinned_sessions.dec();
                 }
             }
             Leaves::DeallocatesAll if !failed => {
@@ -657,12 +668,15 @@ impl Session {
         let End::NodeLost { node } = end else { return Err(end) };
         let in_transaction = self.status != TransactionStatus::Idle;
         let node_name = &self.shared.config.nodes[node.index()].name;
-        self.shared.metrics.unknown_outcome();
+        self.shared.metrics.unknown_outcomes.inc();
         if self.pin.is_some() || in_transaction || !self.unit.is_closed() {
             return Err(End::fatal(
-                ErrorReport::fatal("57P01", format!("terminating connection because node \"{node_name}\" was lost"))
-                    .detail("The transaction or session state on it is gone.")
-                    .hint("In a moment you should be able to reconnect and repeat your command."),
+                ErrorReport::fatal(
+                    "57P01",
+                    format!("terminating connection because node \"{node_name}\" was lost"),
+                )
+                .detail("The transaction or session state on it is gone.")
+                .hint("In a moment you should be able to reconnect and repeat your command."),
             ));
         }
         self.lease = None;
@@ -686,7 +700,9 @@ impl Session {
         }
         poll_fn(|cx| match self.handle.poll_ending(cx) {
             Ending::Now => Poll::Ready(Err(End::shutdown())),
-            _ => poll_drain(&mut self.client.stream, &mut self.client.output, cx).map_err(|_| End::ClientGone),
+            _ => {
+                poll_drain(&mut self.client.stream, &mut self.client.output, cx).map_err(|_| End::ClientGone)
+            }
         })
         .await
     }
@@ -698,8 +714,7 @@ impl Session {
                 return Poll::Ready(Err(End::shutdown()));
             }
             if !self.client.output.is_empty()
-                && let Poll::Ready(Err(_)) =
-                    poll_drain(&mut self.client.stream, &mut self.client.output, cx)
+                && let Poll::Ready(Err(_)) = poll_drain(&mut self.client.stream, &mut self.client.output, cx)
             {
                 return Poll::Ready(Err(End::ClientGone));
             }
@@ -716,7 +731,7 @@ impl Session {
     async fn close(&mut self, end: End) {
         self.handle.idle();
         if self.pin.is_some() {
-            self.shared.metrics.unpinned();
+            self.shared.metrics.pinned_sessions.dec();
         }
         let boundary = matches!(end, End::ClientGone | End::Fatal(_))
             && self.status == TransactionStatus::Idle
@@ -729,7 +744,7 @@ impl Session {
         }
         if let End::Fatal(report) = &end {
             if report.sqlstate == "08P01" {
-                self.shared.metrics.protocol_error();
+                self.shared.metrics.protocol_errors.inc();
             }
             put_report(&mut self.client.output, report);
         }
@@ -746,7 +761,7 @@ impl Session {
         match self.mark.follow(&*self.shared.positions, topology) {
             Survival::Kept => {}
             Survival::Unknown(fork) => {
-                self.shared.metrics.lost_write();
+                self.shared.metrics.lost_write.inc();
                 let mut notice = Vec::new();
                 ErrorReport::error("HW001", "what this session has seen may have been lost in a failover")
                     .detail(fork.to_string())
@@ -754,7 +769,7 @@ impl Session {
                 self.client.output.put_slice(&notice);
             }
             Survival::Lost(fork) => {
-                self.shared.metrics.lost_write();
+                self.shared.metrics.lost_write.inc();
                 self.lost = Some(fork);
             }
         }

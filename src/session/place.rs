@@ -280,9 +280,14 @@ impl Session {
                 let pause = shared.config.failover.pause_timeout;
                 return Ok(Err(match what {
                     WaitFor::Primary => no_primary(pause),
-                    _ => ErrorReport::error("57P03", "the primary cannot be shown to have caught up with this session's reads")
-                        .detail(format!("Waited {pause:?} (failover.pause_timeout) for a sample of its position."))
-                        .hint("Look at the log for the state of the nodes."),
+                    _ => ErrorReport::error(
+                        "57P03",
+                        "the primary cannot be shown to have caught up with this session's reads",
+                    )
+                    .detail(format!(
+                        "Waited {pause:?} (failover.pause_timeout) for a sample of its position."
+                    ))
+                    .hint("Look at the log for the state of the nodes."),
                 }));
             }
             waited = Some(what);
@@ -379,7 +384,6 @@ enum Hope {
     TooFar,
     Soon,
 }
-
 
 fn no_primary(pause: Duration) -> ErrorReport {
     ErrorReport::error("57P03", "no primary is available")

@@ -1,11 +1,8 @@
 //! The proxy on real servers: one binary, one fixture, a file per part. A test's name is the promise
 //! it keeps.
 #![allow(clippy::unwrap_used, missing_docs)]
-#![allow(dead_code)]
 
 mod fixture;
 mod fixture_holds;
 mod private_cluster;
-// Taken out, with the allowance above, as soon as `highwater run` runs.
-#[cfg(any())]
 mod proxied;
