@@ -7,7 +7,7 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 use std::thread::JoinHandle;
 
 use tokio::net::TcpListener;
@@ -239,7 +239,6 @@ impl Parts {
 
     async fn run(self, config: &Arc<Config>, mut stopped: watch::Receiver<bool>) {
         let (senders, receivers) = listener::handover(config.workers);
-        let ended = Arc::new(AtomicBool::new(false));
         let mut threads = Vec::new();
         let (quit, quitting) = watch::channel(false);
         for (worker, handed) in receivers.into_iter().enumerate() {
@@ -277,10 +276,10 @@ impl Parts {
 
         // An error means that the handle is gone: as good as a stop.
         let _ = stopped.wait_for(|stop| *stop).await;
-        accepting.abort();
+        // New clients are still accepted, to be told why they are not served.
         self.door.drain.drain(&self.door.shared, Instant::now() + config.drain_timeout).await;
+        accepting.abort();
         quit.send_replace(true);
-        ended.store(true, Ordering::SeqCst);
         for thread in threads {
             let _ = tokio::task::spawn_blocking(move || thread.join()).await;
         }
