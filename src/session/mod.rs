@@ -6,6 +6,7 @@
 //! runs on the primary; no read runs on a node behind the session's mark; a unit is run a second time
 //! only if it was a read and nothing of its first answer has left.
 
+mod answers;
 mod demand;
 mod exchange;
 pub mod handle;
@@ -13,6 +14,7 @@ pub mod mark;
 mod messages;
 mod place;
 pub mod prepared;
+mod translate;
 
 use std::future::poll_fn;
 use std::sync::Arc;
