@@ -4,15 +4,24 @@
 //! Sync. Bytes are looked at by header and forwarded as they are; only names of prepared statements
 //! are replaced, and messages that the client did not ask for (or the server need not be asked for)
 //! are taken out or put in, in their turn.
+//!
+//! Here is the loop: four streams, each read and written only as far as the other side keeps up.
+//! `translate` is the way to the node, `answers` the way back.
+//!
+//! **A client that goes away.** Inside a unit that it has not sent whole, its backend is closed: a Sync
+//! in the client's place would commit. A unit that it has sent whole runs on, as on one server, and if
+//! it may write, to its end: what was asked for happens. Reads have [`PARTING`] to be
+//! answered (a client that has only closed its sending side still reads); then nobody wants them, and
+//! they are cancelled, so that a vanished client's query does not hold a backend and a node for hours.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::future::poll_fn;
+use std::pin::Pin;
 use std::task::{Context, Poll};
-
-use bytes::{BufMut, BytesMut};
+use std::time::Duration;
 
 use super::{End, Session};
-use crate::backend::{SharedName, poll_drain, poll_fill};
+use crate::backend::{Backend, SharedName, poll_drain, poll_fill};
 use crate::classify::Leaves;
 use crate::wire::ErrorReport;
 
@@ -25,6 +34,15 @@ pub(super) const SMALL_MESSAGE: usize = 10_000;
 /// Messages of the node that are looked at whole may be this long.
 pub(super) const WHOLE_MESSAGE: usize = 4 << 20;
 
+/// Answers that may be awaited at once; no more of the client's messages are taken above.
+pub(super) const MOST_AWAITED: usize = 16 * 1024;
+
+/// Bytes of answer that are held back at most so that a read can be run again.
+pub(super) const HELD_BACK: usize = 64 * 1024;
+
+/// How long a read may still take when the client has closed its side.
+const PARTING: Duration = Duration::from_secs(1);
+
 /// What the server (or we in its place) will answer next.
 #[derive(Debug)]
 pub enum Expect {
@@ -33,7 +51,7 @@ pub enum Expect {
     /// ParseComplete for a Parse of ours.
     InjectedParse(NameOnServer),
     /// CloseComplete for a Close of ours.
-    InjectedClose(SharedName),
+    InjectedClose(NameOnServer),
     /// ReadyForQuery for a Sync of ours.
     InjectedSync,
     /// ParseComplete that we give: the backend has the statement already.
@@ -48,8 +66,10 @@ pub enum Expect {
     Describe,
     /// Rows up to CommandComplete, EmptyQueryResponse or PortalSuspended; or COPY.
     Execute,
-    /// CloseComplete.
-    Close,
+    /// CloseComplete for a portal.
+    ClosePortal,
+    /// CloseComplete for a statement.
+    Close(NameOnServer),
     /// ReadyForQuery, after any number of results.
     Query,
     /// ReadyForQuery, after FunctionCallResponse.
@@ -87,8 +107,16 @@ pub(super) enum Intake {
 pub struct Unit {
     pub(super) expects: VecDeque<Expect>,
     pub(super) intake: Intake,
+    /// A message of it was taken.
+    pub(super) begun: bool,
+    /// Its ReadyForQuery has come.
+    pub(super) over: bool,
     /// Bytes of a client's message still to be passed on unseen.
     pub(super) client_rest: usize,
+    /// Bytes of a client's message still to be dropped.
+    pub(super) client_drop: usize,
+    /// Bytes that the client's next message must have before it can be looked at.
+    pub(super) wants: usize,
     /// Bytes of a node's message still to be passed on unseen.
     pub(super) node_rest: usize,
     /// Bytes of the client's input that were taken but are kept, while the unit can be run again.
@@ -97,14 +125,18 @@ pub struct Unit {
     pub(super) vetted: usize,
     /// Whether the unit can be run again: nothing of its answer has left for the client.
     pub(super) redoable: bool,
-    /// An Execute was sent.
-    pub(super) executed: bool,
     /// A Bind was sent.
     pub(super) bound: bool,
-    /// After an error of ours: client messages are dropped up to Sync.
+    /// After an error: the server skips (or, if it was ours, would skip) all up to Sync.
     pub(super) skip_to_sync: bool,
     /// The server has said ErrorResponse in this unit.
     pub(super) failed: bool,
+    /// A Sync was taken back because COPY FROM STDIN would ignore it.
+    pub(super) ignored_sync: bool,
+    /// The server was asked to send what it has answered so far.
+    pub(super) urged: bool,
+    /// Shared statements whose Parse was sent and is not answered.
+    pub(super) underway: HashSet<SharedName>,
     /// Answer discarded up to ReadyForQuery, then run again.
     pub(super) discard: Option<Again>,
     /// The strongest of what its statements may leave behind.
@@ -157,15 +189,21 @@ impl Unit {
         Unit {
             expects: VecDeque::new(),
             intake: Intake::Open,
+            begun: false,
+            over: false,
             client_rest: 0,
+            client_drop: 0,
+            wants: 0,
             node_rest: 0,
             taken: 0,
             vetted,
             redoable,
-            executed: false,
             bound: false,
             skip_to_sync: false,
             failed: false,
+            ignored_sync: false,
+            urged: false,
+            underway: HashSet::new(),
             discard: None,
             leaves: Leaves::Nothing,
             ddl: false,
@@ -173,14 +211,29 @@ impl Unit {
         }
     }
 
+    /// A unit that is over: what a session has between two.
+    pub fn none() -> Unit {
+        Unit { over: true, intake: Intake::Closed, ..Unit::new(false, 0) }
+    }
+
     /// Whether the server reported an error in it.
     pub fn failed(&self) -> bool {
         self.failed
     }
 
-    /// Whether an open unit has been taken whole: only the answer is awaited.
-    pub fn is_closed(&self) -> bool {
-        self.intake == Intake::Closed
+    /// Whether its ReadyForQuery has come: the backend is between two units.
+    pub fn is_over(&self) -> bool {
+        self.over && self.client_rest == 0
+    }
+
+    /// Whether the client has sent it to its last byte: only the answer is awaited.
+    pub fn was_sent_whole(&self) -> bool {
+        self.intake == Intake::Closed && self.client_rest == 0
+    }
+
+    /// Whether the client has been given the beginning of a message and not its end.
+    pub fn is_inside_answer(&self) -> bool {
+        self.node_rest > 0
     }
 }
 
@@ -194,49 +247,48 @@ pub(super) enum Step {
     Over(Outcome),
 }
 
-impl Session {
-    /// Runs the unit at the start of the client's input on the leased backend, up to its end.
-    pub(super) async fn exchange(&mut self) -> Result<Outcome, End> {
-        poll_fn(|cx| self.poll_exchange(cx)).await
-    }
+/// A unit, its session and the backend on which it runs.
+pub(super) struct Exchange<'a> {
+    pub(super) session: &'a mut Session,
+    pub(super) unit: &'a mut Unit,
+    pub(super) backend: &'a mut Backend,
+}
 
-    fn poll_exchange(&mut self, cx: &mut Context<'_>) -> Poll<Result<Outcome, End>> {
-        if self.handle.poll_ending(cx) == super::handle::Ending::Now {
+impl Session {
+    /// Runs `self.unit`, which is at the start of the client's input, on the leased backend, up to its end.
+    pub(super) async fn exchange(&mut self) -> Result<Outcome, End> {
+        let Some(mut lease) = self.lease.take() else {
+            return Err(End::fatal(ErrorReport::fatal("XX000", "a unit has no backend to run on")));
+        };
+        let mut unit = std::mem::replace(&mut self.unit, Unit::none());
+        self.statements.begin(unit.redoable);
+        self.client.patience = None;
+        let outcome =
+            poll_fn(|cx| Exchange { session: &mut *self, unit: &mut unit, backend: &mut lease }.poll(cx))
+                .await;
+        self.unit = unit;
+        self.lease = Some(lease);
+        outcome
+    }
+}
+
+impl Exchange<'_> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Outcome, End>> {
+        if self.session.handle.poll_ending(cx) == super::handle::Ending::Now {
             return Poll::Ready(Err(End::shutdown()));
         }
         loop {
-            let mut moved = false;
-            match self.translate() {
+            let mut moved = match self.translate() {
                 Ok(Step::Over(outcome)) => return Poll::Ready(Ok(outcome)),
-                Ok(Step::On) => moved = true,
-                Ok(Step::Wait) => {}
+                Ok(Step::On) => true,
+                Ok(Step::Wait) => false,
                 Err(end) => return Poll::Ready(Err(end)),
-            }
-            let lease = self.lease.as_mut().expect("an exchange has a backend");
-            if !lease.output.is_empty() {
-                let backend = &mut **lease;
-                match poll_drain(&mut backend.stream, &mut backend.output, cx) {
-                    // There is room again for what the client sends.
-                    Poll::Ready(Ok(())) => moved = true,
-                    // The node may have said why before it closed: read on; the end of input decides.
-                    Poll::Ready(Err(_)) => backend.output.clear(),
-                    Poll::Pending => {}
-                }
-            }
-            if self.client.output.len() < HIGH_WATER {
-                let backend = &mut **lease;
-                match poll_fill(&mut backend.stream, &mut backend.input, cx) {
-                    Poll::Ready(Ok(n)) if n > 0 => moved = true,
-                    Poll::Ready(_) => {
-                        // What it had said before it closed counts first.
-                        return match self.digest() {
-                            Ok(Step::Over(outcome)) => Poll::Ready(Ok(outcome)),
-                            Ok(_) => Poll::Ready(self.node_lost()),
-                            Err(end) => Poll::Ready(Err(end)),
-                        };
-                    }
-                    Poll::Pending => {}
-                }
+            };
+            moved |= self.write_to_node(cx);
+            match self.read_from_node(cx) {
+                Poll::Ready(true) => moved = true,
+                Poll::Ready(false) => return Poll::Ready(self.node_closed()),
+                Poll::Pending => {}
             }
             match self.digest() {
                 Ok(Step::Over(outcome)) => return Poll::Ready(Ok(outcome)),
@@ -244,23 +296,12 @@ impl Session {
                 Ok(Step::Wait) => {}
                 Err(end) => return Poll::Ready(Err(end)),
             }
-            if !self.unit.redoable && !self.client.output.is_empty() {
-                match poll_drain(&mut self.client.stream, &mut self.client.output, cx) {
-                    // There is room again for what the node sends.
-                    Poll::Ready(Ok(())) => moved = true,
-                    Poll::Ready(Err(_)) => return Poll::Ready(Err(End::ClientGone)),
-                    Poll::Pending => {}
-                }
+            if self.unit.is_over() && self.backend.output.is_empty() {
+                return Poll::Ready(Ok(Outcome::Done));
             }
-            if self.client.input.len() < HIGH_WATER && !self.client.at_end {
-                match poll_fill(&mut self.client.stream, &mut self.client.input, cx) {
-                    Poll::Ready(Ok(n)) if n > 0 => moved = true,
-                    // A unit that was sent whole runs to its end, as on a server; one that was not
-                    // must not (a Sync sent in the client's place would commit it).
-                    Poll::Ready(Ok(_)) if self.unit.intake == Intake::Closed => self.client.at_end = true,
-                    Poll::Ready(_) => return Poll::Ready(Err(End::ClientGone)),
-                    Poll::Pending => {}
-                }
+            match self.write_to_client(cx).and_then(|wrote| Ok(wrote | self.read_from_client(cx)?)) {
+                Ok(some) => moved |= some,
+                Err(end) => return Poll::Ready(Err(end)),
             }
             if !moved {
                 return Poll::Pending;
@@ -268,19 +309,94 @@ impl Session {
         }
     }
 
-    /// The backend's connection ended before ReadyForQuery.
-    fn node_lost(&mut self) -> Result<Outcome, End> {
-        if self.unit.redoable {
-            return Ok(Outcome::Again(Again::NodeLost));
+    /// Whether there is room again for what the client sends.
+    fn write_to_node(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.backend.output.is_empty() {
+            return false;
         }
-        let lease = self.lease.as_ref().expect("an exchange has a backend");
-        Err(End::NodeLost { node: lease.node })
+        match poll_drain(&mut self.backend.stream, &mut self.backend.output, cx) {
+            Poll::Ready(Ok(())) => true,
+            // The node may have said why before it closed: read on; the end of input decides.
+            Poll::Ready(Err(_)) => {
+                self.backend.output.clear();
+                false
+            }
+            Poll::Pending => false,
+        }
+    }
+
+    /// `Ready(false)`: the node has closed the connection.
+    fn read_from_node(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        if self.session.client.output.len() >= HIGH_WATER {
+            return Poll::Pending;
+        }
+        poll_fill(&mut self.backend.stream, &mut self.backend.input, cx).map(|read| matches!(read, Ok(1..)))
+    }
+
+    /// Whether there is room again for what the node sends.
+    fn write_to_client(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
+        if self.unit.redoable || self.session.client.output.is_empty() {
+            return Ok(false);
+        }
+        let client = &mut self.session.client;
+        match poll_drain(&mut client.stream, &mut client.output, cx) {
+            Poll::Ready(Ok(())) => Ok(true),
+            Poll::Ready(Err(_)) => Err(End::ClientGone),
+            Poll::Pending => Ok(false),
+        }
+    }
+
+    /// Whether the client has sent more.
+    fn read_from_client(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
+        let client = &mut self.session.client;
+        if client.at_end {
+            return self.wait_without_client(cx);
+        }
+        if client.input.len() - self.unit.taken >= HIGH_WATER.max(self.unit.wants) {
+            return Ok(false);
+        }
+        match poll_fill(&mut client.stream, &mut client.input, cx) {
+            Poll::Ready(Ok(n)) if n > 0 => Ok(true),
+            Poll::Ready(Ok(_)) if self.unit.was_sent_whole() => {
+                client.at_end = true;
+                self.wait_without_client(cx)
+            }
+            Poll::Ready(_) => Err(End::ClientGone),
+            Poll::Pending => Ok(false),
+        }
+    }
+
+    /// The client has closed its side after a whole unit: see the head of this file.
+    fn wait_without_client(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
+        if self.unit.writes {
+            return Ok(false);
+        }
+        let patience = &mut self.session.client.patience;
+        let parting = patience.get_or_insert_with(|| Box::pin(tokio::time::sleep(PARTING)));
+        match Pin::as_mut(parting).poll(cx) {
+            Poll::Ready(()) => Err(End::ClientGone),
+            Poll::Pending => Ok(false),
+        }
+    }
+
+    /// The node has closed the connection. What it had said before counts first.
+    fn node_closed(&mut self) -> Result<Outcome, End> {
+        match self.digest()? {
+            Step::Over(outcome) => Ok(outcome),
+            // Its last word was ReadyForQuery: the unit is done, and the backend is not given back.
+            _ if self.unit.over && self.unit.client_rest == 0 => {
+                self.backend.dirt = crate::backend::Dirt::Unknown;
+                Ok(Outcome::Done)
+            }
+            _ if self.unit.redoable => Ok(Outcome::Again(self.unit.discard.unwrap_or(Again::NodeLost))),
+            _ => Err(End::NodeLost { node: self.backend.node }),
+        }
     }
 }
 
 /// Appends an error of ours.
-pub(super) fn put_report(out: &mut BytesMut, report: &ErrorReport) {
+pub(super) fn put_report(out: &mut bytes::BytesMut, report: &ErrorReport) {
     let mut message = Vec::new();
     report.put(&mut message);
-    out.put_slice(&message);
+    bytes::BufMut::put_slice(out, &message);
 }

@@ -4,35 +4,45 @@ use std::sync::Arc;
 
 use bytes::{Buf, BufMut, BytesMut};
 
-use super::exchange::{Expect, HIGH_WATER, Intake, NameOnServer, Outcome, SMALL_MESSAGE, Step};
+use super::exchange::{
+    Exchange, Expect, HIGH_WATER, Intake, MOST_AWAITED, NameOnServer, Outcome, SMALL_MESSAGE, Step,
+};
 use super::messages::{self, Parse, Target};
 use super::prepared::{Found, Statement};
-use super::{End, Role, Session};
-use crate::backend::Dirt;
-use crate::classify::{Leaves, PinReason};
+use super::{End, Role};
+use crate::backend::{Dirt, SharedName};
+use crate::classify::{Kind, Leaves, Lookup, PinReason, StatementClass};
 use crate::wire::{self, ErrorReport, HEADER};
 
-impl Session {
+/// A portal that no client has: an Execute of it fails.
+const NO_PORTAL: &[u8] = b"__hw_refused";
+
+/// What became of a client's name for a statement.
+enum Resolved {
+    /// The backend knows it under this name, or will have said that it knows none.
+    Name(Vec<u8>),
+    /// The message does not go on.
+    Stopped(Step),
+}
+
+impl Exchange<'_> {
     /// Takes what the client has sent and puts it into the backend's output, as far as both allow.
     pub(super) fn translate(&mut self) -> Result<Step, End> {
         let mut moved = false;
-        loop {
-            let lease = self.lease.as_mut().expect("an exchange has a backend");
-            if lease.output.len() >= HIGH_WATER {
-                break;
-            }
-            if self.unit.client_rest > 0 {
-                let n = self.unit.client_rest.min(self.client.input.len() - self.unit.taken);
-                if n == 0 {
+        // Answers of ours need no backend: whoever asks for them and does not read is stopped, too.
+        while self.backend.output.len() < HIGH_WATER && self.session.client.output.len() < HIGH_WATER {
+            if self.unit.client_rest + self.unit.client_drop > 0 {
+                if !self.take_rest() {
                     break;
                 }
-                lease.output.put_slice(&self.client.input[self.unit.taken..self.unit.taken + n]);
-                self.unit.client_rest -= n;
-                self.take(n);
                 moved = true;
                 continue;
             }
             if self.unit.intake == Intake::Closed || self.unit.discard.is_some() {
+                break;
+            }
+            if self.unit.expects.len() >= MOST_AWAITED {
+                moved |= self.urge();
                 break;
             }
             match self.translate_message()? {
@@ -44,13 +54,50 @@ impl Session {
         Ok(if moved { Step::On } else { Step::Wait })
     }
 
+    /// Passes on (or drops) what has come of a message that is longer. Whether there was something.
+    fn take_rest(&mut self) -> bool {
+        let there = self.there();
+        let n = there.min(self.unit.client_rest + self.unit.client_drop);
+        if self.unit.client_rest > 0 {
+            let from = self.unit.taken;
+            self.backend.output.put_slice(&self.session.client.input[from..from + n]);
+            self.unit.client_rest -= n;
+        } else {
+            self.unit.client_drop -= n;
+        }
+        self.take(n);
+        n > 0
+    }
+
+    /// The server may keep its answers until it is asked, while the client sends more than we are
+    /// ready to await. Whether it had to be asked.
+    fn urge(&mut self) -> bool {
+        if self.unit.urged {
+            return false;
+        }
+        self.unit.urged = true;
+        self.backend.output.put_slice(&[b'H', 0, 0, 0, 4]);
+        true
+    }
+
+    /// Bytes of the client's that are not taken yet.
+    fn there(&self) -> usize {
+        self.session.client.input.len() - self.unit.taken
+    }
+
+    /// The body of the message at the start, which must be there whole.
+    fn body(&self, len: usize) -> Vec<u8> {
+        self.session.client.input[self.unit.taken + HEADER..self.unit.taken + len].to_vec()
+    }
+
     /// `n` bytes of the client's input are used.
     fn take(&mut self, n: usize) {
+        self.unit.begun = true;
         self.unit.vetted = self.unit.vetted.saturating_sub(n);
         if self.unit.redoable {
             self.unit.taken += n;
         } else {
-            self.client.input.advance(n);
+            self.session.client.input.advance(n);
         }
     }
 
@@ -58,15 +105,26 @@ impl Session {
     pub(super) fn commit(&mut self) {
         if self.unit.redoable {
             self.unit.redoable = false;
-            self.client.input.advance(self.unit.taken);
+            self.session.client.input.advance(self.unit.taken);
             self.unit.taken = 0;
+            self.session.statements.commit();
         }
     }
 
+    /// Nothing can be done before the client has sent `len` bytes.
+    fn wait_for(&mut self, len: usize) -> Result<Step, End> {
+        self.unit.wants = len;
+        Ok(Step::Wait)
+    }
+
     fn translate_message(&mut self) -> Result<Step, End> {
-        let input = &self.client.input[self.unit.taken..];
+        let input = &self.session.client.input[self.unit.taken..];
         let Some(header) = wire::header(input).map_err(End::length)? else { return Ok(Step::Wait) };
         let whole = input.len() >= header.len;
+        if self.unit.vetted == 0 {
+            // What was not looked at before it was routed is not kept to be run again.
+            self.commit();
+        }
         if matches!(header.tag, b'C' | b'D' | b'E' | b'H' | b'S' | b'X' | b'c' | b'f')
             && header.len > SMALL_MESSAGE
         {
@@ -76,17 +134,14 @@ impl Session {
             return self.translate_copy(header, whole);
         }
         if self.unit.skip_to_sync && header.tag != b'S' && header.tag != b'X' {
-            let n = header.len.min(input.len());
-            self.drop_rest = header.len - n;
-            self.take(n);
-            return Ok(if self.drop_rest > 0 { Step::Wait } else { Step::On });
+            return self.drop_message(header.len);
         }
         match header.tag {
             b'Q' => self.translate_query(header.len),
             b'F' => self.translate_function_call(header.len),
             b'P' => self.translate_parse(header.len),
             b'B' => self.translate_bind(header.len),
-            b'D' | b'C' | b'E' | b'S' | b'H' if !whole => Ok(Step::Wait),
+            b'D' | b'C' | b'E' | b'S' | b'H' if !whole => self.wait_for(header.len),
             b'D' => self.translate_describe(header.len),
             b'C' => self.translate_close(header.len),
             b'E' => self.translate_execute(header.len),
@@ -94,7 +149,6 @@ impl Session {
                 self.pass(header.len);
                 self.unit.expects.push_back(Expect::Sync);
                 self.unit.intake = Intake::Closed;
-                self.unit.skip_to_sync = false;
                 Ok(Step::On)
             }
             b'H' => {
@@ -102,12 +156,7 @@ impl Session {
                 Ok(Step::On)
             }
             // Left over from a COPY that has failed: the server ignores them, too.
-            b'd' | b'c' | b'f' => {
-                let n = header.len.min(self.client.input.len() - self.unit.taken);
-                self.drop_rest = header.len - n;
-                self.take(n);
-                Ok(if self.drop_rest > 0 { Step::Wait } else { Step::On })
-            }
+            b'd' | b'c' | b'f' => self.drop_message(header.len),
             b'X' => Err(End::ClientGone),
             tag => Err(End::protocol(format!("invalid frontend message type {tag}"))),
         }
@@ -115,63 +164,107 @@ impl Session {
 
     /// Passes the message (or what of it is there) on as it is.
     fn pass(&mut self, len: usize) {
-        let lease = self.lease.as_mut().expect("an exchange has a backend");
-        let there = len.min(self.client.input.len() - self.unit.taken);
-        lease.output.put_slice(&self.client.input[self.unit.taken..self.unit.taken + there]);
-        self.unit.client_rest = len - there;
-        self.take(there);
+        self.unit.client_rest = len;
+        self.take_rest();
+    }
+
+    fn drop_message(&mut self, len: usize) -> Result<Step, End> {
+        self.unit.client_drop = len;
+        self.take_rest();
+        Ok(Step::On)
     }
 
     fn translate_copy(&mut self, header: wire::Header, whole: bool) -> Result<Step, End> {
         match header.tag {
             b'd' => self.pass(header.len),
             b'X' => return Err(End::ClientGone),
-            _ if !whole && header.len <= SMALL_MESSAGE => return Ok(Step::Wait),
+            _ if !whole && header.len <= SMALL_MESSAGE => return self.wait_for(header.len),
             b'c' | b'f' => {
                 self.pass(header.len);
                 // A Query's COPY ends with its answer; in the extended protocol a Sync is still to come.
                 let simple = matches!(self.unit.expects.front(), Some(Expect::Query));
                 self.unit.intake = if simple { Intake::Closed } else { Intake::Open };
             }
-            // The server ignores Sync and Flush here, and fails the COPY at anything else.
+            // The server ignores these while it copies. Should it have failed meanwhile, it would answer
+            // the Sync; but the client has to send another one after its CopyDone anyway.
+            b'S' | b'H' => return self.drop_message(header.len),
+            // The server ends the connection: whatever this is, it cannot be told from data any more.
             _ => self.pass(header.len),
         }
         Ok(Step::On)
     }
 
     fn translate_query(&mut self, len: usize) -> Result<Step, End> {
-        if let Some(refused) = self.refuse_on_replica(false) {
-            return Ok(refused);
+        // The first message of a unit was looked at when the unit was routed.
+        if self.unit.begun
+            && let Some(stopped) = self.count_query(len)?
+        {
+            return Ok(stopped);
         }
-        self.statements.drop_unnamed();
-        let lease = self.lease.as_mut().expect("an exchange has a backend");
-        lease.unnamed = None;
+        self.session.statements.drop_unnamed();
+        self.backend.unnamed = None;
         if self.unit.leaves != Leaves::Nothing {
-            lease.dirt = lease.dirt.max(Dirt::State);
+            self.backend.dirt = self.backend.dirt.max(Dirt::State);
         }
         let earlier = self.unit.expects.len();
         self.materialize();
         if self.unit.expects.len() > earlier {
             // An error in what was put in must not take the Query with it.
-            let lease = self.lease.as_mut().expect("an exchange has a backend");
-            lease.output.put_slice(&[b'S', 0, 0, 0, 4]);
+            self.backend.output.put_slice(&[b'S', 0, 0, 0, 4]);
             self.unit.expects.push_back(Expect::InjectedSync);
         }
         self.pass(len);
-        self.unit.executed = true;
         self.unit.expects.push_back(Expect::Query);
         self.unit.intake = Intake::Closed;
         Ok(Step::On)
     }
 
+    /// A Query within an open unit: what it does is counted in, and on a replica it must be a read.
+    fn count_query(&mut self, len: usize) -> Result<Option<Step>, End> {
+        if self.there() < len && len <= self.session.shared.config.limits.unit_hold {
+            return self.wait_for(len).map(Some);
+        }
+        let class = (self.there() >= len).then(|| self.body(len)).map(|body| {
+            let text = body.strip_suffix(b"\0").unwrap_or_default();
+            self.session.lookup(text, &[])
+        });
+        let is_read = matches!(class, Some(Lookup::Known(class, _)) if is_read(class));
+        if let Some(stopped) = self.refuse_on_replica(!is_read) {
+            if let Step::On = stopped {
+                // A Query ends its unit, failed or not.
+                self.drop_message(len)?;
+                self.backend.output.put_slice(&[b'S', 0, 0, 0, 4]);
+                self.unit.expects.push_back(Expect::Sync);
+                self.unit.intake = Intake::Closed;
+            }
+            return Ok(Some(stopped));
+        }
+        match class {
+            Some(Lookup::Known(class, _)) => self.count_in(class),
+            // Only what may be a read is worth a second opinion, and a read leaves nothing.
+            Some(Lookup::Ask(_)) => self.unit.writes = true,
+            None => {
+                self.unit.writes = true;
+                self.unit.ddl = true;
+                self.leave(Leaves::Unproven);
+            }
+        }
+        Ok(None)
+    }
+
     fn translate_function_call(&mut self, len: usize) -> Result<Step, End> {
         if let Some(refused) = self.refuse_on_replica(true) {
+            if let Step::On = refused {
+                self.drop_message(len)?;
+                self.backend.output.put_slice(&[b'S', 0, 0, 0, 4]);
+                self.unit.expects.push_back(Expect::Sync);
+                self.unit.intake = Intake::Closed;
+            }
             return Ok(refused);
         }
         self.leave(Leaves::Unproven);
         self.unit.writes = true;
         self.pass(len);
-        self.unit.executed = true;
         self.unit.expects.push_back(Expect::FunctionCall);
         self.unit.intake = Intake::Closed;
         Ok(Step::On)
@@ -183,15 +276,21 @@ impl Session {
             return;
         }
         self.unit.leaves = stronger(self.unit.leaves, leaves);
-        let lease = self.lease.as_mut().expect("an exchange has a backend");
-        lease.dirt = lease.dirt.max(Dirt::State);
+        self.backend.dirt = self.backend.dirt.max(Dirt::State);
         self.materialize();
+    }
+
+    /// Counts in what a statement of the unit does, as it is bound.
+    fn count_in(&mut self, class: StatementClass) {
+        self.unit.ddl |= class.kind == Kind::Ddl;
+        self.unit.writes |= !is_read(class);
+        self.leave(class.leaves);
     }
 
     /// A unit that began on a replica, with reads, meets what is not a read. If all so far has been
     /// answered and nothing was bound, it moves; else it fails: it must not run on the replica.
     fn refuse_on_replica(&mut self, not_a_read: bool) -> Option<Step> {
-        if !not_a_read || self.role != Role::Replica || self.unit.vetted > 0 {
+        if !not_a_read || self.session.role != Role::Replica || self.unit.vetted > 0 {
             return None;
         }
         if !self.unit.bound && self.unit.expects.is_empty() {
@@ -206,147 +305,177 @@ impl Session {
         Some(Step::On)
     }
 
-    /// An error of ours in its turn among the answers; what follows up to Sync is skipped.
+    /// An error of ours in its turn among the answers; what follows up to Sync is skipped. The server
+    /// is made to fail, too: it must not commit at the Sync what it has done in this unit before.
     fn own_error(&mut self, report: ErrorReport) {
+        put_length(&mut self.backend.output, b'E', NO_PORTAL.len() + 1 + 4);
+        put_cstr(&mut self.backend.output, NO_PORTAL);
+        self.backend.output.put_u32(0);
         self.unit.expects.push_back(Expect::OwnError(Box::new(report)));
         self.unit.skip_to_sync = true;
-        self.answer_ourselves();
     }
 
     fn translate_parse(&mut self, len: usize) -> Result<Step, End> {
-        let there = self.client.input.len() - self.unit.taken;
-        if there < len {
-            return self.translate_long_parse(len, there);
+        if len > self.session.shared.config.limits.statement_text {
+            return self.translate_long_parse(len);
         }
-        let message = self.client.input[self.unit.taken..self.unit.taken + len].to_vec();
-        let parse = Parse::read(&message[HEADER..]).ok_or_else(|| End::protocol("invalid message format"))?;
-        let statement = self.shared.names.statement(&parse);
+        if self.there() < len {
+            return self.wait_for(len);
+        }
+        let body = self.body(len);
+        let parse = Parse::read(&body).ok_or_else(|| End::protocol("invalid message format"))?;
+        let statement = self.session.shared.names.statement(&parse);
         // Units are classified before they are placed; what is parsed later in an open unit is
         // classified here, without asking for a second opinion: unknown is not a read.
-        let class = self.known_class(&statement);
-        if let Some(refused) =
-            self.refuse_on_replica(!class.is_some_and(|c| c.kind == crate::classify::Kind::Read))
-        {
+        let class = self.session.known_class(&statement);
+        if let Some(refused) = self.refuse_on_replica(!class.is_some_and(is_read)) {
             return Ok(refused);
         }
-        if len > self.shared.config.limits.statement_text {
-            self.leave(Leaves::Pins(PinReason::LargeStatement));
-        }
         if parse.name.is_empty() {
-            let lease = self.lease.as_mut().expect("an exchange has a backend");
-            lease.unnamed = Some(statement.serial);
-            self.statements.sent(b"", Some(statement));
+            self.backend.unnamed = Some(statement.serial);
+            self.session.statements.sent(b"", Found::Statement(statement));
             self.pass(len);
             self.unit.expects.push_back(Expect::Parse(NameOnServer::Unnamed));
             return Ok(Step::On);
         }
-        self.evict_surplus();
-        if self.statements.len() >= self.shared.config.limits.statements_per_session {
-            let limit = self.shared.config.limits.statements_per_session;
-            self.take(len);
+        match self.session.statements.find(parse.name) {
+            Found::Statement(first) => {
+                self.give(parse.name, &first);
+                return Ok(self.parse_twice(parse.name, Found::Statement(statement), len));
+            }
+            Found::OnBackend => return Ok(self.parse_twice(parse.name, Found::Statement(statement), len)),
+            Found::Nothing => {}
+        }
+        let limit = self.session.shared.config.limits.statements_per_session;
+        if self.session.statements.len() >= limit {
             self.own_error(
                 ErrorReport::error("53400", format!("too many prepared statements in one session ({limit})"))
                     .hint("Close some, or raise limits.statements_per_session."),
             );
             return Ok(Step::On);
         }
-        if let Found::Statement(first) = self.statements.find(parse.name) {
-            self.parse_twice(&message, parse.name, &first);
-            self.take(len);
-            return Ok(Step::On);
-        }
-        let own_names = self.uses_own_names();
-        let lease = self.lease.as_mut().expect("an exchange has a backend");
-        self.statements.sent(parse.name, Some(statement.clone()));
-        if own_names {
-            lease.own_names.insert(parse.name.to_vec());
-            self.unit.expects.push_back(Expect::Parse(NameOnServer::Own(parse.name.to_vec())));
-            self.pass(len);
-        } else if lease.prepared.get(&statement.shared).is_some() {
-            self.take(len);
-            self.unit.expects.push_back(Expect::OwnParseComplete);
-            self.answer_ourselves();
-        } else {
-            put_parse(&mut lease.output, statement.shared.server_name().as_bytes(), &statement.tail);
-            self.take(len);
-            self.unit.expects.push_back(Expect::Parse(NameOnServer::Shared(statement.shared)));
-        }
+        self.prepare(parse.name, statement, len);
         Ok(Step::On)
+    }
+
+    /// A Parse of a new name.
+    fn prepare(&mut self, name: &[u8], statement: Arc<Statement>, len: usize) {
+        self.session.statements.sent(name, Found::Statement(statement.clone()));
+        let expect = if self.session.uses_own_names() {
+            self.backend.own_names.insert(name.to_vec());
+            self.pass(len);
+            Expect::Parse(NameOnServer::Own(name.to_vec()))
+        } else if self.has(statement.shared) {
+            self.take(len);
+            Expect::OwnParseComplete
+        } else {
+            self.put_shared(&statement);
+            self.take(len);
+            Expect::Parse(NameOnServer::Shared(statement.shared))
+        };
+        self.unit.expects.push_back(expect);
+        self.answer_ourselves();
+    }
+
+    /// Whether the backend has the shared statement, or will have it if nothing fails before.
+    fn has(&mut self, name: SharedName) -> bool {
+        self.backend.prepared.get(&name).is_some() || self.unit.underway.contains(&name)
+    }
+
+    /// Sends the Parse of a shared statement, in whose place the one used longest ago may have to go.
+    fn put_shared(&mut self, statement: &Statement) {
+        self.evict_surplus();
+        put_parse(&mut self.backend.output, statement.shared.server_name().as_bytes(), &statement.tail);
+        self.unit.underway.insert(statement.shared);
+    }
+
+    /// Closes the shared statements that the backend has above its limit, those used longest ago.
+    fn evict_surplus(&mut self) {
+        let limit = self.session.shared.config.pool.max_prepared;
+        while self.backend.prepared.len() >= limit {
+            let Some((oldest, ())) = self.backend.prepared.pop_lru() else { return };
+            put_target(&mut self.backend.output, b'C', oldest.server_name().as_bytes());
+            self.unit.expects.push_back(Expect::InjectedClose(NameOnServer::Shared(oldest)));
+        }
     }
 
     /// A text too long to be kept: it is streamed under the client's own name, and so the session stays
     /// on this backend.
-    fn translate_long_parse(&mut self, len: usize, there: usize) -> Result<Step, End> {
-        if len <= self.shared.config.limits.statement_text {
-            return Ok(Step::Wait);
-        }
+    fn translate_long_parse(&mut self, len: usize) -> Result<Step, End> {
         if let Some(refused) = self.refuse_on_replica(true) {
             return Ok(refused);
         }
-        let head = &self.client.input[self.unit.taken + HEADER..self.unit.taken + there];
+        let there = self.there().min(len);
+        let head = &self.session.client.input[self.unit.taken + HEADER..self.unit.taken + there];
         let Some((name, _)) = wire::cstr(head) else {
             return if there > SMALL_MESSAGE {
                 Err(End::protocol("invalid message format"))
             } else {
-                Ok(Step::Wait)
+                self.wait_for(2 * SMALL_MESSAGE)
             };
         };
         let name = name.to_vec();
         self.leave(Leaves::Pins(PinReason::LargeStatement));
-        self.pin_now(PinReason::LargeStatement);
-        let lease = self.lease.as_mut().expect("an exchange has a backend");
-        if name.is_empty() {
-            lease.unnamed = None;
-        }
+        self.session.pin_now(PinReason::LargeStatement);
         self.unit.writes = true;
-        self.statements.sent(&name, None);
+        if name.is_empty() {
+            self.backend.unnamed = None;
+            self.session.statements.sent(b"", Found::OnBackend);
+            self.pass(len);
+            self.unit.expects.push_back(Expect::Parse(NameOnServer::Unnamed));
+            return Ok(Step::On);
+        }
+        match self.session.statements.find(&name) {
+            Found::Statement(first) => {
+                self.give(&name, &first);
+                return Ok(self.parse_twice(&name, Found::OnBackend, len));
+            }
+            Found::OnBackend => return Ok(self.parse_twice(&name, Found::OnBackend, len)),
+            Found::Nothing => {}
+        }
+        self.session.statements.sent(&name, Found::OnBackend);
+        self.backend.own_names.insert(name.clone());
         self.pass(len);
         self.unit.expects.push_back(Expect::Parse(NameOnServer::Own(name)));
         Ok(Step::On)
     }
 
     /// The client prepares a name that it has already. The server is made to say so itself, with the
-    /// client's name: it is given the first statement under that name, so the second Parse fails.
-    fn parse_twice(&mut self, message: &[u8], name: &[u8], first: &Arc<Statement>) {
-        let lease = self.lease.as_mut().expect("an exchange has a backend");
-        lease.dirt = lease.dirt.max(Dirt::State);
-        self.give(name, first);
-        let lease = self.lease.as_mut().expect("an exchange has a backend");
-        lease.output.put_slice(message);
-        self.statements.sent(b"\0", None);
+    /// client's name, under which it has the first statement by now: so the second Parse fails. (If not,
+    /// because SQL's DEALLOCATE has taken the first, the name stands for the second.)
+    fn parse_twice(&mut self, name: &[u8], second: Found, len: usize) -> Step {
+        self.backend.dirt = self.backend.dirt.max(Dirt::State);
+        self.pass(len);
+        self.session.statements.sent(name, second);
         self.unit.expects.push_back(Expect::Parse(NameOnServer::Refused));
+        Step::On
     }
 
     fn translate_bind(&mut self, len: usize) -> Result<Step, End> {
-        let there = len.min(self.client.input.len() - self.unit.taken);
-        let head = &self.client.input[self.unit.taken + HEADER..self.unit.taken + there];
+        let there = len.min(self.there());
+        let head = &self.session.client.input[self.unit.taken + HEADER..self.unit.taken + there];
         let Some((portal, name, names_len)) = messages::bind_names(head) else {
             return if there == len || there > 2 * SMALL_MESSAGE {
                 Err(End::protocol("invalid message format"))
             } else {
-                Ok(Step::Wait)
+                self.wait_for(len.min(3 * SMALL_MESSAGE))
             };
         };
         let (portal, name) = (portal.to_vec(), name.to_vec());
-        self.evict_surplus();
-        let Some(on_server) = self.resolve(&name) else { return Ok(Step::Over(Outcome::Move)) };
-        if self.unit.skip_to_sync {
-            return Ok(Step::On);
-        }
-        let lease = self.lease.as_mut().expect("an exchange has a backend");
+        let on_server = match self.resolve(&name) {
+            Resolved::Name(on_server) => on_server,
+            Resolved::Stopped(step) => return Ok(step),
+        };
         if on_server == name {
             self.pass(len);
         } else {
             let rest = len - HEADER - names_len;
-            let body = portal.len() + 1 + on_server.len() + 1 + rest;
-            lease.output.put_u8(b'B');
-            lease.output.put_u32(u32::try_from(body + 4).unwrap_or(u32::MAX));
-            put_cstr(&mut lease.output, &portal);
-            put_cstr(&mut lease.output, &on_server);
-            let from = self.unit.taken + HEADER + names_len;
-            lease.output.put_slice(&self.client.input[from..self.unit.taken + there]);
-            self.unit.client_rest = len - there;
-            self.take(there);
+            put_length(&mut self.backend.output, b'B', portal.len() + 1 + on_server.len() + 1 + rest);
+            put_cstr(&mut self.backend.output, &portal);
+            put_cstr(&mut self.backend.output, &on_server);
+            self.take(HEADER + names_len);
+            self.unit.client_rest = rest;
+            self.take_rest();
         }
         self.unit.bound = true;
         self.unit.expects.push_back(Expect::Bind);
@@ -354,50 +483,59 @@ impl Session {
     }
 
     /// The name under which the backend knows the client's statement, which it is given first if it
-    /// lacks it. `None`: the statement must not run here, and the unit can move.
-    fn resolve(&mut self, name: &[u8]) -> Option<Vec<u8>> {
-        let Found::Statement(statement) = self.statements.find(name) else { return Some(name.to_vec()) };
-        let class = self.known_class(&statement);
-        let is_read = class.is_some_and(|c| c.kind == crate::classify::Kind::Read);
-        match self.refuse_on_replica(!is_read) {
-            Some(Step::Over(_)) => return None,
-            Some(_) => return Some(Vec::new()),
-            None => {}
+    /// lacks it.
+    fn resolve(&mut self, name: &[u8]) -> Resolved {
+        let statement = match self.session.statements.find(name) {
+            Found::Statement(statement) => statement,
+            Found::OnBackend => return Resolved::Name(name.to_vec()),
+            Found::Nothing => return Resolved::Name(self.unknown_name(name)),
+        };
+        let class = self.session.known_class(&statement);
+        if let Some(refused) = self.refuse_on_replica(!class.is_some_and(is_read)) {
+            return Resolved::Stopped(refused);
         }
-        if let Some(class) = class {
-            self.count_in(class);
-        } else {
-            self.unit.writes = true;
+        match class {
+            Some(class) => self.count_in(class),
+            None => self.unit.writes = true,
         }
-        let own_names = self.uses_own_names();
-        let lease = self.lease.as_mut().expect("an exchange has a backend");
         if name.is_empty() {
-            if lease.unnamed != Some(statement.serial) {
-                put_parse(&mut lease.output, b"", &statement.tail);
-                lease.unnamed = Some(statement.serial);
+            if self.backend.unnamed != Some(statement.serial) {
+                put_parse(&mut self.backend.output, b"", &statement.tail);
+                self.backend.unnamed = Some(statement.serial);
                 self.unit.expects.push_back(Expect::InjectedParse(NameOnServer::Unnamed));
             }
-            return Some(Vec::new());
+            return Resolved::Name(Vec::new());
         }
-        if own_names {
+        if self.session.uses_own_names() {
             self.give(name, &statement);
-            return Some(name.to_vec());
+            return Resolved::Name(name.to_vec());
         }
-        let server_name = statement.shared.server_name().into_bytes();
-        let shared = NameOnServer::Shared(statement.shared);
-        let underway = |e: &Expect| matches!(e, Expect::Parse(n) | Expect::InjectedParse(n) if *n == shared);
-        if lease.prepared.get(&statement.shared).is_none() && !self.unit.expects.iter().any(underway) {
-            put_parse(&mut lease.output, &server_name, &statement.tail);
-            self.unit.expects.push_back(Expect::InjectedParse(shared));
+        if !self.has(statement.shared) {
+            self.put_shared(&statement);
+            self.unit.expects.push_back(Expect::InjectedParse(NameOnServer::Shared(statement.shared)));
         }
-        Some(server_name)
+        Resolved::Name(statement.shared.server_name().into_bytes())
     }
 
-    /// Gives a pinned backend one of the client's statements under the client's name.
+    /// A name that stands for nothing here, as it is sent on, so that the server says so (or knows it, when SQL
+    /// has prepared it on a pinned backend). What other sessions have left under it must not be met.
+    fn unknown_name(&mut self, name: &[u8]) -> Vec<u8> {
+        if name.is_empty() {
+            self.backend.unnamed = None;
+            put_target(&mut self.backend.output, b'C', b"");
+            self.unit.expects.push_back(Expect::InjectedClose(NameOnServer::Unnamed));
+        }
+        let mut on_server = name.to_vec();
+        if SharedName::is_like(name) {
+            on_server.push(b'?');
+        }
+        on_server
+    }
+
+    /// Gives a backend one of the client's statements under the client's name.
     fn give(&mut self, name: &[u8], statement: &Arc<Statement>) {
-        let lease = self.lease.as_mut().expect("an exchange has a backend");
-        if lease.own_names.insert(name.to_vec()) {
-            put_parse(&mut lease.output, name, &statement.tail);
+        if self.backend.own_names.insert(name.to_vec()) {
+            put_parse(&mut self.backend.output, name, &statement.tail);
             self.unit.expects.push_back(Expect::InjectedParse(NameOnServer::Own(name.to_vec())));
         }
     }
@@ -405,18 +543,17 @@ impl Session {
     /// SQL's EXECUTE and DEALLOCATE see the protocol's names: before such a statement the backend is
     /// given all of the session's. In a Query this is done ahead, closed by a Sync of its own.
     fn materialize(&mut self) {
-        if self.unit.leaves != Leaves::Pins(PinReason::SqlPrepare) || self.role != Role::Primary {
+        if self.unit.leaves != Leaves::Pins(PinReason::SqlPrepare) || self.session.role != Role::Primary {
             return;
         }
-        let missing: Vec<(Vec<u8>, Arc<Statement>)> = {
-            let lease = self.lease.as_ref().expect("an exchange has a backend");
-            self.statements
-                .named()
-                .filter(|(name, _)| !lease.own_names.contains(*name))
-                .map(|(name, statement)| (name.clone(), statement.clone()))
-                .collect()
-        };
-        self.pin_now(PinReason::SqlPrepare);
+        let missing: Vec<(Vec<u8>, Arc<Statement>)> = self
+            .session
+            .statements
+            .named()
+            .filter(|(name, _)| !self.backend.own_names.contains(*name))
+            .map(|(name, statement)| (name.clone(), statement.clone()))
+            .collect();
+        self.session.pin_now(PinReason::SqlPrepare);
         for (name, statement) in missing {
             self.give(&name, &statement);
         }
@@ -428,28 +565,16 @@ impl Session {
         matches!(self.unit.expects.iter().find(ours), Some(Expect::InjectedSync))
     }
 
-    /// Closes the shared statements that the backend has above its limit, those used longest ago.
-    fn evict_surplus(&mut self) {
-        let limit = self.shared.config.pool.max_prepared;
-        let lease = self.lease.as_mut().expect("an exchange has a backend");
-        while lease.prepared.len() > limit {
-            let Some((oldest, ())) = lease.prepared.pop_lru() else { return };
-            put_target(&mut lease.output, b'C', oldest.server_name().as_bytes());
-            self.unit.expects.push_back(Expect::InjectedClose(oldest));
-        }
-    }
-
     fn translate_describe(&mut self, len: usize) -> Result<Step, End> {
-        let body = self.client.input[self.unit.taken + HEADER..self.unit.taken + len].to_vec();
+        let body = self.body(len);
         match messages::target(&body).ok_or_else(|| End::protocol("invalid message format"))? {
             Target::Portal(_) => self.pass(len),
             Target::Statement(name) => {
-                let Some(on_server) = self.resolve(name) else { return Ok(Step::Over(Outcome::Move)) };
-                if self.unit.skip_to_sync {
-                    return Ok(Step::On);
-                }
-                let lease = self.lease.as_mut().expect("an exchange has a backend");
-                put_target(&mut lease.output, b'D', &on_server);
+                let on_server = match self.resolve(name) {
+                    Resolved::Name(on_server) => on_server,
+                    Resolved::Stopped(step) => return Ok(step),
+                };
+                put_target(&mut self.backend.output, b'D', &on_server);
                 self.take(len);
             }
         }
@@ -458,69 +583,54 @@ impl Session {
     }
 
     fn translate_close(&mut self, len: usize) -> Result<Step, End> {
-        let body = self.client.input[self.unit.taken + HEADER..self.unit.taken + len].to_vec();
-        let own_names = self.uses_own_names();
-        match messages::target(&body).ok_or_else(|| End::protocol("invalid message format"))? {
-            Target::Statement(name) if !name.is_empty() => {
-                self.statements.sent(name, None);
-                let lease = self.lease.as_mut().expect("an exchange has a backend");
-                if own_names && lease.own_names.remove(name) {
+        let body = self.body(len);
+        let expect = match messages::target(&body).ok_or_else(|| End::protocol("invalid message format"))? {
+            Target::Portal(_) => {
+                self.pass(len);
+                Expect::ClosePortal
+            }
+            Target::Statement(b"") => {
+                self.backend.unnamed = None;
+                self.session.statements.sent(b"", Found::Nothing);
+                self.pass(len);
+                Expect::Close(NameOnServer::Unnamed)
+            }
+            Target::Statement(name) => {
+                self.session.statements.sent(name, Found::Nothing);
+                // A pinned backend may know it from SQL's PREPARE, too.
+                if self.session.uses_own_names() && !SharedName::is_like(name) {
                     self.pass(len);
-                    self.unit.expects.push_back(Expect::Close);
+                    let was_there = self.backend.own_names.remove(name);
+                    Expect::Close(if was_there {
+                        NameOnServer::Own(name.to_vec())
+                    } else {
+                        NameOnServer::Refused
+                    })
                 } else {
                     self.take(len);
-                    self.unit.expects.push_back(Expect::OwnCloseComplete);
-                    self.answer_ourselves();
+                    Expect::OwnCloseComplete
                 }
             }
-            target => {
-                if let Target::Statement(_) = target {
-                    let lease = self.lease.as_mut().expect("an exchange has a backend");
-                    lease.unnamed = None;
-                    self.statements.sent(b"", None);
-                } else {
-                    self.statements.sent(b"\0", None);
-                }
-                self.pass(len);
-                self.unit.expects.push_back(Expect::Close);
-            }
-        }
+        };
+        self.unit.expects.push_back(expect);
+        self.answer_ourselves();
         Ok(Step::On)
     }
 
     fn translate_execute(&mut self, len: usize) -> Result<Step, End> {
-        let body = &self.client.input[self.unit.taken + HEADER..self.unit.taken + len];
-        messages::execute(body).ok_or_else(|| End::protocol("invalid message format"))?;
+        messages::execute(&self.body(len)).ok_or_else(|| End::protocol("invalid message format"))?;
         self.pass(len);
-        self.unit.executed = true;
         self.unit.expects.push_back(Expect::Execute);
         Ok(Step::On)
     }
+}
 
-    /// Counts in what a statement of the unit does, as it is bound.
-    pub(super) fn count_in(&mut self, class: crate::classify::StatementClass) {
-        use crate::classify::Kind;
-        self.unit.ddl |= class.kind == Kind::Ddl;
-        self.unit.writes |= !matches!(class.kind, Kind::Read | Kind::Empty);
-        self.leave(class.leaves);
-    }
-    /// Whether statements have the client's own names on the leased backend.
-    fn uses_own_names(&self) -> bool {
-        self.pin.is_some()
-    }
-
-    /// The leased backend is the session's from now on.
-    pub(super) fn pin_now(&mut self, reason: PinReason) {
-        if self.pin.is_none() {
-            self.pin = Some(reason);
-            self.shared.metrics.pins.inc(reason.label());
-            self.shared.metrics.pinned_sessions.inc();
-        }
-    }
+fn is_read(class: StatementClass) -> bool {
+    matches!(class.kind, Kind::Read | Kind::Empty)
 }
 
 /// The one of two that asks for more.
-pub(super) fn stronger(a: Leaves, b: Leaves) -> Leaves {
+fn stronger(a: Leaves, b: Leaves) -> Leaves {
     let rank = |l: Leaves| match l {
         Leaves::Nothing => 0,
         Leaves::DeallocatesAll => 1,
@@ -531,12 +641,12 @@ pub(super) fn stronger(a: Leaves, b: Leaves) -> Leaves {
     if rank(b) > rank(a) { b } else { a }
 }
 
-fn put_cstr(out: &mut BytesMut, text: &[u8]) {
+pub(super) fn put_cstr(out: &mut BytesMut, text: &[u8]) {
     out.put_slice(text);
     out.put_u8(0);
 }
 
-fn put_length(out: &mut BytesMut, tag: u8, body: usize) {
+pub(super) fn put_length(out: &mut BytesMut, tag: u8, body: usize) {
     out.put_u8(tag);
     out.put_u32(u32::try_from(body + 4).unwrap_or(u32::MAX));
 }
