@@ -17,7 +17,6 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::backend::StartupParameters;
-use crate::backend::login::{self, LoginTarget};
 use crate::client::auth::{self, AuthFailure};
 use crate::client::startup::{self, GreetError, Greeting};
 use crate::client::verifiers::Verifiers;
@@ -225,21 +224,10 @@ impl Door {
     }
 
     async fn cancel(&self, pid: i32, key: &[u8]) {
-        let config = &self.shared.config;
         let outcome = self
             .shared
             .sessions
-            .cancel(pid, key, |target| async move {
-                let node = &config.nodes[target.node.index()];
-                let login = LoginTarget {
-                    host: &node.host,
-                    port: node.port,
-                    tls: &self.shared.pools.context.tls,
-                    connect_timeout: config.pool.connect_timeout,
-                    tcp_user_timeout: config.failover.tcp_user_timeout,
-                };
-                login::cancel(&login, target.pid, &target.key).await
-            })
+            .cancel(pid, key, |target| async move { self.shared.pools.context.cancel(&target).await })
             .await;
         self.shared.metrics.cancels.inc(match outcome {
             CancelOutcome::Nothing => "nothing",

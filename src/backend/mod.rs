@@ -9,7 +9,6 @@ pub mod login;
 pub mod pool;
 
 use std::collections::{BTreeMap, HashSet};
-use std::num::NonZeroUsize;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -34,7 +33,15 @@ pub struct SharedName(pub u128);
 impl SharedName {
     /// The name as the server sees it.
     pub fn server_name(self) -> String {
-        format!("__hw_{:032x}", self.0)
+        format!("{}{:032x}", SharedName::PREFIX, self.0)
+    }
+
+    const PREFIX: &str = "__hw_";
+
+    /// Whether a client's name could be taken for one that sessions share. They are no secret
+    /// (`pg_prepared_statements` shows them), so a client must not reach them by naming them.
+    pub fn is_like(name: &[u8]) -> bool {
+        name.starts_with(SharedName::PREFIX.as_bytes())
     }
 }
 
@@ -73,7 +80,8 @@ pub struct Backend {
     pub opened: Instant,
     /// When it was last given back.
     pub idle_since: Instant,
-    /// The shared statements it has, least recently used last.
+    /// The shared statements it has, least recently used last. Its limit (`pool.max_prepared`) is kept by
+    /// whoever adds to it: what leaves here must be closed on the server, too.
     pub prepared: LruCache<SharedName, ()>,
     /// Whose unnamed statement it holds: a number that one session gave to one Parse.
     pub unnamed: Option<u64>,
@@ -144,7 +152,6 @@ impl Backend {
         cancel: Arc<CancelTarget>,
         connected_at: u64,
         epoch: Epoch,
-        max_prepared: usize,
         worker: usize,
         now: Instant,
     ) -> Backend {
@@ -162,7 +169,7 @@ impl Backend {
             epoch,
             opened: now,
             idle_since: now,
-            prepared: LruCache::new(NonZeroUsize::new(max_prepared).unwrap_or(NonZeroUsize::MIN)),
+            prepared: LruCache::unbounded(),
             unnamed: None,
             own_names: HashSet::new(),
             dirt: Dirt::Clean,
@@ -208,6 +215,11 @@ impl Backend {
         {
             Arc::make_mut(&mut self.parameters).insert(name.to_vec(), value.to_vec());
         }
+    }
+
+    /// Whether nothing is on its way in either direction, and it is known what it was left with.
+    pub fn is_between_units(&self) -> bool {
+        self.input.is_empty() && self.output.is_empty() && self.dirt < Dirt::Unknown
     }
 
     /// Forgets what DISCARD ALL or DEALLOCATE ALL has taken from the server.

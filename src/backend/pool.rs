@@ -40,6 +40,22 @@ pub struct PoolContext {
 }
 
 impl PoolContext {
+    /// Delivers an announced cancel request. Resolves when the node has ended its connection.
+    pub async fn cancel(&self, target: &CancelTarget) -> std::io::Result<()> {
+        login::cancel(&self.target(target.node), target.pid, &target.key).await
+    }
+
+    fn target(&self, node: NodeId) -> LoginTarget<'_> {
+        let address = &self.config.nodes[node.index()];
+        LoginTarget {
+            host: &address.host,
+            port: address.port,
+            tls: &self.tls,
+            connect_timeout: self.config.pool.connect_timeout,
+            tcp_user_timeout: self.config.failover.tcp_user_timeout,
+        }
+    }
+
     fn count_closed(&self, node: NodeId, reason: CloseReason) {
         self.metrics.backend_closed(node, reason.label());
     }
@@ -115,6 +131,8 @@ struct Waiter {
 
 #[derive(Default)]
 struct State {
+    // Boxed once, when opened: a backend changes hands with every statement.
+    #[allow(clippy::vec_box)]
     idle: Vec<Box<Backend>>,
     waiters: VecDeque<Waiter>,
     /// Lent, idle, being cleaned or being opened.
@@ -249,10 +267,13 @@ impl Pool {
                 // those who wait for a lent backend to come back keep waiting.
                 let others = state.open > state.idle.len() + state.opening;
                 match &error {
-                    // The server is full, but some of its backends are ours and will come back.
+                    // The server is full, but some of its backends are ours and will come back; and
+                    // `reap` tries again.
                     AcquireError::Refused { sqlstate, .. } if sqlstate == b"53300" && others => {}
+                    // Each try fails one who waits, so this ends.
                     AcquireError::Unreachable { .. } | AcquireError::Timeout if others => {
                         fail_first(&mut state, &error);
+                        self.open_more(&mut state);
                     }
                     _ => while fail_first(&mut state, &error) {},
                 }
@@ -265,15 +286,7 @@ impl Pool {
         startup: &Arc<StartupParameters>,
         worker: usize,
     ) -> Result<Box<Backend>, AcquireError> {
-        let config = &self.context.config;
-        let node = &config.nodes[self.node.index()];
-        let target = LoginTarget {
-            host: &node.host,
-            port: node.port,
-            tls: &self.context.tls,
-            connect_timeout: config.pool.connect_timeout,
-            tcp_user_timeout: config.failover.tcp_user_timeout,
-        };
+        let target = self.context.target(self.node);
         let keys = self.keys.lock().unwrap_or_else(|p| p.into_inner()).clone();
         let epoch = self.context.topology.load().epoch;
         let logged_in =
@@ -287,7 +300,6 @@ impl Pool {
             cancel,
             self.context.positions.node(self.node).counter(),
             epoch,
-            config.pool.max_prepared,
             worker,
             Instant::now(),
         )))
@@ -295,25 +307,34 @@ impl Pool {
 
     /// Gives a clean backend to who has waited longest, or keeps it.
     fn hand_on(self: &Arc<Pool>, state: &mut State, mut backend: Box<Backend>) {
-        while let Some(waiter) = state.waiters.pop_front() {
-            if waiter.grant.is_closed() {
-                continue;
-            }
-            if *waiter.startup != *backend.startup {
-                // It cannot serve who is next in line: make room for a connection that can.
-                state.waiters.push_front(waiter);
-                state.open -= 1;
-                self.context.count_closed(self.node, CloseReason::Replaced);
-                self.open_more(state);
-                return;
-            }
+        state.waiters.retain(|waiter| !waiter.grant.is_closed());
+        while let Some(at) = self.next_in_line(state, &backend) {
+            let Some(waiter) = state.waiters.remove(at) else { break };
             match waiter.grant.send(Grant::Backend(backend)) {
                 Ok(()) => return,
                 Err(Grant::Backend(back)) => backend = back,
                 Err(Grant::Failed(_)) => return,
             }
         }
+        if state.opening < state.waiters.len() {
+            // Somebody waits for whom no connection is underway, and this one does not fit: make room.
+            state.open -= 1;
+            self.context.count_closed(self.node, CloseReason::Replaced);
+            self.open_more(state);
+            return;
+        }
         state.idle.push(backend);
+    }
+
+    /// Who is to have this backend: the first in line; if it does not fit them and a connection that
+    /// does is underway, the first whom it fits. Else nobody, or those in front would be overtaken for ever.
+    fn next_in_line(&self, state: &State, backend: &Backend) -> Option<usize> {
+        let fits = |waiter: &Waiter| *waiter.startup == *backend.startup;
+        match state.waiters.front() {
+            Some(first) if fits(first) => Some(0),
+            Some(_) if state.opening > 0 => state.waiters.iter().position(fits),
+            _ => None,
+        }
     }
 
     /// Takes a backend back. It must be idle, with nothing unread.
@@ -448,6 +469,21 @@ pub struct Lease {
 }
 
 impl Lease {
+    /// Closes a backend that is in the middle of something which nobody wants any more, and has the node
+    /// stop it. The pool gets its place back when the node has been told.
+    pub fn abandon(self) {
+        let target = self.cancel.clone();
+        target.announce();
+        let context = self.pool.context.clone();
+        tokio::spawn(async move {
+            // Should it not arrive, the node finds out when it answers.
+            if context.cancel(&target).await.is_ok() {
+                target.underway().arrived();
+            }
+            drop(self);
+        });
+    }
+
     /// Gives an idle backend back to its pool, which cleans it first where it must.
     pub fn give_back(mut self) {
         if let Some(backend) = self.backend.take() {
@@ -513,11 +549,13 @@ impl UserPools {
     }
 }
 
+type ByDatabaseAndUser = HashMap<(Arc<str>, Arc<str>), Arc<UserPools>>;
+
 /// All pools.
 pub struct Pools {
     /// What they share.
     pub context: Arc<PoolContext>,
-    users: Mutex<HashMap<(Arc<str>, Arc<str>), Arc<UserPools>>>,
+    users: Mutex<ByDatabaseAndUser>,
 }
 
 impl Pools {
