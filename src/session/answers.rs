@@ -266,12 +266,28 @@ impl Session {
             self.unit.intake = if simple { Intake::Closed } else { Intake::Open };
         }
         self.unit.failed = true;
+        let of_query = matches!(self.unit.expects.front(), Some(Expect::Query | Expect::FunctionCall));
         self.forward(len);
         self.skip_expected();
         if fatal {
             return Err(End::NodeSaidFatal);
         }
+        if !of_query {
+            self.skip_as_the_server_does();
+        }
         Ok(Step::On)
+    }
+
+    /// After an error in the extended protocol the server reads and drops all up to Sync, even a
+    /// Query, whether it is on its way or still to come.
+    fn skip_as_the_server_does(&mut self) {
+        if matches!(self.unit.expects.front(), Some(Expect::Query | Expect::FunctionCall)) {
+            self.unit.expects.pop_front();
+            self.unit.intake = Intake::Open;
+        }
+        if self.unit.intake == Intake::Open {
+            self.unit.skip_to_sync = true;
+        }
     }
 
     /// The answer so far is not shown: the unit runs again elsewhere once the backend is ready for others.
