@@ -1,6 +1,7 @@
 //! Making a used backend as good as new, verified, or else closing it.
 
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{BufMut, BytesMut};
@@ -129,10 +130,27 @@ pub async fn clean(backend: &mut Backend) -> Result<(), Broken> {
                 return Err(Broken);
             }
             backend.forget_statements();
+            backend.application_name = None;
             backend.dirt = Dirt::Clean;
             Ok(())
         }
     }
+}
+
+/// Gives a backend that is idle the `application_name` of the session that is to use it.
+pub async fn name(backend: &mut Backend, application_name: Option<&Arc<str>>) -> Result<(), Broken> {
+    if backend.application_name.as_ref() == application_name {
+        return Ok(());
+    }
+    let answer = match application_name {
+        Some(name) => ask(backend, &format!("SET application_name = '{}'", name.replace('\'', "''"))).await?,
+        None => ask(backend, "RESET application_name").await?,
+    };
+    if !matches!(answer.tags.as_slice(), [tag] if tag == b"SET" || tag == b"RESET") {
+        return Err(Broken);
+    }
+    backend.application_name = application_name.cloned();
+    Ok(())
 }
 
 /// What a statement that is not understood has left behind.

@@ -89,6 +89,8 @@ pub struct Backend {
     pub own_names: HashSet<Vec<u8>>,
     /// What sessions may have left on it.
     pub dirt: Dirt,
+    /// The `application_name` that we have set; none: the server's own choice.
+    pub application_name: Option<Arc<str>>,
     /// The worker on whose reactor its socket is registered.
     pub worker: usize,
 }
@@ -97,6 +99,22 @@ pub struct Backend {
 /// user, database, replication and protocol options.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct StartupParameters(pub Vec<(String, String)>);
+
+impl StartupParameters {
+    /// Takes `application_name` out, so that clients which differ only in that share backends: many
+    /// put a process id or a job's name there. Each backend is told it by SET before use.
+    ///
+    /// A value that the server would not keep as it is (too long, not printable ASCII) stays in, as
+    /// does one whose quoting depends on `standard_conforming_strings`.
+    pub fn take_application_name(&mut self) -> Option<Arc<str>> {
+        let at = self.0.iter().position(|(name, value)| {
+            name == "application_name"
+                && value.len() < 64
+                && value.bytes().all(|b| (b' '..=b'~').contains(&b) && b != b'\\')
+        })?;
+        Some(Arc::from(self.0.remove(at).1))
+    }
+}
 
 /// Bytes a read may take at once when results are large.
 const BULK_READ: usize = 64 * 1024;
@@ -173,6 +191,7 @@ impl Backend {
             unnamed: None,
             own_names: HashSet::new(),
             dirt: Dirt::Clean,
+            application_name: None,
             worker,
         }
     }

@@ -126,6 +126,9 @@ enum Grant {
 struct Waiter {
     startup: Arc<StartupParameters>,
     worker: usize,
+    /// A connection that it can use is being opened. Of those who wait with the same startup
+    /// parameters these come first, and there are at least as many such connections.
+    coming: bool,
     grant: oneshot::Sender<Grant>,
 }
 
@@ -192,7 +195,12 @@ impl Pool {
         let mut waiting = Waiting { pool: self, receiver };
         {
             let mut state = self.lock();
-            state.waiters.push_back(Waiter { startup: startup.clone(), worker, grant: sender });
+            state.waiters.push_back(Waiter {
+                startup: startup.clone(),
+                worker,
+                coming: false,
+                grant: sender,
+            });
             self.open_more(&mut state);
         }
         match tokio::time::timeout_at(deadline.into(), &mut waiting.receiver).await {
@@ -206,9 +214,9 @@ impl Pool {
     fn take_idle(self: &Arc<Pool>, startup: &StartupParameters, worker: usize) -> Option<Box<Backend>> {
         let epoch = self.context.topology.load().epoch;
         let mut state = self.lock();
-        if !state.waiters.is_empty() {
-            // First come, first served: idle backends that do not fit the head's startup parameters
-            // may stay idle while somebody waits, but nobody overtakes.
+        if state.waiters.iter().any(|w| !w.coming) {
+            // First come, first served: an idle backend that does not fit may have to make room for
+            // one that does.
             return None;
         }
         loop {
@@ -236,17 +244,19 @@ impl Pool {
     /// idle backend whose startup parameters nobody who waits can use.
     fn open_more(self: &Arc<Pool>, state: &mut State) {
         let size = self.context.config.pool.size;
-        while state.opening < state.waiters.len() {
+        while let Some(next) = state.waiters.iter().position(|w| !w.coming && !w.grant.is_closed()) {
             if state.open >= size {
                 if state.idle.is_empty() {
                     return;
                 }
-                // All idle ones are of other startup parameters, else they would have been lent.
+                // None of them fits anybody who waits, else it would have been lent; perhaps one fits
+                // who has just come, but must not overtake.
                 state.idle.remove(0);
                 state.open -= 1;
                 self.context.count_closed(self.node, CloseReason::Replaced);
             }
-            let waiter = &state.waiters[state.opening];
+            let waiter = &mut state.waiters[next];
+            waiter.coming = true;
             let (startup, worker) = (waiter.startup.clone(), waiter.worker);
             state.open += 1;
             state.opening += 1;
@@ -263,6 +273,10 @@ impl Pool {
             Ok(backend) => self.hand_on(&mut state, backend),
             Err(error) => {
                 state.open -= 1;
+                // The last in line of those who counted on it.
+                if let Some(waiter) = state.waiters.iter_mut().rfind(|w| w.coming && w.startup == startup) {
+                    waiter.coming = false;
+                }
                 // The node's answer concerns everybody who waits for a connection made like this one;
                 // those who wait for a lent backend to come back keep waiting.
                 let others = state.open > state.idle.len() + state.opening;
@@ -305,7 +319,7 @@ impl Pool {
         )))
     }
 
-    /// Gives a clean backend to who has waited longest, or keeps it.
+    /// Gives a clean backend to who has waited longest of those whom it fits, or keeps it.
     fn hand_on(self: &Arc<Pool>, state: &mut State, mut backend: Box<Backend>) {
         state.waiters.retain(|waiter| !waiter.grant.is_closed());
         while let Some(at) = self.next_in_line(state, &backend) {
@@ -324,6 +338,8 @@ impl Pool {
             return;
         }
         state.idle.push(backend);
+        // Who waits could not use it; with the pool full, it makes room.
+        self.open_more(state);
     }
 
     /// Who is to have this backend: the first in line; if it does not fit them and a connection that
@@ -363,6 +379,12 @@ impl Pool {
         }
         backend.idle_since = now;
         let mut state = self.lock();
+        // Nobody overtakes a head for whom nothing is on its way: it gets this one's place.
+        let passed_over = state.waiters.front().is_some_and(|w| !w.coming && *w.startup != *backend.startup);
+        if passed_over {
+            drop(state);
+            return self.closed(CloseReason::Replaced);
+        }
         self.hand_on(&mut state, backend);
     }
 

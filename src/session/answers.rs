@@ -289,6 +289,7 @@ impl Exchange<'_> {
             return Ok(self.discard(again, fatal));
         }
         self.commit();
+        let of_query = matches!(self.unit.expects.front(), Some(Expect::Query | Expect::FunctionCall));
         self.stop_intake();
         self.unit.failed = true;
         match self.unit.expects.front() {
@@ -302,6 +303,9 @@ impl Exchange<'_> {
         if fatal {
             return Err(End::NodeSaidFatal);
         }
+        if !of_query {
+            self.skip_as_the_server_does();
+        }
         Ok(Step::On)
     }
 
@@ -312,6 +316,18 @@ impl Exchange<'_> {
             self.unit.intake = Intake::Closed;
         } else if self.unit.intake != Intake::Closed {
             self.unit.intake = Intake::Open;
+            self.unit.skip_to_sync = true;
+        }
+    }
+
+    /// After an error in the extended protocol the server reads and drops all up to Sync, even a
+    /// Query, whether it is on its way or still to come.
+    fn skip_as_the_server_does(&mut self) {
+        if matches!(self.unit.expects.front(), Some(Expect::Query | Expect::FunctionCall)) {
+            self.unit.expects.pop_front();
+            self.unit.intake = Intake::Open;
+        }
+        if self.unit.intake == Intake::Open {
             self.unit.skip_to_sync = true;
         }
     }

@@ -169,6 +169,8 @@ pub struct Session {
     client: ClientEnd,
     pools: Arc<UserPools>,
     startup: Arc<StartupParameters>,
+    /// What its backends are to be called.
+    application_name: Option<Arc<str>>,
     catalog: Arc<DatabaseCatalog>,
     /// The parameters as the client was told them last.
     reported: Arc<Parameters>,
@@ -206,10 +208,11 @@ impl Session {
 
     async fn serve_arrival(
         shared: &Arc<Shared>,
-        arrival: Arrival,
+        mut arrival: Arrival,
         worker: usize,
         handle: Arc<SessionHandle>,
     ) {
+        let application_name = arrival.startup.take_application_name();
         let pools = shared.pools.of(&arrival.database, &arrival.user, &arrival.keys);
         let topology = shared.topology.load();
         let mut session = Session {
@@ -224,6 +227,7 @@ impl Session {
             },
             pools,
             startup: Arc::new(arrival.startup),
+            application_name,
             catalog: shared.catalogs.database(&arrival.database),
             reported: Arc::default(),
             lexing: Lexing::Unsafe,
@@ -254,16 +258,22 @@ impl Session {
     /// ParameterStatus, BackendKeyData, ReadyForQuery. What a server reports comes from a real login
     /// with the same startup parameters, which also lets the node refuse the client in its own words.
     async fn welcome(&mut self) -> Result<(), End> {
-        let parameters = match self.pools.welcome(&self.startup) {
+        let mut parameters = match self.pools.welcome(&self.startup) {
             Some(parameters) => parameters,
             None => {
-                let lease = self.lease_for_login().await?;
+                let mut lease = self.lease_for_login().await?;
+                if clean::name(&mut lease, None).await.is_err() {
+                    return Err(End::fatal(ErrorReport::fatal("08006", "the connection to the node broke")));
+                }
                 let parameters = lease.parameters.clone();
                 self.pools.remember_welcome(&self.startup, &parameters);
                 lease.give_back();
                 parameters
             }
         };
+        if let Some(name) = &self.application_name {
+            Arc::make_mut(&mut parameters).insert(b"application_name".to_vec(), name.as_bytes().to_vec());
+        }
         let mut out = Vec::with_capacity(512);
         for (name, value) in parameters.iter() {
             let value = if name == b"in_hot_standby" { b"off" } else { value.as_slice() };
@@ -476,10 +486,21 @@ impl Session {
             if self.handle.is_cancelled() {
                 return self.fail_unit(canceled());
             }
-            let placed = match self.place(&demand, &avoid).await? {
+            let mut placed = match self.place(&demand, &avoid).await? {
                 Ok(placed) => placed,
                 Err(report) => return self.fail_unit(report),
             };
+            if clean::name(&mut placed.lease, self.application_name.as_ref()).await.is_err() {
+                self.shared.reports.report_failure(placed.node, NodeFailure::Broken);
+                if avoid.contains(&placed.node) {
+                    let report = ErrorReport::error("08006", "the connection to the node broke")
+                        .detail("The statement was not sent to it.");
+                    return self.fail_unit(report);
+                }
+                // Nothing of the unit was sent. (A primary is asked once more: there is no other.)
+                avoid.push(placed.node);
+                continue;
+            }
             self.flush_client().await?;
             if !self.handle.running(&placed.lease.cancel) {
                 // The cancel came when the backend had just been found.
@@ -649,6 +670,7 @@ impl Session {
                 if let Some(lease) = &mut self.lease {
                     lease.forget_statements();
                     lease.unnamed = None;
+                    lease.application_name = None;
                     lease.dirt = Dirt::Clean;
                 }
                 if self.pin.take().is_some() {
