@@ -497,6 +497,13 @@ impl Session {
                 return self.fail_unit(report);
             }
         }
+        if let Some(lease) = &self.lease
+            && self.role == Role::Primary
+            && lease.epoch != self.shared.topology.load().epoch
+        {
+            // It has been replaced, and may still live: nothing more is sent to it, least of all a COMMIT.
+            return Err(End::NodeLost { node: lease.node });
+        }
         let reason = if self.pin.is_some() { RouteReason::Pinned } else { RouteReason::InTransaction };
         self.unit = Unit::new(false, 0);
         if let Some(demand) = &demand {
