@@ -83,10 +83,12 @@ pub struct Mark {
 /// May this replica serve the session's next statement?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplicaVerdict {
-    /// Yes: what it shows is at or past the mark. The number of the sample that says so.
+    /// Yes: what it shows is at or past the mark, by this sample.
     Serves {
-        /// A backend must have been connected before this sample was sent.
+        /// Its number. A backend must have been connected before it was sent.
         sample: u64,
+        /// Its sampler connection: the note on what the node is about to show must be of this one.
+        incarnation: Incarnation,
     },
     /// It is known to be behind the mark.
     Behind,
@@ -192,12 +194,15 @@ impl Mark {
         self.seen = Lsn::ZERO;
     }
 
-    /// A replica has shown something: call it after the ReadyForQuery was received, with a note taken then.
-    pub fn replica_showed(&mut self, note: Note) {
+    /// A replica has shown something: call it after the ReadyForQuery was received, with a note taken then,
+    /// and with the incarnation of the verdict that let the statement go there. The one at the time of the
+    /// note may be a later one: of a server that has crashed since, and gone back behind what it showed.
+    pub fn replica_showed(&mut self, note: Note, incarnation: Incarnation) {
         debug_assert!(
             self.pending.is_none_or(|p| p.note.node == note.node),
             "a replica serves only when nothing is pending elsewhere"
         );
+        let note = Note { incarnation, ..note };
         self.pending = Some(Pending { note, kind: PendingKind::Replica { first: None } });
     }
 
@@ -262,7 +267,10 @@ impl Mark {
     pub fn leave_stalled(&mut self, samples: &impl Samples, topology: &Topology) -> bool {
         let stalled = matches!(
             self.pending,
-            Some(Pending { kind: PendingKind::Replica { first: Some(FirstCovering { stalled: true, .. }) }, .. })
+            Some(Pending {
+                kind: PendingKind::Replica { first: Some(FirstCovering { stalled: true, .. }) },
+                ..
+            })
         );
         let leaves = stalled && topology.primary.is_some();
         if leaves {
@@ -307,7 +315,7 @@ impl Mark {
         if replay < self.position {
             return ReplicaVerdict::Behind;
         }
-        ReplicaVerdict::Serves { sample: sample.number }
+        ReplicaVerdict::Serves { sample: sample.number, incarnation: sample.incarnation }
     }
 
     /// May the primary serve the next statement? Call [`absorb`](Self::absorb) first.

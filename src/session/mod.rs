@@ -34,7 +34,7 @@ use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::net::Stream;
 use crate::node::NodeFailure;
-use crate::positions::Positions;
+use crate::positions::{Incarnation, Positions};
 use crate::route::{ClassLabel, RouteReason};
 use crate::topology::{NodeId, TopologyHandle};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
@@ -142,6 +142,8 @@ pub struct Session {
     mark: Mark,
     lease: Option<Lease>,
     role: Role,
+    /// The sampler connection of the replica that `lease` is on when the session was let there.
+    incarnation: Incarnation,
     pin: Option<PinReason>,
     /// In this transaction code ran that is not understood: the backend is looked at when it ends.
     unproven: bool,
@@ -196,6 +198,7 @@ impl Session {
             mark: Mark::new(&*shared.positions, &topology),
             lease: None,
             role: Role::Primary,
+            incarnation: Incarnation::default(),
             pin: None,
             unproven: false,
             ddl: false,
@@ -652,7 +655,7 @@ impl Session {
             let note = self.shared.positions.note(lease.node, lease.epoch);
             match self.role {
                 Role::Primary => self.mark.primary_showed(note),
-                Role::Replica => self.mark.replica_showed(note),
+                Role::Replica => self.mark.replica_showed(note, self.incarnation),
             }
         }
     }

@@ -183,9 +183,10 @@ impl Session {
             self.bring_mark_forward(&topology);
             let in_service = topology.node(lease.node).standing == Standing::Replica;
             match self.mark.replica(&*shared.positions, &topology, lease.node) {
-                ReplicaVerdict::Serves { sample }
+                ReplicaVerdict::Serves { sample, incarnation }
                     if in_service && sample > lease.connected_at && lease.epoch == topology.epoch =>
                 {
+                    self.incarnation = incarnation;
                     return Ok(true);
                 }
                 _ if !in_service || lease.epoch != topology.epoch || Instant::now() >= until => {
