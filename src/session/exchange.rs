@@ -275,6 +275,8 @@ impl Session {
     /// The backend's connection ended before ReadyForQuery.
     fn node_lost(&mut self) -> Result<Outcome, End> {
         if self.unit.redoable {
+            // Its Parse messages will be sent again: the names are not taken.
+            self.statements.take_back();
             return Ok(Outcome::Again(Again::NodeLost));
         }
         let lease = self.lease.as_ref().expect("an exchange has a backend");
