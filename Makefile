@@ -6,12 +6,15 @@ SHELL := /bin/sh
 CARGO ?= cargo
 # How long `make demo` runs: for ever, or for example DEMO_ARGS='--exit-after 30s'.
 DEMO_ARGS ?=
+# How much `make soak-consistency` does: reads per fault, and runs of the model.
+SOAK_READS ?= 20000
+SOAK_MODEL_RUNS ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fmt clippy doc bench audit
+.PHONY: help setup demo test soak-consistency lint fmt clippy doc bench audit
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 
 setup: # what demo and test need: cargo, and PostgreSQL's programs
 	@.ci/setup
@@ -22,6 +25,14 @@ demo: setup ## a private primary and two replicas, the proxy over them, live tra
 
 test: setup ## all tests, on real servers of their own
 	$(CARGO) test --locked --no-fail-fast
+
+soak-consistency: setup ## SOAK_READS reads per fault, by a debug and a release build; no stale one, none backward
+	$(CARGO) build --locked --release
+	HIGHWATER_MODEL_RUNS=$(SOAK_MODEL_RUNS) $(CARGO) test --locked --test mark -- --nocapture
+	HIGHWATER_SOAK_READS=$(SOAK_READS) $(CARGO) test --locked --test end_to_end consistency:: -- \
+		--nocapture --test-threads=1
+	HIGHWATER_SOAK_READS=$(SOAK_READS) HIGHWATER_BINARY=$(CURDIR)/target/release/highwater \
+		$(CARGO) test --locked --test end_to_end consistency:: -- --nocapture --test-threads=1
 
 lint: fmt clippy doc ## format, lints as errors, documentation
 

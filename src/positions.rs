@@ -7,6 +7,7 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
@@ -34,7 +35,18 @@ pub enum SampleBody {
         receive: Option<Lsn>,
         /// The last position replayed.
         replay: Lsn,
+        /// How late it was.
+        late: Late,
     },
+}
+
+/// How late a replica was: what a wait for it is judged by. Never part of the rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Late {
+    /// So long at least the primary had been past the replay position.
+    pub by: Duration,
+    /// When this was asked.
+    pub asked_at: Instant,
 }
 
 /// A position of a node, read by its sampler.
@@ -87,7 +99,10 @@ impl NodePositions {
         Incarnation(self.incarnation.load(Ordering::SeqCst))
     }
 
-    /// The last sample answered on the current connection.
+    /// The last sample answered on the current connection; or the last one of a node that was primary:
+    /// what it said, that all commits acknowledged before it lie below its insert position and that those
+    /// below its floor are visible, a crash does not undo for any commit that has survived it. So
+    /// sessions that wrote before the primary went away can read on replicas while it is away.
     pub fn latest(&self) -> Option<Sample> {
         *self.lock()
     }
@@ -114,14 +129,14 @@ impl NodePositions {
 
 /// The sampler's side.
 impl NodePositions {
-    /// A sampler connected: a new incarnation, of which nothing is known yet.
+    /// A sampler connected: a new incarnation, of whose replay position nothing is known yet.
     pub fn connected(&self) -> Incarnation {
         let mut latest = self.lock();
-        *latest = None;
+        *latest = latest.take_if(|last| matches!(last.body, SampleBody::Primary { .. }));
         Incarnation(self.incarnation.fetch_add(1, Ordering::SeqCst) + 1)
     }
 
-    /// The sampler's connection broke: nothing is known until it has a new one.
+    /// The sampler's connection broke: no replay position is known until it has a new one.
     pub fn lost(&self) {
         self.connected();
     }

@@ -45,6 +45,7 @@ pub struct ReplayLag {
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     lsn: Lsn,
+    first_seen: Instant,
     last_seen: Instant,
 }
 
@@ -78,7 +79,7 @@ impl PrimaryHistory {
         match self.entries.back_mut() {
             Some(newest) if newest.lsn == lsn => newest.last_seen = newest.last_seen.max(at),
             Some(newest) if newest.lsn > lsn || newest.last_seen > at => return,
-            _ => self.entries.push_back(Entry { lsn, last_seen: at }),
+            _ => self.entries.push_back(Entry { lsn, first_seen: at, last_seen: at }),
         }
         // The entry before the oldest one kept still answers for what lies between the two.
         while self
@@ -122,6 +123,14 @@ impl PrimaryHistory {
             }
         };
         Some(ReplayLag { bytes, time })
+    }
+
+    /// How long at `now` the primary has at least been past `replay`: zero if it is not known to be. Where
+    /// [`lag`](Self::lag) is the most that a replica can be late, this is the least. The two are far apart
+    /// right after a pause: the first write behind it has just been made, and the sample before it is old.
+    pub fn past_for(&self, replay: Lsn, now: Instant) -> Duration {
+        let next = self.entries.partition_point(|e| e.lsn <= replay);
+        self.entries.get(next).map_or(Duration::ZERO, |e| now.saturating_duration_since(e.first_seen))
     }
 
     // Every second entry of the older half goes: a lag that falls into a gap is taken from the entry
@@ -174,6 +183,21 @@ mod tests {
     }
 
     #[test]
+    fn the_first_write_after_a_pause_makes_no_replica_late() {
+        let start = Instant::now();
+        let mut history = PrimaryHistory::new(ms(60_000));
+        assert_eq!(history.past_for(Lsn(1), start), ms(0));
+        history.record(Lsn(100), start);
+        history.record(Lsn(200), start + ms(500));
+        history.record(Lsn(200), start + ms(501));
+        let now = start + ms(502);
+        assert_eq!(history.lag(Lsn(100), now).map(|l| l.time), Some(LagTime::AtMost(ms(502))));
+        assert_eq!(history.past_for(Lsn(100), now), ms(2));
+        assert_eq!(history.past_for(Lsn(99), now), ms(502));
+        assert_eq!(history.past_for(Lsn(200), now), ms(0));
+    }
+
+    #[test]
     fn a_crash_that_takes_the_end_of_the_log_does_not_leave_replicas_behind_for_ever() {
         let start = Instant::now();
         let mut history = PrimaryHistory::new(ms(60_000));
@@ -211,6 +235,7 @@ mod tests {
                 LagTime::AtMost(time) => prop_assert!(step == 0 || time >= ms(at - then)),
                 LagTime::MoreThan(time) => prop_assert!(time <= ms(at - then)),
             }
+            prop_assert!(history.past_for(Lsn(then * step), start + ms(at)) <= ms(at - then));
         }
 
         #[test]

@@ -19,7 +19,7 @@ use crate::monitor::ReceivedTimeline;
 use crate::monitor::floor::Floor;
 use crate::monitor::lag::{PrimaryHistory, ReplayLag};
 use crate::node::{NodeClient, NodeError, Nodes, NotCommitted, PrimarySample, SampleAnswer};
-use crate::positions::{Incarnation, NodePositions, Positions, Sample, SampleBody};
+use crate::positions::{Incarnation, Late, NodePositions, Positions, Sample, SampleBody};
 use crate::topology::{Epoch, NodeId, Standing, Topology, TopologyHandle};
 use crate::wal::{Lsn, TimelineId};
 
@@ -129,6 +129,11 @@ impl PrimaryTrack {
         self.lock().history.lag(replay, now)
     }
 
+    /// How long the primary has at least been past `replay`.
+    pub fn past_for(&self, replay: Lsn, now: Instant) -> Duration {
+        self.lock().history.past_for(replay, now)
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Track> {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -233,7 +238,9 @@ impl Sampler {
                 let timeline = state.received.observe(&replica).unwrap_or(UNKNOWN_TIMELINE);
                 self.notice(state, Role::Replays(timeline));
                 // A node that has replayed nothing yet has no position.
-                (timeline, SampleBody::Replica { receive: replica.receive, replay: replica.replay? })
+                let (receive, replay) = (replica.receive, replica.replay?);
+                let late = Late { by: self.track.past_for(replay, asked_at), asked_at };
+                (timeline, SampleBody::Replica { receive, replay, late })
             }
         };
         Some(Sample { number, incarnation, epoch, timeline, body })

@@ -57,8 +57,18 @@ enum PendingKind {
     Inherited,
     /// The primary showed something. `replica_part`: it stands for something that a replica showed.
     Primary { replica_part: bool },
-    /// A replica showed something. `first`: its replay position in the first sample that covers the note.
-    Replica { first: Option<Lsn> },
+    /// A replica showed something. `first`: what the first sample that covers the note said, if that did
+    /// not resolve it.
+    Replica { first: Option<FirstCovering> },
+}
+
+/// The first sample sent after a replica's note, in which something was being replayed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct FirstCovering {
+    number: u64,
+    replay: Lsn,
+    /// A later sample has found the replica where it was.
+    stalled: bool,
 }
 
 /// The position a session may not fall behind.
@@ -73,10 +83,12 @@ pub struct Mark {
 /// May this replica serve the session's next statement?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplicaVerdict {
-    /// Yes: what it shows is at or past the mark. The number of the sample that says so.
+    /// Yes: what it shows is at or past the mark, by this sample.
     Serves {
-        /// A backend must have been connected before this sample was sent.
+        /// Its number. A backend must have been connected before it was sent.
         sample: u64,
+        /// Its sampler connection: the note on what the node is about to show must be of this one.
+        incarnation: Incarnation,
     },
     /// It is known to be behind the mark.
     Behind,
@@ -182,12 +194,15 @@ impl Mark {
         self.seen = Lsn::ZERO;
     }
 
-    /// A replica has shown something: call it after the ReadyForQuery was received, with a note taken then.
-    pub fn replica_showed(&mut self, note: Note) {
+    /// A replica has shown something: call it after the ReadyForQuery was received, with a note taken then,
+    /// and with the incarnation of the verdict that let the statement go there. The one at the time of the
+    /// note may be a later one: of a server that has crashed since, and gone back behind what it showed.
+    pub fn replica_showed(&mut self, note: Note, incarnation: Incarnation) {
         debug_assert!(
             self.pending.is_none_or(|p| p.note.node == note.node),
             "a replica serves only when nothing is pending elsewhere"
         );
+        let note = Note { incarnation, ..note };
         self.pending = Some(Pending { note, kind: PendingKind::Replica { first: None } });
     }
 
@@ -221,7 +236,7 @@ impl Mark {
         samples: &impl Samples,
         topology: &Topology,
         note: Note,
-        first: Option<Lsn>,
+        first: Option<FirstCovering>,
     ) {
         let gone = samples.incarnation(note.node) != note.incarnation
             || topology.node(note.node).standing != Standing::Replica;
@@ -229,17 +244,39 @@ impl Mark {
             return self.hand_over(samples, topology);
         }
         let Some(sample) = samples.latest(note.node) else { return };
-        let SampleBody::Replica { receive, replay } = sample.body else { return };
+        let SampleBody::Replica { receive, replay, .. } = sample.body else { return };
         if sample.number <= note.counter || sample.incarnation != note.incarnation {
             return;
         }
-        if receive == Some(replay) || first.is_some_and(|first| replay > first) {
+        if receive == Some(replay) || first.is_some_and(|first| replay > first.replay) {
             self.position = self.position.max(replay);
             self.seen = self.seen.max(replay);
             self.pending = None;
-        } else if first.is_none() {
-            self.pending = Some(Pending { note, kind: PendingKind::Replica { first: Some(replay) } });
+            return;
         }
+        let first = match first {
+            None => FirstCovering { number: sample.number, replay, stalled: false },
+            Some(first) => FirstCovering { stalled: sample.number > first.number, ..first },
+        };
+        self.pending = Some(Pending { note, kind: PendingKind::Replica { first: Some(first) } });
+    }
+
+    /// A replica whose replay stands still (paused, delayed, held up by a long query) would resolve its
+    /// note only when it moves on, and no statement could run elsewhere until then. Whoever wants the
+    /// primary turns such a note into one on the primary. Whether it was one.
+    pub fn leave_stalled(&mut self, samples: &impl Samples, topology: &Topology) -> bool {
+        let stalled = matches!(
+            self.pending,
+            Some(Pending {
+                kind: PendingKind::Replica { first: Some(FirstCovering { stalled: true, .. }) },
+                ..
+            })
+        );
+        let leaves = stalled && topology.primary.is_some();
+        if leaves {
+            self.hand_over(samples, topology);
+        }
+        leaves
     }
 
     /// The node of a replica's note cannot be asked any more. The primary holds all that a replica
@@ -278,7 +315,7 @@ impl Mark {
         if replay < self.position {
             return ReplicaVerdict::Behind;
         }
-        ReplicaVerdict::Serves { sample: sample.number }
+        ReplicaVerdict::Serves { sample: sample.number, incarnation: sample.incarnation }
     }
 
     /// May the primary serve the next statement? Call [`absorb`](Self::absorb) first.
@@ -324,6 +361,11 @@ impl Mark {
     fn cross(&mut self, samples: &impl Samples, topology: &Topology, switch: &Switch) -> Survival {
         let resolved = match self.pending {
             None => true,
+            // Taken on the primary of now, when an earlier switch was crossed: it holds across this one.
+            Some(p) if p.note.epoch > switch.from => {
+                self.epoch = Epoch(switch.from.0 + 1);
+                return self.cross_position(samples, topology, switch);
+            }
             Some(p) => match p.kind {
                 PendingKind::Inherited => {
                     // Nothing was shown to this session: it begins anew on the new primary.
@@ -345,8 +387,10 @@ impl Mark {
                 },
                 // What the promoted node showed as a replica is in its own history. The same holds for
                 // a replica that, on one unbroken sampler connection, now follows the new timeline.
-                PendingKind::Replica { .. } => {
-                    topology.primary == Some(p.note.node) || self.follows(samples, topology, p.note)
+                PendingKind::Replica { first } => {
+                    promoted_after(topology, switch) == Some(p.note.node)
+                        || self.follows(samples, topology, p.note)
+                        || self.resolves_behind(samples, switch, p.note, first)
                 }
             },
         };
@@ -359,6 +403,7 @@ impl Mark {
             return Survival::Lost(fork);
         }
         if replica_note.is_some() {
+            // Without a primary the caller would not be here: there is none only before the first epoch.
             self.hand_over(samples, topology);
         }
         self.cross_position(samples, topology, switch)
@@ -369,6 +414,25 @@ impl Mark {
             && samples.latest(note.node).is_some_and(|s| {
                 Some(s.timeline) == topology.timeline && matches!(s.body, SampleBody::Replica { .. })
             })
+    }
+
+    /// Whether all that a replica had shown is at or before the fork, by a sample that covers the note and
+    /// was answered on the old timeline: the replica has not followed yet.
+    fn resolves_behind(
+        &self,
+        samples: &impl Samples,
+        switch: &Switch,
+        note: Note,
+        first: Option<FirstCovering>,
+    ) -> bool {
+        let Some(sample) = samples.latest(note.node) else { return false };
+        let SampleBody::Replica { receive, replay, .. } = sample.body else { return false };
+        let covers = sample.number > note.counter && sample.incarnation == note.incarnation;
+        let published = receive == Some(replay) || first.is_some_and(|first| replay > first.replay);
+        covers
+            && published
+            && sample.timeline == switch.old_timeline
+            && switch.fork.is_some_and(|fork| replay <= fork)
     }
 
     /// The position itself: kept up to the fork, in doubt past it.
@@ -388,6 +452,12 @@ impl Mark {
         self.seen = Lsn::ZERO;
         self.inherit(samples, topology);
     }
+}
+
+/// The primary of the epoch that began with `switch`.
+fn promoted_after(topology: &Topology, switch: &Switch) -> Option<NodeId> {
+    let next = topology.switches.iter().find(|s| s.from > switch.from);
+    next.map(|s| s.old_primary).or(topology.primary)
 }
 
 fn worse(a: Survival, b: Survival) -> Survival {

@@ -37,7 +37,7 @@ use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::net::Stream;
 use crate::node::NodeFailure;
-use crate::positions::Positions;
+use crate::positions::{Incarnation, Positions};
 use crate::route::{ClassLabel, RouteReason};
 use crate::topology::{NodeId, TopologyHandle};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
@@ -179,6 +179,8 @@ pub struct Session {
     mark: Mark,
     lease: Option<Lease>,
     role: Role,
+    /// The sampler connection of the replica that `lease` is on when the session was let there.
+    incarnation: Incarnation,
     pin: Option<PinReason>,
     /// In this transaction code ran that is not understood: the backend is looked at when it ends.
     unproven: bool,
@@ -235,6 +237,7 @@ impl Session {
             mark: Mark::new(&*shared.positions, &topology),
             lease: None,
             role: Role::Primary,
+            incarnation: Incarnation::default(),
             pin: None,
             unproven: false,
             ddl: false,
@@ -753,7 +756,7 @@ impl Session {
             let note = self.shared.positions.note(node, epoch);
             match self.role {
                 Role::Primary => self.mark.primary_showed(note),
-                Role::Replica => self.mark.replica_showed(note),
+                Role::Replica => self.mark.replica_showed(note, self.incarnation),
             }
         }
     }

@@ -10,6 +10,7 @@ use super::mark::{PrimaryVerdict, ReplicaVerdict};
 use super::{End, Role, Session, canceled};
 use crate::backend::pool::{AcquireError, Lease};
 use crate::metrics::WaitFor;
+use crate::positions::SampleBody;
 use crate::route::RouteReason;
 use crate::route::balance::{self, Candidate};
 use crate::topology::{NodeId, Standing};
@@ -137,9 +138,7 @@ impl Session {
                         .load(std::sync::atomic::Ordering::Relaxed),
                 }),
                 ReplicaVerdict::Behind | ReplicaVerdict::Unresolved | ReplicaVerdict::Unknown => {
-                    // What it would take is foretold by how late it is, in time; a replay rate would
-                    // say nothing after a pause.
-                    if view.replay_lag.is_none_or(|lag| lag <= patience) {
+                    if self.soon(view.id, patience) {
                         hope = Hope::Soon;
                     } else if hope == Hope::NobodyServes {
                         hope = Hope::TooFar;
@@ -148,6 +147,18 @@ impl Session {
             }
         }
         (candidates, hope)
+    }
+
+    /// Whether a replica may be expected to catch up within `patience`. That is foretold by how late it is,
+    /// in time; a replay rate would say nothing after a pause. What the topology says of it is as old as the
+    /// last probe; a sample that is old, too, is worth a newer one before the read goes to the primary.
+    fn soon(&self, node: NodeId, patience: Duration) -> bool {
+        match self.shared.positions.node(node).latest().map(|sample| sample.body) {
+            Some(SampleBody::Replica { late, .. }) => {
+                late.by <= patience || late.asked_at.elapsed() > patience
+            }
+            _ => true,
+        }
     }
 
     /// Asks for the samples that would let a replica serve.
@@ -172,9 +183,10 @@ impl Session {
             self.bring_mark_forward(&topology);
             let in_service = topology.node(lease.node).standing == Standing::Replica;
             match self.mark.replica(&*shared.positions, &topology, lease.node) {
-                ReplicaVerdict::Serves { sample }
+                ReplicaVerdict::Serves { sample, incarnation }
                     if in_service && sample > lease.connected_at && lease.epoch == topology.epoch =>
                 {
+                    self.incarnation = incarnation;
                     return Ok(true);
                 }
                 _ if !in_service || lease.epoch != topology.epoch || Instant::now() >= until => {
@@ -205,8 +217,12 @@ impl Session {
             match self.lease_from(node).await? {
                 Ok(lease) => {
                     let topology = self.shared.topology.load_full();
-                    if topology.primary != Some(node) || topology.epoch != lease.epoch {
-                        // The primary changed meanwhile: never a write on the old one.
+                    if topology.primary != Some(node)
+                        || topology.epoch != lease.epoch
+                        || topology.epoch != self.mark.epoch()
+                    {
+                        // The primary changed meanwhile: never a write on the old one, and none whose
+                        // note the mark would not take.
                         drop(lease);
                         continue;
                     }
@@ -263,6 +279,12 @@ impl Session {
                             shared.metrics.waited(what, begun.elapsed());
                         }
                         return Ok(Ok(()));
+                    }
+                    PrimaryVerdict::Unresolved(_)
+                        if self.mark.leave_stalled(&*shared.positions, &topology) =>
+                    {
+                        waited = Some(WaitFor::Floor);
+                        continue;
                     }
                     PrimaryVerdict::Unresolved(node) => {
                         shared.positions.node(node).want();

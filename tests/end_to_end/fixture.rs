@@ -329,7 +329,8 @@ impl Proxy {
         std::fs::write(&config, config_text(cluster, port.number(), http.number(), &options)).unwrap();
 
         let log = std::fs::File::create(directory.path().join("log")).unwrap();
-        let process = Command::new(env!("CARGO_BIN_EXE_highwater"))
+        let program = std::env::var("HIGHWATER_BINARY");
+        let process = Command::new(program.as_deref().unwrap_or(env!("CARGO_BIN_EXE_highwater")))
             .args(["run", "-c"])
             .arg(&config)
             .stdin(Stdio::null())
@@ -403,6 +404,11 @@ impl Proxy {
     /// Its log so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+    }
+
+    /// How `app` logs in.
+    pub fn app(&self) -> &Login {
+        &self.app
     }
 
     /// The role `app`, in its database.

@@ -1,0 +1,6 @@
+//! The mark, without servers: stories (`scenarios`), and a model of a cluster in which sessions go by
+//! its verdicts (`model`).
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod model;
+mod scenarios;
