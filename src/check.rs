@@ -2,14 +2,14 @@
 //!
 //! Promises: reads only; all nodes are asked at once, each with one connection and one deadline; whatever
 //! would keep the proxy from working well is one line of [`Report::problems`]. Deliberately does not start
-//! anything or judge performance. It connects without TLS; where `node_tls.mode` demands TLS it
-//! does not connect at all, so that no password travels in a way the configuration forbids.
+//! anything or judge performance. It connects with the TLS that `run` connects with.
 
 use std::fmt;
 
-use tokio_postgres::{Client, NoTls};
+use tokio_postgres::Client;
 
-use crate::config::{AuthSource, Config, NodeConfig, NodeTlsMode};
+use crate::config::{AuthSource, Config, NodeConfig};
+use crate::net::{ClientTls, NodeTls};
 use crate::wal::Lsn;
 
 /// What `check` found. `Display` prints all of it, for people.
@@ -44,6 +44,8 @@ pub struct NodeFacts {
     pub password_encryption: String,
     /// Whether the server offers TLS.
     pub offers_tls: bool,
+    /// The TLS version that this connection has; `None`: it has none.
+    pub tls_version: Option<String>,
     /// Roles that may log in and have an md5 verifier; `None`: the control user may not see them.
     pub md5_roles: Option<i64>,
     /// Whether the auth query works for the control user; `None`: not tried.
@@ -60,7 +62,8 @@ const FACTS: &str = "SELECT pg_is_in_recovery(), \
     CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() \
          ELSE pg_current_wal_insert_lsn() END::text, \
     pg_has_role('pg_monitor', 'USAGE'), current_setting('password_encryption'), \
-    current_setting('ssl') = 'on'";
+    current_setting('ssl') = 'on', \
+    (SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid())";
 
 const MD5_ROLES: &str =
     "SELECT count(*) FROM pg_catalog.pg_authid WHERE rolcanlogin AND rolpassword LIKE 'md5%'";
@@ -68,10 +71,14 @@ const MD5_ROLES: &str =
 /// Asks the nodes; returns after at most `pool.connect_timeout` plus `failover.check_timeout`, about.
 /// Must run on a tokio runtime.
 pub async fn check(config: &Config) -> Report {
+    let tls = match NodeTls::new(&config.node_tls) {
+        Ok(tls) => tls,
+        Err(error) => return unusable(config, error.to_string()),
+    };
     let mut asking = tokio::task::JoinSet::new();
     for (index, node) in config.nodes.iter().enumerate() {
-        let (config, node) = (config.clone(), node.clone());
-        asking.spawn(async move { (index, ask(&config, &node).await) });
+        let (config, node, tls) = (config.clone(), node.clone(), tls.clone());
+        asking.spawn(async move { (index, ask(&config, &node, &tls).await) });
     }
     let unanswered = || Err("the question ended early".to_owned());
     let mut nodes: Vec<_> = config.nodes.iter().map(|n| (n.name.clone(), unanswered())).collect();
@@ -83,19 +90,24 @@ pub async fn check(config: &Config) -> Report {
     Report { problems: problems(config, &nodes), routing: routing(config, &nodes), nodes }
 }
 
-async fn ask(config: &Config, node: &NodeConfig) -> Result<NodeFacts, String> {
-    if matches!(config.node_tls.mode, NodeTlsMode::Require | NodeTlsMode::VerifyCa | NodeTlsMode::VerifyFull)
-    {
-        return Err("not tried: node_tls.mode demands TLS, which check does not speak yet".to_owned());
-    }
+/// What there is to say when node_tls cannot even be set up: `run` would not start.
+fn unusable(config: &Config, why: String) -> Report {
+    let nodes = config.nodes.iter().map(|n| (n.name.clone(), Err("not tried".to_owned()))).collect();
+    let mut problems = vec![format!("node_tls cannot be used: {why}")];
+    problems.extend(client_tls_problem(config));
+    Report { nodes, problems, routing: vec!["None: the proxy would not start.".to_owned()] }
+}
+
+async fn ask(config: &Config, node: &NodeConfig, tls: &NodeTls) -> Result<NodeFacts, String> {
     let deadline = config.pool.connect_timeout + config.failover.check_timeout;
-    match tokio::time::timeout(deadline, connect_and_ask(config, node)).await {
+    match tokio::time::timeout(deadline, connect_and_ask(config, node, tls)).await {
         Ok(answer) => answer,
         Err(_) => Err(format!("no answer within {deadline:?}")),
     }
 }
 
-async fn connect_and_ask(config: &Config, node: &NodeConfig) -> Result<NodeFacts, String> {
+async fn connect_and_ask(config: &Config, node: &NodeConfig, tls: &NodeTls) -> Result<NodeFacts, String> {
+    let (connector, mode) = tls.postgres_connector();
     let mut options = tokio_postgres::Config::new();
     options
         .host(&node.host)
@@ -103,12 +115,12 @@ async fn connect_and_ask(config: &Config, node: &NodeConfig) -> Result<NodeFacts
         .user(&config.control.user)
         .dbname(&config.control.database)
         .application_name("highwater check")
-        .ssl_mode(tokio_postgres::config::SslMode::Disable)
+        .ssl_mode(mode)
         .connect_timeout(config.pool.connect_timeout);
     if let Some(password) = &config.control.password {
         options.password(&password.0);
     }
-    let (client, connection) = options.connect(NoTls).await.map_err(|e| describe(&e))?;
+    let (client, connection) = options.connect(connector).await.map_err(|e| describe(&e))?;
     // Ends by itself when `client` is dropped.
     tokio::spawn(connection);
     facts(config, &client).await.map_err(|e| describe(&e))
@@ -132,6 +144,7 @@ async fn facts(config: &Config, client: &Client) -> Result<NodeFacts, tokio_post
         may_monitor: row.try_get(6)?,
         password_encryption: row.try_get(7)?,
         offers_tls: row.try_get(8)?,
+        tls_version: row.try_get(9)?,
         md5_roles,
         auth_query: match config.auth.source {
             AuthSource::List => None,
@@ -186,6 +199,7 @@ fn problems(config: &Config, nodes: &Answers) -> Vec<String> {
             Ok(facts) => node_problems(config, name, facts, &mut found),
         }
     }
+    found.extend(client_tls_problem(config));
     match primaries(nodes).as_slice() {
         [] => found.push("no node that answers is a primary: nothing can be written".to_owned()),
         [_] => {}
@@ -195,6 +209,10 @@ fn problems(config: &Config, nodes: &Answers) -> Vec<String> {
     differing("timelines", nodes, |f| f.timeline.to_string(), &mut found);
     differing("major versions", nodes, |f| f.server_major.to_string(), &mut found);
     found
+}
+
+fn client_tls_problem(config: &Config) -> Option<String> {
+    ClientTls::new(&config.client_tls).err().map(|error| format!("client_tls cannot be used: {error}"))
 }
 
 fn node_problems(config: &Config, name: &str, facts: &NodeFacts, found: &mut Vec<String>) {
@@ -287,7 +305,11 @@ impl fmt::Display for Report {
             if let (true, Some(head), Some(replayed)) = (facts.in_recovery, head, facts.lsn) {
                 write!(f, ", {} bytes behind", head.bytes_since(replayed))?;
             }
-            let tls = if facts.offers_tls { "offered" } else { "not offered" };
+            let tls = match (&facts.tls_version, facts.offers_tls) {
+                (Some(version), _) => version.trim_start_matches("TLSv").to_owned(),
+                (None, true) => "offered, not used".to_owned(),
+                (None, false) => "not offered".to_owned(),
+            };
             let monitor = if facts.may_monitor { "yes" } else { "no" };
             let query = match &facts.auth_query {
                 None => "not used",
@@ -321,6 +343,7 @@ mod tests {
             may_monitor: true,
             password_encryption: "scram-sha-256".to_owned(),
             offers_tls: false,
+            tls_version: None,
             md5_roles: Some(0),
             auth_query: Some(Ok(())),
         }

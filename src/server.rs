@@ -201,7 +201,12 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
     let metrics = Arc::new(Metrics::new(&names, &labels()));
     let nodes = Nodes::new(config.clone(), &node_tls);
     let control = control::start(config.clone(), nodes.clone(), topology.clone(), positions.clone());
-    let catalogs = Catalogs::new(nodes.clone(), topology.clone(), tokio::runtime::Handle::current());
+    let catalogs = Catalogs::new(
+        nodes.clone(),
+        topology.clone(),
+        tokio::runtime::Handle::current(),
+        config.limits.databases,
+    );
     let pools = Arc::new(Pools::new(Arc::new(PoolContext {
         config: config.clone(),
         tls: node_tls,

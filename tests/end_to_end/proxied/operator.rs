@@ -34,6 +34,91 @@ async fn metrics_say_what_ran_where() {
     }
 }
 
+/// `metric | type | labels` of every row of docs/METRICS.md.
+fn described() -> Vec<(String, String, Vec<String>)> {
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/METRICS.md")).unwrap();
+    let cells = |line: &str| line.split('|').map(|c| c.trim().replace('`', "")).collect::<Vec<_>>();
+    page.lines()
+        .filter(|line| line.starts_with("| `highwater_"))
+        .map(cells)
+        .map(|c| {
+            let labels = c[3].split(", ").filter(|l| *l != "none").map(str::to_owned).collect();
+            (c[1].clone(), c[2].clone(), labels)
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn the_metrics_page_describes_every_metric_and_no_other() {
+    let cluster = Cluster::start(1).await;
+    let proxy = Proxy::start(&cluster).await;
+    let client = proxy.connect().await;
+    client.simple_query("SELECT 1").await.unwrap();
+    // A replica's lag is there once it has been measured, a statement once it is counted.
+    eventually("every metric has a sample", || async {
+        let (_, text) = proxy.get("/metrics").await.unwrap();
+        described().iter().all(|(name, ..)| text.contains(&format!("# TYPE {name} ")))
+    })
+    .await;
+    let (_, text) = proxy.get("/metrics").await.unwrap();
+    let described = described();
+    for line in text.lines() {
+        if let Some(typed) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = typed.split_once(' ').unwrap();
+            let row = described.iter().find(|(n, ..)| n == name);
+            assert_eq!(row.map(|(_, k, _)| k.as_str()), Some(kind), "{name} in docs/METRICS.md");
+        } else if !line.starts_with('#') {
+            let name = line.split(['{', ' ']).next().unwrap();
+            let family = ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end));
+            let row = described.iter().find(|(n, ..)| n == name || Some(n.as_str()) == family).unwrap();
+            let inner = line.split_once('{').map_or("", |(_, rest)| rest.rsplit_once('}').unwrap().0);
+            let labels = inner.split("\",").filter_map(|pair| pair.split_once('=')).map(|(l, _)| l);
+            for label in labels.filter(|l| *l != "le") {
+                assert!(row.2.iter().any(|l| l == label), "{name}: label {label} in docs/METRICS.md");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_happens_for_the_first_time_has_been_zero_before() {
+    let cluster = Cluster::start(1).await;
+    let proxy = Proxy::start(&cluster).await;
+    let (_, text) = proxy.get("/metrics").await.unwrap();
+    for series in [
+        "highwater_redone_total{reason=\"conflict\"} 0",
+        "highwater_pins_total{reason=\"temporary_table\"} 0",
+        "highwater_cancels_total{outcome=\"forwarded\"} 0",
+        "highwater_client_refused_total{reason=\"too_many\"} 0",
+        "highwater_login_failures_total{reason=\"password\"} 0",
+        "highwater_backends_closed_total{node=\"b\",reason=\"broken\"} 0",
+        "highwater_wait_seconds_count{for=\"mark\"} 0",
+        "highwater_lost_write_total 0",
+    ] {
+        assert!(text.lines().any(|line| line == series), "{series} is missing in\n{text}");
+    }
+    assert!(proxy.metrics().await.sum("highwater_topology_changes_total", &[]) >= 1.0);
+    eventually("samples are counted", || async {
+        proxy.metrics().await.sum("highwater_samples_total", &[("node", "a")]) >= 1.0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn check_connects_with_the_tls_that_run_connects_with() {
+    let (_cluster, proxy, _files) = super::login::with_tls("prefer", "verify-full").await;
+    let config = std::fs::read_to_string(proxy.directory().join("config.yaml")).unwrap();
+    let (code, said) = with_config("check", &config);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("TLS 1.3"), "{said}");
+    let (code, said) = with_config("check", &config.replace("verify-full", "disable"));
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("TLS offered, not used"), "{said}");
+    let (code, said) = with_config("check", &config.replace("cert.pem", "nowhere.pem"));
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("node_tls cannot be used") && said.contains("client_tls cannot be used"), "{said}");
+}
+
 #[tokio::test]
 async fn sigterm_lets_a_transaction_finish_and_turns_new_clients_away() {
     let cluster = Cluster::start(0).await;
@@ -56,6 +141,22 @@ async fn sigterm_lets_a_transaction_finish_and_turns_new_clients_away() {
     busy.read_to_end().await;
     assert!(stopping.await.unwrap().success());
     assert_eq!(cluster.primary().query_text("SELECT count(*) FROM t").await.unwrap(), "1");
+}
+
+#[tokio::test]
+async fn a_log_line_is_plain_text_one_for_each_event_and_libraries_are_silent() {
+    let cluster = Cluster::start(1).await;
+    // The server then sends notices on each of the proxy's own connections, which its driver tells of.
+    cluster.primary().execute("ALTER ROLE highwater SET client_min_messages = debug5").await.unwrap();
+    cluster.wait_caught_up(0).await.unwrap();
+    let proxy = Proxy::start(&cluster).await;
+    proxy.connect().await.simple_query("DO $$ BEGIN RAISE NOTICE 'heard'; END $$").await.unwrap();
+    let log = proxy.log();
+    assert!(log.contains("primary found") && log.contains("replica in use"), "{log}");
+    for line in log.lines() {
+        assert!(line.contains(" highwater"), "not a line of ours: {line}");
+        assert!(!line.contains('\u{1b}'), "{line}");
+    }
 }
 
 /// Runs the binary on a configuration: exit code and what it said.
