@@ -40,6 +40,8 @@ pub struct NodeFacts {
     pub lsn: Option<Lsn>,
     /// Whether the control user has the rights of `pg_monitor`.
     pub may_monitor: bool,
+    /// Whether it may read the files in which timelines tell where they began.
+    pub may_read_history: bool,
     /// The server's `password_encryption`.
     pub password_encryption: String,
     /// Whether the server offers TLS.
@@ -63,7 +65,8 @@ const FACTS: &str = "SELECT pg_is_in_recovery(), \
          ELSE pg_current_wal_insert_lsn() END::text, \
     pg_has_role('pg_monitor', 'USAGE'), current_setting('password_encryption'), \
     current_setting('ssl') = 'on', \
-    (SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid())";
+    (SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()), \
+    has_function_privilege('pg_catalog.pg_read_file(text, bigint, bigint, boolean)', 'EXECUTE')";
 
 const MD5_ROLES: &str =
     "SELECT count(*) FROM pg_catalog.pg_authid WHERE rolcanlogin AND rolpassword LIKE 'md5%'";
@@ -145,6 +148,7 @@ async fn facts(config: &Config, client: &Client) -> Result<NodeFacts, tokio_post
         password_encryption: row.try_get(7)?,
         offers_tls: row.try_get(8)?,
         tls_version: row.try_get(9)?,
+        may_read_history: row.try_get(10)?,
         md5_roles,
         auth_query: match config.auth.source {
             AuthSource::List => None,
@@ -219,6 +223,12 @@ fn node_problems(config: &Config, name: &str, facts: &NodeFacts, found: &mut Vec
     let user = &config.control.user;
     if !facts.may_monitor {
         found.push(format!("node {name}: role {user} lacks pg_monitor (GRANT pg_monitor TO {user})"));
+    }
+    if !facts.may_read_history {
+        found.push(format!(
+            "node {name}: role {user} may not execute pg_read_file: after a failover no session can be told \
+             that nothing of its was lost (docs/OPERATIONS.md has the grant)"
+        ));
     }
     if let Some(Err(why)) = &facts.auth_query {
         found.push(format!("node {name}: auth.query fails for role {user}: {why}"));
@@ -341,6 +351,7 @@ mod tests {
             server_major: 15,
             lsn: Some(Lsn(if in_recovery { 100 } else { 150 })),
             may_monitor: true,
+            may_read_history: true,
             password_encryption: "scram-sha-256".to_owned(),
             offers_tls: false,
             tls_version: None,
@@ -380,6 +391,7 @@ mod tests {
             system_identifier: "8".to_owned(),
             server_major: 16,
             may_monitor: false,
+            may_read_history: false,
             password_encryption: "md5".to_owned(),
             md5_roles: Some(2),
             auth_query: Some(Err("permission denied".to_owned())),
@@ -391,6 +403,7 @@ mod tests {
             "system identifiers differ: a 7, b 8",
             "major versions differ",
             "lacks pg_monitor",
+            "may not execute pg_read_file",
             "password_encryption is md5",
             "2 roles have md5",
             "auth.query fails for role u: permission denied",

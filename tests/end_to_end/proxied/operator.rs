@@ -104,6 +104,46 @@ async fn what_happens_for_the_first_time_has_been_zero_before() {
     .await;
 }
 
+/// The first block of this language in a file of the project.
+fn block_of(file: &str, language: &str) -> String {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+    let text = std::fs::read_to_string(path).unwrap();
+    let from = text.split_once(&format!("```{language}\n")).unwrap().1;
+    from.split_once("```").unwrap().0.to_owned()
+}
+
+#[tokio::test]
+async fn the_grants_of_the_operations_page_are_enough_to_run_on() {
+    let cluster = Cluster::start(1).await;
+    // The cluster has a role of that name, with other rights.
+    let sql = block_of("docs/OPERATIONS.md", "sql").replace("highwater", "watcher");
+    let superuser = &cluster.roles().superuser;
+    let operator = cluster.primary().connect("postgres", superuser).await.unwrap();
+    operator.batch_execute(&sql).await.unwrap();
+    cluster.wait_caught_up(0).await.unwrap();
+    let overrides = "control: { user: watcher, password: choose one }\n\
+        auth: { query: 'SELECT * FROM watcher.verifier($1, $2)' }";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    let row = proxy.connect().await.query_one("SELECT current_user::text", &[]).await.unwrap();
+    assert_eq!(row.get::<_, String>(0), "app");
+    let refused = proxy.connect_as("app", superuser).await.unwrap_err();
+    assert_eq!(refused.code().map(|code| code.code()), Some("28P01"));
+    let config = std::fs::read_to_string(proxy.directory().join("config.yaml")).unwrap();
+    let (code, said) = with_config("check", &config);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("auth query works"), "{said}");
+    // And each of them is needed.
+    let revoke = "REVOKE EXECUTE ON FUNCTION pg_read_file(text, bigint, bigint, boolean) FROM watcher; \
+        REVOKE pg_monitor FROM watcher; REVOKE USAGE ON SCHEMA watcher FROM watcher";
+    operator.batch_execute(revoke).await.unwrap();
+    cluster.wait_caught_up(0).await.unwrap();
+    let (code, said) = with_config("check", &config);
+    assert_eq!(code, Some(1), "{said}");
+    for what in ["lacks pg_monitor", "may not execute pg_read_file", "auth.query fails"] {
+        assert!(said.contains(what), "{what}: {said}");
+    }
+}
+
 #[tokio::test]
 async fn check_connects_with_the_tls_that_run_connects_with() {
     let (_cluster, proxy, _files) = super::login::with_tls("prefer", "verify-full").await;
