@@ -1499,6 +1499,14 @@ mod tests {
     }
 
     #[test]
+    fn the_least_configuration_of_the_readme_loads() {
+        let readme = include_str!("../README.md");
+        let text = readme.split("```yaml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+        let env = |name: &str| (name == "HIGHWATER_PASSWORD").then(|| "x".to_owned());
+        assert_eq!(Config::parse(text, "README.md", &env).unwrap().nodes.len(), 2);
+    }
+
+    #[test]
     fn the_reference_page_describes_every_key() {
         let page = include_str!("../docs/CONFIGURATION.md");
         let mut described: Vec<&str> =
