@@ -199,6 +199,60 @@ async fn a_log_line_is_plain_text_one_for_each_event_and_libraries_are_silent() 
     }
 }
 
+/// The demo until it says `last`, then `signal`; all it has said, once it has ended well.
+fn demo(arguments: &[&str], last: &str, signal: Option<nix::sys::signal::Signal>) -> String {
+    use std::io::BufRead as _;
+    let mut child = Command::new(env!("CARGO_BIN_EXE_highwater"))
+        .arg("demo")
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = String::new();
+    for line in std::io::BufReader::new(child.stdout.take().unwrap()).lines() {
+        let line = line.unwrap();
+        if let Some(signal) = signal
+            && line.contains(last)
+        {
+            let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
+            nix::sys::signal::kill(pid, signal).unwrap();
+        }
+        said += &line;
+        said.push('\n');
+    }
+    assert!(child.wait().unwrap().success(), "{said}");
+    assert!(said.ends_with("stopped; servers and files are gone\n"), "{said}");
+    if let Some(directory) = said.lines().find_map(|line| line.strip_prefix("directory: ")) {
+        assert!(!std::path::Path::new(directory).exists(), "{directory} is left");
+    }
+    said
+}
+
+#[test]
+fn the_demo_shows_reads_on_replicas_writes_on_the_primary_and_nothing_stale() {
+    let said = demo(&["--exit-after", "2500ms"], "", None);
+    let sample = |sql: &str| {
+        let line = said.lines().find(|line| line.contains(sql));
+        line.unwrap_or_else(|| panic!("{sql}: {said}")).to_owned()
+    };
+    for sql in ["  SELECT balance FROM account WHERE id = 7  ", "  SELECT count(*) FROM account  "] {
+        assert!(sample(sql).contains(" replica ") && sample(sql).ends_with("read: read"), "{said}");
+    }
+    for sql in ["INSERT INTO account", "FOR UPDATE", "WITH m AS (DELETE", "SELECT 1; DELETE", "BEGIN; "] {
+        assert!(sample(sql).contains(" a primary "), "{said}");
+    }
+    let traffic: Vec<&str> = said.lines().filter(|line| line.contains("own rows read back")).collect();
+    assert!(!traffic.is_empty() && traffic.iter().all(|line| line.ends_with(", stale 0")), "{said}");
+}
+
+#[test]
+fn the_demo_leaves_nothing_behind_when_it_is_told_to_stop() {
+    use nix::sys::signal::Signal::{SIGINT, SIGTERM};
+    demo(&[], "live traffic", Some(SIGINT));
+    demo(&[], "starting a on", Some(SIGTERM));
+}
+
 /// Runs the binary on a configuration: exit code and what it said.
 fn with_config(command: &str, text: &str) -> (Option<i32>, String) {
     let directory = tempfile::tempdir().unwrap();
