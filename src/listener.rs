@@ -28,6 +28,13 @@ use crate::wire::ErrorReport;
 /// Accepted clients on their way to one worker.
 const HANDOVER: usize = 1024;
 
+/// Why connections are refused before their login, as the metric labels it.
+pub const REFUSED_LABELS: [&str; 7] =
+    ["timeout", "tls", "gone", "protocol", "draining", "too_many", "replication"];
+
+/// What becomes of cancel requests, as the metric labels it.
+pub const CANCEL_LABELS: [&str; 4] = ["nothing", "while_waiting", "forwarded", "failed"];
+
 /// What it takes to turn a connection into a session.
 pub struct Door {
     /// What sessions share.

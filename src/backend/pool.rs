@@ -16,7 +16,7 @@ use super::clean;
 use super::login::{self, LoginError, LoginTarget};
 use super::{Backend, CancelTarget, Dirt, StartupParameters};
 use crate::config::Config;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, WaitFor};
 use crate::net::NodeTls;
 use crate::node::NodeFailure;
 use crate::positions::Positions;
@@ -81,8 +81,19 @@ pub enum CloseReason {
 }
 
 impl CloseReason {
+    /// All labels.
+    pub const LABELS: [&'static str; 7] = [
+        CloseReason::Dead.label(),
+        CloseReason::Replaced.label(),
+        CloseReason::Unclean.label(),
+        CloseReason::Epoch.label(),
+        CloseReason::Lifetime.label(),
+        CloseReason::IdleTimeout.label(),
+        CloseReason::Broken.label(),
+    ];
+
     /// One word for a metric label.
-    pub fn label(self) -> &'static str {
+    pub const fn label(self) -> &'static str {
         match self {
             CloseReason::Dead => "dead",
             CloseReason::Replaced => "replaced",
@@ -191,6 +202,7 @@ impl Pool {
         if let Some(backend) = self.take_idle(startup, worker) {
             return Ok(self.lend(backend));
         }
+        let begun = Instant::now();
         let (sender, receiver) = oneshot::channel();
         let mut waiting = Waiting { pool: self, receiver };
         {
@@ -203,7 +215,9 @@ impl Pool {
             });
             self.open_more(&mut state);
         }
-        match tokio::time::timeout_at(deadline.into(), &mut waiting.receiver).await {
+        let granted = tokio::time::timeout_at(deadline.into(), &mut waiting.receiver).await;
+        self.context.metrics.waited(WaitFor::Backend, begun.elapsed());
+        match granted {
             Ok(Ok(Grant::Backend(backend))) => Ok(self.lend(backend)),
             Ok(Ok(Grant::Failed(error))) => Err(error),
             // The pool keeps every sender until it grants: a closed channel cannot happen; say timeout.

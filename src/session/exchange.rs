@@ -161,8 +161,16 @@ pub enum Again {
 }
 
 impl Again {
+    /// All labels.
+    pub const LABELS: [&'static str; 4] = [
+        Again::NotARead.label(),
+        Again::LateReplica.label(),
+        Again::Conflict.label(),
+        Again::NodeLost.label(),
+    ];
+
     /// One word for a metric label.
-    pub fn label(self) -> &'static str {
+    pub const fn label(self) -> &'static str {
         match self {
             Again::NotARead => "not_a_read",
             Again::LateReplica => "late_replica",

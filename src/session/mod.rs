@@ -42,6 +42,9 @@ use crate::route::{ClassLabel, RouteReason};
 use crate::topology::{NodeId, TopologyHandle};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
+/// Why units are run again, as the metric labels it.
+pub const REDONE_LABELS: [&str; 4] = Again::LABELS;
+
 /// What all sessions share.
 pub struct Shared {
     /// The configuration.
