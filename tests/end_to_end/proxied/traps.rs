@@ -23,6 +23,8 @@ const OBJECTS: &str = "
         BEGIN PERFORM writes(); RETURN 'written'; EXCEPTION WHEN OTHERS THEN RETURN 'swallowed'; END $$;
     CREATE FUNCTION writes() RETURNS int LANGUAGE sql AS
         'INSERT INTO plain VALUES ((SELECT max(id) + 1 FROM plain), NULL) RETURNING id';
+    CREATE FUNCTION attribute(plain) RETURNS boolean LANGUAGE sql IMMUTABLE
+        AS 'SELECT pg_try_advisory_xact_lock(11)';
     CREATE FUNCTION upper(int) RETURNS boolean LANGUAGE sql AS 'SELECT pg_try_advisory_xact_lock(4)';
 
     CREATE TABLE guarded (id int);
@@ -90,7 +92,7 @@ async fn what_the_catalog_hides_starts_on_the_primary() {
         "SELECT swallows()",
         "SELECT upper(1)",
         "SELECT x FROM plain WHERE liar()",
-        "SELECT plain.liar FROM plain",
+        "SELECT plain.attribute FROM plain",
         "SELECT * FROM guarded",
         "SELECT 1::checked",
         "SELECT CAST(1 AS checked)",
