@@ -48,6 +48,8 @@ pub struct AdminState {
     pub pools: Arc<dyn Fn() -> Vec<PoolFigure> + Send + Sync>,
     /// The classification cache's figures now; called once a scrape, must not block.
     pub class_cache: Arc<dyn Fn() -> ClassCacheFigures + Send + Sync>,
+    /// Samples sent to each node so far; called once a scrape, must not block.
+    pub samples: Arc<dyn Fn() -> Vec<u64> + Send + Sync>,
 }
 
 /// Serves until the future is dropped; connections then end by their own time limit.
@@ -123,7 +125,13 @@ fn response(status: StatusCode, kind: &'static str, body: String) -> Response<Fu
 fn scrape(state: &AdminState) -> String {
     let pools = (state.pools)();
     let class_cache = (state.class_cache)();
-    state.metrics.render(&Scrape { topology: &state.topology.load(), pools: &pools, class_cache })
+    state.metrics.render(&Scrape {
+        topology: &state.topology.load(),
+        pools: &pools,
+        class_cache,
+        samples: &(state.samples)(),
+        topology_changes: state.topology.changes(),
+    })
 }
 
 /// Whether a load balancer should send clients here.
@@ -209,6 +217,7 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;
+    use crate::metrics::Labels;
     use crate::metrics::tests::topology;
     use crate::topology::Exclusion;
 
@@ -217,10 +226,11 @@ mod tests {
             vec![Standing::Primary { reachable: true }, Standing::Excluded(Exclusion::TooFarBehind)];
         AdminState {
             topology: Arc::new(TopologyHandle::new(topology(standings))),
-            metrics: Arc::new(Metrics::new(&["n0".to_owned(), "n1".to_owned()], &["read"], &["read"])),
+            metrics: Arc::new(Metrics::new(&["n0".to_owned(), "n1".to_owned()], &Labels::default())),
             draining: Arc::new(AtomicBool::new(false)),
             pools: Arc::new(Vec::new),
             class_cache: Arc::new(ClassCacheFigures::default),
+            samples: Arc::new(|| vec![7, 8]),
         }
     }
 
@@ -272,6 +282,58 @@ mod tests {
         assert!(ask(address, b"\x00\x01garbage\r\n\r\n").await.starts_with("HTTP/1.1 400"));
         let huge = format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "a".repeat(MAX_HEADER_BYTES));
         assert!(ask(address, huge.as_bytes()).await.starts_with("HTTP/1.1 431"));
+        server.abort();
+    }
+
+    /// Resolves when the peer has closed; what it said.
+    async fn closed(mut stream: TcpStream) -> String {
+        let mut said = Vec::new();
+        let _ = stream.read_to_end(&mut said).await;
+        String::from_utf8_lossy(&said).into_owned()
+    }
+
+    // The clock is paused: it moves on to the next timer once every task waits, so the limits pass
+    // without anybody waiting for them, and a limit that is not set would hang the test.
+    #[tokio::test(start_paused = true)]
+    async fn slow_headers_and_idle_connections_are_cut_off() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(serve(listener, state()));
+        let begun = tokio::time::Instant::now();
+        let mut slow = TcpStream::connect(address).await.unwrap();
+        slow.write_all(b"GET /metrics HTTP/1.1\r\nX-Slow: ").await.unwrap();
+        assert!(!closed(slow).await.contains("200"));
+        assert!(begun.elapsed() <= HEADER_TIME + Duration::from_secs(1), "{:?}", begun.elapsed());
+        let begun = tokio::time::Instant::now();
+        let mut kept = TcpStream::connect(address).await.unwrap();
+        kept.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        assert!(closed(kept).await.contains("alive"));
+        assert!(begun.elapsed() <= CONNECTION_TIME + Duration::from_secs(1), "{:?}", begun.elapsed());
+        server.abort();
+    }
+
+    #[tokio::test]
+    async fn more_connections_than_the_limit_wait_for_one_to_end() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(serve(listener, state()));
+        let request = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n";
+        let mut held = Vec::new();
+        for _ in 0..MAX_CONNECTIONS {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(request).await.unwrap();
+            let mut first = [0];
+            stream.read_exact(&mut first).await.unwrap();
+            held.push(stream);
+        }
+        let mut waiting = TcpStream::connect(address).await.unwrap();
+        waiting.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.unwrap();
+        let mut answer = Vec::new();
+        let early = tokio::time::timeout(Duration::from_millis(100), waiting.read_to_end(&mut answer));
+        assert!(early.await.is_err(), "a connection too many was served");
+        held.pop();
+        waiting.read_to_end(&mut answer).await.unwrap();
+        assert!(String::from_utf8_lossy(&answer).contains("alive"));
         server.abort();
     }
 }

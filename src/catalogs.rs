@@ -6,7 +6,7 @@
 //! catalog is unknown, and so no statement of that database is a read.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,10 +18,6 @@ use crate::classify::catalog::{self, Catalog, CatalogRows, Mark, Object};
 use crate::classify::{safe_function_names, safe_system_names};
 use crate::node::Nodes;
 use crate::topology::{Epoch, NodeId, TopologyHandle};
-
-/// Databases whose facts are kept. Each costs a task and a question a second; sessions of further ones run on
-/// the primary.
-const MAX_DATABASES: usize = 256;
 
 /// Time between two looks at the change counters.
 const POLL: Duration = Duration::from_secs(1);
@@ -35,6 +31,10 @@ pub struct Catalogs {
     topology: Arc<TopologyHandle>,
     runtime: tokio::runtime::Handle,
     identities: Arc<AtomicU64>,
+    /// Each costs a task and a question a second; sessions of databases beyond run on the primary.
+    limit: usize,
+    /// A database beyond the limit was asked for, and that has been said.
+    full: AtomicBool,
     databases: Mutex<HashMap<Box<str>, Arc<DatabaseCatalog>>>,
     never_loaded: Arc<DatabaseCatalog>,
 }
@@ -49,15 +49,25 @@ pub struct DatabaseCatalog {
 }
 
 impl Catalogs {
-    /// Loaders run on `runtime`.
+    /// Loaders run on `runtime`, for the first `limit` databases asked for (`limits.databases`).
     pub fn new(
         nodes: Arc<Nodes>,
         topology: Arc<TopologyHandle>,
         runtime: tokio::runtime::Handle,
+        limit: usize,
     ) -> Arc<Catalogs> {
         let identities = Arc::new(AtomicU64::new(0));
         let never_loaded = DatabaseCatalog::new(&identities);
-        Arc::new(Catalogs { nodes, topology, runtime, identities, databases: Mutex::default(), never_loaded })
+        Arc::new(Catalogs {
+            nodes,
+            topology,
+            runtime,
+            identities,
+            limit,
+            full: AtomicBool::new(false),
+            databases: Mutex::default(),
+            never_loaded,
+        })
     }
 
     /// The catalog of a database that exists (the caller has logged in to it); its loader starts at the first call.
@@ -66,7 +76,14 @@ impl Catalogs {
         if let Some(known) = databases.get(name) {
             return Arc::clone(known);
         }
-        if databases.len() >= MAX_DATABASES {
+        if databases.len() >= self.limit {
+            if !self.full.swap(true, Ordering::Relaxed) {
+                tracing::warn!(
+                    database = name,
+                    limit = self.limit,
+                    "limits.databases is reached: statements of this and further databases run on the primary"
+                );
+            }
             return Arc::clone(&self.never_loaded);
         }
         let database = DatabaseCatalog::new(&self.identities);

@@ -2,14 +2,14 @@
 //!
 //! Promises: reads only; all nodes are asked at once, each with one connection and one deadline; whatever
 //! would keep the proxy from working well is one line of [`Report::problems`]. Deliberately does not start
-//! anything or judge performance. It connects without TLS; where `node_tls.mode` demands TLS it
-//! does not connect at all, so that no password travels in a way the configuration forbids.
+//! anything or judge performance. It connects with the TLS that `run` connects with.
 
 use std::fmt;
 
-use tokio_postgres::{Client, NoTls};
+use tokio_postgres::Client;
 
-use crate::config::{AuthSource, Config, NodeConfig, NodeTlsMode};
+use crate::config::{AuthSource, Config, NodeConfig};
+use crate::net::{ClientTls, NodeTls};
 use crate::wal::Lsn;
 
 /// What `check` found. `Display` prints all of it, for people.
@@ -40,10 +40,14 @@ pub struct NodeFacts {
     pub lsn: Option<Lsn>,
     /// Whether the control user has the rights of `pg_monitor`.
     pub may_monitor: bool,
+    /// Whether it may read the files in which timelines tell where they began.
+    pub may_read_history: bool,
     /// The server's `password_encryption`.
     pub password_encryption: String,
     /// Whether the server offers TLS.
     pub offers_tls: bool,
+    /// The TLS version that this connection has; `None`: it has none.
+    pub tls_version: Option<String>,
     /// Roles that may log in and have an md5 verifier; `None`: the control user may not see them.
     pub md5_roles: Option<i64>,
     /// Whether the auth query works for the control user; `None`: not tried.
@@ -60,7 +64,9 @@ const FACTS: &str = "SELECT pg_is_in_recovery(), \
     CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() \
          ELSE pg_current_wal_insert_lsn() END::text, \
     pg_has_role('pg_monitor', 'USAGE'), current_setting('password_encryption'), \
-    current_setting('ssl') = 'on'";
+    current_setting('ssl') = 'on', \
+    (SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()), \
+    has_function_privilege('pg_catalog.pg_read_file(text, bigint, bigint, boolean)', 'EXECUTE')";
 
 const MD5_ROLES: &str =
     "SELECT count(*) FROM pg_catalog.pg_authid WHERE rolcanlogin AND rolpassword LIKE 'md5%'";
@@ -68,10 +74,14 @@ const MD5_ROLES: &str =
 /// Asks the nodes; returns after at most `pool.connect_timeout` plus `failover.check_timeout`, about.
 /// Must run on a tokio runtime.
 pub async fn check(config: &Config) -> Report {
+    let tls = match NodeTls::new(&config.node_tls) {
+        Ok(tls) => tls,
+        Err(error) => return unusable(config, error.to_string()),
+    };
     let mut asking = tokio::task::JoinSet::new();
     for (index, node) in config.nodes.iter().enumerate() {
-        let (config, node) = (config.clone(), node.clone());
-        asking.spawn(async move { (index, ask(&config, &node).await) });
+        let (config, node, tls) = (config.clone(), node.clone(), tls.clone());
+        asking.spawn(async move { (index, ask(&config, &node, &tls).await) });
     }
     let unanswered = || Err("the question ended early".to_owned());
     let mut nodes: Vec<_> = config.nodes.iter().map(|n| (n.name.clone(), unanswered())).collect();
@@ -83,19 +93,24 @@ pub async fn check(config: &Config) -> Report {
     Report { problems: problems(config, &nodes), routing: routing(config, &nodes), nodes }
 }
 
-async fn ask(config: &Config, node: &NodeConfig) -> Result<NodeFacts, String> {
-    if matches!(config.node_tls.mode, NodeTlsMode::Require | NodeTlsMode::VerifyCa | NodeTlsMode::VerifyFull)
-    {
-        return Err("not tried: node_tls.mode demands TLS, which check does not speak yet".to_owned());
-    }
+/// What there is to say when node_tls cannot even be set up: `run` would not start.
+fn unusable(config: &Config, why: String) -> Report {
+    let nodes = config.nodes.iter().map(|n| (n.name.clone(), Err("not tried".to_owned()))).collect();
+    let mut problems = vec![format!("node_tls cannot be used: {why}")];
+    problems.extend(client_tls_problem(config));
+    Report { nodes, problems, routing: vec!["None: the proxy would not start.".to_owned()] }
+}
+
+async fn ask(config: &Config, node: &NodeConfig, tls: &NodeTls) -> Result<NodeFacts, String> {
     let deadline = config.pool.connect_timeout + config.failover.check_timeout;
-    match tokio::time::timeout(deadline, connect_and_ask(config, node)).await {
+    match tokio::time::timeout(deadline, connect_and_ask(config, node, tls)).await {
         Ok(answer) => answer,
         Err(_) => Err(format!("no answer within {deadline:?}")),
     }
 }
 
-async fn connect_and_ask(config: &Config, node: &NodeConfig) -> Result<NodeFacts, String> {
+async fn connect_and_ask(config: &Config, node: &NodeConfig, tls: &NodeTls) -> Result<NodeFacts, String> {
+    let (connector, mode) = tls.postgres_connector();
     let mut options = tokio_postgres::Config::new();
     options
         .host(&node.host)
@@ -103,12 +118,12 @@ async fn connect_and_ask(config: &Config, node: &NodeConfig) -> Result<NodeFacts
         .user(&config.control.user)
         .dbname(&config.control.database)
         .application_name("highwater check")
-        .ssl_mode(tokio_postgres::config::SslMode::Disable)
+        .ssl_mode(mode)
         .connect_timeout(config.pool.connect_timeout);
     if let Some(password) = &config.control.password {
         options.password(&password.0);
     }
-    let (client, connection) = options.connect(NoTls).await.map_err(|e| describe(&e))?;
+    let (client, connection) = options.connect(connector).await.map_err(|e| describe(&e))?;
     // Ends by itself when `client` is dropped.
     tokio::spawn(connection);
     facts(config, &client).await.map_err(|e| describe(&e))
@@ -132,6 +147,8 @@ async fn facts(config: &Config, client: &Client) -> Result<NodeFacts, tokio_post
         may_monitor: row.try_get(6)?,
         password_encryption: row.try_get(7)?,
         offers_tls: row.try_get(8)?,
+        tls_version: row.try_get(9)?,
+        may_read_history: row.try_get(10)?,
         md5_roles,
         auth_query: match config.auth.source {
             AuthSource::List => None,
@@ -186,6 +203,7 @@ fn problems(config: &Config, nodes: &Answers) -> Vec<String> {
             Ok(facts) => node_problems(config, name, facts, &mut found),
         }
     }
+    found.extend(client_tls_problem(config));
     match primaries(nodes).as_slice() {
         [] => found.push("no node that answers is a primary: nothing can be written".to_owned()),
         [_] => {}
@@ -197,10 +215,20 @@ fn problems(config: &Config, nodes: &Answers) -> Vec<String> {
     found
 }
 
+fn client_tls_problem(config: &Config) -> Option<String> {
+    ClientTls::new(&config.client_tls).err().map(|error| format!("client_tls cannot be used: {error}"))
+}
+
 fn node_problems(config: &Config, name: &str, facts: &NodeFacts, found: &mut Vec<String>) {
     let user = &config.control.user;
     if !facts.may_monitor {
         found.push(format!("node {name}: role {user} lacks pg_monitor (GRANT pg_monitor TO {user})"));
+    }
+    if !facts.may_read_history {
+        found.push(format!(
+            "node {name}: role {user} may not execute pg_read_file: after a failover no session can be told \
+             that nothing of its was lost (docs/OPERATIONS.md has the grant)"
+        ));
     }
     if let Some(Err(why)) = &facts.auth_query {
         found.push(format!("node {name}: auth.query fails for role {user}: {why}"));
@@ -287,7 +315,11 @@ impl fmt::Display for Report {
             if let (true, Some(head), Some(replayed)) = (facts.in_recovery, head, facts.lsn) {
                 write!(f, ", {} bytes behind", head.bytes_since(replayed))?;
             }
-            let tls = if facts.offers_tls { "offered" } else { "not offered" };
+            let tls = match (&facts.tls_version, facts.offers_tls) {
+                (Some(version), _) => version.trim_start_matches("TLSv").to_owned(),
+                (None, true) => "offered, not used".to_owned(),
+                (None, false) => "not offered".to_owned(),
+            };
             let monitor = if facts.may_monitor { "yes" } else { "no" };
             let query = match &facts.auth_query {
                 None => "not used",
@@ -319,8 +351,10 @@ mod tests {
             server_major: 15,
             lsn: Some(Lsn(if in_recovery { 100 } else { 150 })),
             may_monitor: true,
+            may_read_history: true,
             password_encryption: "scram-sha-256".to_owned(),
             offers_tls: false,
+            tls_version: None,
             md5_roles: Some(0),
             auth_query: Some(Ok(())),
         }
@@ -357,6 +391,7 @@ mod tests {
             system_identifier: "8".to_owned(),
             server_major: 16,
             may_monitor: false,
+            may_read_history: false,
             password_encryption: "md5".to_owned(),
             md5_roles: Some(2),
             auth_query: Some(Err("permission denied".to_owned())),
@@ -368,6 +403,7 @@ mod tests {
             "system identifiers differ: a 7, b 8",
             "major versions differ",
             "lacks pg_monitor",
+            "may not execute pg_read_file",
             "password_encryption is md5",
             "2 roles have md5",
             "auth.query fails for role u: permission denied",

@@ -58,6 +58,8 @@ pub struct Config {
     pub log: LogConfig,
     /// How long SIGTERM lets transactions finish.
     pub drain_timeout: Duration,
+    /// What is accepted and has no effect, one line each as `file:line:column: path: what`; for the log.
+    pub warnings: Vec<String>,
 }
 
 /// One PostgreSQL server.
@@ -217,6 +219,8 @@ pub struct LimitsConfig {
     pub statements_per_session: usize,
     /// Entries of the classification cache.
     pub class_cache: usize,
+    /// Databases whose catalog facts are kept; statements of further ones run on the primary.
+    pub databases: usize,
     /// Bytes of statement text that the second parser reads; longer: primary.
     pub parser_text: usize,
     /// How long the second parser may take; longer: primary.
@@ -329,6 +333,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "statement_text",
             "statements_per_session",
             "class_cache",
+            "databases",
             "parser_text",
             "parser_deadline",
         ],
@@ -344,14 +349,11 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "eject_time",
             "tcp_user_timeout",
             "pause_timeout",
+            "state_dir",
         ],
     ),
     ("log", &["format", "level"]),
 ];
-
-/// Keys of the design that nothing in this version reads: refused, so that nobody relies on them.
-const NOT_YET: &[(&str, &str)] =
-    &[("failover.state_dir", "not available in this version, which keeps nothing on disk; leave it out")];
 
 const MAX_FILE: u64 = 1 << 20;
 /// Values in a file at most, aliases expanded: bounds what a YAML bomb can cost.
@@ -454,10 +456,20 @@ impl Config {
                 }]));
             }
         };
-        let mut reader = Reader { env, found: Vec::new() };
+        let mut reader = Reader { env, found: Vec::new(), ignored: Vec::new() };
         let config = reader.config(&tree);
         match config {
-            Some(config) if reader.found.is_empty() => Ok(config),
+            Some(mut config) if reader.found.is_empty() => {
+                config.warnings = reader
+                    .ignored
+                    .into_iter()
+                    .map(|(trail, message)| {
+                        let (line, column) = locate(text, &trail.steps);
+                        format!("{file_name}:{line}:{column}: {}: {message}", trail.shown)
+                    })
+                    .collect();
+                Ok(config)
+            }
             _ => {
                 let mut problems: Vec<Problem> = reader
                     .found
@@ -503,20 +515,21 @@ enum Tree {
     Null,
     Bool(bool),
     Int(i128),
-    Float(f64),
+    Float,
     Text(String),
     List(Vec<Tree>),
     Map(Vec<(String, Tree)>),
 }
 
 impl Tree {
+    /// What it is, in words that never hold what it says: it may be a secret under a wrong key, and line
+    /// and column point at it anyway.
     fn kind(&self) -> String {
         match self {
             Tree::Null => "nothing".to_owned(),
             Tree::Bool(b) => b.to_string(),
-            Tree::Int(i) => i.to_string(),
-            Tree::Float(x) => x.to_string(),
-            Tree::Text(t) => format!("\"{}\"", t.chars().take(60).collect::<String>().escape_debug()),
+            Tree::Int(_) | Tree::Float => "this number".to_owned(),
+            Tree::Text(_) => "this text".to_owned(),
             Tree::List(_) => "a list".to_owned(),
             Tree::Map(_) => "a mapping".to_owned(),
         }
@@ -637,8 +650,8 @@ impl<'de> de::Visitor<'de> for Walk<'_> {
         self.arrive().map(|()| Tree::Int(v.into()))
     }
 
-    fn visit_f64<E: de::Error>(self, v: f64) -> Result<Tree, E> {
-        self.arrive().map(|()| Tree::Float(v))
+    fn visit_f64<E: de::Error>(self, _: f64) -> Result<Tree, E> {
+        self.arrive().map(|()| Tree::Float)
     }
 
     fn visit_str<E: de::Error>(self, v: &str) -> Result<Tree, E> {
@@ -660,6 +673,7 @@ impl<'de> de::Visitor<'de> for Walk<'_> {
         while let Some(key) = entries.next_key_seed(self.into(Step::Key(map.len())))? {
             let key = match key {
                 Tree::Text(text) => text,
+                Tree::Int(i) => i.to_string(),
                 other => other.kind(),
             };
             let value = entries.next_value_seed(self.into(Step::Value(map.len())))?;
@@ -674,6 +688,8 @@ impl<'de> de::Visitor<'de> for Walk<'_> {
 struct Reader<'e> {
     env: &'e dyn Fn(&str) -> Option<String>,
     found: Vec<(Trail, String)>,
+    /// What is good but has no effect.
+    ignored: Vec<(Trail, String)>,
 }
 
 /// One mapping of the file: its entries, and where it is.
@@ -709,10 +725,16 @@ impl Reader<'_> {
         let allowed = SECTIONS.iter().find(|(n, _)| *n == name).map_or(&[][..], |(_, keys)| keys);
         for (i, (key, _)) in entries.iter().enumerate() {
             let at = trail.key(i, key, Step::Key);
-            if let Some((_, message)) = NOT_YET.iter().find(|(path, _)| *path == at.shown) {
-                self.wrong(&at, *message);
-            } else if !allowed.contains(&key.as_str()) {
-                self.wrong(&at, format!("unknown key; allowed here: {}", allowed.join(", ")));
+            if !allowed.contains(&key.as_str()) {
+                let allowed_here = format!("allowed here: {}", allowed.join(", "));
+                if allowed.contains(&"password") {
+                    // `{ password: abc,def }` makes a key of half a secret: it is not shown.
+                    let at = Trail { shown: trail.shown.clone(), ..at };
+                    let hint = "a secret that holds any of , : # { } must be quoted";
+                    self.wrong(&at, format!("unknown key ({hint}); {allowed_here}"));
+                } else {
+                    self.wrong(&at, format!("unknown key; {allowed_here}"));
+                }
             } else if entries[..i].iter().any(|(k, _)| k == key) {
                 self.wrong(&at, "given twice");
             }
@@ -921,17 +943,18 @@ impl Reader<'_> {
         }
         let name = self.text_of(tree, &trail)?;
         let answer = if key == "password_env" {
-            (self.env)(&name).ok_or_else(|| format!("environment variable `{name}` is not set"))
+            // The name is not shown: it may be the password itself, under the wrong key.
+            (self.env)(&name).ok_or_else(|| "the environment variable named here is not set".to_owned())
         } else {
             read_capped(Path::new(&name), 64 * 1024)
                 .and_then(|bytes| String::from_utf8(bytes).map_err(|_| "is not UTF-8 text".to_owned()))
                 .map(|text| text.trim_end_matches(['\r', '\n']).to_owned())
-                .map_err(|e| format!("file `{name}` {e}"))
+                .map_err(|e| format!("the file named here {e}"))
         };
         match answer {
             Ok(secret) if !secret.is_empty() && !secret.contains('\0') => Some(Secret(secret)),
             Ok(_) => {
-                self.wrong(&trail, format!("`{name}` holds no usable password: empty, or with a zero byte"));
+                self.wrong(&trail, "what is named here holds no usable password: empty, or with a zero byte");
                 None
             }
             Err(message) => {
@@ -973,6 +996,7 @@ impl Reader<'_> {
             failover: self.failover(&top),
             log: self.log(&top),
             drain_timeout: self.time(&top, "drain_timeout", Duration::from_secs(30), Duration::ZERO),
+            warnings: Vec::new(),
             control: control?,
             auth: auth?,
         })
@@ -1051,7 +1075,7 @@ impl Reader<'_> {
             let (Some(name), Some(password)) = (name, password) else { continue };
             if users.iter().any(|u| u.name == name) {
                 let at = user.get("name").map_or(user.trail.clone(), |(_, t)| t);
-                self.wrong(&at, format!("user `{name}` is listed twice"));
+                self.wrong(&at, "this user is listed twice");
             }
             users.push(UserConfig { name, password });
         }
@@ -1062,7 +1086,8 @@ impl Reader<'_> {
         }
         if source == AuthSource::Query && listed {
             let at = section.get("users").map_or(section.trail.clone(), |(_, t)| t);
-            self.wrong(&at, "users are only for `source: list`; with `query` they are not asked");
+            let message = "not used: with `source: query` the primary says who may log in";
+            self.ignored.push((at, message.to_owned()));
         }
         let mut admins = Vec::new();
         for (tree, trail) in self.list(&section, "admins") {
@@ -1176,6 +1201,7 @@ impl Reader<'_> {
             statements_per_session: self.number(&section, "statements_per_session", 1..=1_000_000, 5000)
                 as usize,
             class_cache: self.number(&section, "class_cache", 1..=10_000_000, 10_000) as usize,
+            databases: self.number(&section, "databases", 1..=100_000, 256) as usize,
             // The second parser's stack holds for 16 KiB of the worst text known; more would let a
             // client end the process by stack overflow.
             parser_text: self.size(&section, "parser_text", 16 * kib, 1..=16 * kib),
@@ -1194,6 +1220,11 @@ impl Reader<'_> {
             [("manual", FailoverMode::Manual), ("follow", FailoverMode::Follow), ("off", FailoverMode::Off)];
         let mode = self.choice(&section, "mode", &words, &["auto"], FailoverMode::Manual);
         self.choice(&section, "durability", &[("async", ())], &["quorum"], ());
+        if self.path(&section, "state_dir").is_some()
+            && let Some((_, at)) = section.get("state_dir")
+        {
+            self.ignored.push((at, "not used: this version keeps nothing on disk".to_owned()));
+        }
         let least = Duration::from_millis(1);
         FailoverConfig {
             mode,
@@ -1273,9 +1304,9 @@ mod tests {
     #[test]
     fn every_mistake_is_placed_exactly() {
         check("pool: { sise: 3 }", "f.yaml:3:9: pool.sise: unknown key; allowed here: mode, size, ");
-        check("pool:\n  size: 0", "f.yaml:4:9: pool.size: expected a whole number from 1 to 100000, not 0");
+        check("pool:\n  size: 0", "f.yaml:4:9: pool.size: expected a whole number from 1 to 100000");
         check("pool:\n  size: many", "f.yaml:4:9: pool.size: expected a whole number");
-        check("pool: 3", "f.yaml:3:7: pool: expected a mapping, not 3");
+        check("pool: 3", "f.yaml:3:7: pool: expected a mapping, not this number");
         check("max_clients: 5\nmax_clients: 6", "f.yaml:4:1: max_clients: given twice");
         check(
             "pool: { query_wait_timeout: 0s }",
@@ -1301,7 +1332,6 @@ mod tests {
         check("routing: { transactions: split }", "f.yaml:3:26: routing.transactions: `split` is not");
         check("failover: { mode: auto }", "f.yaml:3:19: failover.mode: `auto` is not available");
         check("failover: { durability: quorum }", "f.yaml:3:25: failover.durability: `quorum` is not");
-        check("failover: { state_dir: x }", "f.yaml:3:13: failover.state_dir: not available in this version");
         check("consistency: { sample_gap: 1s }", "f.yaml:3:28: consistency.sample_gap: sample_gap may not");
         check(
             "auth: { source: list, users: [ { name: x } ] }",
@@ -1309,7 +1339,7 @@ mod tests {
         );
         check(
             "auth: { source: list, users: [ { name: x, password_env: NOPE } ] }",
-            "f.yaml:3:57: auth.users[0].password_env: environment variable `NOPE` is not set",
+            "f.yaml:3:57: auth.users[0].password_env: the environment variable named here is not set",
         );
         check(
             "auth: { source: list, users: [ { name: x, password: a, password_env: PW } ] }",
@@ -1359,6 +1389,80 @@ mod tests {
     }
 
     #[test]
+    fn a_secret_under_a_wrong_key_is_not_shown() {
+        const SECRET: &str = "hunter2x";
+        let texts = SECTIONS.iter().flat_map(|(section, keys)| {
+            keys.iter().flat_map(move |key| {
+                let name = section.trim_end_matches("[]");
+                [format!("{key}: {SECRET}"), format!("{key}: [ {SECRET} ]"), format!("{key}: {{ {SECRET} }}")]
+                    .map(|entry| match *section {
+                        "" => entry,
+                        "auth.users[]" => format!("auth: {{ source: list, users: [ {{ {entry} }} ] }}"),
+                        "nodes[]" => format!("nodes: [ {{ {entry} }} ]"),
+                        _ => format!("{name}: {{ {entry} }}"),
+                    })
+            })
+        });
+        let more = [
+            format!("control: {{ user: u, password: abc,{SECRET} }}"),
+            format!("control: {{ user: u, password: abc: {SECRET} }}"),
+            format!("control: {{ user: u, password: !{SECRET} }}"),
+            format!("control: {{ user: u, password: *{SECRET} }}"),
+            format!("control: {{ user: u, password: &{SECRET} }}"),
+            format!("control: {{ user: u, password: \"\\{SECRET}\" }}"),
+            format!("control: {{ user: u, password: '{SECRET} }}"),
+            format!("control: {SECRET}"),
+            format!("control: {{ user: u, password: [ {SECRET} ] }}"),
+        ];
+        let mut refused = 0;
+        for text in texts.chain(more) {
+            // Without another problem beside it, so that an accepted text is no error at all.
+            let has = |key: &str| text.starts_with(key);
+            let rest: Vec<&str> = MINIMAL.lines().filter(|l| !has(&l[..5])).collect();
+            if let Err(error) = parse(&format!("{text}\n{}", rest.join("\n"))) {
+                refused += 1;
+                let shown = error.to_string();
+                // A key of a section without secrets is shown: that is how a misspelt one is found.
+                let shown = shown.replace(&format!(".{SECRET}: unknown key; allowed"), "");
+                assert!(!shown.contains(SECRET), "{text}: {shown}");
+            }
+        }
+        assert!(refused > 100, "{refused}");
+    }
+
+    #[test]
+    fn what_has_no_effect_yet_is_accepted_with_a_warning() {
+        let design = "listen: 127.0.0.1:6432\n\
+            http: 127.0.0.1:9632             # /metrics /healthz /readyz /topology\n\
+            workers: 2                       # I/O threads; default: one per core\n\
+            max_clients: 1000\n\
+            nodes:                           # roles are discovered\n  \
+              - { name: a, host: 127.0.0.1, port: 5432 }\n  \
+              - { name: b, host: 127.0.0.1, port: 5433 }\n\
+            control: { user: highwater, password: secret, database: postgres }\n\
+            auth:\n  \
+              source: query                  # query: verifiers from the primary | list: the users below\n  \
+              users: [ { name: app, password: secret } ]\n  \
+              admins: [ highwater ]\n\
+            client_tls: { mode: disable }    # disable | prefer | require; cert, key, ca\n\
+            node_tls: { mode: prefer }       # libpq's sslmode words; ca\n\
+            pool: { mode: transaction, size: 20 }      # backends per (node, database, user)\n\
+            consistency: { level: session, max_lag: 10s, catch_up_wait: 20ms, on_stale: wait }\n\
+            routing: { split: true, transactions: primary }   # transactions: primary | split\n\
+            failover: { mode: manual, durability: async, state_dir: ./state }\n";
+        let config = parse(design).unwrap();
+        assert_eq!(config.warnings.len(), 2, "{:?}", config.warnings);
+        assert!(
+            config.warnings[0].starts_with("f.yaml:11:10: auth.users: not used"),
+            "{:?}",
+            config.warnings
+        );
+        assert!(config.warnings[1].contains(": failover.state_dir: not used"), "{:?}", config.warnings);
+        assert_eq!(config.auth.users.len(), 1);
+        assert!(parse(EXAMPLE).unwrap().warnings.is_empty());
+    }
+
+    #[test]
     fn bombs_and_depth_and_garbage_end_in_an_error() {
         let mut bomb = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n".to_owned();
         for i in 1..9 {
@@ -1392,6 +1496,14 @@ mod tests {
                 assert!(EXAMPLE.contains(&format!("{key}:")), "config.yaml lacks {section}.{key}");
             }
         }
+    }
+
+    #[test]
+    fn the_least_configuration_of_the_readme_loads() {
+        let readme = include_str!("../README.md");
+        let text = readme.split("```yaml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+        let env = |name: &str| (name == "HIGHWATER_PASSWORD").then(|| "x".to_owned());
+        assert_eq!(Config::parse(text, "README.md", &env).unwrap().nodes.len(), 2);
     }
 
     #[test]

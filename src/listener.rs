@@ -17,7 +17,6 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::backend::StartupParameters;
-use crate::backend::login::{self, LoginTarget};
 use crate::client::auth::{self, AuthFailure};
 use crate::client::startup::{self, GreetError, Greeting};
 use crate::client::verifiers::Verifiers;
@@ -28,6 +27,13 @@ use crate::wire::ErrorReport;
 
 /// Accepted clients on their way to one worker.
 const HANDOVER: usize = 1024;
+
+/// Why connections are refused before their login, as the metric labels it.
+pub const REFUSED_LABELS: [&str; 7] =
+    ["timeout", "tls", "gone", "protocol", "draining", "too_many", "replication"];
+
+/// What becomes of cancel requests, as the metric labels it.
+pub const CANCEL_LABELS: [&str; 4] = ["nothing", "while_waiting", "forwarded", "failed"];
 
 /// What it takes to turn a connection into a session.
 pub struct Door {
@@ -225,21 +231,10 @@ impl Door {
     }
 
     async fn cancel(&self, pid: i32, key: &[u8]) {
-        let config = &self.shared.config;
         let outcome = self
             .shared
             .sessions
-            .cancel(pid, key, |target| async move {
-                let node = &config.nodes[target.node.index()];
-                let login = LoginTarget {
-                    host: &node.host,
-                    port: node.port,
-                    tls: &self.shared.pools.context.tls,
-                    connect_timeout: config.pool.connect_timeout,
-                    tcp_user_timeout: config.failover.tcp_user_timeout,
-                };
-                login::cancel(&login, target.pid, &target.key).await
-            })
+            .cancel(pid, key, |target| async move { self.shared.pools.context.cancel(&target).await })
             .await;
         self.shared.metrics.cancels.inc(match outcome {
             CancelOutcome::Nothing => "nothing",

@@ -3,6 +3,7 @@
 //! Exit codes: 0 fine; 1 it failed while running, or `check` found problems; 2 the arguments or the
 //! configuration are wrong, and nothing was started.
 
+use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -62,6 +63,9 @@ fn with_config(file: ConfigFile, command: fn(Config) -> ExitCode) -> ExitCode {
 
 fn run(config: Config) -> ExitCode {
     start_logging(&config.log);
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
     match highwater::server::run(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
@@ -97,16 +101,27 @@ fn check(config: Config) -> ExitCode {
             return ExitCode::from(1);
         }
     };
+    for warning in &config.warnings {
+        eprintln!("warning: {warning}");
+    }
     let report = runtime.block_on(highwater::check::check(&config));
     print!("{report}");
     if report.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) }
 }
 
+/// Libraries that tell of every notice and handshake; `log.level` may name them to hear them.
+const QUIET: &str = "tokio_postgres=warn,rustls=warn,hyper=warn";
+
 /// Log lines go to standard error, so that standard output is free for answers.
 fn start_logging(log: &LogConfig) {
-    // The configuration has been checked to hold a valid filter.
-    let filter = EnvFilter::try_new(&log.level).unwrap_or_else(|_| EnvFilter::new("info"));
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // The configuration has been checked to hold a valid filter; what stands later in it wins.
+    let level = format!("{QUIET},{}", log.level);
+    let filter = EnvFilter::try_new(level).unwrap_or_else(|_| EnvFilter::new("info"));
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        // Colours are for people; a file or a journal gets plain text.
+        .with_ansi(std::io::stderr().is_terminal());
     match log.format {
         LogFormat::Text => lines.init(),
         LogFormat::Json => lines.json().flatten_event(true).init(),

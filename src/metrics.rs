@@ -66,6 +66,31 @@ pub struct Scrape<'a> {
     pub pools: &'a [PoolFigure],
     /// The classification cache.
     pub class_cache: ClassCacheFigures,
+    /// Samples sent to each node since the start, in the configuration's order.
+    pub samples: &'a [u64],
+    /// Changes of the topology since the start.
+    pub topology_changes: u64,
+}
+
+/// Every value of the labels that are known beforehand, so that each series is there from the start.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Labels {
+    /// Statement classes.
+    pub classes: &'static [&'static str],
+    /// Reasons of routes.
+    pub reasons: &'static [&'static str],
+    /// Why statements are run again.
+    pub redone: &'static [&'static str],
+    /// Why sessions are pinned.
+    pub pins: &'static [&'static str],
+    /// Why connections are refused before a login.
+    pub client_refused: &'static [&'static str],
+    /// Why logins fail.
+    pub login_failures: &'static [&'static str],
+    /// What becomes of cancel requests.
+    pub cancels: &'static [&'static str],
+    /// Why backends are closed.
+    pub backends_closed: &'static [&'static str],
 }
 
 /// Counters by a reason, looked up at each use; for events that are not on the way of every statement.
@@ -95,7 +120,6 @@ pub struct Metrics {
     waits: [Histogram; 4],
     backends_opened: Vec<IntCounter>,
     backends_closed: IntCounterVec,
-    samples: Vec<IntCounter>,
     /// Statements run again elsewhere, by why.
     pub redone: ReasonCounter,
     /// Pins set, by why.
@@ -118,8 +142,6 @@ pub struct Metrics {
     pub unknown_outcomes: IntCounter,
     /// Sessions told that an acknowledged write may have been lost in a failover.
     pub lost_write: IntCounter,
-    /// Changes of the topology.
-    pub topology_changes: IntCounter,
 }
 
 fn register<C: Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<C>) -> C {
@@ -146,14 +168,11 @@ fn histograms(registry: &Registry, name: &str, help: &str, label: &str) -> Histo
 }
 
 impl Metrics {
-    /// The nodes in the configuration's order, and the label values of a statement's class and of the
-    /// reason of its route; [`statement`](Self::statement) takes indexes into these lists.
-    pub fn new(
-        node_names: &[String],
-        classes: &'static [&'static str],
-        reasons: &'static [&'static str],
-    ) -> Metrics {
+    /// The nodes in the configuration's order, and all label values; [`statement`](Self::statement)
+    /// takes indexes into `labels.classes` and `labels.reasons`.
+    pub fn new(node_names: &[String], labels: &Labels) -> Metrics {
         let registry = Registry::new();
+        let (classes, reasons) = (labels.classes, labels.reasons);
         let r = &registry;
         let statements_vec = counters(
             r,
@@ -178,9 +197,25 @@ impl Metrics {
         let wait = histograms(r, "highwater_wait_seconds", "Time statements waited, by what for.", "for");
         let opened =
             counters(r, "highwater_backends_opened_total", "Connections opened to a node.", &["node"]);
-        let samples = counters(r, "highwater_samples_total", "Samples of a node's WAL position.", &["node"]);
-        let by_reason =
-            |name: &str, help: &str, label: &str| ReasonCounter(counters(r, name, help, &[label]));
+        let by_reason = |name: &str, help: &str, label: &str, values: &[&str]| {
+            let counters = counters(r, name, help, &[label]);
+            // A series that appears with its first event has no rate for that event: start at 0.
+            for value in values {
+                counters.with_label_values(&[value]);
+            }
+            ReasonCounter(counters)
+        };
+        let closed = counters(
+            r,
+            "highwater_backends_closed_total",
+            "Connections to a node closed, by why.",
+            &["node", "reason"],
+        );
+        for node in node_names {
+            for reason in labels.backends_closed {
+                closed.with_label_values(&[node.as_str(), reason]);
+            }
+        }
         let build =
             register(r, IntGaugeVec::new(Opts::new("highwater_build_info", "Always 1."), &["version"]));
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
@@ -188,21 +223,40 @@ impl Metrics {
             statement_seconds: node_names.iter().map(|n| seconds.with_label_values(&[n])).collect(),
             waits: ["mark", "floor", "backend", "primary"].map(|w| wait.with_label_values(&[w])),
             backends_opened: node_names.iter().map(|n| opened.with_label_values(&[n])).collect(),
-            backends_closed: counters(
-                r,
-                "highwater_backends_closed_total",
-                "Connections to a node closed, by why.",
-                &["node", "reason"],
+            backends_closed: closed,
+            redone: by_reason(
+                "highwater_redone_total",
+                "Statements run again on another node.",
+                "reason",
+                labels.redone,
             ),
-            samples: node_names.iter().map(|n| samples.with_label_values(&[n])).collect(),
-            redone: by_reason("highwater_redone_total", "Statements run again on another node.", "reason"),
-            pins: by_reason("highwater_pins_total", "Sessions bound to one backend, by why.", "reason"),
+            pins: by_reason(
+                "highwater_pins_total",
+                "Sessions bound to one backend, by why.",
+                "reason",
+                labels.pins,
+            ),
             pinned_sessions: gauge(r, "highwater_pinned_sessions", "Sessions bound to one backend now."),
             clients: gauge(r, "highwater_clients", "Client connections now."),
             clients_total: counter(r, "highwater_clients_total", "Client connections accepted."),
-            client_refused: by_reason("highwater_client_refused_total", "Connections refused.", "reason"),
-            login_failures: by_reason("highwater_login_failures_total", "Logins that failed.", "reason"),
-            cancels: by_reason("highwater_cancels_total", "Cancel requests, by outcome.", "outcome"),
+            client_refused: by_reason(
+                "highwater_client_refused_total",
+                "Connections refused.",
+                "reason",
+                labels.client_refused,
+            ),
+            login_failures: by_reason(
+                "highwater_login_failures_total",
+                "Logins that failed.",
+                "reason",
+                labels.login_failures,
+            ),
+            cancels: by_reason(
+                "highwater_cancels_total",
+                "Cancel requests, by outcome.",
+                "outcome",
+                labels.cancels,
+            ),
             protocol_errors: counter(
                 r,
                 "highwater_protocol_errors_total",
@@ -214,7 +268,6 @@ impl Metrics {
                 "Statements whose outcome is unknown.",
             ),
             lost_write: counter(r, "highwater_lost_write_total", "Sessions told of a possibly lost write."),
-            topology_changes: counter(r, "highwater_topology_changes_total", "Changes of the topology."),
             classes: classes.len(),
             reasons: reasons.len(),
             node_names: node_names.to_vec(),
@@ -260,13 +313,6 @@ impl Metrics {
         }
     }
 
-    /// Counts a sample of `node`.
-    pub fn sampled(&self, node: NodeId) {
-        if let Some(counter) = self.samples.get(node.index()) {
-            counter.inc();
-        }
-    }
-
     /// All metrics in Prometheus's text format. Metrics that nothing has touched yet are left out.
     pub fn render(&self, scrape: &Scrape<'_>) -> String {
         let now = Registry::new();
@@ -276,6 +322,13 @@ impl Metrics {
         counter(&now, "highwater_class_cache_hits_total", "Look-ups that found their statement.")
             .inc_by(cache.hits);
         counter(&now, "highwater_class_cache_misses_total", "Look-ups that did not.").inc_by(cache.misses);
+        let samples =
+            counters(&now, "highwater_samples_total", "Samples of a node's WAL position.", &["node"]);
+        for (node, count) in self.node_names.iter().zip(scrape.samples) {
+            samples.with_label_values(&[node]).inc_by(*count);
+        }
+        counter(&now, "highwater_topology_changes_total", "Changes of the topology.")
+            .inc_by(scrape.topology_changes);
         let mut families = self.registry.gather();
         families.extend(now.gather());
         // A family without a sample is an error to the encoder.
@@ -401,7 +454,13 @@ pub(crate) mod tests {
     #[test]
     fn a_scrape_shows_counts_topology_and_pools() {
         let names = ["n0".to_owned(), "n1".to_owned(), "n2".to_owned()];
-        let metrics = Metrics::new(&names, &["read", "write"], &["mark_reached", "write", "unclear"]);
+        let labels = Labels {
+            classes: &["read", "write"],
+            reasons: &["mark_reached", "write", "unclear"],
+            redone: &["read_only", "conflict"],
+            ..Labels::default()
+        };
+        let metrics = Metrics::new(&names, &labels);
         metrics.statement(NodeId(1), 1, 2);
         metrics.statement(NodeId(1), 1, 2);
         metrics.statement(NodeId(1), 0, 3);
@@ -411,7 +470,6 @@ pub(crate) mod tests {
         metrics.redone.inc("read_only");
         metrics.backend_opened(NodeId(0));
         metrics.backend_closed(NodeId(0), "idle");
-        metrics.sampled(NodeId(2));
         let topology = topology(vec![
             Standing::Primary { reachable: true },
             Standing::Replica,
@@ -427,14 +485,23 @@ pub(crate) mod tests {
             })
             .collect();
         let class_cache = ClassCacheFigures { hits: 5, misses: 1 };
-        let text = metrics.render(&Scrape { topology: &topology, pools: &pools, class_cache });
+        let samples = [4, 5, 6];
+        let text = metrics.render(&Scrape {
+            topology: &topology,
+            pools: &pools,
+            class_cache,
+            samples: &samples,
+            topology_changes: 3,
+        });
         for line in [
             "highwater_statements_total{class=\"write\",node=\"n1\",reason=\"unclear\"} 2",
             "highwater_statement_seconds_bucket{node=\"n1\",le=\"0.00025\"} 1",
             "highwater_wait_seconds_count{for=\"primary\"} 1",
             "highwater_redone_total{reason=\"read_only\"} 1",
+            "highwater_redone_total{reason=\"conflict\"} 0",
             "highwater_backends_closed_total{node=\"n0\",reason=\"idle\"} 1",
-            "highwater_samples_total{node=\"n2\"} 1",
+            "highwater_samples_total{node=\"n2\"} 6",
+            "highwater_topology_changes_total 3",
             "highwater_node_up{node=\"n2\"} 0",
             "highwater_node_role{node=\"n0\",role=\"primary\"} 1",
             "highwater_replica_replay_lag_bytes{node=\"n1\"} 4096",

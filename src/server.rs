@@ -7,7 +7,7 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 use std::thread::JoinHandle;
 
 use tokio::net::TcpListener;
@@ -16,22 +16,23 @@ use tokio::time::Instant;
 use tracing::info;
 
 use crate::admin::{self, AdminState};
-use crate::backend::pool::{PoolContext, Pools};
+use crate::backend::pool::{CloseReason, PoolContext, Pools};
 use crate::catalogs::Catalogs;
-use crate::classify::Classifier;
+use crate::classify::{Classifier, PinReason};
+use crate::client::auth::AuthFailure;
 use crate::client::verifiers::Verifiers;
 use crate::config::Config;
 use crate::control;
 use crate::listener::{self, Door, Drain};
-use crate::metrics::{ClassCacheFigures, Metrics, PoolFigure};
+use crate::metrics::{ClassCacheFigures, Labels, Metrics, PoolFigure};
 use crate::net::{ClientTls, NodeTls};
 use crate::node::Nodes;
 use crate::positions::Positions;
 use crate::route::{ClassLabel, RouteReason};
-use crate::session::Shared;
 use crate::session::handle::Sessions;
 use crate::session::prepared::Names;
-use crate::topology::{Topology, TopologyHandle};
+use crate::session::{REDONE_LABELS, Shared};
+use crate::topology::{NodeId, Topology, TopologyHandle};
 
 /// Why the proxy could not start.
 #[derive(Debug)]
@@ -197,10 +198,15 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
     let topology = Arc::new(TopologyHandle::new(Topology::initial(config)));
     let positions = Arc::new(Positions::new(config.nodes.len()));
     let names: Vec<String> = config.nodes.iter().map(|n| n.name.clone()).collect();
-    let metrics = Arc::new(Metrics::new(&names, &ClassLabel::LABELS, &RouteReason::LABELS));
+    let metrics = Arc::new(Metrics::new(&names, &labels()));
     let nodes = Nodes::new(config.clone(), &node_tls);
     let control = control::start(config.clone(), nodes.clone(), topology.clone(), positions.clone());
-    let catalogs = Catalogs::new(nodes.clone(), topology.clone(), tokio::runtime::Handle::current());
+    let catalogs = Catalogs::new(
+        nodes.clone(),
+        topology.clone(),
+        tokio::runtime::Handle::current(),
+        config.limits.databases,
+    );
     let pools = Arc::new(Pools::new(Arc::new(PoolContext {
         config: config.clone(),
         tls: node_tls,
@@ -239,7 +245,6 @@ impl Parts {
 
     async fn run(self, config: &Arc<Config>, mut stopped: watch::Receiver<bool>) {
         let (senders, receivers) = listener::handover(config.workers);
-        let ended = Arc::new(AtomicBool::new(false));
         let mut threads = Vec::new();
         let (quit, quitting) = watch::channel(false);
         for (worker, handed) in receivers.into_iter().enumerate() {
@@ -259,6 +264,8 @@ impl Parts {
         if let Some((listener, _)) = self.http {
             let pools = self.door.shared.pools.clone();
             let classifier = self.door.shared.classifier.clone();
+            let positions = self.door.shared.positions.clone();
+            let ids: Vec<NodeId> = (0u16..).map(NodeId).take(config.nodes.len()).collect();
             tokio::spawn(admin::serve(
                 listener,
                 AdminState {
@@ -270,6 +277,7 @@ impl Parts {
                         let (hits, misses) = classifier.hits_and_misses();
                         ClassCacheFigures { hits, misses }
                     }),
+                    samples: Arc::new(move || ids.iter().map(|id| positions.node(*id).counter()).collect()),
                 },
             ));
         }
@@ -277,10 +285,10 @@ impl Parts {
 
         // An error means that the handle is gone: as good as a stop.
         let _ = stopped.wait_for(|stop| *stop).await;
-        accepting.abort();
+        // New clients are still accepted, to be told why they are not served.
         self.door.drain.drain(&self.door.shared, Instant::now() + config.drain_timeout).await;
+        accepting.abort();
         quit.send_replace(true);
-        ended.store(true, Ordering::SeqCst);
         for thread in threads {
             let _ = tokio::task::spawn_blocking(move || thread.join()).await;
         }
@@ -303,6 +311,20 @@ fn run_worker(
             runtime.shutdown_timeout(std::time::Duration::from_millis(200));
         }
         Err(error) => tracing::error!(%error, worker, "could not start a worker's runtime"),
+    }
+}
+
+/// The values of the metrics' labels, as the parts that count define them.
+fn labels() -> Labels {
+    Labels {
+        classes: &ClassLabel::LABELS,
+        reasons: &RouteReason::LABELS,
+        redone: &REDONE_LABELS,
+        pins: &PinReason::LABELS,
+        client_refused: &listener::REFUSED_LABELS,
+        login_failures: &AuthFailure::LABELS,
+        cancels: &listener::CANCEL_LABELS,
+        backends_closed: &CloseReason::LABELS,
     }
 }
 

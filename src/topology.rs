@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
@@ -105,6 +106,16 @@ pub enum Standing {
     Excluded(Exclusion),
 }
 
+impl Standing {
+    /// The same role, reachability and reason, whatever the last error said.
+    fn is_like(&self, other: &Standing) -> bool {
+        match (self, other) {
+            (Standing::Excluded(a), Standing::Excluded(b)) => a.label() == b.label(),
+            (a, b) => a == b,
+        }
+    }
+}
+
 /// One node as the last probes showed it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NodeView {
@@ -197,12 +208,17 @@ impl Topology {
 pub struct TopologyHandle {
     current: ArcSwap<Topology>,
     changed: Notify,
+    changes: AtomicU64,
 }
 
 impl TopologyHandle {
     /// Starts with `initial`.
     pub fn new(initial: Topology) -> TopologyHandle {
-        TopologyHandle { current: ArcSwap::from_pointee(initial), changed: Notify::new() }
+        TopologyHandle {
+            current: ArcSwap::from_pointee(initial),
+            changed: Notify::new(),
+            changes: AtomicU64::new(0),
+        }
     }
 
     /// The current value, without a lock.
@@ -217,8 +233,19 @@ impl TopologyHandle {
 
     /// Replaces the value and wakes whoever waits for a change.
     pub fn publish(&self, next: Topology) {
-        self.current.store(Arc::new(next));
+        let next = Arc::new(next);
+        let before = self.current.swap(Arc::clone(&next));
+        if before.epoch != next.epoch
+            || before.nodes.iter().zip(&next.nodes).any(|(old, new)| !old.standing.is_like(&new.standing))
+        {
+            self.changes.fetch_add(1, Ordering::Relaxed);
+        }
         self.changed.notify_waiters();
+    }
+
+    /// How often a node's standing or the epoch has changed; lags, which change all the time, apart.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Relaxed)
     }
 
     /// Resolves at the next [`publish`](Self::publish) after the future was created.

@@ -3,9 +3,10 @@
 //! A CancelRequest travels on a connection of its own and takes effect whenever the server gets to
 //! it: a backend that was given to somebody else meanwhile would have the wrong statement cancelled
 //! (287 of 299 when tried). So a backend that was sent one serves nobody until the cancel connection
-//! has ended *and* a round trip has passed on the backend itself (0 of 300).
+//! has ended *and* a round trip has passed on the backend itself (0 of 300). A request whose end was not
+//! seen (it failed, or nobody waited for it) may arrive at any time: its backend serves nobody else.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use tokio::sync::Notify;
 
@@ -22,11 +23,23 @@ pub struct CancelTarget {
     pub key: Vec<u8>,
     underway: AtomicU32,
     sent: AtomicU32,
+    /// A request went off whose end was not seen.
+    astray: AtomicBool,
     ended: Notify,
 }
 
 /// One cancel request on its way; while it lives, the backend is fenced.
-pub struct Underway<'a>(&'a CancelTarget);
+pub struct Underway<'a> {
+    target: &'a CancelTarget,
+    arrived: bool,
+}
+
+impl Underway<'_> {
+    /// The node has ended the request's connection: it has taken effect, or never will.
+    pub fn arrived(mut self) {
+        self.arrived = true;
+    }
+}
 
 impl CancelTarget {
     /// For a fresh backend.
@@ -37,6 +50,7 @@ impl CancelTarget {
             key,
             underway: AtomicU32::new(0),
             sent: AtomicU32::new(0),
+            astray: AtomicBool::new(false),
             ended: Notify::new(),
         }
     }
@@ -50,12 +64,17 @@ impl CancelTarget {
 
     /// The end of an announced request: when it is dropped.
     pub fn underway(&self) -> Underway<'_> {
-        Underway(self)
+        Underway { target: self, arrived: false }
     }
 
     /// Whether a request was sent since the last [`fenced`](Self::fenced).
     pub fn was_sent(&self) -> bool {
         self.sent.load(Ordering::SeqCst) > 0
+    }
+
+    /// Whether a request may still arrive, nobody knows when.
+    pub fn is_astray(&self) -> bool {
+        self.astray.load(Ordering::SeqCst)
     }
 
     /// Resolves when no request is on its way.
@@ -79,7 +98,32 @@ impl CancelTarget {
 
 impl Drop for Underway<'_> {
     fn drop(&mut self) {
-        self.0.underway.fetch_sub(1, Ordering::SeqCst);
-        self.0.ended.notify_waiters();
+        if !self.arrived {
+            self.target.astray.store(true, Ordering::SeqCst);
+        }
+        self.target.underway.fetch_sub(1, Ordering::SeqCst);
+        self.target.ended.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_request_whose_end_was_not_seen_marks_its_backend_for_good() {
+        let target = CancelTarget::new(NodeId(0), 1, vec![1]);
+        target.announce();
+        target.underway().arrived();
+        target.settled().await;
+        assert!(target.was_sent() && !target.is_astray());
+        target.fenced();
+        assert!(!target.was_sent());
+
+        target.announce();
+        drop(target.underway());
+        target.settled().await;
+        target.fenced();
+        assert!(target.is_astray());
     }
 }

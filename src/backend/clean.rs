@@ -1,6 +1,7 @@
 //! Making a used backend as good as new, verified, or else closing it.
 
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{BufMut, BytesMut};
@@ -102,14 +103,24 @@ fn columns(body: &[u8]) -> Option<Vec<Option<Vec<u8>>>> {
     Some(columns)
 }
 
+/// Lets the cancel requests pass that were sent to an idle backend, which PostgreSQL ignores then.
+/// `Err`: one may still arrive.
+async fn fence(backend: &mut Backend) -> Result<(), Broken> {
+    if !backend.cancel.was_sent() {
+        return Ok(());
+    }
+    backend.cancel.settled().await;
+    if backend.cancel.is_astray() {
+        return Err(Broken);
+    }
+    sync(backend).await?;
+    backend.cancel.fenced();
+    Ok(())
+}
+
 /// Makes a backend that is idle (or was sent a cancel) fit for anybody. `Err`: close it.
 pub async fn clean(backend: &mut Backend) -> Result<(), Broken> {
-    if backend.cancel.was_sent() {
-        backend.cancel.settled().await;
-        // The cancel may hit this very Sync's backend while idle, which PostgreSQL ignores.
-        sync(backend).await?;
-        backend.cancel.fenced();
-    }
+    fence(backend).await?;
     match backend.dirt {
         Dirt::Clean => Ok(()),
         Dirt::Unknown => Err(Broken),
@@ -119,10 +130,27 @@ pub async fn clean(backend: &mut Backend) -> Result<(), Broken> {
                 return Err(Broken);
             }
             backend.forget_statements();
+            backend.application_name = None;
             backend.dirt = Dirt::Clean;
             Ok(())
         }
     }
+}
+
+/// Gives a backend that is idle the `application_name` of the session that is to use it.
+pub async fn name(backend: &mut Backend, application_name: Option<&Arc<str>>) -> Result<(), Broken> {
+    if backend.application_name.as_ref() == application_name {
+        return Ok(());
+    }
+    let answer = match application_name {
+        Some(name) => ask(backend, &format!("SET application_name = '{}'", name.replace('\'', "''"))).await?,
+        None => ask(backend, "RESET application_name").await?,
+    };
+    if !matches!(answer.tags.as_slice(), [tag] if tag == b"SET" || tag == b"RESET") {
+        return Err(Broken);
+    }
+    backend.application_name = application_name.cloned();
+    Ok(())
 }
 
 /// What a statement that is not understood has left behind.
@@ -146,6 +174,8 @@ pub async fn look(backend: &mut Backend) -> Result<Left, Broken> {
          OR EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable) \
          OR EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()) \
          OR EXISTS (SELECT FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session')";
+    // A cancel that is still on its way must not hit the question.
+    fence(backend).await?;
     let answer = ask(backend, QUESTION).await?;
     match answer.rows.as_slice() {
         [row] => match row.first() {

@@ -9,7 +9,6 @@ pub mod login;
 pub mod pool;
 
 use std::collections::{BTreeMap, HashSet};
-use std::num::NonZeroUsize;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -34,7 +33,15 @@ pub struct SharedName(pub u128);
 impl SharedName {
     /// The name as the server sees it.
     pub fn server_name(self) -> String {
-        format!("__hw_{:032x}", self.0)
+        format!("{}{:032x}", SharedName::PREFIX, self.0)
+    }
+
+    const PREFIX: &str = "__hw_";
+
+    /// Whether a client's name could be taken for one that sessions share. They are no secret
+    /// (`pg_prepared_statements` shows them), so a client must not reach them by naming them.
+    pub fn is_like(name: &[u8]) -> bool {
+        name.starts_with(SharedName::PREFIX.as_bytes())
     }
 }
 
@@ -73,7 +80,8 @@ pub struct Backend {
     pub opened: Instant,
     /// When it was last given back.
     pub idle_since: Instant,
-    /// The shared statements it has, least recently used last.
+    /// The shared statements it has, least recently used last. Its limit (`pool.max_prepared`) is kept by
+    /// whoever adds to it: what leaves here must be closed on the server, too.
     pub prepared: LruCache<SharedName, ()>,
     /// Whose unnamed statement it holds: a number that one session gave to one Parse.
     pub unnamed: Option<u64>,
@@ -81,6 +89,8 @@ pub struct Backend {
     pub own_names: HashSet<Vec<u8>>,
     /// What sessions may have left on it.
     pub dirt: Dirt,
+    /// The `application_name` that we have set; none: the server's own choice.
+    pub application_name: Option<Arc<str>>,
     /// The worker on whose reactor its socket is registered.
     pub worker: usize,
 }
@@ -89,6 +99,22 @@ pub struct Backend {
 /// user, database, replication and protocol options.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct StartupParameters(pub Vec<(String, String)>);
+
+impl StartupParameters {
+    /// Takes `application_name` out, so that clients which differ only in that share backends: many
+    /// put a process id or a job's name there. Each backend is told it by SET before use.
+    ///
+    /// A value that the server would not keep as it is (too long, not printable ASCII) stays in, as
+    /// does one whose quoting depends on `standard_conforming_strings`.
+    pub fn take_application_name(&mut self) -> Option<Arc<str>> {
+        let at = self.0.iter().position(|(name, value)| {
+            name == "application_name"
+                && value.len() < 64
+                && value.bytes().all(|b| (b' '..=b'~').contains(&b) && b != b'\\')
+        })?;
+        Some(Arc::from(self.0.remove(at).1))
+    }
+}
 
 /// Bytes a read may take at once when results are large.
 const BULK_READ: usize = 64 * 1024;
@@ -144,7 +170,6 @@ impl Backend {
         cancel: Arc<CancelTarget>,
         connected_at: u64,
         epoch: Epoch,
-        max_prepared: usize,
         worker: usize,
         now: Instant,
     ) -> Backend {
@@ -162,10 +187,11 @@ impl Backend {
             epoch,
             opened: now,
             idle_since: now,
-            prepared: LruCache::new(NonZeroUsize::new(max_prepared).unwrap_or(NonZeroUsize::MIN)),
+            prepared: LruCache::unbounded(),
             unnamed: None,
             own_names: HashSet::new(),
             dirt: Dirt::Clean,
+            application_name: None,
             worker,
         }
     }
@@ -208,6 +234,11 @@ impl Backend {
         {
             Arc::make_mut(&mut self.parameters).insert(name.to_vec(), value.to_vec());
         }
+    }
+
+    /// Whether nothing is on its way in either direction, and it is known what it was left with.
+    pub fn is_between_units(&self) -> bool {
+        self.input.is_empty() && self.output.is_empty() && self.dirt < Dirt::Unknown
     }
 
     /// Forgets what DISCARD ALL or DEALLOCATE ALL has taken from the server.

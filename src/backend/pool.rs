@@ -16,7 +16,7 @@ use super::clean;
 use super::login::{self, LoginError, LoginTarget};
 use super::{Backend, CancelTarget, Dirt, StartupParameters};
 use crate::config::Config;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, WaitFor};
 use crate::net::NodeTls;
 use crate::node::NodeFailure;
 use crate::positions::Positions;
@@ -40,6 +40,22 @@ pub struct PoolContext {
 }
 
 impl PoolContext {
+    /// Delivers an announced cancel request. Resolves when the node has ended its connection.
+    pub async fn cancel(&self, target: &CancelTarget) -> std::io::Result<()> {
+        login::cancel(&self.target(target.node), target.pid, &target.key).await
+    }
+
+    fn target(&self, node: NodeId) -> LoginTarget<'_> {
+        let address = &self.config.nodes[node.index()];
+        LoginTarget {
+            host: &address.host,
+            port: address.port,
+            tls: &self.tls,
+            connect_timeout: self.config.pool.connect_timeout,
+            tcp_user_timeout: self.config.failover.tcp_user_timeout,
+        }
+    }
+
     fn count_closed(&self, node: NodeId, reason: CloseReason) {
         self.metrics.backend_closed(node, reason.label());
     }
@@ -65,8 +81,19 @@ pub enum CloseReason {
 }
 
 impl CloseReason {
+    /// All labels.
+    pub const LABELS: [&'static str; 7] = [
+        CloseReason::Dead.label(),
+        CloseReason::Replaced.label(),
+        CloseReason::Unclean.label(),
+        CloseReason::Epoch.label(),
+        CloseReason::Lifetime.label(),
+        CloseReason::IdleTimeout.label(),
+        CloseReason::Broken.label(),
+    ];
+
     /// One word for a metric label.
-    pub fn label(self) -> &'static str {
+    pub const fn label(self) -> &'static str {
         match self {
             CloseReason::Dead => "dead",
             CloseReason::Replaced => "replaced",
@@ -110,11 +137,16 @@ enum Grant {
 struct Waiter {
     startup: Arc<StartupParameters>,
     worker: usize,
+    /// A connection that it can use is being opened. Of those who wait with the same startup
+    /// parameters these come first, and there are at least as many such connections.
+    coming: bool,
     grant: oneshot::Sender<Grant>,
 }
 
 #[derive(Default)]
 struct State {
+    // Boxed once, when opened: a backend changes hands with every statement.
+    #[allow(clippy::vec_box)]
     idle: Vec<Box<Backend>>,
     waiters: VecDeque<Waiter>,
     /// Lent, idle, being cleaned or being opened.
@@ -170,14 +202,22 @@ impl Pool {
         if let Some(backend) = self.take_idle(startup, worker) {
             return Ok(self.lend(backend));
         }
+        let begun = Instant::now();
         let (sender, receiver) = oneshot::channel();
         let mut waiting = Waiting { pool: self, receiver };
         {
             let mut state = self.lock();
-            state.waiters.push_back(Waiter { startup: startup.clone(), worker, grant: sender });
+            state.waiters.push_back(Waiter {
+                startup: startup.clone(),
+                worker,
+                coming: false,
+                grant: sender,
+            });
             self.open_more(&mut state);
         }
-        match tokio::time::timeout_at(deadline.into(), &mut waiting.receiver).await {
+        let granted = tokio::time::timeout_at(deadline.into(), &mut waiting.receiver).await;
+        self.context.metrics.waited(WaitFor::Backend, begun.elapsed());
+        match granted {
             Ok(Ok(Grant::Backend(backend))) => Ok(self.lend(backend)),
             Ok(Ok(Grant::Failed(error))) => Err(error),
             // The pool keeps every sender until it grants: a closed channel cannot happen; say timeout.
@@ -188,9 +228,9 @@ impl Pool {
     fn take_idle(self: &Arc<Pool>, startup: &StartupParameters, worker: usize) -> Option<Box<Backend>> {
         let epoch = self.context.topology.load().epoch;
         let mut state = self.lock();
-        if !state.waiters.is_empty() {
-            // First come, first served: idle backends that do not fit the head's startup parameters
-            // may stay idle while somebody waits, but nobody overtakes.
+        if state.waiters.iter().any(|w| !w.coming) {
+            // First come, first served: an idle backend that does not fit may have to make room for
+            // one that does.
             return None;
         }
         loop {
@@ -218,17 +258,19 @@ impl Pool {
     /// idle backend whose startup parameters nobody who waits can use.
     fn open_more(self: &Arc<Pool>, state: &mut State) {
         let size = self.context.config.pool.size;
-        while state.opening < state.waiters.len() {
+        while let Some(next) = state.waiters.iter().position(|w| !w.coming && !w.grant.is_closed()) {
             if state.open >= size {
                 if state.idle.is_empty() {
                     return;
                 }
-                // All idle ones are of other startup parameters, else they would have been lent.
+                // None of them fits anybody who waits, else it would have been lent; perhaps one fits
+                // who has just come, but must not overtake.
                 state.idle.remove(0);
                 state.open -= 1;
                 self.context.count_closed(self.node, CloseReason::Replaced);
             }
-            let waiter = &state.waiters[state.opening];
+            let waiter = &mut state.waiters[next];
+            waiter.coming = true;
             let (startup, worker) = (waiter.startup.clone(), waiter.worker);
             state.open += 1;
             state.opening += 1;
@@ -245,14 +287,21 @@ impl Pool {
             Ok(backend) => self.hand_on(&mut state, backend),
             Err(error) => {
                 state.open -= 1;
+                // The last in line of those who counted on it.
+                if let Some(waiter) = state.waiters.iter_mut().rfind(|w| w.coming && w.startup == startup) {
+                    waiter.coming = false;
+                }
                 // The node's answer concerns everybody who waits for a connection made like this one;
                 // those who wait for a lent backend to come back keep waiting.
                 let others = state.open > state.idle.len() + state.opening;
                 match &error {
-                    // The server is full, but some of its backends are ours and will come back.
+                    // The server is full, but some of its backends are ours and will come back; and
+                    // `reap` tries again.
                     AcquireError::Refused { sqlstate, .. } if sqlstate == b"53300" && others => {}
+                    // Each try fails one who waits, so this ends.
                     AcquireError::Unreachable { .. } | AcquireError::Timeout if others => {
                         fail_first(&mut state, &error);
+                        self.open_more(&mut state);
                     }
                     _ => while fail_first(&mut state, &error) {},
                 }
@@ -265,15 +314,7 @@ impl Pool {
         startup: &Arc<StartupParameters>,
         worker: usize,
     ) -> Result<Box<Backend>, AcquireError> {
-        let config = &self.context.config;
-        let node = &config.nodes[self.node.index()];
-        let target = LoginTarget {
-            host: &node.host,
-            port: node.port,
-            tls: &self.context.tls,
-            connect_timeout: config.pool.connect_timeout,
-            tcp_user_timeout: config.failover.tcp_user_timeout,
-        };
+        let target = self.context.target(self.node);
         let keys = self.keys.lock().unwrap_or_else(|p| p.into_inner()).clone();
         let epoch = self.context.topology.load().epoch;
         let logged_in =
@@ -287,33 +328,43 @@ impl Pool {
             cancel,
             self.context.positions.node(self.node).counter(),
             epoch,
-            config.pool.max_prepared,
             worker,
             Instant::now(),
         )))
     }
 
-    /// Gives a clean backend to who has waited longest, or keeps it.
+    /// Gives a clean backend to who has waited longest of those whom it fits, or keeps it.
     fn hand_on(self: &Arc<Pool>, state: &mut State, mut backend: Box<Backend>) {
-        while let Some(waiter) = state.waiters.pop_front() {
-            if waiter.grant.is_closed() {
-                continue;
-            }
-            if *waiter.startup != *backend.startup {
-                // It cannot serve who is next in line: make room for a connection that can.
-                state.waiters.push_front(waiter);
-                state.open -= 1;
-                self.context.count_closed(self.node, CloseReason::Replaced);
-                self.open_more(state);
-                return;
-            }
+        state.waiters.retain(|waiter| !waiter.grant.is_closed());
+        while let Some(at) = self.next_in_line(state, &backend) {
+            let Some(waiter) = state.waiters.remove(at) else { break };
             match waiter.grant.send(Grant::Backend(backend)) {
                 Ok(()) => return,
                 Err(Grant::Backend(back)) => backend = back,
                 Err(Grant::Failed(_)) => return,
             }
         }
+        if state.opening < state.waiters.len() {
+            // Somebody waits for whom no connection is underway, and this one does not fit: make room.
+            state.open -= 1;
+            self.context.count_closed(self.node, CloseReason::Replaced);
+            self.open_more(state);
+            return;
+        }
         state.idle.push(backend);
+        // Who waits could not use it; with the pool full, it makes room.
+        self.open_more(state);
+    }
+
+    /// Who is to have this backend: the first in line; if it does not fit them and a connection that
+    /// does is underway, the first whom it fits. Else nobody, or those in front would be overtaken for ever.
+    fn next_in_line(&self, state: &State, backend: &Backend) -> Option<usize> {
+        let fits = |waiter: &Waiter| *waiter.startup == *backend.startup;
+        match state.waiters.front() {
+            Some(first) if fits(first) => Some(0),
+            Some(_) if state.opening > 0 => state.waiters.iter().position(fits),
+            _ => None,
+        }
     }
 
     /// Takes a backend back. It must be idle, with nothing unread.
@@ -342,6 +393,12 @@ impl Pool {
         }
         backend.idle_since = now;
         let mut state = self.lock();
+        // Nobody overtakes a head for whom nothing is on its way: it gets this one's place.
+        let passed_over = state.waiters.front().is_some_and(|w| !w.coming && *w.startup != *backend.startup);
+        if passed_over {
+            drop(state);
+            return self.closed(CloseReason::Replaced);
+        }
         self.hand_on(&mut state, backend);
     }
 
@@ -448,6 +505,21 @@ pub struct Lease {
 }
 
 impl Lease {
+    /// Closes a backend that is in the middle of something which nobody wants any more, and has the node
+    /// stop it. The pool gets its place back when the node has been told.
+    pub fn abandon(self) {
+        let target = self.cancel.clone();
+        target.announce();
+        let context = self.pool.context.clone();
+        tokio::spawn(async move {
+            // Should it not arrive, the node finds out when it answers.
+            if context.cancel(&target).await.is_ok() {
+                target.underway().arrived();
+            }
+            drop(self);
+        });
+    }
+
     /// Gives an idle backend back to its pool, which cleans it first where it must.
     pub fn give_back(mut self) {
         if let Some(backend) = self.backend.take() {
@@ -513,11 +585,13 @@ impl UserPools {
     }
 }
 
+type ByDatabaseAndUser = HashMap<(Arc<str>, Arc<str>), Arc<UserPools>>;
+
 /// All pools.
 pub struct Pools {
     /// What they share.
     pub context: Arc<PoolContext>,
-    users: Mutex<HashMap<(Arc<str>, Arc<str>), Arc<UserPools>>>,
+    users: Mutex<ByDatabaseAndUser>,
 }
 
 impl Pools {

@@ -382,8 +382,22 @@ pub enum PinReason {
 }
 
 impl PinReason {
+    /// All labels.
+    pub const LABELS: [&'static str; 10] = [
+        PinReason::Setting.label(),
+        PinReason::TemporaryTable.label(),
+        PinReason::Listen.label(),
+        PinReason::SqlPrepare.label(),
+        PinReason::HoldCursor.label(),
+        PinReason::AdvisoryLock.label(),
+        PinReason::BackendPid.label(),
+        PinReason::Other.label(),
+        PinReason::FunctionState.label(),
+        PinReason::LargeStatement.label(),
+    ];
+
     /// One word for a metric label or a log field.
-    pub fn label(self) -> &'static str {
+    pub const fn label(self) -> &'static str {
         match self {
             PinReason::Setting => "setting",
             PinReason::TemporaryTable => "temporary_table",

@@ -12,6 +12,7 @@ fn classifier() -> Classifier {
         unit_hold: 65_536,
         statement_text: 65_536,
         statements_per_session: 100,
+        databases: 1,
         class_cache: 256,
         parser_text: 16 * 1024,
         parser_deadline: Duration::from_secs(20),

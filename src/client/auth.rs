@@ -56,6 +56,18 @@ impl fmt::Display for AuthFailure {
 }
 
 impl AuthFailure {
+    /// All that [`label`](Self::label) may answer.
+    pub const LABELS: [&'static str; 8] = [
+        "password",
+        "not_permitted",
+        "no_database",
+        "no_connect_privilege",
+        "protocol",
+        "no_verifier",
+        "timeout",
+        "gone",
+    ];
+
     /// One word for a metric label.
     pub fn label(&self) -> &'static str {
         match self {

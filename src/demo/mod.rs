@@ -30,6 +30,9 @@ use self::port::ReservedPort;
 /// The metric of statements answered, with labels for the node and for why it was that one.
 const STATEMENTS: &str = "highwater_statements_total";
 
+/// 1 for the role that a node has.
+const ROLE: &str = "highwater_node_role";
+
 /// A replica's distance behind the primary.
 const LAG_BYTES: &str = "highwater_replica_replay_lag_bytes";
 
@@ -260,6 +263,8 @@ struct Scrape {
     statements: BTreeMap<Why, f64>,
     /// By node: bytes, seconds.
     lag: BTreeMap<String, (f64, f64)>,
+    /// By node: `primary`, `replica` or `excluded`.
+    roles: BTreeMap<String, String>,
 }
 
 impl Scrape {
@@ -280,12 +285,19 @@ impl Scrape {
                     let why = (label("node"), label("class"), label("reason"));
                     *scrape.statements.entry(why).or_default() += value;
                 }
+                ROLE if value == 1.0 => {
+                    scrape.roles.insert(label("node"), label("role"));
+                }
                 LAG_BYTES => scrape.lag.entry(label("node")).or_default().0 = value,
                 LAG_SECONDS => scrape.lag.entry(label("node")).or_default().1 = value,
                 _ => {}
             }
         }
         scrape
+    }
+
+    fn role(&self, node: &str) -> &str {
+        self.roles.get(node).map_or("unknown", String::as_str)
     }
 
     /// What was counted since `earlier`.
@@ -300,35 +312,69 @@ impl Scrape {
     }
 }
 
-/// Statements that each show one rule, one after the other on one session.
-const SAMPLES: &[&str] = &[
+/// What the samples and the traffic need.
+const SET_UP: &[&str] = &[
     "CREATE TABLE account (id int PRIMARY KEY, balance bigint NOT NULL)",
     "INSERT INTO account SELECT i, 100 FROM generate_series(1, 1000) i",
+];
+
+/// Statements that each show one rule, one after the other on one session.
+const SAMPLES: &[&str] = &[
     "SELECT balance FROM account WHERE id = 7",
     "SELECT count(*) FROM account",
     "SELECT * FROM account WHERE id = 7 FOR UPDATE",
-    "WITH m AS (UPDATE account SET balance = balance + 1 WHERE id = 7 RETURNING balance) SELECT * FROM m",
-    "SELECT pg_is_in_recovery()",
+    "UPDATE account SET balance = balance + 1 WHERE id = 7",
+    "WITH m AS (DELETE FROM account WHERE id = 999 RETURNING *) SELECT * FROM m",
     "SELECT 1; DELETE FROM account WHERE id = 1000",
+    "BEGIN; SELECT count(*) FROM account; COMMIT",
 ];
 
 async fn show_samples(proxy: &Proxy, app: &Login) -> Result<(), DemoError> {
+    let failed = |sql: &str| {
+        let sql = sql.to_owned();
+        move |error| DemoError::Statement(sql, error)
+    };
+    let client = connect(proxy.port, "app", app).await.map_err(failed("connecting through the proxy"))?;
     say("")?;
-    say("where statements go, and why:")?;
-    let client = connect(proxy.port, "app", app)
-        .await
-        .map_err(|error| DemoError::Statement("connecting through the proxy".into(), error))?;
+    say("where statements go (node, its role, the statement; class and reason as /metrics counts them):")?;
+    for sql in SET_UP {
+        show_sample(proxy, &client, sql).await?;
+    }
+    await_reads(proxy, &client).await?;
     for sql in SAMPLES {
-        let before = proxy.scrape().await?;
-        client.batch_execute(sql).await.map_err(|error| DemoError::Statement((*sql).into(), error))?;
-        // A second message follows the first on a replica only once that one has caught up; the
-        // demo shows the usual case, not the race.
-        let ran = counted_since(proxy, &before).await?;
-        let places: Vec<String> =
-            ran.keys().map(|(node, class, reason)| format!("{node} ({class}: {reason})")).collect();
-        say(&format!("  {:<24} <- {sql}", places.join(", ")))?;
+        show_sample(proxy, &client, sql).await?;
     }
     Ok(())
+}
+
+async fn show_sample(proxy: &Proxy, client: &tokio_postgres::Client, sql: &str) -> Result<(), DemoError> {
+    let before = proxy.scrape().await?;
+    client.batch_execute(sql).await.map_err(|error| DemoError::Statement(sql.to_owned(), error))?;
+    let ran = counted_since(proxy, &before).await?;
+    for (node, class, reason) in ran.keys() {
+        let role = before.role(node);
+        say(&format!("  {node} {role}  {sql:<76}  {class}: {reason}"))?;
+    }
+    Ok(())
+}
+
+/// Until the proxy has read the new table's catalog facts, which takes it a moment, no statement of this
+/// database counts as a read; and the replicas must have replayed it. The demo shows the usual case.
+async fn await_reads(proxy: &Proxy, client: &tokio_postgres::Client) -> Result<(), DemoError> {
+    const READ: &str = "SELECT count(*) FROM account";
+    let deadline = Instant::now() + READY_DEADLINE;
+    loop {
+        let before = proxy.scrape().await?;
+        client.batch_execute(READ).await.map_err(|error| DemoError::Statement(READ.into(), error))?;
+        let ran = counted_since(proxy, &before).await?;
+        if ran.keys().any(|(_, _, reason)| reason == "read") {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(DemoError::NotReady);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// The difference once there is one: a statement is counted when its answer has been passed on, and
@@ -356,7 +402,8 @@ struct Seen {
 async fn show_traffic(proxy: &Proxy, app: &Login, exit_after: Option<Duration>) -> Result<(), DemoError> {
     say("")?;
     say(&format!(
-        "live traffic: {WRITERS} sessions write and read their own rows back, {READERS} only read; per second:"
+        "live traffic: {WRITERS} sessions write and read their own rows back, {READERS} only read; \
+         statements per second and node:"
     ))?;
     let seen = Arc::new(Seen::default());
     // Its tasks end with it.
@@ -384,29 +431,41 @@ async fn show_traffic(proxy: &Proxy, app: &Login, exit_after: Option<Duration>) 
             }
         }
         let now = proxy.scrape().await?;
-        say(&traffic_line(&now.since(&earlier), &now.lag, &seen))?;
+        say(&traffic_line(&now, &earlier, &seen))?;
         earlier = now;
     }
 }
 
-/// `a 61 (write: command 60, read: not_caught_up 1) | b 180 (read: read 180) | lag b 0.4 ms 168 B | ...`
-fn traffic_line(ran: &BTreeMap<Why, u64>, lag: &BTreeMap<String, (f64, f64)>, seen: &Seen) -> String {
-    let mut nodes: BTreeMap<&str, (u64, Vec<String>)> = BTreeMap::new();
-    for ((node, class, reason), count) in ran {
-        let (total, reasons) = nodes.entry(node).or_default();
-        *total += count;
-        reasons.push(format!("{class}: {reason} {count}"));
-    }
-    let mut parts: Vec<String> = nodes
-        .iter()
-        .map(|(node, (total, reasons))| format!("{node} {total} ({})", reasons.join(", ")))
-        .collect();
-    for (node, (bytes, seconds)) in lag {
-        parts.push(format!("lag {node} {:.1} ms {bytes} B", seconds * 1000.0));
+/// `a primary 61: write 60, read (behind) 1 | b replica 180: read 180, 168 B and 0.4 ms behind | ...`
+fn traffic_line(now: &Scrape, earlier: &Scrape, seen: &Seen) -> String {
+    let ran = now.since(earlier);
+    let mut parts = Vec::new();
+    for (node, role) in &now.roles {
+        let here = ran.iter().filter(|((at, ..), _)| at == node);
+        let total: u64 = here.clone().map(|(_, count)| count).sum();
+        let kinds: Vec<String> =
+            here.map(|((_, class, reason), count)| format!("{} {count}", kind(class, reason))).collect();
+        let mut part = format!("{node} {role} {total}");
+        if !kinds.is_empty() {
+            part += &format!(": {}", kinds.join(", "));
+        }
+        if let Some((bytes, seconds)) = now.lag.get(node) {
+            part += &format!(", {bytes} B and {:.1} ms behind", seconds * 1000.0);
+        }
+        parts.push(part);
     }
     let (own, stale) = (seen.own.load(Ordering::Relaxed), seen.stale.load(Ordering::Relaxed));
     parts.push(format!("own rows read back {own}, stale {stale}"));
     parts.join(" | ")
+}
+
+/// The class; the reason too where it is not the usual one of that class.
+fn kind(class: &str, reason: &str) -> String {
+    match (class, reason) {
+        ("read", "read") => class.to_owned(),
+        (class, "not_a_read") if class != "read" => class.to_owned(),
+        _ => format!("{class} ({reason})"),
+    }
 }
 
 /// Raises its own row's balance and reads it back, for ever.
@@ -470,18 +529,29 @@ mod tests {
 
     #[test]
     fn a_line_says_where_why_and_how_far_behind() {
-        let before =
-            Scrape::parse("highwater_statements_total{node=\"a\",class=\"write\",reason=\"command\"} 10\n");
+        let before = Scrape::parse(
+            "highwater_statements_total{node=\"a\",class=\"write\",reason=\"not_a_read\"} 10\n",
+        );
         let now = Scrape::parse(
-            "highwater_statements_total{node=\"a\",class=\"write\",reason=\"command\"} 70\n\
+            "highwater_statements_total{node=\"a\",class=\"write\",reason=\"not_a_read\"} 70\n\
+             highwater_statements_total{node=\"a\",class=\"read\",reason=\"behind\"} 2\n\
              highwater_statements_total{node=\"b\",class=\"read\",reason=\"read\"} 5\n\
+             highwater_node_role{node=\"a\",role=\"primary\"} 1\nhighwater_node_role{node=\"a\",role=\"replica\"} 0\n\
+             highwater_node_role{node=\"b\",role=\"replica\"} 1\nhighwater_node_role{node=\"c\",role=\"excluded\"} 1\n\
              highwater_replica_replay_lag_bytes{node=\"b\"} 168\nhighwater_replica_replay_lag_seconds{node=\"b\"} 0.0004\n",
         );
-        let ran = now.since(&before);
-        assert_eq!(ran, BTreeMap::from([(why("a", "write", "command"), 60), (why("b", "read", "read"), 5)]));
         assert_eq!(
-            traffic_line(&ran, &now.lag, &Seen::default()),
-            "a 60 (write: command 60) | b 5 (read: read 5) | lag b 0.4 ms 168 B | own rows read back 0, stale 0"
+            now.since(&before),
+            BTreeMap::from([
+                (why("a", "write", "not_a_read"), 60),
+                (why("a", "read", "behind"), 2),
+                (why("b", "read", "read"), 5)
+            ])
+        );
+        assert_eq!(
+            traffic_line(&now, &before, &Seen::default()),
+            "a primary 62: read (behind) 2, write 60 | b replica 5: read 5, 168 B and 0.4 ms behind | \
+             c excluded 0 | own rows read back 0, stale 0"
         );
         assert!(before.since(&now).is_empty());
     }

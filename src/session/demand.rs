@@ -1,6 +1,7 @@
 //! What a unit asks for: may it run on a replica, and what may it leave behind? A unit is held back
 //! only while everything in it is a read.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Buf;
@@ -122,7 +123,7 @@ impl Session {
         }
         let mut needs_backend = false;
         // Names made (or closed) by the messages looked at so far.
-        let mut names: Vec<(Vec<u8>, Option<Arc<Statement>>)> = Vec::new();
+        let mut names: HashMap<Vec<u8>, Option<Arc<Statement>>> = HashMap::new();
         let mut at = 0;
         loop {
             let Some(header) = wire::header(&self.client.input[at..]).map_err(End::length)? else {
@@ -139,12 +140,13 @@ impl Session {
             match header.tag {
                 b'Q' => return self.demand_query(at, header.len).await,
                 b'F' => return Ok(Demand::not_a_read(ClassLabel::Unit)),
+                b'P' if header.len > self.shared.config.limits.statement_text => return Ok(too_long()),
                 b'P' => {
                     needs_backend = true;
                     let body = &self.client.input[at + HEADER..at + header.len];
                     let parse = Parse::read(body).ok_or_else(|| End::protocol("invalid message format"))?;
                     let statement = self.shared.names.statement(&parse);
-                    names.push((parse.name.to_vec(), Some(statement.clone())));
+                    names.insert(parse.name.to_vec(), Some(statement.clone()));
                     let class = self.class_of(&statement).await;
                     if !matches!(class.kind, Kind::Read | Kind::Empty) {
                         return Ok(Demand::not_a_read(ClassLabel::of(class.kind)));
@@ -155,10 +157,11 @@ impl Session {
                     let body = &self.client.input[at + HEADER..at + header.len];
                     let (_, name, _) =
                         messages::bind_names(body).ok_or_else(|| End::protocol("invalid message format"))?;
-                    let found = match names.iter().rev().find(|(n, _)| n == name) {
-                        Some((_, found)) => found.clone(),
+                    let found = match names.get(name) {
+                        Some(found) => found.clone(),
                         None => match self.statements.find(name) {
                             Found::Statement(statement) => Some(statement),
+                            Found::OnBackend => return Ok(Demand::not_a_read(ClassLabel::Unit)),
                             Found::Nothing => None,
                         },
                     };
@@ -173,7 +176,9 @@ impl Session {
                 b'C' => {
                     let body = &self.client.input[at + HEADER..at + header.len];
                     match messages::target(body).ok_or_else(|| End::protocol("invalid message format"))? {
-                        Target::Statement(name) => names.push((name.to_vec(), None)),
+                        Target::Statement(name) => {
+                            names.insert(name.to_vec(), None);
+                        }
                         Target::Portal(_) => {}
                     }
                 }
@@ -283,7 +288,7 @@ impl Session {
         }
     }
 
-    fn lookup(&self, text: &[u8], types: &[u32]) -> Lookup {
+    pub(super) fn lookup(&self, text: &[u8], types: &[u32]) -> Lookup {
         let catalog = self.catalog.current();
         self.shared.classifier.lookup(&classify::Statement {
             text,
@@ -345,7 +350,7 @@ impl Session {
                 b'B' => {
                     messages::bind_names(body).and_then(|(_, name, _)| match self.statements.find(name) {
                         Found::Statement(statement) => Some(statement),
-                        Found::Nothing => None,
+                        Found::OnBackend | Found::Nothing => None,
                     })
                 }
                 b'S' => return,

@@ -50,6 +50,16 @@ pub enum Ending {
     Now,
 }
 
+impl Ending {
+    fn rank(self) -> u8 {
+        match self {
+            Ending::No => 0,
+            Ending::WhenIdle => 1,
+            Ending::Now => 2,
+        }
+    }
+}
+
 /// What became of a cancel request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CancelOutcome {
@@ -68,15 +78,27 @@ impl SessionHandle {
         self.activity.lock().unwrap_or_else(|p| p.into_inner())
     }
 
-    /// The session has a statement that no backend has yet.
-    pub fn waiting(&self) {
+    /// A unit begins: cancels that came for earlier ones are forgotten, and no backend has it yet.
+    pub fn begin(&self) {
+        let mut activity = self.activity();
         self.cancelled.store(false, Ordering::SeqCst);
+        *activity = Activity::Waiting;
+    }
+
+    /// The unit that is underway has no backend any more, and will have another.
+    pub fn waiting(&self) {
         *self.activity() = Activity::Waiting;
     }
 
-    /// `target` runs the session's statement.
-    pub fn running(&self, target: &Arc<CancelTarget>) {
-        *self.activity() = Activity::Running(target.clone());
+    /// `target` runs the session's statement from now on; unless a cancel came first (`false`).
+    #[must_use]
+    pub fn running(&self, target: &Arc<CancelTarget>) -> bool {
+        let mut activity = self.activity();
+        if self.is_cancelled() {
+            return false;
+        }
+        *activity = Activity::Running(target.clone());
+        true
     }
 
     /// Nothing is left to cancel. After this returns no new request goes to the backend.
@@ -115,12 +137,7 @@ impl SessionHandle {
 
     /// Asks the session to end.
     pub fn end(&self, how: Ending) {
-        let value = match how {
-            Ending::No => return,
-            Ending::WhenIdle => 1,
-            Ending::Now => 2,
-        };
-        self.ending.fetch_max(value, Ordering::SeqCst);
+        self.ending.fetch_max(how.rank(), Ordering::SeqCst);
         self.waker.wake();
     }
 }
@@ -130,6 +147,8 @@ impl SessionHandle {
 pub struct Sessions {
     by_pid: Mutex<HashMap<u32, Arc<SessionHandle>>>,
     next: AtomicU32,
+    /// What all sessions are asked to do, those that are yet to come included.
+    ending: AtomicU8,
 }
 
 impl Sessions {
@@ -153,7 +172,7 @@ impl Sessions {
             key,
             activity: Mutex::new(Activity::Idle),
             cancelled: AtomicBool::new(false),
-            ending: AtomicU8::new(0),
+            ending: AtomicU8::new(self.ending.load(Ordering::SeqCst)),
             waker: AtomicWaker::new(),
         });
         all.insert(pid, handle.clone());
@@ -167,7 +186,12 @@ impl Sessions {
 
     /// Asks all sessions to end.
     pub fn end_all(&self, how: Ending) {
-        let all: Vec<_> = self.lock().values().cloned().collect();
+        let all: Vec<_> = {
+            let all = self.lock();
+            // Under the lock of the registry: who registers later sees it.
+            self.ending.fetch_max(how.rank(), Ordering::SeqCst);
+            all.values().cloned().collect()
+        };
         for handle in all {
             handle.end(how);
         }
@@ -208,8 +232,13 @@ impl Sessions {
         };
         let underway = target.underway();
         let result = send(target.clone()).await;
-        drop(underway);
-        if result.is_ok() { CancelOutcome::Forwarded } else { CancelOutcome::Failed }
+        match result {
+            Ok(()) => {
+                underway.arrived();
+                CancelOutcome::Forwarded
+            }
+            Err(_) => CancelOutcome::Failed,
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 //! runs on the primary; no read runs on a node behind the session's mark; a unit is run a second time
 //! only if it was a read and nothing of its first answer has left.
 
+mod answers;
 mod demand;
 mod exchange;
 pub mod handle;
@@ -13,6 +14,7 @@ pub mod mark;
 mod messages;
 mod place;
 pub mod prepared;
+mod translate;
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -22,12 +24,13 @@ use std::time::Instant;
 use bytes::{Buf, BufMut, BytesMut};
 
 use self::demand::Demand;
-use self::exchange::{Again, Outcome, Unit, put_report};
+use self::exchange::{Again, HIGH_WATER, Outcome, Unit, put_report};
 use self::handle::{Ending, SessionHandle, Sessions};
 use self::mark::{Mark, Survival};
+use self::place::Placed;
 use self::prepared::{Names, Statements};
 use crate::backend::pool::{Lease, Pools, UserPools};
-use crate::backend::{Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
+use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
 use crate::catalogs::{Catalogs, DatabaseCatalog};
 use crate::classify::{Classifier, Leaves, Lexing, PinReason};
 use crate::config::Config;
@@ -38,6 +41,9 @@ use crate::positions::{Incarnation, Positions};
 use crate::route::{ClassLabel, RouteReason};
 use crate::topology::{NodeId, TopologyHandle};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
+
+/// Why units are run again, as the metric labels it.
+pub const REDONE_LABELS: [&str; 4] = Again::LABELS;
 
 /// What all sessions share.
 pub struct Shared {
@@ -93,6 +99,8 @@ struct ClientEnd {
     output: BytesMut,
     /// It has sent its last byte.
     at_end: bool,
+    /// How long a read may still take after that.
+    patience: Option<std::pin::Pin<Box<tokio::time::Sleep>>>,
 }
 
 /// How a session ends.
@@ -104,8 +112,10 @@ pub(crate) enum End {
     Fatal(Box<ErrorReport>),
     /// The node has told the client itself.
     NodeSaidFatal,
-    /// The connection to a node broke in the middle of a unit.
+    /// The connection to a node broke in the middle of a unit, or under a session that holds it.
     NodeLost { node: NodeId },
+    /// Between two units session state was lost with a backend.
+    StateLost { node: NodeId },
 }
 
 impl End {
@@ -126,6 +136,34 @@ impl End {
     }
 }
 
+/// Takes a session out of the registry, however it ends.
+struct Registered {
+    sessions: Arc<Sessions>,
+    pid: u32,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.sessions.unregister(self.pid);
+    }
+}
+
+/// A unit that runs on a node, as balancing sees it.
+struct Outstanding<'a>(&'a std::sync::atomic::AtomicU32);
+
+impl<'a> Outstanding<'a> {
+    fn on(counter: &'a std::sync::atomic::AtomicU32) -> Outstanding<'a> {
+        counter.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        Outstanding(counter)
+    }
+}
+
+impl Drop for Outstanding<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
 /// One client's session.
 pub struct Session {
     shared: Arc<Shared>,
@@ -134,6 +172,8 @@ pub struct Session {
     client: ClientEnd,
     pools: Arc<UserPools>,
     startup: Arc<StartupParameters>,
+    /// What its backends are to be called.
+    application_name: Option<Arc<str>>,
     catalog: Arc<DatabaseCatalog>,
     /// The parameters as the client was told them last.
     reported: Arc<Parameters>,
@@ -167,17 +207,17 @@ impl Session {
     pub async fn run(shared: Arc<Shared>, arrival: Arrival, worker: usize) {
         // 3.2 allows long keys; 3.0 has four bytes.
         let handle = shared.sessions.register(if arrival.minor >= 2 { 32 } else { 4 });
-        let pid = handle.pid;
+        let _registered = Registered { sessions: shared.sessions.clone(), pid: handle.pid };
         Session::serve_arrival(&shared, arrival, worker, handle).await;
-        shared.sessions.unregister(pid);
     }
 
     async fn serve_arrival(
         shared: &Arc<Shared>,
-        arrival: Arrival,
+        mut arrival: Arrival,
         worker: usize,
         handle: Arc<SessionHandle>,
     ) {
+        let application_name = arrival.startup.take_application_name();
         let pools = shared.pools.of(&arrival.database, &arrival.user, &arrival.keys);
         let topology = shared.topology.load();
         let mut session = Session {
@@ -188,9 +228,11 @@ impl Session {
                 input: BytesMut::new(),
                 output: BytesMut::new(),
                 at_end: false,
+                patience: None,
             },
             pools,
             startup: Arc::new(arrival.startup),
+            application_name,
             catalog: shared.catalogs.database(&arrival.database),
             reported: Arc::default(),
             lexing: Lexing::Unsafe,
@@ -203,7 +245,7 @@ impl Session {
             unproven: false,
             ddl: false,
             statements: Statements::default(),
-            unit: Unit::new(false, 0),
+            unit: Unit::none(),
             skipping: false,
             drop_rest: 0,
             output_before: 0,
@@ -222,16 +264,22 @@ impl Session {
     /// ParameterStatus, BackendKeyData, ReadyForQuery. What a server reports comes from a real login
     /// with the same startup parameters, which also lets the node refuse the client in its own words.
     async fn welcome(&mut self) -> Result<(), End> {
-        let parameters = match self.pools.welcome(&self.startup) {
+        let mut parameters = match self.pools.welcome(&self.startup) {
             Some(parameters) => parameters,
             None => {
-                let lease = self.lease_for_login().await?;
+                let mut lease = self.lease_for_login().await?;
+                if clean::name(&mut lease, None).await.is_err() {
+                    return Err(End::fatal(ErrorReport::fatal("08006", "the connection to the node broke")));
+                }
                 let parameters = lease.parameters.clone();
                 self.pools.remember_welcome(&self.startup, &parameters);
                 lease.give_back();
                 parameters
             }
         };
+        if let Some(name) = &self.application_name {
+            Arc::make_mut(&mut parameters).insert(b"application_name".to_vec(), name.as_bytes().to_vec());
+        }
         let mut out = Vec::with_capacity(512);
         for (name, value) in parameters.iter() {
             let value = if name == b"in_hot_standby" { b"off" } else { value.as_slice() };
@@ -268,14 +316,12 @@ impl Session {
 
     async fn serve(&mut self) -> End {
         loop {
-            if let Err(end) = self.await_message().await {
+            let served = match self.await_message().await {
+                Ok(()) => self.message().await,
+                Err(end) => Err(end),
+            };
+            if let Err(end) = served.or_else(|end| self.survive(end)) {
                 return end;
-            }
-            if let Err(end) = self.message().await {
-                match self.survive(end) {
-                    Ok(()) => {}
-                    Err(end) => return end,
-                }
             }
         }
     }
@@ -304,14 +350,16 @@ impl Session {
                     }
                     Ending::No | Ending::WhenIdle => {}
                 }
-                if self.lease.is_some() {
-                    self.hear_backend(cx)?;
-                }
+                self.hear_backend(cx)?;
                 if !self.client.output.is_empty()
                     && let Poll::Ready(Err(_)) =
                         poll_drain(&mut self.client.stream, &mut self.client.output, cx)
                 {
                     return Poll::Ready(Err(End::ClientGone));
+                }
+                if self.client.output.len() >= HIGH_WATER {
+                    // It asks (or listens) and does not read.
+                    return Poll::Pending;
                 }
                 if self.client.at_end {
                     // It said nothing more; what it is owed is still written.
@@ -342,42 +390,51 @@ impl Session {
         }
     }
 
-    /// What a held backend says while nothing runs: notifications, parameters, its end.
+    /// What a held backend says while nothing runs: notifications, parameters, its end. As much of it as
+    /// the client keeps up with.
     fn hear_backend(&mut self, cx: &mut std::task::Context<'_>) -> Result<(), End> {
-        loop {
-            let Some(lease) = self.lease.as_mut() else { return Ok(()) };
-            let backend = &mut **lease;
-            while let Ok(Some(header)) = wire::header(&backend.input) {
-                if backend.input.len() < header.len {
-                    break;
-                }
-                match header.tag {
-                    b'A' => {
-                        self.notification(header.len);
-                        return self.hear_backend(cx);
-                    }
-                    b'S' => {
-                        let message = backend.input.split_to(header.len);
-                        backend.report(&message[HEADER..]);
-                        self.tell_parameter(&message[HEADER..]);
-                        return self.hear_backend(cx);
-                    }
-                    tag => {
-                        let message = backend.input.split_to(header.len);
-                        self.client.output.put_slice(&message);
-                        if tag == b'E' {
-                            return Err(End::NodeSaidFatal);
-                        }
-                        return self.hear_backend(cx);
-                    }
-                }
-            }
-            match poll_fill(&mut backend.stream, &mut backend.input, cx) {
-                Poll::Ready(Ok(n)) if n > 0 => {}
-                Poll::Ready(_) => return Err(End::NodeLost { node: backend.node }),
-                Poll::Pending => return Ok(()),
+        let Some(mut lease) = self.lease.take() else { return Ok(()) };
+        let heard = self.hear(&mut lease, cx);
+        self.lease = Some(lease);
+        heard
+    }
+
+    fn hear(&mut self, backend: &mut Backend, cx: &mut std::task::Context<'_>) -> Result<(), End> {
+        let node = backend.node;
+        let lost = || End::NodeLost { node };
+        while self.client.output.len() < HIGH_WATER {
+            match wire::header(&backend.input).map_err(|_| lost())? {
+                Some(header) if header.len <= backend.input.len() => self.heard(backend, header)?,
+                _ => match poll_fill(&mut backend.stream, &mut backend.input, cx) {
+                    Poll::Ready(Ok(n)) if n > 0 => {}
+                    Poll::Ready(_) => return Err(lost()),
+                    Poll::Pending => return Ok(()),
+                },
             }
         }
+        Ok(())
+    }
+
+    fn heard(&mut self, backend: &mut Backend, header: wire::Header) -> Result<(), End> {
+        match header.tag {
+            b'A' => self.notification(backend, header.len),
+            b'S' => {
+                let message = backend.input.split_to(header.len);
+                backend.report(&message[HEADER..]);
+                self.tell_parameter(&message[HEADER..]);
+            }
+            b'N' | b'E' => {
+                self.client.output.put_slice(&backend.input.split_to(header.len));
+                if header.tag == b'E' {
+                    return Err(End::NodeSaidFatal);
+                }
+            }
+            tag => {
+                tracing::error!(node = backend.node.0, tag = %char::from(tag), "an idle node spoke out of turn");
+                return Err(End::NodeLost { node: backend.node });
+            }
+        }
+        Ok(())
     }
 
     /// Deals with the message at the start of the client's input.
@@ -416,18 +473,16 @@ impl Session {
     /// Runs the unit that begins at the start of the client's input.
     async fn unit(&mut self) -> Result<(), End> {
         self.started = Instant::now();
-        self.handle.waiting();
-        let result = self.unit_inner().await;
+        self.handle.begin();
+        let result = if self.lease.is_some() { self.held_unit().await } else { self.free_unit().await };
         if self.lease.is_none() {
             self.handle.idle();
         }
         result
     }
 
-    async fn unit_inner(&mut self) -> Result<(), End> {
-        if self.lease.is_some() {
-            return self.held_unit().await;
-        }
+    /// A unit of a session that holds no backend: it is routed, and perhaps run again elsewhere.
+    async fn free_unit(&mut self) -> Result<(), End> {
         let mut demand = match self.demand().await? {
             Demand::Ours => return Ok(()),
             demand => demand,
@@ -437,54 +492,78 @@ impl Session {
             if self.handle.is_cancelled() {
                 return self.fail_unit(canceled());
             }
-            let placed = match self.place(&demand, &avoid).await? {
+            let mut placed = match self.place(&demand, &avoid).await? {
                 Ok(placed) => placed,
                 Err(report) => return self.fail_unit(report),
             };
-            self.flush_client().await?;
-            self.lease = Some(placed.lease);
-            self.role = placed.role;
-            if let Some(lease) = &self.lease {
-                self.handle.running(&lease.cancel);
+            if clean::name(&mut placed.lease, self.application_name.as_ref()).await.is_err() {
+                self.shared.reports.report_failure(placed.node, NodeFailure::Broken);
+                if avoid.contains(&placed.node) {
+                    let report = ErrorReport::error("08006", "the connection to the node broke")
+                        .detail("The statement was not sent to it.");
+                    return self.fail_unit(report);
+                }
+                // Nothing of the unit was sent. (A primary is asked once more: there is no other.)
+                avoid.push(placed.node);
+                continue;
             }
-            self.unit = Unit::new(demand.is_read(), demand.vetted());
-            self.unit.leaves = demand.leaves();
-            self.unit.writes = !demand.is_read();
-            self.unit.ddl = demand.is_ddl();
-            self.output_before = self.client.output.len();
-            self.tell_differences();
-            let node = placed.node;
-            self.shared.pools.context.outstanding[node.index()]
-                .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            self.flush_client().await?;
+            if !self.handle.running(&placed.lease.cancel) {
+                // The cancel came when the backend had just been found.
+                placed.lease.give_back();
+                return self.fail_unit(canceled());
+            }
+            let (node, reason) = (placed.node, placed.reason);
+            let told_before = self.reported.clone();
+            self.begin_on(placed, &demand);
+            let pools = self.shared.pools.clone();
+            let outstanding = Outstanding::on(&pools.context.outstanding[node.index()]);
             let outcome = self.exchange().await;
-            self.shared.pools.context.outstanding[node.index()]
-                .fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
+            drop(outstanding);
             match outcome {
                 Ok(Outcome::Done) => {
-                    self.count(node, demand.label(), placed.reason);
+                    self.count(node, demand.label(), reason);
                     return self.finish().await;
                 }
                 Ok(Outcome::Again(again)) => {
                     self.client.output.truncate(self.output_before);
-                    self.take_back(again, node, &mut avoid);
+                    self.reported = told_before;
+                    self.lexing_changed();
+                    self.statements.take_back();
+                    if self.take_back(again, node, &mut avoid) {
+                        return self.fail_unit(canceled());
+                    }
                     demand.redo(again);
                 }
                 Ok(Outcome::Move) => {
-                    self.count(node, demand.label(), placed.reason);
+                    self.count(node, demand.label(), reason);
                     self.leave_replica();
+                    self.started = Instant::now();
                     demand = match self.demand().await? {
                         Demand::Ours => return Ok(()),
                         demand => demand,
                     };
                 }
-                Err(End::NodeLost { node }) => {
-                    self.note();
-                    self.shared.reports.report_failure(node, NodeFailure::Broken);
-                    return Err(End::NodeLost { node });
-                }
-                Err(end) => return Err(end),
+                Err(end) => return Err(self.ended(end)),
             }
         }
+    }
+
+    /// The unit starts on a backend that was found for it.
+    fn begin_on(&mut self, placed: Placed, demand: &Demand) {
+        self.unit = Unit::new(demand.is_read(), demand.vetted());
+        self.count_demand(demand);
+        self.output_before = self.client.output.len();
+        self.tell_differences(&placed.lease.parameters);
+        self.role = placed.role;
+        self.lease = Some(placed.lease);
+    }
+
+    /// What is known of a unit from how it was routed.
+    fn count_demand(&mut self, demand: &Demand) {
+        self.unit.leaves = demand.leaves();
+        self.unit.writes = !demand.is_read();
+        self.unit.ddl = demand.is_ddl();
     }
 
     /// A unit in a transaction or on a pinned backend: there is nothing to decide.
@@ -500,36 +579,51 @@ impl Session {
                 return self.fail_unit(report);
             }
         }
-        if let Some(lease) = &self.lease
-            && self.role == Role::Primary
-            && lease.epoch != self.shared.topology.load().epoch
-        {
-            // It has been replaced, and may still live: nothing more is sent to it, least of all a COMMIT.
-            return Err(End::NodeLost { node: lease.node });
+        let Some(lease) = &self.lease else { return Ok(()) };
+        let node = lease.node;
+        if self.role == Role::Primary && lease.epoch != self.shared.topology.load().epoch {
+            // Whatever it is, it is the primary no more: not one byte of a statement for it.
+            return Err(End::NodeLost { node });
+        }
+        if !self.handle.running(&lease.cancel) {
+            if self.status == TransactionStatus::Idle {
+                return self.fail_unit(canceled());
+            }
+            // In a transaction only the backend could fail it; and one server ignores a cancel that
+            // finds it idle.
+            self.handle.begin();
+            let _ = self.handle.running(&lease.cancel);
         }
         let reason = if self.pin.is_some() { RouteReason::Pinned } else { RouteReason::InTransaction };
         self.unit = Unit::new(false, 0);
         if let Some(demand) = &demand {
-            self.unit.leaves = demand.leaves();
-            self.unit.writes = !demand.is_read();
-            self.unit.ddl = demand.is_ddl();
+            self.count_demand(demand);
         }
         self.output_before = self.client.output.len();
-        let Some(lease) = &self.lease else { return Ok(()) };
-        self.handle.running(&lease.cancel);
-        let node = lease.node;
-        let outcome = self.exchange().await;
-        match outcome {
+        match self.exchange().await {
             Ok(_) => {
                 self.count(node, demand.map_or(ClassLabel::Unit, |d| d.label()), reason);
                 self.finish().await
             }
-            Err(End::NodeLost { node }) => {
-                self.note();
-                self.shared.reports.report_failure(node, NodeFailure::Broken);
-                Err(End::NodeLost { node })
-            }
-            Err(end) => Err(end),
+            Err(end) => Err(self.ended(end)),
+        }
+    }
+
+    /// An exchange has not come to its end: if a node was lost, it is noted and said.
+    fn ended(&mut self, end: End) -> End {
+        if let End::NodeLost { node } = end {
+            self.note();
+            self.shared.reports.report_failure(node, NodeFailure::Broken);
+        }
+        end
+    }
+
+    /// The leased backend is the session's from now on.
+    fn pin_now(&mut self, reason: PinReason) {
+        if self.pin.is_none() {
+            self.pin = Some(reason);
+            self.shared.metrics.pins.inc(reason.label());
+            self.shared.metrics.pinned_sessions.inc();
         }
     }
 
@@ -538,21 +632,23 @@ impl Session {
         self.shared.metrics.statement_took(node, self.started.elapsed());
     }
 
-    /// The unit ran on a replica that could not serve it: where it must not go again, and what is learned.
-    fn take_back(&mut self, again: Again, node: NodeId, avoid: &mut Vec<NodeId>) {
+    /// The unit ran on a replica that could not serve it: where it must not go again, and what is
+    /// learned. Whether the client has cancelled it meanwhile: then it is not run again.
+    fn take_back(&mut self, again: Again, node: NodeId, avoid: &mut Vec<NodeId>) -> bool {
         self.shared.metrics.redone.inc(again.label());
         if again == Again::NotARead {
             self.learn();
         }
+        // From here on a cancel finds the session waiting.
         self.handle.waiting();
         let lease = self.lease.take();
+        let cancelled = lease.as_ref().is_some_and(|lease| lease.cancel.was_sent());
         match again {
-            // Its answer has been read to the end: the backend is idle again.
             Again::NotARead | Again::LateReplica | Again::Conflict => {
+                // Only if its answer has been read to the end is the backend idle again.
                 if let Some(lease) = lease
-                    && self.unit.is_closed()
-                    && lease.input.is_empty()
-                    && lease.output.is_empty()
+                    && self.unit.is_over()
+                    && lease.is_between_units()
                 {
                     lease.give_back();
                 }
@@ -562,6 +658,8 @@ impl Session {
                 avoid.push(node);
             }
         }
+        self.unit = Unit::none();
+        cancelled
     }
 
     /// After a unit's answers: notes, pins, and what becomes of the backend.
@@ -578,6 +676,7 @@ impl Session {
                 if let Some(lease) = &mut self.lease {
                     lease.forget_statements();
                     lease.unnamed = None;
+                    lease.application_name = None;
                     lease.dirt = Dirt::Clean;
                 }
                 if self.pin.take().is_some() {
@@ -590,7 +689,12 @@ impl Session {
                     lease.forget_statements();
                 }
             }
-            Leaves::DiscardsAll | Leaves::DeallocatesAll => {}
+            Leaves::DiscardsAll | Leaves::DeallocatesAll => {
+                // It may have taken the statements before what failed: nobody knows.
+                if let Some(lease) = &mut self.lease {
+                    lease.dirt = Dirt::Unknown;
+                }
+            }
         }
         if self.status != TransactionStatus::Idle {
             return Ok(());
@@ -612,10 +716,6 @@ impl Session {
         self.flush_client().await?;
         self.handle.idle();
         let Some(lease) = &mut self.lease else { return Ok(()) };
-        // A cancel that is still on its way must not hit the question.
-        if lease.cancel.was_sent() {
-            lease.cancel.settled().await;
-        }
         let node = lease.node;
         match clean::look(lease).await {
             Ok(clean::Left::Nothing) => Ok(()),
@@ -623,8 +723,8 @@ impl Session {
                 self.pin_now(PinReason::FunctionState);
                 Ok(())
             }
-            // The client has its answer; only state that may have been left is gone with the backend.
-            Err(clean::Broken) => Err(End::NodeLost { node }),
+            // The client has its answer, but what it may have left is gone with the backend.
+            Err(clean::Broken) => Err(End::StateLost { node }),
         }
     }
 
@@ -632,9 +732,7 @@ impl Session {
     fn give_back(&mut self) {
         self.handle.idle();
         if let Some(lease) = self.lease.take()
-            && lease.dirt < Dirt::Unknown
-            && lease.input.is_empty()
-            && lease.output.is_empty()
+            && lease.is_between_units()
         {
             lease.give_back();
         }
@@ -651,8 +749,14 @@ impl Session {
     /// Notes what the node has shown, after its ReadyForQuery or the loss of its connection.
     fn note(&mut self) {
         let Some(lease) = &self.lease else { return };
-        if self.mark.epoch() == lease.epoch {
-            let note = self.shared.positions.note(lease.node, lease.epoch);
+        let (node, epoch) = (lease.node, lease.epoch);
+        if self.mark.epoch() < epoch {
+            // The epoch changed while the backend was being found.
+            let topology = self.shared.topology.load_full();
+            self.bring_mark_forward(&topology);
+        }
+        if self.mark.epoch() == epoch {
+            let note = self.shared.positions.note(node, epoch);
             match self.role {
                 Role::Primary => self.mark.primary_showed(note),
                 Role::Replica => self.mark.replica_showed(note, self.incarnation),
@@ -675,11 +779,19 @@ impl Session {
 
     /// Whether the session can go on after `end`.
     fn survive(&mut self, end: End) -> Result<(), End> {
-        let End::NodeLost { node } = end else { return Err(end) };
-        let in_transaction = self.status != TransactionStatus::Idle;
+        let (node, state_lost) = match end {
+            End::NodeLost { node } => (node, false),
+            End::StateLost { node } => (node, true),
+            end => return Err(end),
+        };
         let node_name = &self.shared.config.nodes[node.index()].name;
-        self.shared.metrics.unknown_outcomes.inc();
-        if self.pin.is_some() || in_transaction || !self.unit.is_closed() {
+        let in_transaction = self.status != TransactionStatus::Idle;
+        let between_units = self.unit.is_over();
+        if !between_units && self.unit.writes {
+            self.shared.metrics.unknown_outcomes.inc();
+        }
+        if state_lost || self.pin.is_some() || in_transaction || !self.unit.was_sent_whole() || between_units
+        {
             return Err(End::fatal(
                 ErrorReport::fatal(
                     "57P01",
@@ -688,6 +800,10 @@ impl Session {
                 .detail("The transaction or session state on it is gone.")
                 .hint("In a moment you should be able to reconnect and repeat your command."),
             ));
+        }
+        if self.unit.is_inside_answer() {
+            // Nothing can be said in the middle of a message.
+            return Err(end);
         }
         self.lease = None;
         self.handle.idle();
@@ -699,7 +815,8 @@ impl Session {
                 .detail("Part of the result had been sent already.")
         };
         put_report(&mut self.client.output, &report);
-        self.statements.failed();
+        self.statements.failed(false);
+        self.unit = Unit::none();
         self.put_ready();
         Ok(())
     }
@@ -743,20 +860,16 @@ impl Session {
         if self.pin.is_some() {
             self.shared.metrics.pinned_sessions.dec();
         }
-        let boundary = matches!(end, End::ClientGone | End::Fatal(_))
-            && self.status == TransactionStatus::Idle
-            && self.unit.is_closed();
-        match self.lease.take() {
-            // Between two units, outside a transaction: it can be cleaned for others.
-            Some(lease) if boundary && lease.input.is_empty() && lease.output.is_empty() => lease.give_back(),
-            // In the middle of something: closed, never brought to an end in the client's place.
-            _ => {}
+        if let Some(lease) = self.lease.take() {
+            self.part_from(lease, &end);
         }
         if let End::Fatal(report) = &end {
             if report.sqlstate == "08P01" {
                 self.shared.metrics.protocol_errors.inc();
             }
-            put_report(&mut self.client.output, report);
+            if !self.unit.is_inside_answer() {
+                put_report(&mut self.client.output, report);
+            }
         }
         let last_words = async {
             let _ = poll_fn(|cx| poll_drain(&mut self.client.stream, &mut self.client.output, cx)).await;
@@ -764,6 +877,23 @@ impl Session {
         };
         // A client that does not read must not keep its session.
         let _ = tokio::time::timeout(std::time::Duration::from_secs(5), last_words).await;
+    }
+
+    /// What becomes of the backend of a session that ends.
+    fn part_from(&self, lease: Lease, end: &End) {
+        if !matches!(end, End::ClientGone | End::Fatal(_)) {
+            return;
+        }
+        if !self.unit.is_over() {
+            // In the middle of something: closed, never brought to an end in the client's place. What it
+            // still does is stopped, unless it may be a write that was sent whole: that happens as asked.
+            if !self.unit.writes || !self.unit.was_sent_whole() {
+                lease.abandon();
+            }
+        } else if self.status == TransactionStatus::Idle && lease.is_between_units() {
+            // Between two units, outside a transaction: it can be cleaned for others.
+            lease.give_back();
+        }
     }
 
     /// Follows the topology into its epoch, and brings the mark up to the samples.

@@ -107,76 +107,137 @@ fn has_moment_literal(text: &[u8]) -> bool {
 pub enum Found {
     /// A statement.
     Statement(Arc<Statement>),
+    /// A statement whose text was too long to be kept: the session's backend alone has it.
+    OnBackend,
     /// Nothing: the server will say so.
     Nothing,
 }
 
 /// A session's names.
+///
+/// The server answers Parse and Close in order, so what they do to the names waits in line until its
+/// answer comes. An error empties the line. A unit that is taken back to be run again must find the
+/// names as they were when it began: while one can be, what answers have changed is kept aside.
 #[derive(Debug, Default)]
 pub struct Statements {
-    named: HashMap<Vec<u8>, Arc<Statement>>,
-    unnamed: Option<Arc<Statement>>,
-    /// Names made (`Some`) or closed (`None`) by messages of the running unit that the server has not
+    named: HashMap<Vec<u8>, Found>,
+    unnamed: Option<Found>,
+    /// Names made or closed (`Nothing`) by messages of the running unit that the server has not
     /// answered yet; the latest last.
-    unanswered: VecDeque<(Vec<u8>, Option<Arc<Statement>>)>,
+    unanswered: VecDeque<(Vec<u8>, Found)>,
+    /// For each name in `unanswered`: how often it is there, and what it was made last. A unit of ten
+    /// thousand statements looks up each of them.
+    latest: HashMap<Vec<u8>, (usize, Found)>,
+    /// How many of `unanswered` make a name.
+    making: usize,
+    /// What answered messages of the running unit have changed, as it was before; the latest last.
+    /// `None`: the unit will not be taken back.
+    before: Option<Vec<(Vec<u8>, Found)>>,
 }
 
 impl Statements {
-    /// What `name` (empty: unnamed) stands for.
-    pub fn find(&self, name: &[u8]) -> Found {
-        if let Some((_, found)) = self.unanswered.iter().rev().find(|(n, _)| n == name) {
-            return found.clone().map_or(Found::Nothing, Found::Statement);
-        }
-        let found = if name.is_empty() { self.unnamed.as_ref() } else { self.named.get(name) };
-        found.cloned().map_or(Found::Nothing, Found::Statement)
+    /// A unit begins. `redoable`: it may be taken back.
+    pub fn begin(&mut self, redoable: bool) {
+        self.before = redoable.then(Vec::new);
     }
 
-    /// Named statements now.
+    /// The running unit will not be taken back any more.
+    pub fn commit(&mut self) {
+        self.before = None;
+    }
+
+    /// The unit is taken back, to be run again elsewhere: names are as they were when it began.
+    pub fn take_back(&mut self) {
+        self.forget_unanswered();
+        while let Some((name, found)) = self.before.as_mut().and_then(Vec::pop) {
+            self.put(name, found);
+        }
+    }
+
+    /// What `name` (empty: unnamed) stands for.
+    pub fn find(&self, name: &[u8]) -> Found {
+        if let Some((_, found)) = self.latest.get(name) {
+            return found.clone();
+        }
+        self.answered(name)
+    }
+
+    fn answered(&self, name: &[u8]) -> Found {
+        let found = if name.is_empty() { self.unnamed.as_ref() } else { self.named.get(name) };
+        found.cloned().unwrap_or(Found::Nothing)
+    }
+
+    fn put(&mut self, name: Vec<u8>, found: Found) {
+        match found {
+            found if name.is_empty() => self.unnamed = Some(found),
+            Found::Nothing => {
+                self.named.remove(&name);
+            }
+            found => {
+                self.named.insert(name, found);
+            }
+        }
+    }
+
+    /// Named statements now, those that wait for their answer included.
     pub fn len(&self) -> usize {
-        self.named.len()
+        self.named.len() + self.making
     }
 
     /// Whether there is no named statement.
     pub fn is_empty(&self) -> bool {
-        self.named.is_empty()
+        self.len() == 0
     }
 
-    /// The named statements.
+    /// The named statements whose text is known.
     pub fn named(&self) -> impl Iterator<Item = (&Vec<u8>, &Arc<Statement>)> {
-        self.named.iter()
+        self.named.iter().filter_map(|(name, found)| match found {
+            Found::Statement(statement) => Some((name, statement)),
+            Found::OnBackend | Found::Nothing => None,
+        })
     }
 
-    /// A Parse (`Some`) or Close (`None`) was sent (or will be answered by us in its turn).
-    pub fn sent(&mut self, name: &[u8], statement: Option<Arc<Statement>>) {
-        self.unanswered.push_back((name.to_vec(), statement));
+    /// A Parse or Close (`Nothing`) was sent (or will be answered by us in its turn).
+    pub fn sent(&mut self, name: &[u8], found: Found) {
+        let (times, latest) = self.latest.entry(name.to_vec()).or_insert((0, Found::Nothing));
+        *times += 1;
+        *latest = found.clone();
+        self.making += usize::from(makes_a_name(name, &found));
+        self.unanswered.push_back((name.to_vec(), found));
     }
 
     /// The oldest unanswered Parse or Close has succeeded.
     pub fn succeeded(&mut self) {
-        let Some(oldest) = self.unanswered.pop_front() else { return };
-        match oldest {
-            (name, statement) if name.is_empty() => self.unnamed = statement,
-            (name, Some(statement)) => {
-                self.named.insert(name, statement);
-            }
-            (name, None) => {
-                self.named.remove(&name);
+        let Some((name, found)) = self.unanswered.pop_front() else { return };
+        self.making -= usize::from(makes_a_name(&name, &found));
+        if let Some((times, _)) = self.latest.get_mut(&name) {
+            *times -= 1;
+            if *times == 0 {
+                self.latest.remove(&name);
             }
         }
+        if self.before.is_some() {
+            let was = self.answered(&name);
+            if let Some(before) = &mut self.before {
+                before.push((name.clone(), was));
+            }
+        }
+        self.put(name, found);
     }
 
-    /// An error: what was not answered yet never will be.
-    pub fn failed(&mut self) {
-        // A Parse of the unnamed statement drops the old one before it can fail.
-        if self.unanswered.iter().any(|(name, _)| name.is_empty()) {
+    /// An error: what was not answered yet never will be. `parsing_unnamed`: it was a Parse of the
+    /// unnamed statement that failed, which has dropped the old one before.
+    pub fn failed(&mut self, parsing_unnamed: bool) {
+        if parsing_unnamed {
             self.unnamed = None;
         }
-        self.unanswered.clear();
+        self.forget_unanswered();
     }
 
-    /// The unit is taken back, to be run again elsewhere.
-    pub fn take_back(&mut self) {
+    fn forget_unanswered(&mut self) {
         self.unanswered.clear();
+        self.latest.clear();
+        self.making = 0;
     }
 
     /// A simple Query: the unnamed statement is gone.
@@ -194,6 +255,10 @@ impl Statements {
         self.named.clear();
         self.unnamed = None;
     }
+}
+
+fn makes_a_name(name: &[u8], found: &Found) -> bool {
+    !name.is_empty() && !matches!(found, Found::Nothing)
 }
 
 #[cfg(test)]
@@ -232,9 +297,9 @@ mod tests {
     fn a_name_is_usable_within_its_unit_and_gone_with_an_error() {
         let names = Names::new([7; 16]);
         let mut statements = Statements::default();
-        statements.sent(b"s", Some(names.statement(&parse(b"s\0select 1\0\0\0"))));
+        statements.sent(b"s", Found::Statement(names.statement(&parse(b"s\0select 1\0\0\0"))));
         assert!(matches!(statements.find(b"s"), Found::Statement(_)));
-        statements.failed();
+        statements.failed(false);
         assert!(matches!(statements.find(b"s"), Found::Nothing));
     }
 
@@ -244,16 +309,16 @@ mod tests {
         let mut statements = Statements::default();
         let old = names.statement(&parse(b"s\0select 1\0\0\0"));
         let new = names.statement(&parse(b"s\0select 2\0\0\0"));
-        statements.sent(b"s", Some(old));
+        statements.sent(b"s", Found::Statement(old));
         statements.succeeded();
-        statements.sent(b"s", None);
+        statements.sent(b"s", Found::Nothing);
         assert!(matches!(statements.find(b"s"), Found::Nothing));
-        statements.sent(b"s", Some(new.clone()));
+        statements.sent(b"s", Found::Statement(new.clone()));
         statements.succeeded();
         statements.succeeded();
         match statements.find(b"s") {
             Found::Statement(found) => assert_eq!(found.serial, new.serial),
-            Found::Nothing => panic!("s is not there"),
+            other => panic!("s is {other:?}"),
         }
     }
 
@@ -261,10 +326,47 @@ mod tests {
     fn a_failed_parse_of_the_unnamed_statement_leaves_none() {
         let names = Names::new([7; 16]);
         let mut statements = Statements::default();
-        statements.sent(b"", Some(names.statement(&parse(b"\0select 1\0\0\0"))));
+        statements.sent(b"", Found::Statement(names.statement(&parse(b"\0select 1\0\0\0"))));
         statements.succeeded();
-        statements.sent(b"", Some(names.statement(&parse(b"\0selec\0\0\0"))));
-        statements.failed();
+        statements.sent(b"", Found::Statement(names.statement(&parse(b"\0selec\0\0\0"))));
+        statements.failed(true);
         assert!(matches!(statements.find(b""), Found::Nothing));
+    }
+
+    #[test]
+    fn a_unit_that_is_taken_back_leaves_the_names_as_they_were() {
+        let names = Names::new([7; 16]);
+        let mut statements = Statements::default();
+        let old = names.statement(&parse(b"kept\0select 1\0\0\0"));
+        statements.begin(false);
+        statements.sent(b"kept", Found::Statement(old.clone()));
+        statements.succeeded();
+        statements.begin(true);
+        // Answered before the unit failed: a new name, a closed one, and one closed and made again.
+        statements.sent(b"new", Found::Statement(names.statement(&parse(b"new\0select 2\0\0\0"))));
+        statements.sent(b"kept", Found::Nothing);
+        statements.sent(b"kept", Found::Statement(names.statement(&parse(b"kept\0select 3\0\0\0"))));
+        for _ in 0..3 {
+            statements.succeeded();
+        }
+        // And one that is not answered yet.
+        statements.sent(b"later", Found::Statement(names.statement(&parse(b"later\0select 4\0\0\0"))));
+        statements.take_back();
+        assert!(matches!(statements.find(b"new"), Found::Nothing));
+        assert!(matches!(statements.find(b"later"), Found::Nothing));
+        assert!(matches!(statements.find(b"kept"), Found::Statement(s) if s.serial == old.serial));
+    }
+
+    #[test]
+    fn an_error_before_the_unnamed_parse_leaves_the_old_one() {
+        let names = Names::new([7; 16]);
+        let mut statements = Statements::default();
+        statements.sent(b"", Found::Statement(names.statement(&parse(b"\0select 1\0\0\0"))));
+        statements.succeeded();
+        // The server skips the second Parse: the first has failed.
+        statements.sent(b"x", Found::Statement(names.statement(&parse(b"x\0selec\0\0\0"))));
+        statements.sent(b"", Found::Statement(names.statement(&parse(b"\0select 2\0\0\0"))));
+        statements.failed(false);
+        assert!(matches!(statements.find(b""), Found::Statement(_)));
     }
 }

@@ -109,7 +109,7 @@ fn certificate() -> (String, String) {
 }
 
 /// A cluster whose nodes have TLS, a proxy with `mode` towards clients and `node_mode` towards nodes.
-async fn with_tls(mode: &str, node_mode: &str) -> (Cluster, Proxy, tempfile::TempDir) {
+pub async fn with_tls(mode: &str, node_mode: &str) -> (Cluster, Proxy, tempfile::TempDir) {
     let (cert, key) = certificate();
     let files = tempfile::tempdir().unwrap();
     std::fs::write(files.path().join("cert.pem"), &cert).unwrap();

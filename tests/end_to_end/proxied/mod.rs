@@ -9,3 +9,4 @@ mod operator;
 mod relay;
 mod routing;
 mod tools;
+mod traps;

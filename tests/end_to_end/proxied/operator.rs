@@ -34,6 +34,131 @@ async fn metrics_say_what_ran_where() {
     }
 }
 
+/// `metric | type | labels` of every row of docs/METRICS.md.
+fn described() -> Vec<(String, String, Vec<String>)> {
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/METRICS.md")).unwrap();
+    let cells = |line: &str| line.split('|').map(|c| c.trim().replace('`', "")).collect::<Vec<_>>();
+    page.lines()
+        .filter(|line| line.starts_with("| `highwater_"))
+        .map(cells)
+        .map(|c| {
+            let labels = c[3].split(", ").filter(|l| *l != "none").map(str::to_owned).collect();
+            (c[1].clone(), c[2].clone(), labels)
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn the_metrics_page_describes_every_metric_and_no_other() {
+    let cluster = Cluster::start(1).await;
+    let proxy = Proxy::start(&cluster).await;
+    let client = proxy.connect().await;
+    client.simple_query("SELECT 1").await.unwrap();
+    // A replica's lag is there once it has been measured, a statement once it is counted.
+    eventually("every metric has a sample", || async {
+        let (_, text) = proxy.get("/metrics").await.unwrap();
+        described().iter().all(|(name, ..)| text.contains(&format!("# TYPE {name} ")))
+    })
+    .await;
+    let (_, text) = proxy.get("/metrics").await.unwrap();
+    let described = described();
+    for line in text.lines() {
+        if let Some(typed) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = typed.split_once(' ').unwrap();
+            let row = described.iter().find(|(n, ..)| n == name);
+            assert_eq!(row.map(|(_, k, _)| k.as_str()), Some(kind), "{name} in docs/METRICS.md");
+        } else if !line.starts_with('#') {
+            let name = line.split(['{', ' ']).next().unwrap();
+            let family = ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end));
+            let row = described.iter().find(|(n, ..)| n == name || Some(n.as_str()) == family).unwrap();
+            let inner = line.split_once('{').map_or("", |(_, rest)| rest.rsplit_once('}').unwrap().0);
+            let labels = inner.split("\",").filter_map(|pair| pair.split_once('=')).map(|(l, _)| l);
+            for label in labels.filter(|l| *l != "le") {
+                assert!(row.2.iter().any(|l| l == label), "{name}: label {label} in docs/METRICS.md");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_happens_for_the_first_time_has_been_zero_before() {
+    let cluster = Cluster::start(1).await;
+    let proxy = Proxy::start(&cluster).await;
+    let (_, text) = proxy.get("/metrics").await.unwrap();
+    for series in [
+        "highwater_redone_total{reason=\"conflict\"} 0",
+        "highwater_pins_total{reason=\"temporary_table\"} 0",
+        "highwater_cancels_total{outcome=\"forwarded\"} 0",
+        "highwater_client_refused_total{reason=\"too_many\"} 0",
+        "highwater_login_failures_total{reason=\"password\"} 0",
+        "highwater_backends_closed_total{node=\"b\",reason=\"broken\"} 0",
+        "highwater_wait_seconds_count{for=\"mark\"} 0",
+        "highwater_lost_write_total 0",
+    ] {
+        assert!(text.lines().any(|line| line == series), "{series} is missing in\n{text}");
+    }
+    assert!(proxy.metrics().await.sum("highwater_topology_changes_total", &[]) >= 1.0);
+    eventually("samples are counted", || async {
+        proxy.metrics().await.sum("highwater_samples_total", &[("node", "a")]) >= 1.0
+    })
+    .await;
+}
+
+/// The first block of this language in a file of the project.
+fn block_of(file: &str, language: &str) -> String {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+    let text = std::fs::read_to_string(path).unwrap();
+    let from = text.split_once(&format!("```{language}\n")).unwrap().1;
+    from.split_once("```").unwrap().0.to_owned()
+}
+
+#[tokio::test]
+async fn the_grants_of_the_operations_page_are_enough_to_run_on() {
+    let cluster = Cluster::start(1).await;
+    // The cluster has a role of that name, with other rights.
+    let sql = block_of("docs/OPERATIONS.md", "sql").replace("highwater", "watcher");
+    let superuser = &cluster.roles().superuser;
+    let operator = cluster.primary().connect("postgres", superuser).await.unwrap();
+    operator.batch_execute(&sql).await.unwrap();
+    cluster.wait_caught_up(0).await.unwrap();
+    let overrides = "control: { user: watcher, password: choose one }\n\
+        auth: { query: 'SELECT * FROM watcher.verifier($1, $2)' }";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    let row = proxy.connect().await.query_one("SELECT current_user::text", &[]).await.unwrap();
+    assert_eq!(row.get::<_, String>(0), "app");
+    let refused = proxy.connect_as("app", superuser).await.unwrap_err();
+    assert_eq!(refused.code().map(|code| code.code()), Some("28P01"));
+    let config = std::fs::read_to_string(proxy.directory().join("config.yaml")).unwrap();
+    let (code, said) = with_config("check", &config);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("auth query works"), "{said}");
+    // And each of them is needed.
+    let revoke = "REVOKE EXECUTE ON FUNCTION pg_read_file(text, bigint, bigint, boolean) FROM watcher; \
+        REVOKE pg_monitor FROM watcher; REVOKE USAGE ON SCHEMA watcher FROM watcher";
+    operator.batch_execute(revoke).await.unwrap();
+    cluster.wait_caught_up(0).await.unwrap();
+    let (code, said) = with_config("check", &config);
+    assert_eq!(code, Some(1), "{said}");
+    for what in ["lacks pg_monitor", "may not execute pg_read_file", "auth.query fails"] {
+        assert!(said.contains(what), "{what}: {said}");
+    }
+}
+
+#[tokio::test]
+async fn check_connects_with_the_tls_that_run_connects_with() {
+    let (_cluster, proxy, _files) = super::login::with_tls("prefer", "verify-full").await;
+    let config = std::fs::read_to_string(proxy.directory().join("config.yaml")).unwrap();
+    let (code, said) = with_config("check", &config);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("TLS 1.3"), "{said}");
+    let (code, said) = with_config("check", &config.replace("verify-full", "disable"));
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("TLS offered, not used"), "{said}");
+    let (code, said) = with_config("check", &config.replace("cert.pem", "nowhere.pem"));
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("node_tls cannot be used") && said.contains("client_tls cannot be used"), "{said}");
+}
+
 #[tokio::test]
 async fn sigterm_lets_a_transaction_finish_and_turns_new_clients_away() {
     let cluster = Cluster::start(0).await;
@@ -56,6 +181,76 @@ async fn sigterm_lets_a_transaction_finish_and_turns_new_clients_away() {
     busy.read_to_end().await;
     assert!(stopping.await.unwrap().success());
     assert_eq!(cluster.primary().query_text("SELECT count(*) FROM t").await.unwrap(), "1");
+}
+
+#[tokio::test]
+async fn a_log_line_is_plain_text_one_for_each_event_and_libraries_are_silent() {
+    let cluster = Cluster::start(1).await;
+    // The server then sends notices on each of the proxy's own connections, which its driver tells of.
+    cluster.primary().execute("ALTER ROLE highwater SET client_min_messages = debug5").await.unwrap();
+    cluster.wait_caught_up(0).await.unwrap();
+    let proxy = Proxy::start(&cluster).await;
+    proxy.connect().await.simple_query("DO $$ BEGIN RAISE NOTICE 'heard'; END $$").await.unwrap();
+    let log = proxy.log();
+    assert!(log.contains("primary found") && log.contains("replica in use"), "{log}");
+    for line in log.lines() {
+        assert!(line.contains(" highwater"), "not a line of ours: {line}");
+        assert!(!line.contains('\u{1b}'), "{line}");
+    }
+}
+
+/// The demo until it says `last`, then `signal`; all it has said, once it has ended well.
+fn demo(arguments: &[&str], last: &str, signal: Option<nix::sys::signal::Signal>) -> String {
+    use std::io::BufRead as _;
+    let mut child = Command::new(env!("CARGO_BIN_EXE_highwater"))
+        .arg("demo")
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = String::new();
+    for line in std::io::BufReader::new(child.stdout.take().unwrap()).lines() {
+        let line = line.unwrap();
+        if let Some(signal) = signal
+            && line.contains(last)
+        {
+            let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
+            nix::sys::signal::kill(pid, signal).unwrap();
+        }
+        said += &line;
+        said.push('\n');
+    }
+    assert!(child.wait().unwrap().success(), "{said}");
+    assert!(said.ends_with("stopped; servers and files are gone\n"), "{said}");
+    if let Some(directory) = said.lines().find_map(|line| line.strip_prefix("directory: ")) {
+        assert!(!std::path::Path::new(directory).exists(), "{directory} is left");
+    }
+    said
+}
+
+#[test]
+fn the_demo_shows_reads_on_replicas_writes_on_the_primary_and_nothing_stale() {
+    let said = demo(&["--exit-after", "2500ms"], "", None);
+    let sample = |sql: &str| {
+        let line = said.lines().find(|line| line.contains(sql));
+        line.unwrap_or_else(|| panic!("{sql}: {said}")).to_owned()
+    };
+    for sql in ["  SELECT balance FROM account WHERE id = 7  ", "  SELECT count(*) FROM account  "] {
+        assert!(sample(sql).contains(" replica ") && sample(sql).ends_with("read: read"), "{said}");
+    }
+    for sql in ["INSERT INTO account", "FOR UPDATE", "WITH m AS (DELETE", "SELECT 1; DELETE", "BEGIN; "] {
+        assert!(sample(sql).contains(" a primary "), "{said}");
+    }
+    let traffic: Vec<&str> = said.lines().filter(|line| line.contains("own rows read back")).collect();
+    assert!(!traffic.is_empty() && traffic.iter().all(|line| line.ends_with(", stale 0")), "{said}");
+}
+
+#[test]
+fn the_demo_leaves_nothing_behind_when_it_is_told_to_stop() {
+    use nix::sys::signal::Signal::{SIGINT, SIGTERM};
+    demo(&[], "live traffic", Some(SIGINT));
+    demo(&[], "starting a on", Some(SIGTERM));
 }
 
 /// Runs the binary on a configuration: exit code and what it said.

@@ -1,0 +1,664 @@
+//! From the client to the node: each message of a unit as the backend is to see it.
+
+use std::sync::Arc;
+
+use bytes::{Buf, BufMut, BytesMut};
+
+use super::exchange::{
+    Exchange, Expect, HIGH_WATER, Intake, MOST_AWAITED, NameOnServer, Outcome, SMALL_MESSAGE, Step,
+};
+use super::messages::{self, Parse, Target};
+use super::prepared::{Found, Statement};
+use super::{End, Role};
+use crate::backend::{Dirt, SharedName};
+use crate::classify::{Kind, Leaves, Lookup, PinReason, StatementClass};
+use crate::wire::{self, ErrorReport, HEADER};
+
+/// A portal that no client has: an Execute of it fails.
+const NO_PORTAL: &[u8] = b"__hw_refused";
+
+/// What became of a client's name for a statement.
+enum Resolved {
+    /// The backend knows it under this name, or will have said that it knows none.
+    Name(Vec<u8>),
+    /// The message does not go on.
+    Stopped(Step),
+}
+
+impl Exchange<'_> {
+    /// Takes what the client has sent and puts it into the backend's output, as far as both allow.
+    pub(super) fn translate(&mut self) -> Result<Step, End> {
+        let mut moved = false;
+        // Answers of ours need no backend: whoever asks for them and does not read is stopped, too.
+        while self.backend.output.len() < HIGH_WATER && self.session.client.output.len() < HIGH_WATER {
+            if self.unit.client_rest + self.unit.client_drop > 0 {
+                if !self.take_rest() {
+                    break;
+                }
+                moved = true;
+                continue;
+            }
+            if self.unit.intake == Intake::Closed || self.unit.discard.is_some() {
+                break;
+            }
+            if self.unit.expects.len() >= MOST_AWAITED {
+                moved |= self.urge();
+                break;
+            }
+            match self.translate_message()? {
+                Step::On => moved = true,
+                Step::Wait => break,
+                over => return Ok(over),
+            }
+        }
+        Ok(if moved { Step::On } else { Step::Wait })
+    }
+
+    /// Passes on (or drops) what has come of a message that is longer. Whether there was something.
+    fn take_rest(&mut self) -> bool {
+        let there = self.there();
+        let n = there.min(self.unit.client_rest + self.unit.client_drop);
+        if self.unit.client_rest > 0 {
+            let from = self.unit.taken;
+            self.backend.output.put_slice(&self.session.client.input[from..from + n]);
+            self.unit.client_rest -= n;
+        } else {
+            self.unit.client_drop -= n;
+        }
+        self.take(n);
+        n > 0
+    }
+
+    /// The server may keep its answers until it is asked, while the client sends more than we are
+    /// ready to await. Whether it had to be asked.
+    fn urge(&mut self) -> bool {
+        if self.unit.urged {
+            return false;
+        }
+        self.unit.urged = true;
+        self.backend.output.put_slice(&[b'H', 0, 0, 0, 4]);
+        true
+    }
+
+    /// Bytes of the client's that are not taken yet.
+    fn there(&self) -> usize {
+        self.session.client.input.len() - self.unit.taken
+    }
+
+    /// The body of the message at the start, which must be there whole.
+    fn body(&self, len: usize) -> Vec<u8> {
+        self.session.client.input[self.unit.taken + HEADER..self.unit.taken + len].to_vec()
+    }
+
+    /// `n` bytes of the client's input are used.
+    fn take(&mut self, n: usize) {
+        self.unit.begun = true;
+        self.unit.vetted = self.unit.vetted.saturating_sub(n);
+        if self.unit.redoable {
+            self.unit.taken += n;
+        } else {
+            self.session.client.input.advance(n);
+        }
+    }
+
+    /// From here on the unit cannot be run again.
+    pub(super) fn commit(&mut self) {
+        if self.unit.redoable {
+            self.unit.redoable = false;
+            self.session.client.input.advance(self.unit.taken);
+            self.unit.taken = 0;
+            self.session.statements.commit();
+        }
+    }
+
+    /// Nothing can be done before the client has sent `len` bytes.
+    fn wait_for(&mut self, len: usize) -> Result<Step, End> {
+        self.unit.wants = len;
+        Ok(Step::Wait)
+    }
+
+    fn translate_message(&mut self) -> Result<Step, End> {
+        let input = &self.session.client.input[self.unit.taken..];
+        let Some(header) = wire::header(input).map_err(End::length)? else { return Ok(Step::Wait) };
+        let whole = input.len() >= header.len;
+        if self.unit.vetted == 0 {
+            // What was not looked at before it was routed is not kept to be run again.
+            self.commit();
+        }
+        if matches!(header.tag, b'C' | b'D' | b'E' | b'H' | b'S' | b'X' | b'c' | b'f')
+            && header.len > SMALL_MESSAGE
+        {
+            return Err(End::protocol("invalid message length"));
+        }
+        if self.unit.intake == Intake::CopyIn {
+            return self.translate_copy(header, whole);
+        }
+        if self.unit.skip_to_sync && header.tag != b'S' && header.tag != b'X' {
+            return self.drop_message(header.len);
+        }
+        match header.tag {
+            b'Q' => self.translate_query(header.len),
+            b'F' => self.translate_function_call(header.len),
+            b'P' => self.translate_parse(header.len),
+            b'B' => self.translate_bind(header.len),
+            b'D' | b'C' | b'E' | b'S' | b'H' if !whole => self.wait_for(header.len),
+            b'D' => self.translate_describe(header.len),
+            b'C' => self.translate_close(header.len),
+            b'E' => self.translate_execute(header.len),
+            b'S' => {
+                self.pass(header.len);
+                self.unit.expects.push_back(Expect::Sync);
+                self.unit.intake = Intake::Closed;
+                Ok(Step::On)
+            }
+            b'H' => {
+                self.pass(header.len);
+                Ok(Step::On)
+            }
+            // Left over from a COPY that has failed: the server ignores them, too.
+            b'd' | b'c' | b'f' => self.drop_message(header.len),
+            b'X' => Err(End::ClientGone),
+            tag => Err(End::protocol(format!("invalid frontend message type {tag}"))),
+        }
+    }
+
+    /// Passes the message (or what of it is there) on as it is.
+    fn pass(&mut self, len: usize) {
+        self.unit.client_rest = len;
+        self.take_rest();
+    }
+
+    fn drop_message(&mut self, len: usize) -> Result<Step, End> {
+        self.unit.client_drop = len;
+        self.take_rest();
+        Ok(Step::On)
+    }
+
+    fn translate_copy(&mut self, header: wire::Header, whole: bool) -> Result<Step, End> {
+        match header.tag {
+            b'd' => self.pass(header.len),
+            b'X' => return Err(End::ClientGone),
+            _ if !whole && header.len <= SMALL_MESSAGE => return self.wait_for(header.len),
+            b'c' | b'f' => {
+                self.pass(header.len);
+                // A Query's COPY ends with its answer; in the extended protocol a Sync is still to come.
+                let simple = matches!(self.unit.expects.front(), Some(Expect::Query));
+                self.unit.intake = if simple { Intake::Closed } else { Intake::Open };
+            }
+            // The server ignores these while it copies. Should it have failed meanwhile, it would answer
+            // the Sync; but the client has to send another one after its CopyDone anyway.
+            b'S' | b'H' => return self.drop_message(header.len),
+            // The server ends the connection: whatever this is, it cannot be told from data any more.
+            _ => self.pass(header.len),
+        }
+        Ok(Step::On)
+    }
+
+    fn translate_query(&mut self, len: usize) -> Result<Step, End> {
+        // The first message of a unit was looked at when the unit was routed.
+        if self.unit.begun
+            && let Some(stopped) = self.count_query(len)?
+        {
+            return Ok(stopped);
+        }
+        self.session.statements.drop_unnamed();
+        self.backend.unnamed = None;
+        if self.unit.leaves != Leaves::Nothing {
+            self.backend.dirt = self.backend.dirt.max(Dirt::State);
+        }
+        let earlier = self.unit.expects.len();
+        self.materialize();
+        if self.unit.expects.len() > earlier {
+            // An error in what was put in must not take the Query with it.
+            self.backend.output.put_slice(&[b'S', 0, 0, 0, 4]);
+            self.unit.expects.push_back(Expect::InjectedSync);
+        }
+        self.pass(len);
+        self.unit.expects.push_back(Expect::Query);
+        self.unit.intake = Intake::Closed;
+        Ok(Step::On)
+    }
+
+    /// A Query within an open unit: what it does is counted in, and on a replica it must be a read.
+    fn count_query(&mut self, len: usize) -> Result<Option<Step>, End> {
+        if self.there() < len && len <= self.session.shared.config.limits.unit_hold {
+            return self.wait_for(len).map(Some);
+        }
+        let class = (self.there() >= len).then(|| self.body(len)).map(|body| {
+            let text = body.strip_suffix(b"\0").unwrap_or_default();
+            self.session.lookup(text, &[])
+        });
+        let is_read = matches!(class, Some(Lookup::Known(class, _)) if is_read(class));
+        if let Some(stopped) = self.refuse_on_replica(!is_read) {
+            if let Step::On = stopped {
+                // A Query ends its unit, failed or not.
+                self.drop_message(len)?;
+                self.backend.output.put_slice(&[b'S', 0, 0, 0, 4]);
+                self.unit.expects.push_back(Expect::Sync);
+                self.unit.intake = Intake::Closed;
+            }
+            return Ok(Some(stopped));
+        }
+        match class {
+            Some(Lookup::Known(class, _)) => self.count_in(class),
+            // Only what may be a read is worth a second opinion, and a read leaves nothing.
+            Some(Lookup::Ask(_)) => self.unit.writes = true,
+            None => {
+                self.unit.writes = true;
+                self.unit.ddl = true;
+                self.leave(Leaves::Unproven);
+            }
+        }
+        Ok(None)
+    }
+
+    fn translate_function_call(&mut self, len: usize) -> Result<Step, End> {
+        if let Some(refused) = self.refuse_on_replica(true) {
+            if let Step::On = refused {
+                self.drop_message(len)?;
+                self.backend.output.put_slice(&[b'S', 0, 0, 0, 4]);
+                self.unit.expects.push_back(Expect::Sync);
+                self.unit.intake = Intake::Closed;
+            }
+            return Ok(refused);
+        }
+        self.leave(Leaves::Unproven);
+        self.unit.writes = true;
+        self.pass(len);
+        self.unit.expects.push_back(Expect::FunctionCall);
+        self.unit.intake = Intake::Closed;
+        Ok(Step::On)
+    }
+
+    /// Counts in what a statement may leave on the backend.
+    fn leave(&mut self, leaves: Leaves) {
+        if leaves == Leaves::Nothing {
+            return;
+        }
+        self.unit.leaves = stronger(self.unit.leaves, leaves);
+        self.backend.dirt = self.backend.dirt.max(Dirt::State);
+        self.materialize();
+    }
+
+    /// Counts in what a statement of the unit does, as it is bound.
+    fn count_in(&mut self, class: StatementClass) {
+        self.unit.ddl |= class.kind == Kind::Ddl;
+        self.unit.writes |= !is_read(class);
+        self.leave(class.leaves);
+    }
+
+    /// A unit that began on a replica, with reads, meets what is not a read. If all so far has been
+    /// answered and nothing was bound, it moves; else it fails: it must not run on the replica.
+    fn refuse_on_replica(&mut self, not_a_read: bool) -> Option<Step> {
+        if !not_a_read || self.session.role != Role::Replica || self.unit.vetted > 0 {
+            return None;
+        }
+        if !self.unit.bound && self.unit.expects.is_empty() {
+            return Some(Step::Over(Outcome::Move));
+        }
+        let report = ErrorReport::error(
+            "0A000",
+            "cannot run a statement that is not a read in a pipeline whose reads already run on a replica",
+        )
+        .hint("Send Sync before it, or start the pipeline with it.");
+        self.own_error(report);
+        Some(Step::On)
+    }
+
+    /// An error of ours in its turn among the answers; what follows up to Sync is skipped. The server
+    /// is made to fail, too: it must not commit at the Sync what it has done in this unit before.
+    fn own_error(&mut self, report: ErrorReport) {
+        put_length(&mut self.backend.output, b'E', NO_PORTAL.len() + 1 + 4);
+        put_cstr(&mut self.backend.output, NO_PORTAL);
+        self.backend.output.put_u32(0);
+        self.unit.expects.push_back(Expect::OwnError(Box::new(report)));
+        self.unit.skip_to_sync = true;
+    }
+
+    fn translate_parse(&mut self, len: usize) -> Result<Step, End> {
+        if len > self.session.shared.config.limits.statement_text {
+            return self.translate_long_parse(len);
+        }
+        if self.there() < len {
+            return self.wait_for(len);
+        }
+        let body = self.body(len);
+        let parse = Parse::read(&body).ok_or_else(|| End::protocol("invalid message format"))?;
+        let statement = self.session.shared.names.statement(&parse);
+        // Units are classified before they are placed; what is parsed later in an open unit is
+        // classified here, without asking for a second opinion: unknown is not a read.
+        let class = self.session.known_class(&statement);
+        if let Some(refused) = self.refuse_on_replica(!class.is_some_and(is_read)) {
+            return Ok(refused);
+        }
+        if parse.name.is_empty() {
+            self.backend.unnamed = Some(statement.serial);
+            self.session.statements.sent(b"", Found::Statement(statement));
+            self.pass(len);
+            self.unit.expects.push_back(Expect::Parse(NameOnServer::Unnamed));
+            return Ok(Step::On);
+        }
+        match self.session.statements.find(parse.name) {
+            Found::Statement(first) => {
+                self.give(parse.name, &first);
+                return Ok(self.parse_twice(parse.name, Found::Statement(statement), len));
+            }
+            Found::OnBackend => return Ok(self.parse_twice(parse.name, Found::Statement(statement), len)),
+            Found::Nothing => {}
+        }
+        let limit = self.session.shared.config.limits.statements_per_session;
+        if self.session.statements.len() >= limit {
+            self.own_error(
+                ErrorReport::error("53400", format!("too many prepared statements in one session ({limit})"))
+                    .hint("Close some, or raise limits.statements_per_session."),
+            );
+            return Ok(Step::On);
+        }
+        self.prepare(parse.name, statement, len);
+        Ok(Step::On)
+    }
+
+    /// A Parse of a new name.
+    fn prepare(&mut self, name: &[u8], statement: Arc<Statement>, len: usize) {
+        self.session.statements.sent(name, Found::Statement(statement.clone()));
+        let expect = if self.session.uses_own_names() {
+            self.backend.own_names.insert(name.to_vec());
+            self.pass(len);
+            Expect::Parse(NameOnServer::Own(name.to_vec()))
+        } else if self.has(statement.shared) {
+            self.take(len);
+            Expect::OwnParseComplete
+        } else {
+            self.put_shared(&statement);
+            self.take(len);
+            Expect::Parse(NameOnServer::Shared(statement.shared))
+        };
+        self.unit.expects.push_back(expect);
+        self.answer_ourselves();
+    }
+
+    /// Whether the backend has the shared statement, or will have it if nothing fails before.
+    fn has(&mut self, name: SharedName) -> bool {
+        self.backend.prepared.get(&name).is_some() || self.unit.underway.contains(&name)
+    }
+
+    /// Sends the Parse of a shared statement, in whose place the one used longest ago may have to go.
+    fn put_shared(&mut self, statement: &Statement) {
+        self.evict_surplus();
+        put_parse(&mut self.backend.output, statement.shared.server_name().as_bytes(), &statement.tail);
+        self.unit.underway.insert(statement.shared);
+    }
+
+    /// Closes the shared statements that the backend has above its limit, those used longest ago.
+    fn evict_surplus(&mut self) {
+        let limit = self.session.shared.config.pool.max_prepared;
+        while self.backend.prepared.len() >= limit {
+            let Some((oldest, ())) = self.backend.prepared.pop_lru() else { return };
+            put_target(&mut self.backend.output, b'C', oldest.server_name().as_bytes());
+            self.unit.expects.push_back(Expect::InjectedClose(NameOnServer::Shared(oldest)));
+        }
+    }
+
+    /// A text too long to be kept: it is streamed under the client's own name, and so the session stays
+    /// on this backend.
+    fn translate_long_parse(&mut self, len: usize) -> Result<Step, End> {
+        if let Some(refused) = self.refuse_on_replica(true) {
+            return Ok(refused);
+        }
+        let there = self.there().min(len);
+        let head = &self.session.client.input[self.unit.taken + HEADER..self.unit.taken + there];
+        let Some((name, _)) = wire::cstr(head) else {
+            return if there > SMALL_MESSAGE {
+                Err(End::protocol("invalid message format"))
+            } else {
+                self.wait_for(2 * SMALL_MESSAGE)
+            };
+        };
+        let name = name.to_vec();
+        self.leave(Leaves::Pins(PinReason::LargeStatement));
+        self.session.pin_now(PinReason::LargeStatement);
+        self.unit.writes = true;
+        if name.is_empty() {
+            self.backend.unnamed = None;
+            self.session.statements.sent(b"", Found::OnBackend);
+            self.pass(len);
+            self.unit.expects.push_back(Expect::Parse(NameOnServer::Unnamed));
+            return Ok(Step::On);
+        }
+        match self.session.statements.find(&name) {
+            Found::Statement(first) => {
+                self.give(&name, &first);
+                return Ok(self.parse_twice(&name, Found::OnBackend, len));
+            }
+            Found::OnBackend => return Ok(self.parse_twice(&name, Found::OnBackend, len)),
+            Found::Nothing => {}
+        }
+        self.session.statements.sent(&name, Found::OnBackend);
+        self.backend.own_names.insert(name.clone());
+        self.pass(len);
+        self.unit.expects.push_back(Expect::Parse(NameOnServer::Own(name)));
+        Ok(Step::On)
+    }
+
+    /// The client prepares a name that it has already. The server is made to say so itself, with the
+    /// client's name, under which it has the first statement by now: so the second Parse fails. (If not,
+    /// because SQL's DEALLOCATE has taken the first, the name stands for the second.)
+    fn parse_twice(&mut self, name: &[u8], second: Found, len: usize) -> Step {
+        self.backend.dirt = self.backend.dirt.max(Dirt::State);
+        self.pass(len);
+        self.session.statements.sent(name, second);
+        self.unit.expects.push_back(Expect::Parse(NameOnServer::Refused));
+        Step::On
+    }
+
+    fn translate_bind(&mut self, len: usize) -> Result<Step, End> {
+        let there = len.min(self.there());
+        let head = &self.session.client.input[self.unit.taken + HEADER..self.unit.taken + there];
+        let Some((portal, name, names_len)) = messages::bind_names(head) else {
+            return if there == len || there > 2 * SMALL_MESSAGE {
+                Err(End::protocol("invalid message format"))
+            } else {
+                self.wait_for(len.min(3 * SMALL_MESSAGE))
+            };
+        };
+        let (portal, name) = (portal.to_vec(), name.to_vec());
+        let on_server = match self.resolve(&name) {
+            Resolved::Name(on_server) => on_server,
+            Resolved::Stopped(step) => return Ok(step),
+        };
+        if on_server == name {
+            self.pass(len);
+        } else {
+            let rest = len - HEADER - names_len;
+            put_length(&mut self.backend.output, b'B', portal.len() + 1 + on_server.len() + 1 + rest);
+            put_cstr(&mut self.backend.output, &portal);
+            put_cstr(&mut self.backend.output, &on_server);
+            self.take(HEADER + names_len);
+            self.unit.client_rest = rest;
+            self.take_rest();
+        }
+        self.unit.bound = true;
+        self.unit.expects.push_back(Expect::Bind);
+        Ok(Step::On)
+    }
+
+    /// The name under which the backend knows the client's statement, which it is given first if it
+    /// lacks it.
+    fn resolve(&mut self, name: &[u8]) -> Resolved {
+        let statement = match self.session.statements.find(name) {
+            Found::Statement(statement) => statement,
+            Found::OnBackend => return Resolved::Name(name.to_vec()),
+            Found::Nothing => return Resolved::Name(self.unknown_name(name)),
+        };
+        let class = self.session.known_class(&statement);
+        if let Some(refused) = self.refuse_on_replica(!class.is_some_and(is_read)) {
+            return Resolved::Stopped(refused);
+        }
+        match class {
+            Some(class) => self.count_in(class),
+            None => self.unit.writes = true,
+        }
+        if name.is_empty() {
+            if self.backend.unnamed != Some(statement.serial) {
+                put_parse(&mut self.backend.output, b"", &statement.tail);
+                self.backend.unnamed = Some(statement.serial);
+                self.unit.expects.push_back(Expect::InjectedParse(NameOnServer::Unnamed));
+            }
+            return Resolved::Name(Vec::new());
+        }
+        if self.session.uses_own_names() {
+            self.give(name, &statement);
+            return Resolved::Name(name.to_vec());
+        }
+        if !self.has(statement.shared) {
+            self.put_shared(&statement);
+            self.unit.expects.push_back(Expect::InjectedParse(NameOnServer::Shared(statement.shared)));
+        }
+        Resolved::Name(statement.shared.server_name().into_bytes())
+    }
+
+    /// A name that stands for nothing here, as it is sent on, so that the server says so (or knows it, when SQL
+    /// has prepared it on a pinned backend). What other sessions have left under it must not be met.
+    fn unknown_name(&mut self, name: &[u8]) -> Vec<u8> {
+        if name.is_empty() {
+            self.backend.unnamed = None;
+            put_target(&mut self.backend.output, b'C', b"");
+            self.unit.expects.push_back(Expect::InjectedClose(NameOnServer::Unnamed));
+        }
+        let mut on_server = name.to_vec();
+        if SharedName::is_like(name) {
+            on_server.push(b'?');
+        }
+        on_server
+    }
+
+    /// Gives a backend one of the client's statements under the client's name.
+    fn give(&mut self, name: &[u8], statement: &Arc<Statement>) {
+        if self.backend.own_names.insert(name.to_vec()) {
+            put_parse(&mut self.backend.output, name, &statement.tail);
+            self.unit.expects.push_back(Expect::InjectedParse(NameOnServer::Own(name.to_vec())));
+        }
+    }
+
+    /// SQL's EXECUTE and DEALLOCATE see the protocol's names: before such a statement the backend is
+    /// given all of the session's. In a Query this is done ahead, closed by a Sync of its own.
+    fn materialize(&mut self) {
+        if self.unit.leaves != Leaves::Pins(PinReason::SqlPrepare) || self.session.role != Role::Primary {
+            return;
+        }
+        let missing: Vec<(Vec<u8>, Arc<Statement>)> = self
+            .session
+            .statements
+            .named()
+            .filter(|(name, _)| !self.backend.own_names.contains(*name))
+            .map(|(name, statement)| (name.clone(), statement.clone()))
+            .collect();
+        self.session.pin_now(PinReason::SqlPrepare);
+        for (name, statement) in missing {
+            self.give(&name, &statement);
+        }
+    }
+
+    /// Whether an error belongs to what we have put in ahead of a Query, closed by a Sync of ours.
+    pub(super) fn is_ours(&self) -> bool {
+        let ours = |e: &&Expect| !matches!(e, Expect::InjectedParse(_));
+        matches!(self.unit.expects.iter().find(ours), Some(Expect::InjectedSync))
+    }
+
+    fn translate_describe(&mut self, len: usize) -> Result<Step, End> {
+        let body = self.body(len);
+        match messages::target(&body).ok_or_else(|| End::protocol("invalid message format"))? {
+            Target::Portal(_) => self.pass(len),
+            Target::Statement(name) => {
+                let on_server = match self.resolve(name) {
+                    Resolved::Name(on_server) => on_server,
+                    Resolved::Stopped(step) => return Ok(step),
+                };
+                put_target(&mut self.backend.output, b'D', &on_server);
+                self.take(len);
+            }
+        }
+        self.unit.expects.push_back(Expect::Describe);
+        Ok(Step::On)
+    }
+
+    fn translate_close(&mut self, len: usize) -> Result<Step, End> {
+        let body = self.body(len);
+        let expect = match messages::target(&body).ok_or_else(|| End::protocol("invalid message format"))? {
+            Target::Portal(_) => {
+                self.pass(len);
+                Expect::ClosePortal
+            }
+            Target::Statement(b"") => {
+                self.backend.unnamed = None;
+                self.session.statements.sent(b"", Found::Nothing);
+                self.pass(len);
+                Expect::Close(NameOnServer::Unnamed)
+            }
+            Target::Statement(name) => {
+                self.session.statements.sent(name, Found::Nothing);
+                // A pinned backend may know it from SQL's PREPARE, too.
+                if self.session.uses_own_names() && !SharedName::is_like(name) {
+                    self.pass(len);
+                    let was_there = self.backend.own_names.remove(name);
+                    Expect::Close(if was_there {
+                        NameOnServer::Own(name.to_vec())
+                    } else {
+                        NameOnServer::Refused
+                    })
+                } else {
+                    self.take(len);
+                    Expect::OwnCloseComplete
+                }
+            }
+        };
+        self.unit.expects.push_back(expect);
+        self.answer_ourselves();
+        Ok(Step::On)
+    }
+
+    fn translate_execute(&mut self, len: usize) -> Result<Step, End> {
+        messages::execute(&self.body(len)).ok_or_else(|| End::protocol("invalid message format"))?;
+        self.pass(len);
+        self.unit.expects.push_back(Expect::Execute);
+        Ok(Step::On)
+    }
+}
+
+fn is_read(class: StatementClass) -> bool {
+    matches!(class.kind, Kind::Read | Kind::Empty)
+}
+
+/// The one of two that asks for more.
+fn stronger(a: Leaves, b: Leaves) -> Leaves {
+    let rank = |l: Leaves| match l {
+        Leaves::Nothing => 0,
+        Leaves::DeallocatesAll => 1,
+        Leaves::DiscardsAll => 2,
+        Leaves::Unproven => 3,
+        Leaves::Pins(_) => 4,
+    };
+    if rank(b) > rank(a) { b } else { a }
+}
+
+pub(super) fn put_cstr(out: &mut BytesMut, text: &[u8]) {
+    out.put_slice(text);
+    out.put_u8(0);
+}
+
+pub(super) fn put_length(out: &mut BytesMut, tag: u8, body: usize) {
+    out.put_u8(tag);
+    out.put_u32(u32::try_from(body + 4).unwrap_or(u32::MAX));
+}
+
+fn put_parse(out: &mut BytesMut, name: &[u8], tail: &[u8]) {
+    put_length(out, b'P', name.len() + 1 + tail.len());
+    put_cstr(out, name);
+    out.put_slice(tail);
+}
+
+fn put_target(out: &mut BytesMut, tag: u8, name: &[u8]) {
+    put_length(out, tag, name.len() + 2);
+    out.put_u8(b'S');
+    put_cstr(out, name);
+}
