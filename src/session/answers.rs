@@ -135,6 +135,9 @@ impl Exchange<'_> {
                 Ok(Step::On)
             }
             tag => {
+                if tag == b'C' {
+                    self.completed(header.len);
+                }
                 if !matches!(tag, b'1' | b'2' | b'3' | b't' | b'T' | b'n') {
                     self.commit();
                 }
@@ -195,6 +198,15 @@ impl Exchange<'_> {
         Ok(for_client)
     }
 
+    /// A command has run. Two of them take all named statements from the server at this very moment,
+    /// whatever becomes of the rest of the unit.
+    fn completed(&mut self, len: usize) {
+        if matches!(&self.backend.input[HEADER..len], b"DEALLOCATE ALL\0" | b"DISCARD ALL\0") {
+            self.session.statements.clear();
+            self.backend.forget_statements();
+        }
+    }
+
     fn parsed(&mut self, name: NameOnServer) {
         if let NameOnServer::Shared(name) = name {
             self.unit.underway.remove(&name);
@@ -214,6 +226,10 @@ impl Exchange<'_> {
             let tag = match self.unit.expects.front() {
                 Some(Expect::OwnParseComplete) => b'1',
                 Some(Expect::OwnCloseComplete) => b'3',
+                Some(Expect::CopyEnd) => {
+                    self.unit.expects.pop_front();
+                    continue;
+                }
                 _ => return,
             };
             self.session.client.output.put_slice(&[tag, 0, 0, 0, 4]);
@@ -222,16 +238,23 @@ impl Exchange<'_> {
         }
     }
 
-    /// After an error nothing up to the next Sync is answered: what Parse and Close would have done to
-    /// the backend has not happened. Undone from the last to the first.
+    /// After an error in the extended protocol nothing up to the next Sync is answered, not even a Query:
+    /// what Parse and Close would have done to the backend has not happened. Undone from the last to the
+    /// first.
     fn skip_expected(&mut self) {
         let parsing_unnamed = matches!(self.unit.expects.front(), Some(Expect::Parse(NameOnServer::Unnamed)));
         self.session.statements.failed(parsing_unnamed);
-        let goes_on = |e: &Expect| {
-            matches!(e, Expect::Sync | Expect::Query | Expect::FunctionCall | Expect::InjectedSync)
-        };
-        let skipped = self.unit.expects.iter().position(goes_on).unwrap_or(self.unit.expects.len());
+        if matches!(self.unit.expects.front(), Some(Expect::Query | Expect::FunctionCall)) {
+            return;
+        }
+        let is_sync = |e: &Expect| matches!(e, Expect::Sync | Expect::InjectedSync);
+        let skipped = self.unit.expects.iter().position(is_sync).unwrap_or(self.unit.expects.len());
         let skipped: Vec<Expect> = self.unit.expects.drain(..skipped).collect();
+        if self.unit.expects.is_empty() {
+            // The Sync is still to come, even if a Query seemed to be the unit's end.
+            self.unit.intake = Intake::Open;
+            self.unit.skip_to_sync = true;
+        }
         for expect in skipped.into_iter().rev() {
             match expect {
                 Expect::Parse(name) | Expect::InjectedParse(name) => self.not_parsed(name),
@@ -289,8 +312,10 @@ impl Exchange<'_> {
             return Ok(self.discard(again, fatal));
         }
         self.commit();
-        let of_query = matches!(self.unit.expects.front(), Some(Expect::Query | Expect::FunctionCall));
-        self.stop_intake();
+        if matches!(self.unit.expects.front(), Some(Expect::Query)) {
+            // It leaves COPY; what the client still sends of it is dropped.
+            self.unit.intake = Intake::Closed;
+        }
         self.unit.failed = true;
         match self.unit.expects.front() {
             Some(Expect::OwnError(report)) if !fatal => {
@@ -303,33 +328,7 @@ impl Exchange<'_> {
         if fatal {
             return Err(End::NodeSaidFatal);
         }
-        if !of_query {
-            self.skip_as_the_server_does();
-        }
         Ok(Step::On)
-    }
-
-    /// The server has failed: it leaves COPY, and in the extended protocol it skips all up to Sync. What
-    /// the client sends of that need not be sent on.
-    fn stop_intake(&mut self) {
-        if matches!(self.unit.expects.front(), Some(Expect::Query | Expect::FunctionCall)) {
-            self.unit.intake = Intake::Closed;
-        } else if self.unit.intake != Intake::Closed {
-            self.unit.intake = Intake::Open;
-            self.unit.skip_to_sync = true;
-        }
-    }
-
-    /// After an error in the extended protocol the server reads and drops all up to Sync, even a
-    /// Query, whether it is on its way or still to come.
-    fn skip_as_the_server_does(&mut self) {
-        if matches!(self.unit.expects.front(), Some(Expect::Query | Expect::FunctionCall)) {
-            self.unit.expects.pop_front();
-            self.unit.intake = Intake::Open;
-        }
-        if self.unit.intake == Intake::Open {
-            self.unit.skip_to_sync = true;
-        }
     }
 
     /// The answer so far is not shown: the unit runs again elsewhere once the backend is ready for others.
@@ -401,13 +400,17 @@ impl Exchange<'_> {
         Ok(Step::On)
     }
 
-    /// The server asks for COPY data. It ignores the Sync that a client has sent along with Execute.
+    /// The server asks for COPY data. It ignores a Sync that the client has sent along with Execute; and
+    /// the client may have sent all of the data already.
     fn copy_in_begins(&mut self) {
-        if !matches!(self.unit.expects.front(), Some(Expect::Query))
-            && matches!(self.unit.expects.get(1), Some(Expect::Sync))
-        {
-            self.unit.expects.remove(1);
-            self.unit.ignored_sync = true;
+        if !matches!(self.unit.expects.front(), Some(Expect::Query)) {
+            if matches!(self.unit.expects.get(1), Some(Expect::Sync)) {
+                self.unit.expects.remove(1);
+                self.unit.ignored_sync = true;
+            }
+            if matches!(self.unit.expects.get(1), Some(Expect::CopyEnd)) {
+                return;
+            }
         }
         self.unit.intake = Intake::CopyIn;
     }

@@ -70,6 +70,8 @@ pub enum Expect {
     ClosePortal,
     /// CloseComplete for a statement.
     Close(NameOnServer),
+    /// Nothing: the place where CopyDone or CopyFail was sent before it was known whether there is a COPY.
+    CopyEnd,
     /// ReadyForQuery, after any number of results.
     Query,
     /// ReadyForQuery, after FunctionCallResponse.

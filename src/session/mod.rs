@@ -672,9 +672,7 @@ impl Session {
             Leaves::Pins(reason) => self.pin_now(reason),
             Leaves::Unproven => self.unproven = true,
             Leaves::DiscardsAll if !failed => {
-                self.statements.clear();
                 if let Some(lease) = &mut self.lease {
-                    lease.forget_statements();
                     lease.unnamed = None;
                     lease.application_name = None;
                     lease.dirt = Dirt::Clean;
@@ -683,18 +681,8 @@ impl Session {
                     self.shared.metrics.pinned_sessions.dec();
                 }
             }
-            Leaves::DeallocatesAll if !failed => {
-                self.statements.clear();
-                if let Some(lease) = &mut self.lease {
-                    lease.forget_statements();
-                }
-            }
-            Leaves::DiscardsAll | Leaves::DeallocatesAll => {
-                // It may have taken the statements before what failed: nobody knows.
-                if let Some(lease) = &mut self.lease {
-                    lease.dirt = Dirt::Unknown;
-                }
-            }
+            // What they do to the statements was taken into account when they completed.
+            Leaves::DiscardsAll | Leaves::DeallocatesAll => {}
         }
         if self.status != TransactionStatus::Idle {
             return Ok(());

@@ -250,10 +250,9 @@ impl Statements {
         self.named.remove(name).is_some()
     }
 
-    /// DEALLOCATE ALL, DISCARD ALL.
+    /// DEALLOCATE ALL, DISCARD ALL: the unnamed statement outlives them.
     pub fn clear(&mut self) {
         self.named.clear();
-        self.unnamed = None;
     }
 }
 

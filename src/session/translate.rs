@@ -155,8 +155,19 @@ impl Exchange<'_> {
                 self.pass(header.len);
                 Ok(Step::On)
             }
-            // Left over from a COPY that has failed: the server ignores them, too.
-            b'd' | b'c' | b'f' => self.drop_message(header.len),
+            b'c' | b'f' if !whole => self.wait_for(header.len),
+            // Of a COPY whose beginning the client did not wait for; or left over from one that has failed,
+            // which the server ignores.
+            b'd' => {
+                self.pass(header.len);
+                Ok(Step::On)
+            }
+            b'c' | b'f' => {
+                self.pass(header.len);
+                self.unit.expects.push_back(Expect::CopyEnd);
+                self.answer_ourselves();
+                Ok(Step::On)
+            }
             b'X' => Err(End::ClientGone),
             tag => Err(End::protocol(format!("invalid frontend message type {tag}"))),
         }

@@ -6,6 +6,7 @@ mod faults;
 mod garbage;
 mod login;
 mod operator;
+mod protocol;
 mod relay;
 mod routing;
 mod tools;

@@ -1,0 +1,409 @@
+//! Message for message, the proxy answers as one server: random sequences against both, and the
+//! states of the protocol that are easily got wrong.
+
+use std::time::Duration;
+
+use crate::fixture::*;
+
+/// A small generator of numbers: the same on every machine, from a seed that a failure prints.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, n: usize) -> usize {
+        // xorshift64*
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        usize::try_from(self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33).unwrap() % n
+    }
+
+    fn of<T: Copy>(&mut self, all: &[T]) -> T {
+        all[self.below(all.len())]
+    }
+}
+
+/// No column of a table in the results: RowDescription would name it by an OID of its database.
+const STATEMENTS: [&str; 22] = [
+    "SELECT 1",
+    "SELECT 'x'",
+    "SELECT x + 0 FROM t ORDER BY 1 LIMIT 3",
+    "SELECT count(*) FROM t",
+    "SELECT g FROM generate_series(1, 3) g",
+    "SELECT $1::int",
+    "SELECT 1/0",
+    "SELEC",
+    "SELECT * FROM missing",
+    "",
+    "INSERT INTO t VALUES (1)",
+    "INSERT INTO t VALUES (1) RETURNING x + 1",
+    "UPDATE t SET x = x + 1",
+    "BEGIN",
+    "COMMIT",
+    "ROLLBACK",
+    "SAVEPOINT s",
+    "DO $$ BEGIN RAISE WARNING 'w'; END $$",
+    "SET work_mem = '5MB'",
+    "SET application_name = 'renamed'",
+    "DEALLOCATE ALL",
+    "DISCARD ALL",
+];
+
+const QUERIES: [&str; 8] = [
+    "SELECT 1; SELECT 2",
+    "INSERT INTO t VALUES (2); SELECT 1/0",
+    "BEGIN; INSERT INTO t VALUES (3)",
+    "PREPARE a AS SELECT 7",
+    "EXECUTE a",
+    "DEALLOCATE a",
+    "DECLARE c CURSOR FOR SELECT 1",
+    "CREATE TEMP TABLE own (x int) ON COMMIT DROP",
+];
+
+fn named_bind(portal: &str, statement: &str) -> Vec<u8> {
+    message(b'B', &[portal.as_bytes(), b"\0", statement.as_bytes(), b"\0\0\0\0\0\0\0"].concat())
+}
+
+fn execute_at_most(portal: &str, rows: u32) -> Vec<u8> {
+    message(b'E', &[portal.as_bytes(), b"\0", &rows.to_be_bytes()].concat())
+}
+
+fn close(what: u8, name: &str) -> Vec<u8> {
+    message(b'C', &[&[what], name.as_bytes(), b"\0"].concat())
+}
+
+/// One message of the extended protocol, or one that has no business there.
+fn any_message(dice: &mut Dice, flushes: bool) -> Vec<u8> {
+    let (name, portal) = (dice.of(&["", "", "a", "b", "c"]), dice.of(&["", "", "p"]));
+    match dice.below(20) {
+        0..=4 => parse(name, dice.of(&STATEMENTS)),
+        5..=8 => named_bind(portal, name),
+        // PostgreSQL 15 crashes when some portals are executed a second time: not without a Bind.
+        9..=12 => [named_bind(portal, name), execute_at_most(portal, dice.of(&[0, 0, 1]))].concat(),
+        13 => describe(b'S', name),
+        14 => describe(b'P', portal),
+        15 => close(b'S', name),
+        16 => close(b'P', portal),
+        17 if flushes => flush(),
+        18 if dice.below(4) == 0 => query(dice.of(&STATEMENTS)),
+        19 if dice.below(4) == 0 => message(b'd', b"stray"),
+        _ => {
+            [parse(name, dice.of(&STATEMENTS)), named_bind(portal, name), execute_at_most(portal, 0)].concat()
+        }
+    }
+}
+
+fn any_unit(dice: &mut Dice, flushes: bool) -> Vec<u8> {
+    let copied = message(b'd', dice.of(&[&b"5\n"[..], b"bad\n", b""]));
+    let copy_end = if dice.below(4) == 0 { message(b'f', b"no\0") } else { message(b'c', b"") };
+    let copy_of = dice.of(&["COPY t FROM STDIN", "COPY missing FROM STDIN"]);
+    match dice.below(10) {
+        0 | 1 => query(dice.of(&STATEMENTS)),
+        2 => query(dice.of(&QUERIES)),
+        3 => [query(copy_of), copied, copy_end].concat(),
+        4 => {
+            let early = if dice.below(2) == 0 { sync() } else { Vec::new() };
+            let begin = [parse("", copy_of), bind("", &[]), execute()].concat();
+            // It must not be met again by a Bind of the unnamed statement that expects no copying.
+            [begin, early, copied, copy_end, sync(), close(b'S', ""), sync()].concat()
+        }
+        5 => query("COPY (SELECT generate_series(1, 3)) TO STDOUT"),
+        _ => {
+            let mut unit = Vec::new();
+            for _ in 0..=dice.below(6) {
+                unit.extend_from_slice(&any_message(dice, flushes));
+            }
+            unit.extend_from_slice(&sync());
+            unit
+        }
+    }
+}
+
+/// All that is answered, up to the answer of a batch that changes nothing and works in every state.
+async fn answers(who: &str, client: &mut RawClient, unit: &[u8]) -> Vec<Message> {
+    let marker =
+        [sync(), close(b'P', "m"), close(b'P', "m"), close(b'P', "m"), close(b'P', "m"), sync()].concat();
+    client.send(&[unit, &marker].concat()).await;
+    let mut all = Vec::new();
+    while !tags(&all).ends_with("3333Z") {
+        let next = client.read().await;
+        let sent = unit.escape_ascii();
+        let next =
+            next.unwrap_or_else(|| panic!("{who} has ended the connection after {all:?}, sent {sent}"));
+        all.push(without_place(next));
+    }
+    all
+}
+
+/// In a failed transaction Bind and Parse fail alike, but for the place in PostgreSQL's source: it
+/// shows that the proxy has to prepare a statement on another backend first.
+fn without_place(message: Message) -> Message {
+    if message.tag != b'E' || message.field(b'C').as_deref() != Some("25P02") {
+        return message;
+    }
+    let fields = message.body.split(|byte| *byte == 0);
+    let kept: Vec<&[u8]> =
+        fields.filter(|field| !matches!(field.first(), Some(b'F' | b'L' | b'R'))).collect();
+    Message { body: kept.join(&0), ..message }
+}
+
+async fn compare(overrides: &str, flushes: bool, seeds: std::ops::Range<u64>) {
+    let cluster = Cluster::start(1).await;
+    let table = "CREATE TABLE t (x int); INSERT INTO t VALUES (1), (2)";
+    cluster.set_up(table).await;
+    let admin = cluster.primary().admin().await.unwrap();
+    let app = &cluster.roles().app;
+    admin.batch_execute(&format!("CREATE DATABASE direct OWNER {}", app.user)).await.unwrap();
+    cluster.primary().connect("direct", app).await.unwrap().batch_execute(table).await.unwrap();
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    for seed in seeds {
+        let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        let mut proxied = proxy.raw_login().await;
+        let mut direct = RawClient::connect(cluster.primary().port()).await;
+        direct.login("direct", app).await.unwrap();
+        for round in 0..12 {
+            let unit = any_unit(&mut dice, flushes);
+            let expected = answers("one server", &mut direct, &unit).await;
+            let got = tokio::time::timeout(PATIENCE / 2, answers("the proxy", &mut proxied, &unit)).await;
+            let sent = unit.escape_ascii();
+            let got = got.unwrap_or_else(|_| {
+                panic!("seed {seed}, round {round}: no answer to {sent}\nlike {expected:?}")
+            });
+            assert_eq!(got, expected, "seed {seed}, round {round}: {sent}");
+        }
+        // What a session leaves must be gone for the next one: the other side starts afresh anyway.
+        drop(proxied);
+    }
+}
+
+#[tokio::test]
+async fn random_batches_are_answered_as_by_one_server() {
+    compare("{ pool: { size: 2, max_prepared: 2 } }", false, 0..80).await;
+}
+
+#[tokio::test]
+async fn random_batches_with_flushes_are_answered_as_by_one_server_when_nothing_is_split() {
+    compare("{ pool: { size: 2, max_prepared: 2 }, routing: { split: false } }", true, 1000..1080).await;
+}
+
+async fn one_backend() -> (Cluster, Proxy) {
+    let cluster = Cluster::start(0).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    let overrides = "pool: { size: 1, max_prepared: 3 }";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    (cluster, proxy)
+}
+
+fn code(messages: &[Message]) -> Option<String> {
+    messages.iter().find(|message| message.tag == b'E').and_then(|error| error.field(b'C'))
+}
+
+#[tokio::test]
+async fn the_unnamed_statement_of_one_session_is_not_met_by_another() {
+    let (_cluster, proxy) = one_backend().await;
+    let mut one = proxy.raw_login().await;
+    let unit = [parse("", "SELECT 'secret'"), bind("", &[]), execute(), sync()].concat();
+    assert_eq!(tags(&one.ask(&unit).await), "12DCZ");
+    let mut other = proxy.raw_login().await;
+    let answer = other.ask(&[bind("", &[]), execute(), sync()].concat()).await;
+    assert_eq!(code(&answer).as_deref(), Some("26000"), "{answer:?}");
+    // Nor are shared statements, by a name that the server shows.
+    let named = [parse("s", "SELECT 'secret'"), bind("s", &[]), execute(), sync()].concat();
+    assert_eq!(tags(&one.ask(&named).await), "12DCZ");
+    let shown = one.ask(&query("SELECT name FROM pg_prepared_statements")).await;
+    let shown = shown.iter().find(|message| message.tag == b'D').unwrap().columns()[0].clone().unwrap();
+    let answer = other.ask(&[bind(&shown, &[]), execute(), sync()].concat()).await;
+    assert_eq!(code(&answer).as_deref(), Some("26000"), "{answer:?}");
+}
+
+#[tokio::test]
+async fn statements_above_max_prepared_are_closed_and_prepared_again() {
+    let (_cluster, proxy) = one_backend().await;
+    let mut client = proxy.raw_login().await;
+    for number in 0..8 {
+        let unit = [parse(&format!("s{number}"), &format!("SELECT {number}")), sync()].concat();
+        assert_eq!(tags(&client.ask(&unit).await), "1Z");
+    }
+    for _ in 0..2 {
+        for number in 0..8 {
+            let unit = [bind(&format!("s{number}"), &[]), execute(), sync()].concat();
+            let answer = client.ask(&unit).await;
+            assert_eq!(tags(&answer), "2DCZ");
+            assert_eq!(answer[1].columns(), [Some(number.to_string())]);
+        }
+    }
+    let left =
+        client.ask(&query("SELECT count(*) FROM pg_prepared_statements WHERE name LIKE '\\_\\_hw%'")).await;
+    assert_eq!(left[1].columns(), [Some("3".to_owned())]);
+}
+
+#[tokio::test]
+async fn what_follows_an_error_that_was_flushed_is_skipped_up_to_sync() {
+    let (cluster, proxy) = one_backend().await;
+    let mut client = proxy.raw_login().await;
+    client.send(&[parse("", "INSERT INTO t VALUES (1)"), bind("", &[]), execute(), flush()].concat()).await;
+    for tag in *b"12C" {
+        assert_eq!(client.read().await.unwrap().tag, tag);
+    }
+    client.send(&[parse("bad", "SELEC"), flush()].concat()).await;
+    assert_eq!(client.read().await.unwrap().tag, b'E');
+    let rest =
+        [parse("", "INSERT INTO t VALUES (2)"), bind("", &[]), execute(), query("SELECT 1"), sync()].concat();
+    assert_eq!(tags(&client.ask(&rest).await), "Z");
+    assert_eq!(cluster.primary().query_text("SELECT count(*) FROM t").await.unwrap(), "0");
+    assert_eq!(tags(&client.ask(&query("SELECT 1")).await), "TDCZ");
+}
+
+#[tokio::test]
+async fn a_parse_that_the_proxy_answers_itself_is_answered_at_flush() {
+    let cluster = Cluster::start(1).await;
+    let proxy = Proxy::start(&cluster).await;
+    for _ in 0..5 {
+        // From the second on, a backend may have the statement already.
+        let mut client = proxy.raw_login().await;
+        client.send(&[parse("s", "SELECT 1"), flush()].concat()).await;
+        assert_eq!(client.read().await.unwrap().tag, b'1');
+        assert_eq!(tags(&client.ask(&[bind("s", &[]), execute(), sync()].concat()).await), "2DCZ");
+    }
+}
+
+#[tokio::test]
+async fn a_query_inside_an_open_unit_is_looked_at_like_any_other() {
+    let cluster = Cluster::start_logging(1).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    let overrides = "pool: { size: 1 }";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    let mut client = proxy.raw_login().await;
+    // Setting something after a write, in one open unit: the next session must not see it.
+    let unit = [parse("", "INSERT INTO t VALUES (1)"), bind("", &[]), execute()].concat();
+    let answer = client.ask(&[unit, query("SET work_mem = '77MB'")].concat()).await;
+    assert_eq!(tags(&answer), "12CCZ");
+    drop(client);
+    let mut next = proxy.raw_login().await;
+    let shown = next.ask(&query("SHOW work_mem")).await;
+    assert_ne!(shown[1].columns(), [Some("77MB".to_owned())]);
+    // A write after a read that runs on a replica.
+    next.send(&[parse("", "SELECT 1"), bind("", &[]), execute(), flush()].concat()).await;
+    for tag in *b"12DC" {
+        assert_eq!(next.read().await.unwrap().tag, tag);
+    }
+    let answer = next.ask(&query("INSERT INTO t VALUES (41 + 1)")).await;
+    assert_eq!(answer.last().unwrap().tag, b'Z');
+    assert_eq!(cluster.ran("41 + 1")[1], 0, "a write was sent to the replica");
+    assert_eq!(tags(&next.ask(&query("SELECT 1")).await), "TDCZ");
+}
+
+#[tokio::test]
+async fn a_client_that_vanishes_leaves_no_half_read_answer_to_the_next() {
+    let (cluster, proxy) = one_backend().await;
+    for _ in 0..20 {
+        let mut client = proxy.raw_login().await;
+        client.send(&query("SELECT repeat('theirs', 200) FROM generate_series(1, 100000)")).await;
+        assert_eq!(client.read().await.unwrap().tag, b'T');
+        drop(client);
+        let mut next = proxy.raw_login().await;
+        let answer = next.ask(&query("SELECT 'mine'")).await;
+        assert_eq!(tags(&answer), "TDCZ");
+        assert_eq!(answer[1].columns(), [Some("mine".to_owned())]);
+    }
+    // A read that nobody waits for is stopped on the node, too.
+    let mut client = proxy.raw_login().await;
+    client.send(&query("SELECT pg_sleep(3600)")).await;
+    let running =
+        "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query = 'SELECT pg_sleep(3600)'";
+    cluster.primary().wait_for(running, "1").await.unwrap();
+    drop(client);
+    cluster.primary().wait_for(running, "0").await.unwrap();
+    // A write that was sent whole happens.
+    let mut client = proxy.raw_login().await;
+    client.send(&[query("INSERT INTO t SELECT 1 FROM pg_sleep(2)"), message(b'X', b"")].concat()).await;
+    drop(client);
+    cluster.primary().wait_for("SELECT count(*) FROM t", "1").await.unwrap();
+}
+
+#[tokio::test]
+async fn long_statements_pass_whatever_their_length() {
+    let (_cluster, proxy) = one_backend().await;
+    let mut client = proxy.raw_login().await;
+    for length in [1_000, 200_000, 300_000, 600_000, 1_200_000, 5_000_000] {
+        let sql = format!("SELECT length('{}')", "x".repeat(length));
+        for name in ["", "long"] {
+            let unit = [parse(name, &sql), bind(name, &[]), execute(), close(b'S', name), sync()].concat();
+            let answer = client.ask(&unit).await;
+            assert_eq!(tags(&answer), "12DC3Z", "{length}");
+            assert_eq!(answer[2].columns(), [Some(length.to_string())]);
+        }
+        assert_eq!(client.ask(&query(&sql)).await[1].columns(), [Some(length.to_string())]);
+    }
+}
+
+#[tokio::test]
+async fn ten_thousand_statements_in_one_unit_are_answered_in_time() {
+    let (_cluster, proxy) = one_backend().await;
+    let mut client = proxy.raw_login().await;
+    let mut bytes = Vec::new();
+    for number in 0..4_000 {
+        bytes.extend_from_slice(&parse(&format!("n{number}"), &format!("SELECT {number}")));
+        bytes.extend_from_slice(&[bind(&format!("n{number}"), &[]), execute()].concat());
+    }
+    // Answered by the proxy alone, all of them behind a statement that takes its time.
+    bytes.extend_from_slice(&[parse("", "SELECT pg_sleep(0.5)"), bind("", &[]), execute()].concat());
+    for _ in 0..40_000 {
+        bytes.extend_from_slice(&close(b'S', "nobody"));
+    }
+    bytes.extend_from_slice(&sync());
+    client.send(&bytes).await;
+    let answer = tokio::time::timeout(Duration::from_secs(60), client.read_ready()).await.expect("too slow");
+    assert_eq!(answer.iter().filter(|message| message.tag == b'D').count(), 4_001);
+    assert_eq!(answer.iter().filter(|message| message.tag == b'3').count(), 40_000);
+}
+
+#[tokio::test]
+async fn large_copies_and_results_and_clients_that_do_not_read_take_little_memory() {
+    let (cluster, proxy) = one_backend().await;
+    let mut client = proxy.raw_login().await;
+    client.ask(&query("SELECT 1")).await;
+    let before = resident_kib(proxy.pid());
+    client.send(&query("CREATE UNLOGGED TABLE big (x text); COPY big FROM STDIN")).await;
+    let line = [vec![b'x'; 100_000], b"\n".to_vec()].concat();
+    let data = message(b'd', &line);
+    let mut most = 0;
+    for number in 0..2_000 {
+        client.send(&data).await;
+        if number % 100 == 0 {
+            most = most.max(resident_kib(proxy.pid()));
+        }
+    }
+    let answer = client.ask(&message(b'c', b"")).await;
+    assert_eq!(tags(&answer).chars().rev().take(2).collect::<String>(), "ZC");
+    client.send(&query("SELECT x FROM big")).await;
+    let mut rows = 0;
+    while let Some(message) = client.read().await {
+        rows += usize::from(message.tag == b'D');
+        if rows % 100 == 0 {
+            most = most.max(resident_kib(proxy.pid()));
+        }
+        if message.tag == b'Z' {
+            break;
+        }
+    }
+    assert_eq!(rows, 2_000);
+    assert!(most - before.min(most) < 20 * 1024, "{before} KiB, and up to {most} KiB on the way");
+    // Whoever asks and does not read is made to stop.
+    let mut deaf = proxy.raw_login().await;
+    let many: Vec<u8> = sync().repeat(20_000);
+    let stuck = tokio::time::timeout(Duration::from_secs(3), async {
+        loop {
+            deaf.send(&many).await;
+        }
+    });
+    assert!(stuck.await.is_err());
+    let after = resident_kib(proxy.pid());
+    assert!(after - before.min(after) < 20 * 1024, "{before} KiB, then {after} KiB");
+    drop(cluster);
+}
+
+fn resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+}
