@@ -163,8 +163,17 @@ pub async fn look(backend: &mut Backend) -> Result<Left, Broken> {
          OR EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql) \
          OR EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable) \
          OR EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()) \
-         OR EXISTS (SELECT FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session')";
-    let answer = ask(backend, QUESTION).await?;
+         OR EXISTS (SELECT FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'";
+    // The name that we have set ourselves is not the session's doing.
+    let named = match &backend.application_name {
+        Some(name) => format!(
+            " AND (name OPERATOR(pg_catalog.<>) 'application_name' OR setting OPERATOR(pg_catalog.<>) '{}')",
+            name.replace('\'', "''")
+        ),
+        // RESET leaves it with the source it had at login.
+        None => String::new(),
+    };
+    let answer = ask(backend, &format!("{QUESTION}{named})")).await?;
     match answer.rows.as_slice() {
         [row] => match row.first() {
             Some(Some(value)) if value == b"f" => Ok(Left::Nothing),
