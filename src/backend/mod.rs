@@ -9,7 +9,6 @@ pub mod login;
 pub mod pool;
 
 use std::collections::{BTreeMap, HashSet};
-use std::num::NonZeroUsize;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -162,7 +161,6 @@ impl Backend {
         cancel: Arc<CancelTarget>,
         connected_at: u64,
         epoch: Epoch,
-        max_prepared: usize,
         worker: usize,
         now: Instant,
     ) -> Backend {
@@ -180,7 +178,9 @@ impl Backend {
             epoch,
             opened: now,
             idle_since: now,
-            prepared: LruCache::new(NonZeroUsize::new(max_prepared).unwrap_or(NonZeroUsize::MIN)),
+            // Unbounded: what goes over `pool.max_prepared` must be closed on the server as well, which a
+            // cache that drops it by itself would not do.
+            prepared: LruCache::unbounded(),
             unnamed: None,
             own_names: HashSet::new(),
             dirt: Dirt::Clean,

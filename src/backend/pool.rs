@@ -301,7 +301,6 @@ impl Pool {
             cancel,
             self.context.positions.node(self.node).counter(),
             epoch,
-            config.pool.max_prepared,
             worker,
             Instant::now(),
         )))

@@ -140,7 +140,9 @@ impl Session {
     }
 
     fn translate_query(&mut self, len: usize) -> Result<Step, End> {
-        if let Some(refused) = self.refuse_on_replica(false) {
+        // A Query that comes behind a Flush was not looked at when the unit was routed (asyncpg sends
+        // BEGIN so, after Parse, Describe and Flush): it is routed by itself.
+        if let Some(refused) = self.refuse_on_replica(true) {
             return Ok(refused);
         }
         self.statements.drop_unnamed();
