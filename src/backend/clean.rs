@@ -143,7 +143,7 @@ pub async fn name(backend: &mut Backend, application_name: Option<&Arc<str>>) ->
         return Ok(());
     }
     let answer = match application_name {
-        Some(name) => ask(backend, &format!("SET application_name = '{}'", name.replace('\'', "''"))).await?,
+        Some(name) => ask(backend, &format!("SET application_name = {}", literal(name))).await?,
         None => ask(backend, "RESET application_name").await?,
     };
     if !matches!(answer.tags.as_slice(), [tag] if tag == b"SET" || tag == b"RESET") {
@@ -151,6 +151,11 @@ pub async fn name(backend: &mut Backend, application_name: Option<&Arc<str>>) ->
     }
     backend.application_name = application_name.cloned();
     Ok(())
+}
+
+/// `text` as a literal that means the same whatever `standard_conforming_strings` is.
+fn literal(text: &str) -> String {
+    format!("E'{}'", text.replace('\\', "\\\\").replace('\'', "''"))
 }
 
 /// What a statement that is not understood has left behind.
@@ -173,10 +178,19 @@ pub async fn look(backend: &mut Backend) -> Result<Left, Broken> {
          OR EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql) \
          OR EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable) \
          OR EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()) \
-         OR EXISTS (SELECT FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session')";
+         OR EXISTS (SELECT FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'";
+    // The name that we have set ourselves is not the session's doing.
+    let named = match &backend.application_name {
+        Some(name) => format!(
+            " AND (name OPERATOR(pg_catalog.<>) 'application_name' OR setting OPERATOR(pg_catalog.<>) {})",
+            literal(name)
+        ),
+        // RESET leaves it with the source it had at login.
+        None => String::new(),
+    };
     // A cancel that is still on its way must not hit the question.
     fence(backend).await?;
-    let answer = ask(backend, QUESTION).await?;
+    let answer = ask(backend, &format!("{QUESTION}{named})")).await?;
     match answer.rows.as_slice() {
         [row] => match row.first() {
             Some(Some(value)) if value == b"f" => Ok(Left::Nothing),

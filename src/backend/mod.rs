@@ -187,6 +187,8 @@ impl Backend {
             epoch,
             opened: now,
             idle_since: now,
+            // Unbounded: what goes over `pool.max_prepared` must be closed on the server as well, which a
+            // cache that drops it by itself would not do.
             prepared: LruCache::unbounded(),
             unnamed: None,
             own_names: HashSet::new(),

@@ -601,7 +601,9 @@ impl Session {
         }
         self.output_before = self.client.output.len();
         match self.exchange().await {
-            Ok(_) => {
+            // Nothing moves off a primary; a session held on a replica would try for ever.
+            Ok(Outcome::Move | Outcome::Again(_)) => Err(End::NodeLost { node }),
+            Ok(Outcome::Done) => {
                 self.count(node, demand.map_or(ClassLabel::Unit, |d| d.label()), reason);
                 self.finish().await
             }
@@ -692,6 +694,13 @@ impl Session {
         }
         if self.pin.is_none() && std::mem::take(&mut self.unproven) {
             self.look_at_backend().await?;
+        }
+        if self.role == Role::Replica && self.pin.take().is_some() {
+            // What was taken for a read has left state: a session is never held on a replica, where
+            // its writes could not run. The state goes with the backend.
+            self.shared.metrics.pinned_sessions.dec();
+            self.lease = None;
+            self.handle.idle();
         }
         if self.pin.is_none() {
             self.give_back();
