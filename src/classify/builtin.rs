@@ -122,6 +122,8 @@ pub enum Keyword {
     Local,
     /// `LOCK`
     Lock,
+    /// `MATERIALIZED`
+    Materialized,
     /// `MERGE`
     Merge,
     /// `MOVE`
@@ -367,6 +369,7 @@ const KEYWORDS: &[(&str, Keyword)] = &[
     ("load", Keyword::Load),
     ("local", Keyword::Local),
     ("lock", Keyword::Lock),
+    ("materialized", Keyword::Materialized),
     ("merge", Keyword::Merge),
     ("move", Keyword::Move),
     ("natural", Keyword::Natural),

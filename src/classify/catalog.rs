@@ -231,16 +231,21 @@ HAVING bool_or(p.oid >= 16384) OR bool_or(p.pronargs >= 1 AND p.pronargs - p.pro
 
 /// Rows (letter of the kind, oid, name, letter of the mark). `$1`: the safe built-in functions, `$2`: the
 /// safe system names.
+///
+/// `folded`: the planner folds constant calls in the expressions of a table's indexes, checks, partition
+/// key and statistics, and so runs them for any SELECT from the table (measured: an index on `((f(1)))`
+/// took f's advisory lock on a standby at `SELECT count(*)`). A user's function or operator whose first argument is
+/// a column is not folded; any other use marks the table.
 pub const OBJECTS_SQL: &str = "\
 WITH view_refs AS MATERIALIZED ( \
   SELECT DISTINCT r.ev_class AS rel, m[1] AS what, m[2]::pg_catalog.oid AS ref \
     FROM pg_catalog.pg_rewrite r, \
          LATERAL pg_catalog.regexp_matches(r.ev_action::text, \
-           ':(funcid|aggfnoid|winfnoid|opno|eqop|sortop|relid) ([0-9]+)', 'g') m \
+           ':(funcid|aggfnoid|winfnoid|tsmhandler|opno|eqop|sortop|relid) ([0-9]+)', 'g') m \
    WHERE r.oid >= 16384), \
 bad_views AS ( \
   SELECT v.rel FROM view_refs v LEFT JOIN pg_catalog.pg_proc p ON p.oid = v.ref \
-   WHERE v.what IN ('funcid', 'aggfnoid', 'winfnoid') \
+   WHERE v.what IN ('funcid', 'aggfnoid', 'winfnoid', 'tsmhandler') \
      AND (v.ref >= 16384 OR p.proname IS NULL OR NOT p.proname::text = ANY ($1::text[])) \
   UNION SELECT v.rel FROM view_refs v WHERE v.what IN ('opno', 'eqop', 'sortop') AND v.ref >= 16384 \
   UNION SELECT v.rel FROM view_refs v JOIN pg_catalog.pg_class s ON s.oid = v.ref \
@@ -248,6 +253,14 @@ bad_views AS ( \
      AND s.relnamespace = 'pg_catalog'::pg_catalog.regnamespace AND NOT s.relname::text = ANY ($2::text[]) \
   UNION SELECT r.ev_class FROM pg_catalog.pg_rewrite r \
    WHERE r.oid >= 16384 AND (r.ev_type <> '1' OR r.ev_action::text LIKE '%:hasForUpdate true%')), \
+folded AS ( \
+  SELECT e.rel FROM ( \
+    SELECT i.indrelid AS rel, i.indexprs::text AS tree FROM pg_catalog.pg_index i WHERE i.indexprs IS NOT NULL \
+    UNION ALL SELECT i.indrelid, i.indpred::text FROM pg_catalog.pg_index i WHERE i.indpred IS NOT NULL \
+    UNION ALL SELECT k.conrelid, k.conbin::text FROM pg_catalog.pg_constraint k WHERE k.contype = 'c' AND k.conrelid <> 0 \
+    UNION ALL SELECT p.partrelid, p.partexprs::text FROM pg_catalog.pg_partitioned_table p WHERE p.partexprs IS NOT NULL \
+    UNION ALL SELECT s.stxrelid, s.stxexprs::text FROM pg_catalog.pg_statistic_ext s WHERE s.stxexprs IS NOT NULL) e \
+   WHERE e.tree ~ ':(funcid|opno) [0-9]{5,} [^{}]*:args (?!\\(\\{(VAR|RELABELTYPE :arg \\{VAR) )'), \
 touched AS ( \
   SELECT c.castsource AS typ FROM pg_catalog.pg_cast c WHERE c.oid >= 16384 \
   UNION SELECT c.casttarget FROM pg_catalog.pg_cast c WHERE c.oid >= 16384 \
@@ -256,7 +269,7 @@ touched AS ( \
   UNION SELECT o.opcintype FROM pg_catalog.pg_opclass o WHERE o.oid >= 16384) \
 SELECT 'r', c.oid, c.relname::text, \
        CASE WHEN c.relrowsecurity THEN 'c' \
-            WHEN b.rel IS NOT NULL THEN 'c' \
+            WHEN b.rel IS NOT NULL OR c.oid IN (SELECT f.rel FROM folded f) THEN 'c' \
             WHEN c.relkind IN ('S', 'f') OR c.relpersistence = 'u' THEN 'e' \
             ELSE 'p' END \
   FROM pg_catalog.pg_class c LEFT JOIN bad_views b ON b.rel = c.oid \
@@ -325,7 +338,9 @@ SELECT pg_catalog.sum(pg_catalog.pg_stat_get_tuples_inserted(c.oid) + pg_catalog
    'pg_catalog.pg_policy'::pg_catalog.regclass, 'pg_catalog.pg_class'::pg_catalog.regclass, \
    'pg_catalog.pg_type'::pg_catalog.regclass, 'pg_catalog.pg_constraint'::pg_catalog.regclass, \
    'pg_catalog.pg_inherits'::pg_catalog.regclass, 'pg_catalog.pg_aggregate'::pg_catalog.regclass, \
-   'pg_catalog.pg_attribute'::pg_catalog.regclass, 'pg_catalog.pg_opclass'::pg_catalog.regclass)";
+   'pg_catalog.pg_attribute'::pg_catalog.regclass, 'pg_catalog.pg_opclass'::pg_catalog.regclass, \
+   'pg_catalog.pg_index'::pg_catalog.regclass, 'pg_catalog.pg_partitioned_table'::pg_catalog.regclass, \
+   'pg_catalog.pg_statistic_ext'::pg_catalog.regclass)";
 
 #[cfg(test)]
 mod tests {

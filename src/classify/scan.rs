@@ -142,6 +142,8 @@ struct Current {
     pending: Option<Pending>,
     previous: Previous,
     with_active: u64,
+    /// A `(` here would belong to a WITH list: it follows a part's name, AS or NOT MATERIALIZED.
+    opens_with_part: bool,
     close_may_precede_call: bool,
     set_config: Option<SetConfig>,
     current_setting: CurrentSetting,
@@ -171,6 +173,7 @@ impl Default for Current {
             pending: None,
             previous: Previous::Start,
             with_active: 0,
+            opens_with_part: false,
             close_may_precede_call: false,
             set_config: None,
             current_setting: CurrentSetting::No,
@@ -269,6 +272,9 @@ impl Scan<'_> {
     fn token(&mut self, token: Token) {
         self.statement.tokens = self.statement.tokens.saturating_add(1);
         let called = token == Token::Punctuation(b'(');
+        self.statement.opens_with_part =
+            matches!(self.statement.previous, Previous::Keyword(Keyword::As | Keyword::Materialized))
+                || self.statement.pending.is_some_and(|pending| pending.alias && !pending.dotted);
         if let Some(pending) = self.statement.pending.take() {
             self.resolve(pending, called);
         }
@@ -379,7 +385,9 @@ impl Scan<'_> {
         let in_with_list = statement.depth < 64 && statement.with_active & (1 << statement.depth) != 0;
         let alias = match statement.previous {
             Previous::Keyword(Keyword::As) => true,
-            Previous::Keyword(Keyword::With | Keyword::Recursive) | Previous::Comma => in_with_list,
+            Previous::Keyword(Keyword::With | Keyword::Recursive) | Previous::Comma => {
+                in_with_list && !dotted
+            }
             Previous::Close => !statement.close_may_precede_call,
             _ => false,
         };
@@ -508,6 +516,10 @@ impl Scan<'_> {
                     Previous::Keyword(Keyword::In) => self.fold_list(),
                     Previous::Keyword(Keyword::Values) => self.fold_rows(),
                     _ => {}
+                }
+                // Any other parenthesis begins the query itself: `WITH a AS (..) (SELECT ..) ORDER BY 1, f()`.
+                if !self.statement.opens_with_part && self.statement.depth < 64 {
+                    self.statement.with_active &= !(1 << self.statement.depth);
                 }
                 self.statement.depth += 1;
                 Previous::Open

@@ -77,6 +77,8 @@ fn reads() {
         "select exists(select 1 from t), array(select 1)",
         "select a.update from a",
         "select $$;$$",
+        "with x as materialized (select 1), y as not materialized (select 2), z(a) as (select 3) table x",
+        "with a as (select 1), b(x, y) as (select 1, 2) (select x from b) order by (1), 1",
     ] {
         assert_eq!(class(text), StatementClass::READ, "{text}");
     }
@@ -172,6 +174,14 @@ fn not_reads() {
         "table t for update",
         "select set_config('a.b', 'x', true)",
         "explain analyze create table x as select 1",
+        // The query of a WITH in parentheses: what stands behind its commas is no part of the list.
+        "with a as (select 1) (select 1) order by 1, query_to_xml('x', true, true, '')",
+        "with a as (select 1) (select 1) order by (1), lo_export(1, 'x')",
+        "select * from (with a as (select 1) (select 1) order by (1), lo_export(1, 'x')) s",
+        "with a as (select 1) (select 1) union (select 2) order by 1, lo_import('x')",
+        "with recursive t as (select 1 as n) cycle n set c using path (select 1) order by 1, lo_import('x')",
+        "with recursive t as (select 1 as n) search depth first by n set o (select 1) order by 1, lo_import('x')",
+        "with a as (select 1) ((select 1)) order by 1, ts_stat('x')",
     ] {
         assert_ne!(class(text).kind, Kind::Read, "{text}");
     }

@@ -57,6 +57,18 @@ const OBJECTS: &str = "
     CREATE TABLE child PARTITION OF parent FOR VALUES FROM (0) TO (10);
     ALTER TABLE child ENABLE ROW LEVEL SECURITY;
     CREATE TABLE ruled (id int);
+
+    CREATE FUNCTION locking_number(int) RETURNS int LANGUAGE plpgsql IMMUTABLE
+        AS $$ BEGIN PERFORM pg_try_advisory_xact_lock(11); RETURN $1; END $$;
+    CREATE FUNCTION liar_of(plain) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT pg_try_advisory_xact_lock(12)';
+    CREATE TABLE indexed (id int);
+    CREATE INDEX ON indexed ((locking_number(1)));
+    CREATE TABLE half_indexed (id int);
+    CREATE INDEX ON half_indexed (id) WHERE id > locking_number(abs(1));
+    CREATE TABLE heir_parent (id int);
+    CREATE TABLE heir (CHECK (locking_number(1) > 0)) INHERITS (heir_parent);
+    CREATE TABLE column_indexed (id int);
+    CREATE INDEX ON column_indexed ((locking_number(id)));
 ";
 
 fn objects() -> String {
@@ -93,6 +105,7 @@ async fn what_the_catalog_hides_starts_on_the_primary() {
         "SELECT upper(1)",
         "SELECT x FROM plain WHERE liar()",
         "SELECT plain.attribute FROM plain",
+        "SELECT plain.liar_of FROM plain",
         "SELECT * FROM guarded",
         "SELECT 1::checked",
         "SELECT CAST(1 AS checked)",
@@ -110,6 +123,10 @@ async fn what_the_catalog_hides_starts_on_the_primary() {
         "SELECT * FROM pg_sequences",
         "SELECT count(*) FROM unlogged",
         "SELECT * FROM parent",
+        "SELECT * FROM indexed",
+        "SELECT * FROM half_indexed",
+        "SELECT * FROM heir_parent WHERE id > 1",
+        "WITH a AS (SELECT 1) (SELECT 1) ORDER BY 1, query_to_xml('SELECT liar()', true, true, '')",
         "SELECT U&\"li\\0061r\"()",
         "SELECT 1 --\r, liar()",
         "SELECT \"liar\"()",
@@ -139,6 +156,7 @@ async fn what_the_catalog_hides_starts_on_the_primary() {
         "SELECT * FROM material",
         "SELECT id, lower(x), count(*) OVER () FROM plain WHERE x LIKE 'o%' ORDER BY id LIMIT 5",
         "SELECT count(*) FROM pg_class",
+        "SELECT * FROM column_indexed WHERE id = 1",
     ];
     for (number, statement) in plain.iter().enumerate() {
         for _ in 0..10 {
