@@ -60,8 +60,8 @@ pub enum Expect {
     OwnCloseComplete,
     /// An error that we give, in its turn; all up to the next Sync is skipped.
     OwnError(Box<ErrorReport>),
-    /// BindComplete.
-    Bind,
+    /// BindComplete. The client's name of the statement, for an error that names it.
+    Bind(Vec<u8>),
     /// RowDescription or NoData, perhaps after ParameterDescription.
     Describe,
     /// Rows up to CommandComplete, EmptyQueryResponse or PortalSuspended; or COPY.
@@ -89,8 +89,10 @@ pub enum NameOnServer {
     Shared(SharedName),
     /// The client's own, on a pinned backend.
     Own(Vec<u8>),
-    /// The server is expected to refuse it.
-    Refused,
+    /// The client's own, which the server is expected to refuse because it has it already.
+    Refused(Vec<u8>),
+    /// The client's own, of which only the server may know.
+    Unknown,
 }
 
 /// How much of the unit has come from the client.
