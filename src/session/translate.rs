@@ -12,7 +12,7 @@ use super::prepared::{Found, Statement};
 use super::{End, Role};
 use crate::backend::{Dirt, SharedName};
 use crate::classify::{Kind, Leaves, Lookup, PinReason, StatementClass};
-use crate::wire::{self, ErrorReport, HEADER};
+use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
 /// A portal that no client has: an Execute of it fails.
 const NO_PORTAL: &[u8] = b"__hw_refused";
@@ -350,7 +350,10 @@ impl Exchange<'_> {
         }
         match self.session.statements.find(parse.name) {
             Found::Statement(first) => {
-                self.give(parse.name, &first);
+                // In a failed transaction it could not be given; but there the second fails anyway.
+                if self.session.status != TransactionStatus::Failed {
+                    self.give(parse.name, &first);
+                }
                 return Ok(self.parse_twice(parse.name, Found::Statement(statement), len));
             }
             Found::OnBackend => return Ok(self.parse_twice(parse.name, Found::Statement(statement), len)),

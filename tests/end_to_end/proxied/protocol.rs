@@ -192,6 +192,15 @@ async fn one_backend() -> (Cluster, Proxy) {
     cluster.set_up("CREATE TABLE t (x int)").await;
     let overrides = "pool: { size: 1, max_prepared: 3 }";
     let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    // Until the catalog facts are there every statement is one that may leave something, and its
+    // backend is cleaned.
+    eventually("statements stay prepared", || async {
+        let mut client = proxy.raw_login().await;
+        client.ask(&[parse("probe", "SELECT 1"), bind("probe", &[]), execute(), sync()].concat()).await;
+        let left = client.ask(&query("SELECT count(*) FROM pg_prepared_statements")).await;
+        left[1].columns() != [Some("0".to_owned())]
+    })
+    .await;
     (cluster, proxy)
 }
 
