@@ -38,6 +38,17 @@ impl SharedName {
 
     const PREFIX: &str = "__hw_";
 
+    /// Bytes of a name as the server sees it.
+    pub const LENGTH: usize = SharedName::PREFIX.len() + 32;
+
+    /// Where a text has such a name, and which.
+    pub fn find_in(text: &[u8]) -> Option<(usize, SharedName)> {
+        let at = memchr::memmem::find(text, SharedName::PREFIX.as_bytes())?;
+        let digits = text.get(at + SharedName::PREFIX.len()..at + SharedName::LENGTH)?;
+        let number = u128::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
+        Some((at, SharedName(number)))
+    }
+
     /// Whether a client's name could be taken for one that sessions share. They are no secret
     /// (`pg_prepared_statements` shows them), so a client must not reach them by naming them.
     pub fn is_like(name: &[u8]) -> bool {
@@ -255,4 +266,19 @@ pub fn parameter_status(body: &[u8]) -> Option<(&[u8], &[u8])> {
     let (name, rest) = crate::wire::cstr(body)?;
     let (value, _) = crate::wire::cstr(rest)?;
     Some((name, value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shared_name_is_found_where_the_server_says_it() {
+        let name = SharedName(0x1234_5678_9abc_def0_0000_0000_0000_0001);
+        let text = format!("prepared statement \"{}\" requires 1", name.server_name());
+        assert_eq!(SharedName::find_in(text.as_bytes()), Some((20, name)));
+        assert_eq!(SharedName::LENGTH, name.server_name().len());
+        assert_eq!(SharedName::find_in(b"__hw_ and nothing"), None);
+        assert_eq!(SharedName::find_in(b"at its end __hw_00"), None);
+    }
 }

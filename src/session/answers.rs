@@ -10,7 +10,7 @@ use super::exchange::{
 };
 use super::translate::{put_cstr, put_length};
 use super::{End, Role, Session};
-use crate::backend::{Backend, Dirt, Parameters, parameter_status};
+use crate::backend::{Backend, Dirt, Parameters, SharedName, parameter_status};
 use crate::classify::refusal::{self, Refusal};
 use crate::wire::{self, HEADER, TransactionStatus};
 
@@ -168,7 +168,7 @@ impl Exchange<'_> {
                 true
             }
             (b'1', Some(Expect::InjectedParse(_))) | (b'3', Some(Expect::InjectedClose(_))) => false,
-            (b'2', Some(Expect::Bind))
+            (b'2', Some(Expect::Bind(_)))
             | (b'3', Some(Expect::ClosePortal))
             | (b'T' | b'n', Some(Expect::Describe))
             | (b'C' | b'I' | b's', Some(Expect::Execute)) => true,
@@ -204,13 +204,27 @@ impl Exchange<'_> {
         if matches!(&self.backend.input[HEADER..len], b"DEALLOCATE ALL\0" | b"DISCARD ALL\0") {
             self.session.statements.clear();
             self.backend.forget_statements();
+            // What is parsed behind it comes after it.
+            for expect in &self.unit.expects {
+                if let Expect::Parse(NameOnServer::Own(name))
+                | Expect::InjectedParse(NameOnServer::Own(name)) = expect
+                {
+                    self.backend.own_names.insert(name.clone());
+                }
+            }
         }
     }
 
     fn parsed(&mut self, name: NameOnServer) {
-        if let NameOnServer::Shared(name) = name {
-            self.unit.underway.remove(&name);
-            self.backend.prepared.put(name, ());
+        match name {
+            NameOnServer::Shared(name) => {
+                self.unit.underway.remove(&name);
+                self.backend.prepared.put(name, ());
+            }
+            NameOnServer::Refused(name) => {
+                self.backend.own_names.insert(name);
+            }
+            NameOnServer::Own(_) | NameOnServer::Unnamed | NameOnServer::Unknown => {}
         }
     }
 
@@ -273,7 +287,7 @@ impl Exchange<'_> {
             NameOnServer::Shared(name) => {
                 self.unit.underway.remove(&name);
             }
-            NameOnServer::Refused => {}
+            NameOnServer::Refused(_) | NameOnServer::Unknown => {}
         }
     }
 
@@ -285,7 +299,7 @@ impl Exchange<'_> {
             NameOnServer::Own(name) => {
                 self.backend.own_names.insert(name);
             }
-            NameOnServer::Unnamed | NameOnServer::Refused => {}
+            NameOnServer::Unnamed | NameOnServer::Refused(_) | NameOnServer::Unknown => {}
         }
     }
 
@@ -322,13 +336,28 @@ impl Exchange<'_> {
                 put_report(&mut self.session.client.output, report);
                 self.backend.input.advance(len);
             }
-            _ => self.forward(len),
+            _ => self.forward_error(len),
         }
         self.skip_expected();
         if fatal {
             return Err(End::NodeSaidFatal);
         }
         Ok(Step::On)
+    }
+
+    /// Passes an error on as it is; but a statement's name that only we and the server know is the
+    /// client's own.
+    fn forward_error(&mut self, len: usize) {
+        let body = &self.backend.input[HEADER..len];
+        let Some((at, shared)) = SharedName::find_in(body) else { return self.forward(len) };
+        let own = match self.unit.expects.front() {
+            Some(Expect::Bind(name)) => name.clone(),
+            _ => self.session.statements.name_of(shared).unwrap_or_default(),
+        };
+        let body = [&body[..at], &own, &body[at + SharedName::LENGTH..]].concat();
+        put_length(&mut self.session.client.output, b'E', body.len());
+        self.session.client.output.put_slice(&body);
+        self.backend.input.advance(len);
     }
 
     /// The answer so far is not shown: the unit runs again elsewhere once the backend is ready for others.
@@ -374,7 +403,9 @@ impl Exchange<'_> {
                 self.backend.input.advance(len);
                 return Ok(Step::On);
             }
-            Some(Expect::Sync | Expect::Query | Expect::FunctionCall) => {}
+            Some(Expect::Sync | Expect::FunctionCall) => {}
+            // One that an error made the server skip leaves the unnamed statement alone.
+            Some(Expect::Query) => self.session.statements.drop_unnamed(),
             // COPY failed before it had read the Sync, which so was none to be ignored.
             None if self.unit.ignored_sync && self.unit.failed => {}
             other => {

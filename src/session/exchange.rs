@@ -9,10 +9,10 @@
 //! `translate` is the way to the node, `answers` the way back.
 //!
 //! **A client that goes away.** Inside a unit that it has not sent whole, its backend is closed: a Sync
-//! in the client's place would commit. A unit that it has sent whole runs on, as on one server, and if
-//! it may write, to its end: what was asked for happens. Reads have [`PARTING`] to be
-//! answered (a client that has only closed its sending side still reads); then nobody wants them, and
-//! they are cancelled, so that a vanished client's query does not hold a backend and a node for hours.
+//! in the client's place would commit. A unit that it has sent whole has [`PARTING`] to be answered (a
+//! client that has only closed its sending side still reads). Then its backend is closed, so that a vanished
+//! client's query does not hold one for hours: a read is cancelled; what may write runs to its end
+//! on the node, just as if that had lost its client. Unless more units are waiting: they are to run.
 
 use std::collections::{HashSet, VecDeque};
 use std::future::poll_fn;
@@ -40,7 +40,7 @@ pub(super) const MOST_AWAITED: usize = 16 * 1024;
 /// Bytes of answer that are held back at most so that a read can be run again.
 pub(super) const HELD_BACK: usize = 64 * 1024;
 
-/// How long a read may still take when the client has closed its side.
+/// How long a unit may still take when the client has closed its side.
 const PARTING: Duration = Duration::from_secs(1);
 
 /// What the server (or we in its place) will answer next.
@@ -60,8 +60,8 @@ pub enum Expect {
     OwnCloseComplete,
     /// An error that we give, in its turn; all up to the next Sync is skipped.
     OwnError(Box<ErrorReport>),
-    /// BindComplete.
-    Bind,
+    /// BindComplete. The client's name of the statement, for an error that names it.
+    Bind(Vec<u8>),
     /// RowDescription or NoData, perhaps after ParameterDescription.
     Describe,
     /// Rows up to CommandComplete, EmptyQueryResponse or PortalSuspended; or COPY.
@@ -89,8 +89,10 @@ pub enum NameOnServer {
     Shared(SharedName),
     /// The client's own, on a pinned backend.
     Own(Vec<u8>),
-    /// The server is expected to refuse it.
-    Refused,
+    /// The client's own, which the server is expected to refuse because it has it already.
+    Refused(Vec<u8>),
+    /// The client's own, of which only the server may know.
+    Unknown,
 }
 
 /// How much of the unit has come from the client.
@@ -378,7 +380,8 @@ impl Exchange<'_> {
 
     /// The client has closed its side after a whole unit: see the head of this file.
     fn wait_without_client(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
-        if self.unit.writes {
+        let next = self.session.client.input.get(self.unit.taken);
+        if self.unit.writes && next.is_some_and(|tag| *tag != b'X') {
             return Ok(false);
         }
         let patience = &mut self.session.client.patience;

@@ -197,6 +197,15 @@ impl Statements {
         })
     }
 
+    /// A name of the client's for a shared statement.
+    pub fn name_of(&self, shared: SharedName) -> Option<Vec<u8>> {
+        let stands_for =
+            |found: &Found| matches!(found, Found::Statement(statement) if statement.shared == shared);
+        let unanswered = self.unanswered.iter().filter(|(name, _)| !name.is_empty());
+        let known = unanswered.map(|(name, found)| (name, found)).chain(&self.named);
+        known.into_iter().find(|(_, found)| stands_for(found)).map(|(name, _)| name.clone())
+    }
+
     /// A Parse or Close (`Nothing`) was sent (or will be answered by us in its turn).
     pub fn sent(&mut self, name: &[u8], found: Found) {
         let (times, latest) = self.latest.entry(name.to_vec()).or_insert((0, Found::Nothing));

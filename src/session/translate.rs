@@ -12,7 +12,7 @@ use super::prepared::{Found, Statement};
 use super::{End, Role};
 use crate::backend::{Dirt, SharedName};
 use crate::classify::{Kind, Leaves, Lookup, PinReason, StatementClass};
-use crate::wire::{self, ErrorReport, HEADER};
+use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
 /// A portal that no client has: an Execute of it fails.
 const NO_PORTAL: &[u8] = b"__hw_refused";
@@ -212,13 +212,12 @@ impl Exchange<'_> {
         {
             return Ok(stopped);
         }
-        self.session.statements.drop_unnamed();
         self.backend.unnamed = None;
         if self.unit.leaves != Leaves::Nothing {
             self.backend.dirt = self.backend.dirt.max(Dirt::State);
         }
         let earlier = self.unit.expects.len();
-        self.materialize();
+        self.materialize(self.unit.leaves);
         if self.unit.expects.len() > earlier {
             // An error in what was put in must not take the Query with it.
             self.backend.output.put_slice(&[b'S', 0, 0, 0, 4]);
@@ -288,7 +287,7 @@ impl Exchange<'_> {
         }
         self.unit.leaves = stronger(self.unit.leaves, leaves);
         self.backend.dirt = self.backend.dirt.max(Dirt::State);
-        self.materialize();
+        self.materialize(leaves);
     }
 
     /// Counts in what a statement of the unit does, as it is bound.
@@ -351,7 +350,10 @@ impl Exchange<'_> {
         }
         match self.session.statements.find(parse.name) {
             Found::Statement(first) => {
-                self.give(parse.name, &first);
+                // In a failed transaction it could not be given; but there the second fails anyway.
+                if self.session.status != TransactionStatus::Failed {
+                    self.give(parse.name, &first);
+                }
                 return Ok(self.parse_twice(parse.name, Found::Statement(statement), len));
             }
             Found::OnBackend => return Ok(self.parse_twice(parse.name, Found::Statement(statement), len)),
@@ -458,7 +460,7 @@ impl Exchange<'_> {
         self.backend.dirt = self.backend.dirt.max(Dirt::State);
         self.pass(len);
         self.session.statements.sent(name, second);
-        self.unit.expects.push_back(Expect::Parse(NameOnServer::Refused));
+        self.unit.expects.push_back(Expect::Parse(NameOnServer::Refused(name.to_vec())));
         Step::On
     }
 
@@ -489,7 +491,7 @@ impl Exchange<'_> {
             self.take_rest();
         }
         self.unit.bound = true;
-        self.unit.expects.push_back(Expect::Bind);
+        self.unit.expects.push_back(Expect::Bind(name));
         Ok(Step::On)
     }
 
@@ -553,8 +555,8 @@ impl Exchange<'_> {
 
     /// SQL's EXECUTE and DEALLOCATE see the protocol's names: before such a statement the backend is
     /// given all of the session's. In a Query this is done ahead, closed by a Sync of its own.
-    fn materialize(&mut self) {
-        if self.unit.leaves != Leaves::Pins(PinReason::SqlPrepare) || self.session.role != Role::Primary {
+    fn materialize(&mut self, leaves: Leaves) {
+        if leaves != Leaves::Pins(PinReason::SqlPrepare) || self.session.role != Role::Primary {
             return;
         }
         let missing: Vec<(Vec<u8>, Arc<Statement>)> = self
@@ -615,7 +617,7 @@ impl Exchange<'_> {
                     Expect::Close(if was_there {
                         NameOnServer::Own(name.to_vec())
                     } else {
-                        NameOnServer::Refused
+                        NameOnServer::Unknown
                     })
                 } else {
                     self.take(len);
