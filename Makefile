@@ -11,7 +11,7 @@ SOAK_READS ?= 20000
 SOAK_MODEL_RUNS ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak-consistency lint fmt clippy doc bench audit
+.PHONY: help setup demo test soak-consistency drivers regress lint fmt clippy doc bench audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -51,3 +51,12 @@ bench: ## speed of the pure parts
 audit: ## licences, sources and bans of all packages (installs cargo-deny: minutes)
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	$(CARGO) deny --all-features check bans licenses sources
+
+drivers: setup ## real drivers (Python, Node) against PostgreSQL and through the proxy: same output
+	@$(CARGO) build --locked --quiet
+	@tests/drivers/run
+
+# Needs PostgreSQL's source (`apt-get source postgresql-15`, ./configure) with src/test/regress/regress.so.
+regress: setup ## PostgreSQL's regression suite through the proxy; SOURCE=its source tree
+	@$(CARGO) build --locked --quiet
+	@tests/drivers/run regress $(SOURCE)

@@ -2,6 +2,7 @@
 
 mod cancel;
 mod consistency;
+mod drivers;
 mod faults;
 mod garbage;
 mod login;
