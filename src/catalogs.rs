@@ -46,6 +46,8 @@ pub struct DatabaseCatalog {
     /// Raised by each invalidation: a load that began before the last one is thrown away.
     generation: Mutex<u64>,
     wanted: Notify,
+    /// No session uses it: its loader ends.
+    released: AtomicBool,
 }
 
 impl Catalogs {
@@ -77,6 +79,9 @@ impl Catalogs {
             return Arc::clone(known);
         }
         if databases.len() >= self.limit {
+            Catalogs::release(&mut databases, None);
+        }
+        if databases.len() >= self.limit {
             if !self.full.swap(true, Ordering::Relaxed) {
                 tracing::warn!(
                     database = name,
@@ -96,6 +101,25 @@ impl Catalogs {
         ));
         database
     }
+
+    /// Forgets the databases that no session uses, but for `except`, and ends their loaders: nothing of ours
+    /// stays connected to them once the loaders' connections are closed, too ([`Nodes::close_databases`]).
+    pub fn release_unused(&self, except: &str) {
+        let mut databases = self.databases.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        Catalogs::release(&mut databases, Some(except));
+    }
+
+    fn release(databases: &mut HashMap<Box<str>, Arc<DatabaseCatalog>>, except: Option<&str>) {
+        databases.retain(|name, database| {
+            // The table and the loader hold one each; sessions get theirs under this lock.
+            let used = Arc::strong_count(database) > 2 || Some(&**name) == except;
+            if !used {
+                database.released.store(true, Ordering::SeqCst);
+                database.wanted.notify_one();
+            }
+            used
+        });
+    }
 }
 
 impl DatabaseCatalog {
@@ -106,6 +130,7 @@ impl DatabaseCatalog {
             identities: Arc::clone(identities),
             generation: Mutex::new(0),
             wanted: Notify::new(),
+            released: AtomicBool::new(false),
         })
     }
 
@@ -160,7 +185,7 @@ struct Basis {
     generation: u64,
 }
 
-/// The loader's loop; lives as long as the process.
+/// The loader's loop; lives until the database is released.
 async fn keep(
     nodes: Arc<Nodes>,
     topology: Arc<TopologyHandle>,
@@ -168,7 +193,7 @@ async fn keep(
     database: Arc<DatabaseCatalog>,
 ) {
     let mut basis: Option<Basis> = None;
-    loop {
+    while !database.released.load(Ordering::SeqCst) {
         let step = timeout(QUESTION, refresh(&nodes, &topology, &name, &database, basis)).await;
         match step {
             Ok(Ok(next)) => basis = next,

@@ -318,6 +318,18 @@ impl Nodes {
         });
     }
 
+    /// Closes the pooled connections to all databases but `except` and the control database.
+    pub fn close_databases(&self, except: &str) {
+        let control = &self.config.control.database;
+        self.lock_pools().retain(|(_, database), entry| {
+            let keep = database == except || database == control;
+            if !keep {
+                entry.pool.close();
+            }
+            keep
+        });
+    }
+
     /// Asks `node`, a replica, which of `xids` had not committed at its replay position, over a pooled
     /// connection. An answer of a node that is not in recovery is none.
     pub async fn not_committed(

@@ -7,7 +7,7 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::thread::JoinHandle;
 
 use tokio::net::TcpListener;
@@ -221,6 +221,8 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
         positions,
         classifier: Arc::new(Classifier::new(&config.limits)),
         catalogs,
+        nodes: nodes.clone(),
+        making_room: AtomicBool::new(false),
         pools,
         metrics,
         sessions: Arc::new(Sessions::default()),

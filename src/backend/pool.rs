@@ -78,11 +78,13 @@ pub enum CloseReason {
     IdleTimeout,
     /// Its session ended, or its connection broke, in the middle of something.
     Broken,
+    /// It stood in the way of a CREATE, ALTER or DROP DATABASE.
+    DatabaseCommand,
 }
 
 impl CloseReason {
     /// All labels.
-    pub const LABELS: [&'static str; 7] = [
+    pub const LABELS: [&'static str; 8] = [
         CloseReason::Dead.label(),
         CloseReason::Replaced.label(),
         CloseReason::Unclean.label(),
@@ -90,6 +92,7 @@ impl CloseReason {
         CloseReason::Lifetime.label(),
         CloseReason::IdleTimeout.label(),
         CloseReason::Broken.label(),
+        CloseReason::DatabaseCommand.label(),
     ];
 
     /// One word for a metric label.
@@ -102,6 +105,7 @@ impl CloseReason {
             CloseReason::Lifetime => "lifetime",
             CloseReason::IdleTimeout => "idle_timeout",
             CloseReason::Broken => "broken",
+            CloseReason::DatabaseCommand => "database_command",
         }
     }
 }
@@ -410,6 +414,15 @@ impl Pool {
         self.open_more(&mut state);
     }
 
+    fn close_idle(self: &Arc<Pool>) {
+        let mut state = self.lock();
+        for backend in std::mem::take(&mut state.idle) {
+            state.open -= 1;
+            self.context.count_closed(backend.node, CloseReason::DatabaseCommand);
+        }
+        self.open_more(&mut state);
+    }
+
     /// Closes idle backends that are too old, unused for too long, dead or of an earlier epoch.
     fn reap(self: &Arc<Pool>, now: Instant) {
         let pool = &self.context.config.pool;
@@ -626,6 +639,15 @@ impl Pools {
         let pools = Arc::new(UserPools { nodes, welcomes: Mutex::new(HashMap::new()) });
         users.insert(key, pools.clone());
         pools
+    }
+
+    /// Closes the idle backends of all databases but `except`.
+    pub fn close_idle(&self, except: &str) {
+        for user in self.all() {
+            for pool in user.nodes.iter().filter(|pool| *pool.database != *except) {
+                pool.close_idle();
+            }
+        }
     }
 
     /// Every pool's counts, for metrics.

@@ -280,6 +280,14 @@ pub fn deallocate_target(text: &[u8]) -> Option<Vec<u8>> {
     }
 }
 
+/// Whether a statement creates, alters or drops a database: PostgreSQL refuses that while anybody is
+/// connected to the database (or to the template), be it only a pool.
+pub fn is_database_command(text: &[u8]) -> bool {
+    let mut lexer = Lexer::new(text);
+    let verb = lexer.next_token() == Token::Word && matches!(lexer.name(), b"create" | b"alter" | b"drop");
+    verb && lexer.next_token() == Token::Word && lexer.name() == b"database"
+}
+
 /// What a statement may do, and so where it may run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StatementClass {

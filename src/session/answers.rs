@@ -122,6 +122,12 @@ impl Exchange<'_> {
                 Ok(Step::On)
             }
             b'N' => {
+                let fields = wire::error_fields(&self.backend.input[HEADER..header.len]);
+                if self.unit.redoable && fields.routine == b"quickdie" {
+                    // The server is being restarted after a crash, or stopped at once: this is all that
+                    // the backend will say.
+                    return Ok(self.discard(Again::NodeLost, true));
+                }
                 self.commit();
                 self.forward(header.len);
                 Ok(Step::On)
@@ -311,11 +317,13 @@ impl Exchange<'_> {
         }
         let fields = wire::error_fields(&self.backend.input[HEADER..len]);
         let fatal = matches!(fields.severity, b"FATAL" | b"PANIC");
-        // A client that has cancelled wants no second try.
-        let final_word =
-            !self.unit.redoable || self.session.role == Role::Primary || self.backend.cancel.was_sent();
+        // A client that has cancelled wants no second try; and of the primary's errors only its end
+        // leaves a read to be run elsewhere.
+        let final_word = !self.unit.redoable || self.backend.cancel.was_sent();
         let again = match refusal::of(&fields) {
             _ if final_word => None,
+            Refusal::Shutdown if fatal => Some(Again::NodeLost),
+            _ if self.session.role == Role::Primary => None,
             Refusal::NotAReadAfterAll => Some(Again::NotARead),
             Refusal::LateReplica => Some(Again::LateReplica),
             Refusal::RecoveryConflict => Some(Again::Conflict),

@@ -290,12 +290,18 @@ impl Session {
 
     pub(super) fn lookup(&self, text: &[u8], types: &[u32]) -> Lookup {
         let catalog = self.catalog.current();
-        self.shared.classifier.lookup(&classify::Statement {
+        let found = self.shared.classifier.lookup(&classify::Statement {
             text,
             parameter_types: types,
             catalog: &catalog,
             lexing: self.lexing,
-        })
+        });
+        if let Lookup::Known(StatementClass { kind: Kind::Ddl, .. }, _) = &found
+            && classify::is_database_command(text)
+        {
+            self.shared.make_room_for_database_command(&self.database);
+        }
+        found
     }
 
     async fn classify(&self, text: &[u8], types: &[u32]) -> StatementClass {

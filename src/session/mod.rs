@@ -18,8 +18,9 @@ mod translate;
 
 use std::future::poll_fn;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, BytesMut};
 
@@ -36,7 +37,7 @@ use crate::classify::{Classifier, Leaves, Lexing, PinReason};
 use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::net::Stream;
-use crate::node::NodeFailure;
+use crate::node::{NodeFailure, Nodes};
 use crate::positions::{Incarnation, Positions};
 use crate::route::{ClassLabel, RouteReason};
 use crate::topology::{NodeId, TopologyHandle};
@@ -57,6 +58,10 @@ pub struct Shared {
     pub classifier: Arc<Classifier>,
     /// The databases' catalog facts.
     pub catalogs: Arc<Catalogs>,
+    /// The control user's connections.
+    pub nodes: Arc<Nodes>,
+    /// Connections in reserve are being closed for a database command.
+    pub making_room: AtomicBool,
     /// Backends.
     pub pools: Arc<Pools>,
     /// Counts.
@@ -67,6 +72,32 @@ pub struct Shared {
     pub names: Names,
     /// Where failures of nodes are reported.
     pub reports: crate::control::Reports,
+}
+
+impl Shared {
+    /// A CREATE, ALTER or DROP DATABASE is about to run: PostgreSQL refuses it while anybody is connected
+    /// to that database, and waits five seconds for them to go. Whatever we hold only in reserve for
+    /// other databases is let go of for as long, so that sessions which have just ended count, too.
+    fn make_room_for_database_command(self: &Arc<Shared>, own_database: &str) {
+        self.let_go_of_databases(own_database);
+        if self.making_room.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let (shared, own_database) = (self.clone(), own_database.to_owned());
+        tokio::spawn(async move {
+            for _ in 0..50 {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                shared.let_go_of_databases(&own_database);
+            }
+            shared.making_room.store(false, Ordering::SeqCst);
+        });
+    }
+
+    fn let_go_of_databases(&self, except: &str) {
+        self.pools.close_idle(except);
+        self.catalogs.release_unused(except);
+        self.nodes.close_databases(except);
+    }
 }
 
 /// What a logged-in client brings along.
@@ -174,6 +205,7 @@ pub struct Session {
     startup: Arc<StartupParameters>,
     /// What its backends are to be called.
     application_name: Option<Arc<str>>,
+    database: Arc<str>,
     catalog: Arc<DatabaseCatalog>,
     /// The parameters as the client was told them last.
     reported: Arc<Parameters>,
@@ -234,6 +266,7 @@ impl Session {
             startup: Arc::new(arrival.startup),
             application_name,
             catalog: shared.catalogs.database(&arrival.database),
+            database: arrival.database.into(),
             reported: Arc::default(),
             lexing: Lexing::Unsafe,
             status: TransactionStatus::Idle,
@@ -532,6 +565,11 @@ impl Session {
                     self.statements.take_back();
                     if self.take_back(again, node, &mut avoid) {
                         return self.fail_unit(canceled());
+                    }
+                    if avoid.len() > self.shared.config.nodes.len() + 2 {
+                        let report = ErrorReport::error("08006", "the connection to the node broke")
+                            .detail("The read was tried on every node.");
+                        return self.fail_unit(report);
                     }
                     demand.redo(again);
                 }

@@ -102,3 +102,24 @@ async fn clients_with_different_startup_settings_take_turns_in_a_small_pool() {
         assert_eq!(success(&output), format!("{number}MB\n").repeat(5));
     }
 }
+
+/// A test runner's way: make a database, use it, leave it, drop it. What the proxy keeps in reserve for
+/// that database must not hold the drop off.
+#[tokio::test]
+async fn a_database_that_sessions_have_left_can_be_dropped() {
+    let cluster = Cluster::start(1).await;
+    let proxy = Proxy::start(&cluster).await;
+    cluster.primary().execute("ALTER ROLE app CREATEDB").await.unwrap();
+    let app = proxy.app();
+    let client = proxy.connect().await;
+    for round in 0..3 {
+        client.batch_execute("CREATE DATABASE passing").await.unwrap();
+        {
+            let passing = proxy.connect_as("passing", &app).await.unwrap();
+            passing.batch_execute("CREATE TABLE t (x int); INSERT INTO t VALUES (1)").await.unwrap();
+            passing.query("SELECT x FROM t", &[]).await.unwrap();
+        }
+        let dropped = client.batch_execute("DROP DATABASE passing").await;
+        assert!(dropped.is_ok(), "round {round}: {dropped:?}");
+    }
+}
