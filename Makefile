@@ -8,7 +8,7 @@ CARGO ?= cargo
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fmt clippy doc bench audit
+.PHONY: help setup demo test lint fmt clippy doc bench corpus audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ doc:
 
 bench: ## speed of the pure parts
 	$(CARGO) bench --locked
+
+corpus: ## PostgreSQL 15's regression SQL against the classifier (root, Debian, network; minutes)
+	@tests/corpus.sh
 
 audit: ## licences, sources and bans of all packages (installs cargo-deny: minutes)
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny

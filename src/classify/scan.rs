@@ -272,10 +272,9 @@ impl Scan<'_> {
     fn token(&mut self, token: Token) {
         self.statement.tokens = self.statement.tokens.saturating_add(1);
         let called = token == Token::Punctuation(b'(');
-        self.statement.opens_with_part = matches!(
-            self.statement.previous,
-            Previous::Keyword(Keyword::As | Keyword::Materialized)
-        ) || self.statement.pending.is_some_and(|pending| pending.alias && !pending.dotted);
+        self.statement.opens_with_part =
+            matches!(self.statement.previous, Previous::Keyword(Keyword::As | Keyword::Materialized))
+                || self.statement.pending.is_some_and(|pending| pending.alias && !pending.dotted);
         if let Some(pending) = self.statement.pending.take() {
             self.resolve(pending, called);
         }
@@ -386,7 +385,9 @@ impl Scan<'_> {
         let in_with_list = statement.depth < 64 && statement.with_active & (1 << statement.depth) != 0;
         let alias = match statement.previous {
             Previous::Keyword(Keyword::As) => true,
-            Previous::Keyword(Keyword::With | Keyword::Recursive) | Previous::Comma => in_with_list && !dotted,
+            Previous::Keyword(Keyword::With | Keyword::Recursive) | Previous::Comma => {
+                in_with_list && !dotted
+            }
             Previous::Close => !statement.close_may_precede_call,
             _ => false,
         };
