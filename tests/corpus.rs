@@ -187,7 +187,10 @@ async fn regression_suite() {
                 let done = run(&first, &text).await;
                 match word.as_str() {
                     "begin" | "start" => in_transaction = true,
-                    "commit" | "rollback" | "end" | "abort" if !lower.contains(" to ") => {
+                    "prepare" if lower.contains("prepare transaction") => in_transaction = false,
+                    "commit" | "rollback" | "end" | "abort"
+                        if !lower.contains(" to ") && !lower.contains("prepared") =>
+                    {
                         in_transaction = false
                     }
                     "set" | "reset" => {
