@@ -11,7 +11,7 @@ SOAK_READS ?= 20000
 SOAK_MODEL_RUNS ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak-consistency drivers regress lint fmt clippy doc bench audit
+.PHONY: help setup demo test soak-consistency drivers regress corpus lint fmt clippy doc bench audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,9 @@ doc:
 
 bench: ## speed of the pure parts
 	$(CARGO) bench --locked
+
+corpus: ## PostgreSQL 15's regression SQL against the classifier (root, Debian, network; minutes)
+	@tests/corpus.sh
 
 audit: ## licences, sources and bans of all packages (installs cargo-deny: minutes)
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny

@@ -243,7 +243,7 @@ async fn refresh(
 }
 
 /// Reads the facts in one snapshot.
-async fn load(
+pub async fn load(
     client: &mut tokio_postgres::Client,
     server_major: u16,
 ) -> Result<CatalogRows, tokio_postgres::Error> {

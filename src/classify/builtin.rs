@@ -607,7 +607,7 @@ const IMMUTABLE_FUNCTIONS: &str = "\
 
 /// STABLE or VOLATILE in an overload, and still the same on a replica that has reached the mark, or
 /// random anyway. `now` and kin depend on the node's clock, `has_*` and `to_reg*` on the catalog at the mark.
-/// The last few came after 15.
+/// The last few came after 15; `_pg_expandarray` is information_schema's, and pgjdbc asks for keys with it.
 const OTHER_FUNCTIONS: &str = "\
     aclexplode age array_to_json array_to_string bernoulli clock_timestamp col_description concat \
     concat_ws convert convert_from convert_to current_database current_schema current_schemas date \
@@ -641,7 +641,8 @@ const OTHER_FUNCTIONS: &str = "\
     to_json to_jsonb to_number to_regclass to_regcollation to_regnamespace to_regoper to_regoperator \
     to_regproc to_regprocedure to_regrole to_regtype to_timestamp to_tsquery to_tsvector \
     transaction_timestamp ts_headline ts_parse ts_token_type websearch_to_tsquery xml xml_is_well_formed \
-    any_value array_sample array_shuffle date_add date_subtract erf erfc random_normal bit_count";
+    _pg_expandarray array_reverse array_sort casefold crc32 crc32c gamma lgamma to_bin to_oct xmltext \
+    unicode_assigned uuid_extract_timestamp uuid_extract_version uuidv4 uuidv7 any_value array_sample array_shuffle date_add date_subtract erf erfc random_normal bit_count";
 
 /// Names that begin with `pg_` and are safe to mention: relations that hold the same on every node,
 /// and a few types, schemas and roles. Absent: views over a server's own state (pg_settings, pg_locks,
@@ -655,11 +656,11 @@ const SAFE_PG_NAMES: &str = "\
     pg_lsn pg_matviews pg_mcv_list pg_monitor pg_namespace pg_ndistinct pg_node_tree pg_opclass \
     pg_operator pg_opfamily pg_parameter_acl pg_partitioned_table pg_policies pg_policy pg_proc \
     pg_publication pg_publication_namespace pg_publication_rel pg_range pg_read_all_data pg_rewrite \
-    pg_roles pg_rules pg_seclabel pg_sequence pg_shadow pg_shdepend pg_shdescription pg_shseclabel \
+    pg_roles pg_rules pg_seclabel pg_seclabels pg_sequence pg_shadow pg_shdepend pg_shdescription pg_shseclabel \
     pg_snapshot pg_statistic pg_statistic_ext pg_statistic_ext_data pg_stats pg_stats_ext \
     pg_stats_ext_exprs pg_subscription pg_subscription_rel pg_tables pg_tablespace pg_toast pg_transform \
     pg_trigger pg_ts_config pg_ts_config_map pg_ts_dict pg_ts_parser pg_ts_template pg_type pg_user \
-    pg_user_mapping pg_views pg_write_all_data";
+    pg_user_mapping pg_user_mappings pg_views pg_write_all_data";
 
 /// Built-in functions that are not reads, and what each leaves behind.
 const SPECIALS: &[(&str, Special)] = &[

@@ -236,6 +236,8 @@ HAVING bool_or(p.oid >= 16384) OR bool_or(p.pronargs >= 1 AND p.pronargs - p.pro
 /// key and statistics, and so runs them for any SELECT from the table (measured: an index on `((f(1)))`
 /// took f's advisory lock on a standby at `SELECT count(*)`). A user's function or operator whose first argument is
 /// a column is not folded; any other use marks the table.
+///
+/// A table's row type is left out: it has the table's name, and what reaches one reaches the other.
 pub const OBJECTS_SQL: &str = "\
 WITH view_refs AS MATERIALIZED ( \
   SELECT DISTINCT r.ev_class AS rel, m[1] AS what, m[2]::pg_catalog.oid AS ref \
@@ -287,7 +289,7 @@ SELECT 't', t.oid, t.typname::text, \
   FROM pg_catalog.pg_type t LEFT JOIN touched u ON u.typ = t.oid LEFT JOIN pg_catalog.pg_type e ON e.oid = t.typelem \
  WHERE t.oid >= 16384 AND t.typisdefined \
    AND (t.typtype <> 'c' OR u.typ IS NOT NULL \
-        OR EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = t.typrelid AND c.relpersistence <> 't'))";
+        OR EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = t.typrelid AND c.relkind = 'c'))";
 
 /// Rows (letter, oid, letter, oid): what is unsafe on the left makes the right unsafe: children and their
 /// parents, relations and the views over them, types and the columns, arrays and domains made of them.

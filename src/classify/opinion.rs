@@ -116,18 +116,37 @@ pub(super) fn is_one_read(text: &[u8]) -> bool {
     }
 }
 
-/// The text without two forms that the parser does not know, and that the scan has accounted for:
-/// `OPERATOR(pg_catalog.~)` becomes the operator, and `COLLATE pg_catalog.default` goes. Both are how psql
-/// writes its queries. Found by tokens, so not inside strings or comments.
+/// The text without forms that the parser does not know, and that the scan has accounted for:
+/// `OPERATOR(pg_catalog.~)` becomes the operator, and `COLLATE pg_catalog.default` goes, both being how psql
+/// writes its queries; SYMMETRIC goes behind BETWEEN; a leading TABLE becomes what it stands for. Found by
+/// tokens, so not inside strings or comments.
 fn as_it_reads(text: &str) -> std::borrow::Cow<'_, str> {
     use super::lexer::{Lexer, Token};
-    if !text.contains("OPERATOR(pg_catalog.") && !text.contains("COLLATE pg_catalog.default") {
+    let mut lexer = Lexer::new(text.as_bytes());
+    let leading_table = lexer.next_token() == Token::Word && lexer.name() == b"table";
+    if !leading_table
+        && !text.contains("OPERATOR(pg_catalog.")
+        && !text.contains("COLLATE pg_catalog.default")
+        && !text.contains("SYMMETRIC")
+        && !text.contains("symmetric")
+    {
         return text.into();
     }
-    let mut lexer = Lexer::new(text.as_bytes());
-    let mut out = String::with_capacity(text.len());
+    let mut out = String::with_capacity(text.len() + 16);
+    if leading_table {
+        out.push_str("SELECT * FROM ");
+    } else {
+        lexer = Lexer::new(text.as_bytes());
+    }
+    let mut behind_between = false;
     loop {
-        match lexer.next_token() {
+        let token = lexer.next_token();
+        let is_word = token == Token::Word;
+        if is_word && behind_between && matches!(lexer.name(), b"symmetric" | b"asymmetric") {
+            continue;
+        }
+        behind_between = is_word && lexer.name() == b"between";
+        match token {
             Token::End | Token::Unclear => return out.into(),
             Token::Word if lexer.raw() == b"OPERATOR" || lexer.raw() == b"COLLATE" => {
                 let collate = lexer.raw() == b"COLLATE";

@@ -77,6 +77,10 @@ fn reads() {
         "select exists(select 1 from t), array(select 1)",
         "select a.update from a",
         "select $$;$$",
+        "table t",
+        "TABLE s.t ORDER BY 1 LIMIT 2;",
+        "select * from t where a between symmetric 1 and 2 and b between asymmetric $1 and $2",
+        "select (r.k).n from (select information_schema._pg_expandarray(i.indkey) as k from pg_catalog.pg_index i) r",
         "with x as materialized (select 1), y as not materialized (select 2), z(a) as (select 3) table x",
         "with a as (select 1), b(x, y) as (select 1, 2) (select x from b) order by (1), 1",
     ] {

@@ -115,7 +115,7 @@ async fn a_database_that_sessions_have_left_can_be_dropped() {
     for round in 0..3 {
         client.batch_execute("CREATE DATABASE passing").await.unwrap();
         {
-            let passing = proxy.connect_as("passing", &app).await.unwrap();
+            let passing = proxy.connect_as("passing", app).await.unwrap();
             passing.batch_execute("CREATE TABLE t (x int); INSERT INTO t VALUES (1)").await.unwrap();
             passing.query("SELECT x FROM t", &[]).await.unwrap();
         }
