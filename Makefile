@@ -6,6 +6,8 @@ SHELL := /bin/sh
 CARGO ?= cargo
 # How long `make demo` runs: for ever, or for example DEMO_ARGS='--exit-after 30s'.
 DEMO_ARGS ?=
+# Of `make bench`: --long, --rounds N, --seconds N, --only NAME.
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint fmt clippy doc bench audit
@@ -34,8 +36,8 @@ clippy:
 doc:
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps --document-private-items
 
-bench: ## speed of the pure parts
-	$(CARGO) bench --locked
+bench: setup ## Highwater beside a direct connection, a bare relay and PgBouncer (4 minutes; BENCH_ARGS=--long: an hour)
+	$(CARGO) bench --locked --bench side_by_side -- --out $(CURDIR)/target/bench $(BENCH_ARGS)
 
 audit: ## licences, sources and bans of all packages (installs cargo-deny: minutes)
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
