@@ -9,6 +9,8 @@ DEMO_ARGS ?=
 # How much `make soak-consistency` does: reads per fault, and runs of the model.
 SOAK_READS ?= 20000
 SOAK_MODEL_RUNS ?= 5000
+# Of `make bench`: --long, --rounds N, --seconds N, --only NAME.
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test soak-consistency drivers regress corpus lint fmt clippy doc bench audit
@@ -45,8 +47,8 @@ clippy:
 doc:
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps --document-private-items
 
-bench: ## speed of the pure parts
-	$(CARGO) bench --locked
+bench: setup ## Highwater beside a direct connection, a bare relay and PgBouncer (4 minutes; BENCH_ARGS=--long: an hour)
+	$(CARGO) bench --locked --bench side_by_side -- --out $(CURDIR)/target/bench $(BENCH_ARGS)
 
 corpus: ## PostgreSQL 15's regression SQL against the classifier (root, Debian, network; minutes)
 	@tests/corpus.sh
