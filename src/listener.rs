@@ -174,7 +174,12 @@ impl Door {
         }
         let mut connection = match startup::greet(tcp, &self.tls, deadline).await {
             Ok(Greeting::Login(connection)) => connection,
-            Ok(Greeting::Cancel { pid, key }) => return self.cancel(pid, &key).await,
+            Ok(Greeting::Cancel { pid, key, connection }) => {
+                self.cancel(pid, &key).await;
+                // Only now: who asked takes the end of the connection for the end of the matter.
+                drop(connection);
+                return;
+            }
             Ok(Greeting::Gone) => return,
             Err(error) => {
                 metrics.client_refused.inc(match error {

@@ -51,6 +51,9 @@ pub enum Greeting {
         pid: i32,
         /// 4 to 256 bytes.
         key: Vec<u8>,
+        /// To be closed once the request has been carried out: a client takes the end of it for the word
+        /// that no later statement of its session can be hit.
+        connection: Stream,
     },
     /// The client left, or said nothing that deserves an answer (a port scan, a health check).
     Gone,
@@ -153,7 +156,10 @@ async fn greet_unbounded(tcp: TcpStream, tls: &ClientTls) -> Result<Greeting, Gr
                 gss_asked = true;
                 stream.write_all(b"N").await.map_err(GreetError::Io)?;
             }
-            CANCEL_REQUEST => return cancel(&body),
+            CANCEL_REQUEST => {
+                let (pid, key) = cancel(&body)?;
+                return Ok(Greeting::Cancel { pid, key, connection: stream });
+            }
             _ => return login(stream, peer, tls, code, &body).await,
         }
     }
@@ -214,11 +220,10 @@ async fn answer_ssl(mut stream: Stream, tls: &ClientTls) -> Result<Stream, Greet
     }
 }
 
-fn cancel(body: &[u8]) -> Result<Greeting, GreetError> {
+/// The process id and key of a CancelRequest.
+fn cancel(body: &[u8]) -> Result<(i32, Vec<u8>), GreetError> {
     match body.split_first_chunk::<4>() {
-        Some((pid, key)) if CANCEL_KEY.contains(&key.len()) => {
-            Ok(Greeting::Cancel { pid: i32::from_be_bytes(*pid), key: key.to_vec() })
-        }
+        Some((pid, key)) if CANCEL_KEY.contains(&key.len()) => Ok((i32::from_be_bytes(*pid), key.to_vec())),
         _ => Err(GreetError::Nonsense("invalid length of cancel request")),
     }
 }
@@ -515,14 +520,13 @@ mod tests {
 
     /// Sends `chunks` to a greeter, each but the first after an answer of one byte; gives the outcome
     /// and what was answered in all.
+    fn no_tls() -> ClientTls {
+        let config = ClientTlsConfig { mode: ClientTlsMode::Disable, cert: None, key: None, ca: None };
+        ClientTls::new(&config).unwrap()
+    }
+
     async fn play(chunks: &[&[u8]]) -> (Result<Greeting, GreetError>, Vec<u8>) {
-        let tls = ClientTls::new(&ClientTlsConfig {
-            mode: ClientTlsMode::Disable,
-            cert: None,
-            key: None,
-            ca: None,
-        })
-        .unwrap();
+        let tls = no_tls();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (server, _) = listener.accept().await.unwrap();
@@ -573,9 +577,18 @@ mod tests {
         for length in [4, 32, 256] {
             let mut body = 77i32.to_be_bytes().to_vec();
             body.extend(vec![5; length]);
-            let (outcome, answers) = play(&[&packet_of(CANCEL_REQUEST, &body)]).await;
-            let Ok(Greeting::Cancel { pid: 77, key }) = outcome else { panic!("{outcome:?}") };
-            assert_eq!((key, answers), (vec![5; length], vec![]));
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let (server, _) = listener.accept().await.unwrap();
+            client.write_all(&packet_of(CANCEL_REQUEST, &body)).await.unwrap();
+            let deadline = Instant::now() + std::time::Duration::from_secs(10);
+            let outcome = greet(server, &no_tls(), deadline).await;
+            let Ok(Greeting::Cancel { pid: 77, key, connection }) = outcome else { panic!("{outcome:?}") };
+            assert_eq!(key, vec![5; length]);
+            // The client learns of the end only when we let go of its connection.
+            assert!(client.try_read(&mut [0]).is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock));
+            drop(connection);
+            assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
         }
     }
 

@@ -42,7 +42,8 @@ async fn a_cancel_with_a_wrong_key_or_for_an_idle_session_does_nothing() {
     let proxy = Proxy::start(&cluster).await;
     let mut client = proxy.raw_login().await;
     client.cancel().await;
-    assert_eq!(tags(&client.ask(&query("SELECT 1")).await), "TDCZ");
+    let answer = client.ask(&query("SELECT 1")).await;
+    assert_eq!(tags(&answer), "TDCZ", "{answer:?}");
     let mut wrong = client.key.clone();
     *wrong.last_mut().unwrap() ^= 1;
     client.send(&query("SELECT pg_sleep(0.3)")).await;
