@@ -518,13 +518,13 @@ mod tests {
         }
     }
 
-    /// Sends `chunks` to a greeter, each but the first after an answer of one byte; gives the outcome
-    /// and what was answered in all.
     fn no_tls() -> ClientTls {
         let config = ClientTlsConfig { mode: ClientTlsMode::Disable, cert: None, key: None, ca: None };
         ClientTls::new(&config).unwrap()
     }
 
+    /// Sends `chunks` to a greeter, each but the first after an answer of one byte; gives the outcome
+    /// and what was answered in all.
     async fn play(chunks: &[&[u8]]) -> (Result<Greeting, GreetError>, Vec<u8>) {
         let tls = no_tls();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
