@@ -223,7 +223,7 @@ impl Classifier {
             return StatementClass {
                 kind: if class.kind == Kind::Ddl { Kind::Ddl } else { Kind::Write },
                 reason: ClassReason::Lexing,
-                leaves: scan::stronger(class.leaves, Leaves::Unproven),
+                leaves: class.leaves.or_stronger(Leaves::Unproven),
             };
         }
         if class.kind != Kind::Read {
@@ -362,6 +362,20 @@ pub enum Leaves {
     DiscardsAll,
     /// DEALLOCATE ALL: prepared statements are gone.
     DeallocatesAll,
+}
+
+impl Leaves {
+    /// The one of two that asks for more.
+    pub fn or_stronger(self, other: Leaves) -> Leaves {
+        let rank = |leaves| match leaves {
+            Leaves::Nothing => 0,
+            Leaves::DeallocatesAll => 1,
+            Leaves::DiscardsAll => 2,
+            Leaves::Unproven => 3,
+            Leaves::Pins(_) => 4,
+        };
+        if rank(other) > rank(self) { other } else { self }
+    }
 }
 
 /// Why a session must stay on one backend.

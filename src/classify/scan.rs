@@ -192,7 +192,7 @@ impl Default for Current {
 
 impl Current {
     fn leave(&mut self, leaves: Leaves) {
-        self.leaves = stronger(self.leaves, leaves);
+        self.leaves = self.leaves.or_stronger(leaves);
     }
 
     /// Not a read, for this reason; the first one found is kept.
@@ -204,20 +204,6 @@ impl Current {
             self.kind = kind;
         }
     }
-}
-
-/// The stronger of two remains: a pin, then what is not known, then what is cleared.
-pub fn stronger(a: Leaves, b: Leaves) -> Leaves {
-    fn rank(leaves: Leaves) -> u8 {
-        match leaves {
-            Leaves::Nothing => 0,
-            Leaves::DeallocatesAll => 1,
-            Leaves::DiscardsAll => 2,
-            Leaves::Unproven => 3,
-            Leaves::Pins(_) => 4,
-        }
-    }
-    if rank(b) > rank(a) { b } else { a }
 }
 
 struct Scan<'a> {
@@ -846,7 +832,7 @@ impl Scan<'_> {
                     Kind::Write
                 },
                 reason: ClassReason::Several,
-                leaves: stronger(before.leaves, class.leaves),
+                leaves: before.leaves.or_stronger(class.leaves),
             },
         });
     }

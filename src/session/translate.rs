@@ -285,7 +285,7 @@ impl Exchange<'_> {
         if leaves == Leaves::Nothing {
             return;
         }
-        self.unit.leaves = stronger(self.unit.leaves, leaves);
+        self.unit.leaves = self.unit.leaves.or_stronger(leaves);
         self.backend.dirt = self.backend.dirt.max(Dirt::State);
         self.materialize(leaves);
     }
@@ -640,18 +640,6 @@ impl Exchange<'_> {
 
 fn is_read(class: StatementClass) -> bool {
     matches!(class.kind, Kind::Read | Kind::Empty)
-}
-
-/// The one of two that asks for more.
-fn stronger(a: Leaves, b: Leaves) -> Leaves {
-    let rank = |l: Leaves| match l {
-        Leaves::Nothing => 0,
-        Leaves::DeallocatesAll => 1,
-        Leaves::DiscardsAll => 2,
-        Leaves::Unproven => 3,
-        Leaves::Pins(_) => 4,
-    };
-    if rank(b) > rank(a) { b } else { a }
 }
 
 pub(super) fn put_cstr(out: &mut BytesMut, text: &[u8]) {
