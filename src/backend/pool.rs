@@ -6,7 +6,7 @@
 //! backend or a new one, goes to who has waited longest.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -168,8 +168,6 @@ pub struct Pool {
     /// The keys of the latest login: after a change of password the new ones serve.
     keys: Mutex<LoginKeys>,
     state: Mutex<State>,
-    /// Lent now (for metrics).
-    lent: AtomicUsize,
 }
 
 /// How many backends a pool has, and in what state.
@@ -254,7 +252,6 @@ impl Pool {
     }
 
     fn lend(self: &Arc<Pool>, backend: Box<Backend>) -> Lease {
-        self.lent.fetch_add(1, Ordering::Relaxed);
         Lease { pool: self.clone(), backend: Some(backend) }
     }
 
@@ -373,7 +370,6 @@ impl Pool {
 
     /// Takes a backend back. It must be idle, with nothing unread.
     fn give_back(self: &Arc<Pool>, mut backend: Box<Backend>) {
-        self.lent.fetch_sub(1, Ordering::Relaxed);
         if backend.dirt == Dirt::Clean && !backend.cancel.was_sent() {
             return self.keep(backend);
         }
@@ -472,7 +468,6 @@ impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.receiver.close();
         if let Ok(Grant::Backend(backend)) = self.receiver.try_recv() {
-            self.pool.lent.fetch_add(1, Ordering::Relaxed);
             self.pool.give_back(backend);
         } else {
             // Sessions that gave up must not lengthen the line, nor be counted by open_more.
@@ -558,7 +553,6 @@ impl std::ops::DerefMut for Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         if self.backend.take().is_some() {
-            self.pool.lent.fetch_sub(1, Ordering::Relaxed);
             self.pool.closed(CloseReason::Broken);
         }
     }
@@ -632,7 +626,6 @@ impl Pools {
                     user: key.1.clone(),
                     keys: Mutex::new(keys.clone()),
                     state: Mutex::new(State::default()),
-                    lent: AtomicUsize::new(0),
                 })
             })
             .collect();
