@@ -13,6 +13,8 @@ use std::time::Duration;
 
 use serde::de::{self, DeserializeSeed as _};
 
+use crate::consistency::{LagLimit, Level, OnStale, Override, Promise};
+
 /// A secret text: never shown by `Debug`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(pub String);
@@ -187,13 +189,36 @@ pub struct PoolConfig {
     pub max_prepared: usize,
 }
 
-/// What sessions are promised. The level is `session`; others come with a later version.
+/// What the sessions of a user, of a database, or of a user in a database are promised.
+#[derive(Clone, Debug)]
+pub struct ConsistencyRule {
+    /// The user; `None`: any.
+    pub user: Option<String>,
+    /// The database; `None`: any.
+    pub database: Option<String>,
+    /// What is said for them in place of the rest of the section.
+    pub says: Override,
+}
+
+/// What sessions are promised.
 #[derive(Clone, Debug)]
 pub struct ConsistencyConfig {
+    /// What holds unless a rule or the session says otherwise.
+    pub promise: Promise,
+    /// What is said for single users and databases.
+    pub rules: Vec<ConsistencyRule>,
     /// No read is older than this.
     pub max_lag: Duration,
-    /// How long a read waits for a replica to reach the mark before it goes to the primary.
+    /// How long a read waits for a replica to reach the mark.
     pub catch_up_wait: Duration,
+    /// The share of all reads, in percent, that may go to the primary because no replica was fresh enough.
+    pub primary_read_cap: u32,
+    /// How long a read above that share waits before it fails.
+    pub primary_read_wait: Duration,
+    /// Named sessions at most.
+    pub named_sessions: usize,
+    /// A named session that nobody has joined for so long may be forgotten.
+    pub named_session_idle: Duration,
     /// How often a node's position is sampled while sessions lean on it.
     pub sample_interval: Duration,
     /// The least time between two samples of a node when somebody waits.
@@ -324,7 +349,23 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "max_prepared",
         ],
     ),
-    ("consistency", &["level", "max_lag", "catch_up_wait", "on_stale", "sample_interval", "sample_gap"]),
+    (
+        "consistency",
+        &[
+            "level",
+            "max_lag",
+            "catch_up_wait",
+            "on_stale",
+            "rules",
+            "primary_read_cap",
+            "primary_read_wait",
+            "named_sessions",
+            "named_session_idle",
+            "sample_interval",
+            "sample_gap",
+        ],
+    ),
+    ("consistency.rules[]", &["user", "database", "level", "max_lag", "on_stale"]),
     ("routing", &["split", "transactions"]),
     (
         "limits",
@@ -405,6 +446,22 @@ impl fmt::Display for ConfigError {
 }
 
 impl std::error::Error for ConfigError {}
+
+impl ConsistencyConfig {
+    /// What a session of `user` in `database` is promised at first. Rules that name both count before those
+    /// that name one, the user's before the database's; among equals the first that says something.
+    pub fn promise_for(&self, user: &str, database: &str) -> Promise {
+        let applies = |rule: &&ConsistencyRule| {
+            rule.user.as_deref().is_none_or(|u| u == user)
+                && rule.database.as_deref().is_none_or(|d| d == database)
+        };
+        let mut rules: Vec<&ConsistencyRule> = self.rules.iter().filter(applies).collect();
+        // From the least to the most telling: the last word counts.
+        rules.reverse();
+        rules.sort_by_key(|rule| (rule.user.is_some(), rule.database.is_some()));
+        rules.into_iter().fold(self.promise, |promise, rule| rule.says.over(promise))
+    }
+}
 
 impl Config {
     /// Reads and checks the file at `path`; secrets come from it, the process's environment, or files.
@@ -1168,11 +1225,25 @@ impl Reader<'_> {
 
     fn consistency(&mut self, top: &Section<'_>) -> ConsistencyConfig {
         let section = self.child(top, "consistency");
-        let later = ["eventual", "read_your_writes", "global", "strong"];
-        self.choice(&section, "level", &[("session", ())], &later, ());
-        self.choice(&section, "on_stale", &[("wait", ())], &["primary", "error"], ());
+        let says = self.promise_words(&section);
         let least = Duration::from_micros(100);
         let config = ConsistencyConfig {
+            promise: says.over(Promise::default()),
+            rules: self.consistency_rules(&section),
+            primary_read_cap: self.number(&section, "primary_read_cap", 0..=100, 100) as u32,
+            primary_read_wait: self.time(
+                &section,
+                "primary_read_wait",
+                Duration::from_secs(1),
+                Duration::ZERO,
+            ),
+            named_sessions: self.number(&section, "named_sessions", 1..=10_000_000, 100_000) as usize,
+            named_session_idle: self.time(
+                &section,
+                "named_session_idle",
+                Duration::from_secs(3600),
+                Duration::from_secs(1),
+            ),
             max_lag: self.time(&section, "max_lag", Duration::from_secs(10), least),
             catch_up_wait: self.time(&section, "catch_up_wait", Duration::from_millis(20), Duration::ZERO),
             sample_interval: self.time(&section, "sample_interval", Duration::from_millis(20), least),
@@ -1184,6 +1255,46 @@ impl Reader<'_> {
             self.wrong(&at, "sample_gap may not be longer than sample_interval");
         }
         config
+    }
+
+    /// `level` and `on_stale`.
+    fn promise_words(&mut self, section: &Section<'_>) -> Override {
+        let levels: Vec<(&str, Option<Level>)> =
+            Level::WORDS.iter().zip(Level::ALL).map(|(word, level)| (*word, Some(level))).collect();
+        let stale: Vec<(&str, Option<OnStale>)> =
+            OnStale::WORDS.iter().zip(OnStale::ALL).map(|(word, value)| (*word, Some(value))).collect();
+        Override {
+            level: self.choice(section, "level", &levels, &[], None),
+            on_stale: self.choice(section, "on_stale", &stale, &[], None),
+            max_lag: None,
+        }
+    }
+
+    fn consistency_rules(&mut self, section: &Section<'_>) -> Vec<ConsistencyRule> {
+        let mut rules = Vec::new();
+        for (tree, trail) in self.list(section, "rules") {
+            let rule = self.section("consistency.rules[]", tree, trail);
+            let (user, database) = (self.text(&rule, "user"), self.text(&rule, "database"));
+            if user.is_none() && database.is_none() {
+                self.wrong(&rule.trail, "a rule is for a `user`, a `database`, or both");
+            }
+            let mut says = self.promise_words(&rule);
+            if let Some((tree, trail)) = rule.get("max_lag") {
+                says.max_lag = match tree {
+                    Tree::Text(text) => LagLimit::parse(text),
+                    _ => None,
+                };
+                if says.max_lag.is_none() {
+                    let message = "expected a time or a size, for example 250ms or 16MB";
+                    self.wrong(&trail, format!("{message}, not {}", tree.kind()));
+                }
+            }
+            if says == Override::default() {
+                self.wrong(&rule.trail, "the rule says nothing: give `level`, `max_lag` or `on_stale`");
+            }
+            rules.push(ConsistencyRule { user, database, says });
+        }
+        rules
     }
 
     fn routing(&mut self, top: &Section<'_>) -> RoutingConfig {
@@ -1324,10 +1435,16 @@ mod tests {
             "pool: { mode: session }",
             "f.yaml:3:15: pool.mode: `session` is not available in this version",
         );
-        check("consistency: { level: strong }", "f.yaml:3:23: consistency.level: `strong` is not available");
+        check("consistency: { level: best }", "f.yaml:3:23: consistency.level: expected one of eventual,");
+        check("consistency: { on_stale: fail }", "f.yaml:3:26: consistency.on_stale: expected one of wait,");
         check(
-            "consistency: { on_stale: error }",
-            "f.yaml:3:26: consistency.on_stale: `error` is not available",
+            "consistency: { rules: [ { level: strong } ] }",
+            "f.yaml:3:25: consistency.rules[0]: a rule is for",
+        );
+        check("consistency: { rules: [ { user: a } ] }", "f.yaml:3:25: consistency.rules[0]: the rule says");
+        check(
+            "consistency: { rules: [ { user: a, max_lag: 5 } ] }",
+            "f.yaml:3:45: consistency.rules[0].max_lag: expected a time or a size",
         );
         check("routing: { transactions: split }", "f.yaml:3:26: routing.transactions: `split` is not");
         check("failover: { mode: auto }", "f.yaml:3:19: failover.mode: `auto` is not available");
@@ -1399,6 +1516,7 @@ mod tests {
                         "" => entry,
                         "auth.users[]" => format!("auth: {{ source: list, users: [ {{ {entry} }} ] }}"),
                         "nodes[]" => format!("nodes: [ {{ {entry} }} ]"),
+                        "consistency.rules[]" => format!("consistency: {{ rules: [ {{ {entry} }} ] }}"),
                         _ => format!("{name}: {{ {entry} }}"),
                     })
             })
@@ -1428,6 +1546,25 @@ mod tests {
             }
         }
         assert!(refused > 100, "{refused}");
+    }
+
+    #[test]
+    fn the_most_telling_rule_has_the_last_word() {
+        let config = parse(&format!(
+            "consistency:\n  level: read_your_writes\n  rules:\n  \
+               - {{ database: d, level: eventual, max_lag: 16MB }}\n  \
+               - {{ user: u, level: strong }}\n  \
+               - {{ user: u, level: global }}\n  \
+               - {{ user: u, database: e, on_stale: error }}\n{MINIMAL}"
+        ))
+        .unwrap();
+        let level = |user, database| config.consistency.promise_for(user, database).level;
+        assert_eq!(level("x", "y"), Level::ReadYourWrites);
+        assert_eq!(level("x", "d"), Level::Eventual);
+        assert_eq!(level("u", "d"), Level::Strong);
+        let both = config.consistency.promise_for("u", "e");
+        assert_eq!((both.level, both.on_stale), (Level::Strong, OnStale::Error));
+        assert_eq!(config.consistency.promise_for("u", "d").max_lag, Some(LagLimit::Bytes(16 << 20)));
     }
 
     #[test]

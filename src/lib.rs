@@ -5,6 +5,7 @@
 
 // What the other parts lean on.
 pub mod config;
+pub mod consistency;
 pub mod metrics;
 pub mod wal;
 pub mod wire;

@@ -11,12 +11,13 @@ const MAY_USE: &[(&str, &str)] = &[
     // Values: facts in, a value out.
     ("wal", ""),
     ("wire", ""),
+    ("consistency", "wal"),
     ("topology", "config wal"),
     ("positions", "topology wal"),
     ("classify", "config wal wire"),
     ("route", "classify topology positions wal"),
     // A value too, once it has been read.
-    ("config", ""),
+    ("config", "consistency wal"),
     // Leaves of the shells; metrics names its labels by the values that the cores decide on.
     ("metrics", "classify config route topology wal"),
     ("scram", "config"),
@@ -32,7 +33,7 @@ const MAY_USE: &[(&str, &str)] = &[
     ("backend", "classify config metrics net node scram topology positions wal wire"),
     (
         "session",
-        "backend catalogs classify client config control metrics net node positions route scram topology wal wire",
+        "backend catalogs classify client config consistency control metrics net node positions route scram topology wal wire",
     ),
     ("listener", "backend catalogs client config metrics net node session topology wal wire"),
     // The way of the operator.
@@ -51,6 +52,7 @@ const MAY_USE: &[(&str, &str)] = &[
 const PURE: &[&str] = &[
     "wal.rs",
     "wire.rs",
+    "consistency.rs",
     "topology.rs",
     "classify/",
     "route/",
