@@ -206,6 +206,87 @@ impl Mark {
         self.pending = Some(Pending { note, kind: PendingKind::Replica { first: None } });
     }
 
+    /// As [`primary_showed`](Self::primary_showed), for a mark that several sessions share: meanwhile another
+    /// of them may have been shown something.
+    pub fn primary_showed_one(&mut self, note: Note, samples: &impl Samples, topology: &Topology) {
+        // `seen` stays: another session may have raised it since this statement was sent.
+        let pending = Pending { note, kind: PendingKind::Primary { replica_part: false } };
+        self.add(pending, samples, topology);
+    }
+
+    /// As [`replica_showed`](Self::replica_showed), for a mark that several sessions share.
+    pub fn replica_showed_one(
+        &mut self,
+        note: Note,
+        incarnation: Incarnation,
+        samples: &impl Samples,
+        topology: &Topology,
+    ) {
+        let note = Note { incarnation, ..note };
+        self.add(Pending { note, kind: PendingKind::Replica { first: None } }, samples, topology);
+    }
+
+    /// Takes in all that another mark of the same epoch stands for: a session joins those that share this one.
+    pub fn join(&mut self, other: &Mark, samples: &impl Samples, topology: &Topology) {
+        debug_assert_eq!(self.epoch, other.epoch, "both have followed the topology");
+        self.position = self.position.max(other.position);
+        self.seen = self.seen.max(other.seen);
+        if let Some(pending) = other.pending {
+            self.add(pending, samples, topology);
+        }
+    }
+
+    /// A second note beside the pending one. Of one node, the later covers the earlier. Two nodes have no
+    /// common order but the primary's: it holds all that either ever showed, so a note on the primary as of
+    /// now covers both.
+    fn add(&mut self, new: Pending, samples: &impl Samples, topology: &Topology) {
+        use PendingKind::{Inherited, Primary, Replica};
+        let Some(old) = self.pending else {
+            self.pending = Some(new);
+            return;
+        };
+        let later = if new.note.counter >= old.note.counter { new.note } else { old.note };
+        let part = |kind| matches!(kind, Primary { replica_part: true });
+        self.pending = match (old.kind, new.kind) {
+            (Inherited, Inherited) if old.note.node == new.note.node => Some(Pending { note: later, ..old }),
+            (Inherited | Primary { .. }, Inherited | Primary { .. }) if old.note.node == new.note.node => {
+                let replica_part = part(old.kind) || part(new.kind);
+                Some(Pending { note: later, kind: Primary { replica_part } })
+            }
+            (Replica { .. }, Replica { .. })
+                if old.note.node == new.note.node && old.note.incarnation == new.note.incarnation =>
+            {
+                // What the first covering sample of the earlier note said does not cover the later.
+                let first =
+                    if later.counter == old.note.counter { old.kind } else { Replica { first: None } };
+                Some(Pending { note: later, kind: first })
+            }
+            _ => match topology.primary {
+                Some(primary) => Some(Pending {
+                    note: samples.note(primary, topology.epoch),
+                    kind: Primary { replica_part: true },
+                }),
+                // A note that no sample resolves, to be handed over once there is a primary.
+                None => Some(Pending {
+                    note: Note { incarnation: Incarnation(u64::MAX), ..new.note },
+                    kind: Replica { first: None },
+                }),
+            },
+        };
+    }
+
+    /// Raises the mark to a position of this epoch's timeline that somebody else has seen, on whatever node.
+    pub fn raise(&mut self, position: Lsn) {
+        self.position = self.position.max(position);
+        // It may have been a replica that showed it, before the primary did.
+        self.seen = self.seen.max(position);
+    }
+
+    /// Whether all that the session has seen is known as a position.
+    pub fn is_resolved(&self) -> bool {
+        self.pending.is_none() && self.position != Lsn::ZERO
+    }
+
     /// Resolves the pending note if a sample allows it, and follows a restart or ejection of its node.
     pub fn absorb(&mut self, samples: &impl Samples, topology: &Topology) {
         debug_assert_eq!(self.epoch, topology.epoch, "follow() comes first");
@@ -300,14 +381,9 @@ impl Mark {
                     && p.note.incarnation == samples.incarnation(node) => {}
             Some(_) => return ReplicaVerdict::Unresolved,
         }
-        let Some(sample) = samples.latest(node) else { return ReplicaVerdict::Unknown };
-        let SampleBody::Replica { replay, .. } = sample.body else { return ReplicaVerdict::Unknown };
-        if sample.epoch != topology.epoch
-            || Some(sample.timeline) != topology.timeline
-            || sample.incarnation != samples.incarnation(node)
-        {
+        let Some((sample, replay)) = known_replica(samples, topology, node) else {
             return ReplicaVerdict::Unknown;
-        }
+        };
         // A session without any mark (no primary was ever known to it) has nothing to compare with.
         if self.pending.is_none() && self.position == Lsn::ZERO {
             return ReplicaVerdict::Unresolved;
@@ -451,6 +527,86 @@ impl Mark {
         self.position = fork.unwrap_or(Lsn::ZERO);
         self.seen = Lsn::ZERO;
         self.inherit(samples, topology);
+    }
+}
+
+/// May a replica serve whoever asks for nothing but that its position be known? (Level `eventual` with a limit
+/// of staleness.)
+pub fn known(samples: &impl Samples, topology: &Topology, node: NodeId) -> ReplicaVerdict {
+    match known_replica(samples, topology, node) {
+        Some((sample, _)) => {
+            ReplicaVerdict::Serves { sample: sample.number, incarnation: sample.incarnation }
+        }
+        None => ReplicaVerdict::Unknown,
+    }
+}
+
+/// The last sample of a replica, with its replay position, if it is of this epoch, timeline and connection.
+fn known_replica(samples: &impl Samples, topology: &Topology, node: NodeId) -> Option<(Sample, Lsn)> {
+    let sample = samples.latest(node)?;
+    let SampleBody::Replica { replay, .. } = sample.body else { return None };
+    let current = sample.epoch == topology.epoch
+        && Some(sample.timeline) == topology.timeline
+        && sample.incarnation == samples.incarnation(node);
+    current.then_some((sample, replay))
+}
+
+/// What a statement at level `strong` must be shown: all that was committed, by anybody, before it
+/// arrived. A sample of the primary that is sent afterwards says up to where that is; all statements that
+/// wait share it. (The read index of Raft, Ongaro 2014, section 6.4, with a sample in the place of the
+/// round of heartbeats: that the primary is still the one is what the epoch says.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Freshness {
+    note: Note,
+    reached: Option<Lsn>,
+}
+
+impl Freshness {
+    /// For a statement that has just arrived. `None`: there is no primary to ask.
+    pub fn of_now(samples: &impl Samples, topology: &Topology) -> Option<Freshness> {
+        let primary = topology.primary?;
+        Some(Freshness { note: samples.note(primary, topology.epoch), reached: None })
+    }
+
+    /// Looks at the samples; in a new epoch it begins anew.
+    pub fn absorb(&mut self, samples: &impl Samples, topology: &Topology) {
+        if self.note.epoch != topology.epoch {
+            match Freshness::of_now(samples, topology) {
+                Some(anew) => *self = anew,
+                None => self.reached = None,
+            }
+            return;
+        }
+        if self.reached.is_some() {
+            return;
+        }
+        if let Some(Sample { number, epoch, body: SampleBody::Primary { insert, .. }, .. }) =
+            samples.latest(self.note.node)
+            && number > self.note.counter
+            && epoch == self.note.epoch
+        {
+            self.reached = Some(insert);
+        }
+    }
+
+    /// The node whose sample is awaited.
+    pub fn awaits(&self) -> Option<NodeId> {
+        self.reached.is_none().then_some(self.note.node)
+    }
+
+    /// Whether a replica that may serve by the session's mark is fresh enough, too.
+    pub fn replica(&self, samples: &impl Samples, node: NodeId) -> bool {
+        let (Some(reached), Some(sample)) = (self.reached, samples.latest(node)) else { return false };
+        matches!(sample.body, SampleBody::Replica { replay, .. } if replay >= reached)
+    }
+
+    /// Whether the primary is fresh enough. It, too, may still hide what a replica has shown to somebody.
+    pub fn primary(&self, samples: &impl Samples, topology: &Topology) -> bool {
+        let (Some(reached), Some(primary)) = (self.reached, topology.primary) else { return false };
+        samples.latest(primary).is_some_and(|sample| {
+            sample.epoch == topology.epoch
+                && matches!(sample.body, SampleBody::Primary { floor, .. } if floor >= reached)
+        })
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use highwater::monitor::floor::Floor;
 use highwater::node::{PrimarySample, Snapshot};
 use highwater::positions::{Incarnation, Late, Note, Positions, Sample, SampleBody};
-use highwater::session::mark::{Mark, PrimaryVerdict, ReplicaVerdict, Samples};
+use highwater::session::mark::{Freshness, Mark, PrimaryVerdict, ReplicaVerdict, Samples};
 use highwater::topology::{Epoch, Exclusion, NodeId, NodeView, Standing, Topology};
 use highwater::wal::{Lsn, TimelineId};
 
@@ -40,6 +40,25 @@ enum Without {
     NoteAfterReady,
     /// A sample covers a note if it was answered after it, whenever it was sent.
     CountedBeforeSent,
+    /// Of sessions that share a mark, the later note replaces the earlier, whichever nodes they are on.
+    Merging,
+    /// Of sessions that share a mark, one is told what it asked before its note is set.
+    NoteBeforeBytes,
+    /// A strong read takes any sample of the primary for a fresh one.
+    AskedAfterArrival,
+    /// A strong read on the primary does not wait for its floor.
+    StrongFloor,
+}
+
+/// What the sessions are promised.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Promised {
+    /// Each by itself: level `session`.
+    Own,
+    /// All together: one named session, or level `global`.
+    Shared,
+    /// All that was acknowledged to anybody: level `strong`.
+    Strong,
 }
 
 const NODES: usize = 3;
@@ -159,13 +178,24 @@ impl Place {
 
 enum Doing {
     Nothing,
-    Reading { at: Place, shown: Option<Shown>, early: Note },
-    Writing { xid: u64, early: Note },
+    /// `must`: what it has to show at least.
+    Reading {
+        at: Place,
+        must: Shown,
+        shown: Option<Shown>,
+        early: Note,
+    },
+    Writing {
+        xid: u64,
+        early: Note,
+    },
 }
 
 struct Client {
     mark: Mark,
     seen: Shown,
+    /// The next statement has arrived: what it must be shown.
+    arrived: Option<(Option<Freshness>, Shown)>,
     /// The next statement: a read on the node of this index, or a write when there is no such node. It
     /// is kept until it may run, or now and then given up.
     wants: usize,
@@ -228,6 +258,11 @@ struct World {
     now: Instant,
     topology: Topology,
     clients: Vec<Client>,
+    promised: Promised,
+    /// The mark that all share, if they do.
+    shared: Mark,
+    /// What anybody was shown.
+    acknowledged: Shown,
     happened: Happened,
 }
 
@@ -253,7 +288,7 @@ fn topology() -> Topology {
 }
 
 impl World {
-    fn new(seed: u64, without: Without) -> World {
+    fn new(seed: u64, promised: Promised, without: Without) -> World {
         let positions = Arc::new(Positions::new(NODES));
         for id in 0..NODES as u16 {
             positions.node(NodeId(id)).connected();
@@ -271,8 +306,17 @@ impl World {
             now: Instant::now(),
             topology,
             clients: (0..3)
-                .map(|_| Client { mark: mark.clone(), seen: 0, wants: 1, doing: Doing::Nothing })
+                .map(|_| Client {
+                    mark: mark.clone(),
+                    seen: 0,
+                    arrived: None,
+                    wants: 1,
+                    doing: Doing::Nothing,
+                })
                 .collect(),
+            promised,
+            shared: mark,
+            acknowledged: 0,
             happened: Happened::default(),
         }
     }
@@ -453,8 +497,8 @@ impl World {
         let who = self.chance.below(self.clients.len());
         match std::mem::replace(&mut self.clients[who].doing, Doing::Nothing) {
             Doing::Nothing => self.next_statement(who),
-            Doing::Reading { at, shown: None, early } => self.look(who, at, early),
-            Doing::Reading { at, shown: Some(shown), early } => self.ready(who, at, shown, early),
+            Doing::Reading { at, must, shown: None, early } => self.look(who, at, must, early),
+            Doing::Reading { at, shown: Some(shown), early, .. } => self.ready(who, at, shown, early),
             Doing::Writing { xid, early } => {
                 if self.primary.running.contains(&xid) {
                     self.clients[who].doing = Doing::Writing { xid, early };
@@ -469,10 +513,28 @@ impl World {
     fn next_statement(&mut self, who: usize) {
         let positions = Arc::clone(&self.positions);
         let samples = Published { positions: &positions, without: self.without };
-        self.clients[who].mark.follow(&samples, &self.topology);
-        self.clients[who].mark.absorb(&samples, &self.topology);
+        if self.promised == Promised::Shared {
+            self.shared.absorb(&samples, &self.topology);
+            self.clients[who].mark = self.shared.clone();
+        } else {
+            self.clients[who].mark.absorb(&samples, &self.topology);
+        }
         if self.chance.one_in(40) {
             self.clients[who].wants = self.choose();
+            self.clients[who].arrived = None;
+        }
+        let must = self.must(who);
+        let arriving = || match (self.promised, self.without) {
+            // As if the newest sample there is had been asked for now.
+            (Promised::Strong, Without::AskedAfterArrival) => {
+                Freshness::of_now(&Published { positions: &Positions::new(NODES), ..samples }, &self.topology)
+            }
+            (Promised::Strong, _) => Freshness::of_now(&samples, &self.topology),
+            _ => None,
+        };
+        let (freshness, _) = self.clients[who].arrived.get_or_insert_with(|| (arriving(), must));
+        if let Some(freshness) = freshness {
+            freshness.absorb(&samples, &self.topology);
         }
         let index = self.clients[who].wants;
         if (1..NODES).contains(&index) {
@@ -486,6 +548,13 @@ impl World {
         {
             self.happened.stalled += 1;
             verdict = mark.primary(&samples, &self.topology);
+            self.shared.leave_stalled(&samples, &self.topology);
+        }
+        if let (PrimaryVerdict::Serves, Some((Some(fresh), _))) = (verdict, self.clients[who].arrived)
+            && self.without != Without::StrongFloor
+            && !fresh.primary(&samples, &self.topology)
+        {
+            verdict = PrimaryVerdict::BelowFloor;
         }
         let may = match verdict {
             PrimaryVerdict::Serves => true,
@@ -496,18 +565,34 @@ impl World {
             }
         };
         let early = samples.note(PRIMARY, Epoch(1));
-        if may {
-            self.clients[who].wants = self.choose();
+        if !may {
+            return;
         }
-        if may && index == NODES {
-            self.show(who, self.primary.shows());
+        let must = self.sent(who);
+        if index == NODES {
+            self.show(must, self.primary.shows());
             if let Some(xid) = self.primary.begin() {
                 self.clients[who].doing = Doing::Writing { xid, early };
             }
-        } else if may {
+        } else {
             self.happened.primary_reads += 1;
-            self.clients[who].doing = Doing::Reading { at: Place::primary(), shown: None, early };
+            self.clients[who].doing = Doing::Reading { at: Place::primary(), must, shown: None, early };
         }
+    }
+
+    /// What the next statement of a session must be shown.
+    fn must(&self, who: usize) -> Shown {
+        match self.promised {
+            Promised::Own => self.clients[who].seen,
+            Promised::Shared | Promised::Strong => self.acknowledged,
+        }
+    }
+
+    /// The statement is on its way; what it must be shown. The next one is chosen.
+    fn sent(&mut self, who: usize) -> Shown {
+        self.clients[who].wants = self.choose();
+        // What others were shown while it waited need not be there.
+        self.clients[who].arrived.take().map_or(0, |(_, must)| must)
     }
 
     fn choose(&mut self) -> usize {
@@ -530,6 +615,11 @@ impl World {
             verdict = ReplicaVerdict::Serves { sample: sample.number, incarnation: sample.incarnation };
         }
         let ReplicaVerdict::Serves { sample, incarnation } = verdict else { return };
+        if let Some((Some(fresh), _)) = self.clients[who].arrived
+            && !fresh.replica(samples, node)
+        {
+            return;
+        }
         let replica = &mut self.replicas[index];
         let connected = (replica.boot, self.positions.node(node).counter());
         let (boot, connected_at) = *replica.backend.get_or_insert(connected);
@@ -540,14 +630,14 @@ impl World {
         } else if sample > connected_at || self.without == Without::FreshBackend {
             let early = samples.note(node, Epoch(1));
             self.happened.replica_reads += 1;
-            self.clients[who].wants = self.choose();
+            let must = self.sent(who);
             self.clients[who].doing =
-                Doing::Reading { at: Place { node, incarnation, boot }, shown: None, early };
+                Doing::Reading { at: Place { node, incarnation, boot }, must, shown: None, early };
         }
     }
 
     /// The statement takes its snapshot.
-    fn look(&mut self, who: usize, at: Place, early: Note) {
+    fn look(&mut self, who: usize, at: Place, must: Shown, early: Note) {
         let node = at.node;
         let shown = match node {
             PRIMARY => self.primary.shows(),
@@ -558,23 +648,35 @@ impl World {
                 visible.iter().fold(0, |all, xid| all | 1 << xid)
             }
         };
-        self.show(who, shown);
-        self.clients[who].doing = Doing::Reading { at, shown: Some(shown), early };
+        self.show(must, shown);
+        if self.without == Without::NoteBeforeBytes {
+            self.acknowledged |= shown;
+        }
+        self.clients[who].doing = Doing::Reading { at, must, shown: Some(shown), early };
     }
 
-    fn show(&mut self, who: usize, shown: Shown) {
-        self.happened.violations += usize::from(self.clients[who].seen & !shown != 0);
+    fn show(&mut self, must: Shown, shown: Shown) {
+        self.happened.violations += usize::from(must & !shown != 0);
     }
 
     /// ReadyForQuery has arrived.
     fn ready(&mut self, who: usize, at: Place, shown: Shown, early: Note) {
         self.clients[who].seen |= shown;
+        self.acknowledged |= shown;
         self.note(who, at, (self.without == Without::NoteAfterReady).then_some(early));
     }
 
     fn note(&mut self, who: usize, at: Place, early: Option<Note>) {
         let samples = Published { positions: &self.positions, without: self.without };
         let note = early.unwrap_or_else(|| samples.note(at.node, Epoch(1)));
+        if self.promised == Promised::Shared {
+            let other = self.shared.awaits().is_some_and(|other| other != at.node);
+            return match at.node {
+                _ if other && self.without == Without::Merging => {}
+                PRIMARY => self.shared.primary_showed_one(note, &samples, &self.topology),
+                _ => self.shared.replica_showed_one(note, at.incarnation, &samples, &self.topology),
+            };
+        }
         let mark = &mut self.clients[who].mark;
         match (at.node, self.without) {
             (PRIMARY, _) => mark.primary_showed(note),
@@ -586,10 +688,10 @@ impl World {
     }
 }
 
-fn runs(without: Without, seeds: std::ops::Range<u64>) -> Happened {
+fn runs(promised: Promised, without: Without, seeds: std::ops::Range<u64>) -> Happened {
     let mut total = Happened::default();
     for seed in seeds {
-        let run = World::new(seed, without).run(10_000);
+        let run = World::new(seed, promised, without).run(10_000);
         total.replica_reads += run.replica_reads;
         total.primary_reads += run.primary_reads;
         total.writes += run.writes;
@@ -597,18 +699,22 @@ fn runs(without: Without, seeds: std::ops::Range<u64>) -> Happened {
         total.below_floor += run.below_floor;
         total.stalled += run.stalled;
         if run.violations > 0 && without == Without::Nothing {
-            println!("seed {seed}: {run:?}");
+            println!("{promised:?}, seed {seed}: {run:?}");
         }
         total.violations += run.violations;
     }
     total
 }
 
+/// HIGHWATER_MODEL_RUNS: more, for a soak.
+fn runs_wanted(usually: u64) -> u64 {
+    std::env::var("HIGHWATER_MODEL_RUNS").map_or(usually, |n| n.parse().unwrap())
+}
+
 #[test]
 fn no_session_sees_an_older_state() {
-    // HIGHWATER_MODEL_RUNS: more, for a soak.
-    let runs_wanted = std::env::var("HIGHWATER_MODEL_RUNS").map_or(600, |n| n.parse().unwrap());
-    let happened = runs(Without::Nothing, 1..runs_wanted);
+    let runs_wanted = runs_wanted(600);
+    let happened = runs(Promised::Own, Without::Nothing, 1..runs_wanted);
     println!("{happened:?}");
     assert_eq!(happened.violations, 0, "{happened:?}");
     // And all of it has been tried.
@@ -619,20 +725,46 @@ fn no_session_sees_an_older_state() {
 }
 
 #[test]
+fn sessions_that_share_a_mark_see_what_any_of_them_has_seen() {
+    let runs_wanted = runs_wanted(300);
+    let happened = runs(Promised::Shared, Without::Nothing, 1..runs_wanted);
+    println!("{happened:?}");
+    assert_eq!(happened.violations, 0, "{happened:?}");
+    let each = runs_wanted as usize;
+    assert!(happened.replica_reads > 5 * each && happened.primary_reads > 5 * each, "{happened:?}");
+    assert!(happened.writes > 2 * each, "{happened:?}");
+}
+
+#[test]
+fn a_strong_read_sees_what_anybody_was_shown_before_it_arrived() {
+    let runs_wanted = runs_wanted(300);
+    let happened = runs(Promised::Strong, Without::Nothing, 1..runs_wanted);
+    println!("{happened:?}");
+    assert_eq!(happened.violations, 0, "{happened:?}");
+    let each = runs_wanted as usize;
+    assert!(happened.replica_reads > 5 * each && happened.primary_reads > 5 * each, "{happened:?}");
+    assert!(happened.writes > 2 * each, "{happened:?}");
+}
+
+#[test]
 fn with_any_part_of_the_rule_left_out_some_session_does() {
-    for without in [
-        Without::Floor,
-        Without::Suspects,
-        Without::ReplicaNotes,
-        Without::Incarnation,
-        Without::IncarnationOfVerdict,
-        Without::Publication,
-        Without::Sticky,
-        Without::FreshBackend,
-        Without::NoteAfterReady,
-        Without::CountedBeforeSent,
+    for (promised, without) in [
+        (Promised::Own, Without::Floor),
+        (Promised::Own, Without::Suspects),
+        (Promised::Own, Without::ReplicaNotes),
+        (Promised::Own, Without::Incarnation),
+        (Promised::Own, Without::IncarnationOfVerdict),
+        (Promised::Own, Without::Publication),
+        (Promised::Own, Without::Sticky),
+        (Promised::Own, Without::FreshBackend),
+        (Promised::Own, Without::NoteAfterReady),
+        (Promised::Own, Without::CountedBeforeSent),
+        (Promised::Shared, Without::Merging),
+        (Promised::Shared, Without::NoteBeforeBytes),
+        (Promised::Strong, Without::AskedAfterArrival),
+        (Promised::Strong, Without::StrongFloor),
     ] {
-        let happened = runs(without, 1..300);
+        let happened = runs(promised, without, 1..300);
         println!("without {without:?}: {} violations", happened.violations);
         assert!(happened.violations > 0, "the model does not miss {without:?}: {happened:?}");
     }
