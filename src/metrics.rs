@@ -142,6 +142,10 @@ pub struct Metrics {
     pub unknown_outcomes: IntCounter,
     /// Sessions told that an acknowledged write may have been lost in a failover.
     pub lost_write: IntCounter,
+    /// Reads that waited because the primary had its share of reads that no replica could serve.
+    pub primary_reads_queued: IntCounter,
+    /// Of those, the ones that failed in the end.
+    pub primary_reads_refused: IntCounter,
 }
 
 fn register<C: Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<C>) -> C {
@@ -268,6 +272,16 @@ impl Metrics {
                 "Statements whose outcome is unknown.",
             ),
             lost_write: counter(r, "highwater_lost_write_total", "Sessions told of a possibly lost write."),
+            primary_reads_queued: counter(
+                r,
+                "highwater_primary_reads_queued_total",
+                "Reads above consistency.primary_read_cap that had to wait.",
+            ),
+            primary_reads_refused: counter(
+                r,
+                "highwater_primary_reads_refused_total",
+                "Reads above consistency.primary_read_cap that failed.",
+            ),
             classes: classes.len(),
             reasons: reasons.len(),
             node_names: node_names.to_vec(),

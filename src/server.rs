@@ -6,8 +6,8 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use tokio::net::TcpListener;
@@ -31,6 +31,8 @@ use crate::positions::Positions;
 use crate::route::{ClassLabel, RouteReason};
 use crate::session::handle::Sessions;
 use crate::session::prepared::Names;
+use crate::session::promise::PrimaryReads;
+use crate::session::shared_mark::{GlobalMark, NamedMarks};
 use crate::session::{REDONE_LABELS, Shared};
 use crate::topology::{NodeId, Topology, TopologyHandle};
 
@@ -228,6 +230,12 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
         sessions: Arc::new(Sessions::default()),
         names: Names::new(rand::random()),
         reports: control.reports(),
+        global_mark: GlobalMark::unused(),
+        named_marks: Mutex::new(NamedMarks::new(
+            config.consistency.named_sessions,
+            config.consistency.named_session_idle,
+        )),
+        primary_reads: PrimaryReads::default(),
     });
     let verifiers = Verifiers::new(config.clone(), nodes, topology)
         .map_err(|error| StartError { what: "set up the login".to_owned(), cause: error.to_string() })?;

@@ -350,6 +350,7 @@ impl Exchange<'_> {
         if self.unit.redoable || self.session.client.output.is_empty() {
             return Ok(false);
         }
+        self.session.note_before_bytes(self.backend.node, self.backend.epoch, self.unit.writes);
         let client = &mut self.session.client;
         match poll_drain(&mut client.stream, &mut client.output, cx) {
             Poll::Ready(Ok(())) => Ok(true),

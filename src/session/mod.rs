@@ -14,11 +14,13 @@ pub mod mark;
 mod messages;
 mod place;
 pub mod prepared;
+pub mod promise;
+pub mod shared_mark;
 mod translate;
 
 use std::future::poll_fn;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -27,14 +29,17 @@ use bytes::{Buf, BufMut, BytesMut};
 use self::demand::Demand;
 use self::exchange::{Again, HIGH_WATER, Outcome, Unit, put_report};
 use self::handle::{Ending, SessionHandle, Sessions};
-use self::mark::{Mark, Survival};
+use self::mark::{Freshness, Mark, Survival};
 use self::place::Placed;
 use self::prepared::{Names, Statements};
+use self::promise::PrimaryReads;
+use self::shared_mark::{GlobalMark, NamedMarks, SharedMark};
 use crate::backend::pool::{Lease, Pools, UserPools};
 use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
 use crate::catalogs::{Catalogs, DatabaseCatalog};
 use crate::classify::{Classifier, Leaves, Lexing, PinReason};
 use crate::config::Config;
+use crate::consistency::Promise;
 use crate::metrics::Metrics;
 use crate::net::Stream;
 use crate::node::{NodeFailure, Nodes};
@@ -72,6 +77,12 @@ pub struct Shared {
     pub names: Names,
     /// Where failures of nodes are reported.
     pub reports: crate::control::Reports,
+    /// The mark of level `global`.
+    pub global_mark: GlobalMark,
+    /// The named sessions.
+    pub named_marks: Mutex<NamedMarks>,
+    /// How many reads went to the primary because no replica was fresh enough, of how many.
+    pub primary_reads: PrimaryReads,
 }
 
 impl Shared {
@@ -212,6 +223,12 @@ pub struct Session {
     lexing: Lexing,
     status: TransactionStatus,
     mark: Mark,
+    /// What it is promised.
+    promise: Promise,
+    /// The mark that it shares with others, of which `mark` is its copy.
+    shared_mark: Option<Arc<SharedMark>>,
+    /// At level `strong`: what the running statement must be shown.
+    freshness: Option<Freshness>,
     lease: Option<Lease>,
     role: Role,
     /// The sampler connection of the replica that `lease` is on when the session was let there.
@@ -252,6 +269,7 @@ impl Session {
         let application_name = arrival.startup.take_application_name();
         let pools = shared.pools.of(&arrival.database, &arrival.user, &arrival.keys);
         let topology = shared.topology.load();
+        let promise = shared.config.consistency.promise_for(&arrival.user, &arrival.database);
         let mut session = Session {
             worker,
             handle,
@@ -271,6 +289,9 @@ impl Session {
             lexing: Lexing::Unsafe,
             status: TransactionStatus::Idle,
             mark: Mark::new(&*shared.positions, &topology),
+            promise,
+            shared_mark: None,
+            freshness: None,
             lease: None,
             role: Role::Primary,
             incarnation: Incarnation::default(),
@@ -287,6 +308,7 @@ impl Session {
             shared: shared.clone(),
         };
         drop(topology);
+        session.share_mark();
         let end = match session.welcome().await {
             Ok(()) => session.serve().await,
             Err(end) => end,
@@ -613,6 +635,7 @@ impl Session {
         };
         if self.role == Role::Primary && self.status == TransactionStatus::Idle {
             // A pinned session's mark holds for its backend, too.
+            self.ask_freshness();
             if let Err(report) = self.await_primary().await? {
                 return self.fail_unit(report);
             }
@@ -784,18 +807,25 @@ impl Session {
     /// Notes what the node has shown, after its ReadyForQuery or the loss of its connection.
     fn note(&mut self) {
         let Some(lease) = &self.lease else { return };
-        let (node, epoch) = (lease.node, lease.epoch);
+        let (node, epoch, writes) = (lease.node, lease.epoch, self.unit.writes);
+        if !writes && !self.promise.level.notes_reads() {
+            return;
+        }
         if self.mark.epoch() < epoch {
             // The epoch changed while the backend was being found.
             let topology = self.shared.topology.load_full();
             self.bring_mark_forward(&topology);
         }
-        if self.mark.epoch() == epoch {
-            let note = self.shared.positions.note(node, epoch);
-            match self.role {
-                Role::Primary => self.mark.primary_showed(note),
-                Role::Replica => self.mark.replica_showed(note, self.incarnation),
-            }
+        if self.mark.epoch() != epoch {
+            return;
+        }
+        if self.note_for_others(node, epoch, writes) {
+            return;
+        }
+        let note = self.shared.positions.note(node, epoch);
+        match self.role {
+            Role::Primary => self.mark.primary_showed(note),
+            Role::Replica => self.mark.replica_showed(note, self.incarnation),
         }
     }
 
@@ -949,6 +979,12 @@ impl Session {
             }
         }
         self.mark.absorb(&*self.shared.positions, topology);
+        if let Some(shared) = &self.shared_mark {
+            self.mark = shared.bring_forward(&*self.shared.positions, topology);
+        }
+        if let Some(freshness) = &mut self.freshness {
+            freshness.absorb(&*self.shared.positions, topology);
+        }
     }
 }
 

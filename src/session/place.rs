@@ -6,14 +6,15 @@ use std::time::{Duration, Instant};
 use bytes::BufMut;
 
 use super::demand::Demand;
-use super::mark::{PrimaryVerdict, ReplicaVerdict};
+use super::mark::{self, Freshness, PrimaryVerdict, ReplicaVerdict};
 use super::{End, Role, Session, canceled};
 use crate::backend::pool::{AcquireError, Lease};
+use crate::consistency::{LagLimit, Level, OnStale};
 use crate::metrics::WaitFor;
-use crate::positions::SampleBody;
+use crate::positions::{Incarnation, SampleBody};
 use crate::route::RouteReason;
 use crate::route::balance::{self, Candidate};
-use crate::topology::{NodeId, Standing};
+use crate::topology::{NodeId, Standing, Topology};
 use crate::wire::ErrorReport;
 
 /// A backend for a unit.
@@ -47,13 +48,20 @@ impl Session {
         demand: &Demand,
         avoid: &[NodeId],
     ) -> Result<Result<Placed, ErrorReport>, End> {
+        self.ask_freshness();
         let reason = match demand {
             Demand::Read { redone: true, .. } => RouteReason::Redone,
             Demand::Read { .. } if !self.shared.config.routing.split => RouteReason::SplitOff,
             Demand::Read { .. } => match self.place_on_replica(avoid).await? {
-                Tried::Placed(placed) => return Ok(Ok(placed)),
+                Tried::Placed(placed) => {
+                    self.count_read(false);
+                    return Ok(Ok(placed));
+                }
                 Tried::Failed(report) => return Ok(Err(report)),
-                Tried::Primary(reason) => reason,
+                Tried::Primary(reason) => {
+                    self.count_read(reason == RouteReason::Behind);
+                    reason
+                }
             },
             Demand::Primary { reason, .. } => *reason,
             Demand::Ours => RouteReason::NotARead,
@@ -63,8 +71,12 @@ impl Session {
 
     async fn place_on_replica(&mut self, avoid: &[NodeId]) -> Result<Tried, End> {
         let begun = Instant::now();
-        let patience = self.shared.config.consistency.catch_up_wait;
+        let patience = match self.promise.on_stale {
+            OnStale::Primary => Duration::ZERO,
+            OnStale::Wait | OnStale::Error => self.shared.config.consistency.catch_up_wait,
+        };
         let mut wait_until = begun + patience;
+        let mut queued = false;
         let mut avoid = avoid.to_vec();
         let mut waited = false;
         loop {
@@ -90,7 +102,10 @@ impl Session {
                             }));
                         }
                         lease.give_back();
-                        return Ok(Tried::Primary(RouteReason::Behind));
+                        if let Some(tried) = self.stale(&mut wait_until, &mut queued) {
+                            return Ok(tried);
+                        }
+                        continue;
                     }
                     Err(AcquireError::Timeout) => return Ok(Tried::Failed(self.timed_out())),
                     Err(AcquireError::Unreachable { failure, .. }) => {
@@ -108,12 +123,16 @@ impl Session {
             }
             match hope {
                 Hope::NobodyServes => return Ok(Tried::Primary(RouteReason::NoReplica)),
-                Hope::TooFar => return Ok(Tried::Primary(RouteReason::Behind)),
-                Hope::Soon if Instant::now() >= wait_until => {
-                    shared.metrics.waited(WaitFor::Mark, begun.elapsed());
-                    return Ok(Tried::Primary(RouteReason::Behind));
+                Hope::Soon if Instant::now() < wait_until => {}
+                Hope::TooFar if queued && Instant::now() < wait_until => {}
+                Hope::TooFar | Hope::Soon => {
+                    if waited {
+                        shared.metrics.waited(WaitFor::Mark, begun.elapsed());
+                    }
+                    if let Some(tried) = self.stale(&mut wait_until, &mut queued) {
+                        return Ok(tried);
+                    }
                 }
-                Hope::Soon => {}
             }
             waited = true;
             self.want_samples(&avoid);
@@ -123,6 +142,85 @@ impl Session {
         }
     }
 
+    /// No replica is fresh enough in time: the read goes to the primary, or fails, or (`None`) waits once more
+    /// because the primary has its share of such reads already.
+    fn stale(&self, wait_until: &mut Instant, queued: &mut bool) -> Option<Tried> {
+        let consistency = &self.shared.config.consistency;
+        if self.promise.on_stale == OnStale::Error {
+            let report = ErrorReport::error("HW002", "no replica is fresh enough for this read")
+                .detail(format!(
+                    "Waited {:?} (consistency.catch_up_wait); the read was not run.",
+                    consistency.catch_up_wait
+                ))
+                .hint("consistency.on_stale says that such a read fails instead of going to the primary.");
+            return Some(Tried::Failed(report));
+        }
+        if self.shared.primary_reads.allows(consistency.primary_read_cap) {
+            return Some(Tried::Primary(RouteReason::Behind));
+        }
+        let wait = consistency.primary_read_wait;
+        if !*queued {
+            *queued = true;
+            self.shared.metrics.primary_reads_queued.inc();
+            *wait_until = Instant::now() + wait;
+            return None;
+        }
+        if Instant::now() < *wait_until {
+            return None;
+        }
+        self.shared.metrics.primary_reads_refused.inc();
+        let report = ErrorReport::error("HW002", "no replica is fresh enough for this read, and the primary has its share")
+            .detail(format!(
+                "More than {} % of reads (consistency.primary_read_cap) would run on the primary; waited {wait:?} (consistency.primary_read_wait). The read was not run.",
+                consistency.primary_read_cap
+            ))
+            .hint("Look at the replicas' lag.");
+        Some(Tried::Failed(report))
+    }
+
+    /// A read was placed: on the primary because no replica was fresh enough (`stale`), or well.
+    fn count_read(&self, stale: bool) {
+        if self.shared.config.consistency.primary_read_cap < 100 {
+            self.shared.primary_reads.count(stale);
+        }
+    }
+
+    /// Whether a replica may serve this session now, by its level.
+    fn verdict(&self, topology: &Topology, node: NodeId) -> ReplicaVerdict {
+        let samples = &*self.shared.positions;
+        if self.promise.level == Level::Eventual && self.promise.max_lag.is_none() {
+            // Any replica in service. The sample that is named is of no consequence: nothing is noted.
+            return ReplicaVerdict::Serves { sample: u64::MAX, incarnation: Incarnation::default() };
+        }
+        let verdict = if self.promise.level == Level::Eventual {
+            mark::known(samples, topology, node)
+        } else {
+            self.mark.replica(samples, topology, node)
+        };
+        let ReplicaVerdict::Serves { .. } = verdict else { return verdict };
+        if self.freshness.is_some_and(|freshness| !freshness.replica(samples, node)) {
+            return ReplicaVerdict::Behind;
+        }
+        if self.promise.max_lag.is_some_and(|limit| !self.keeps(limit, topology, node)) {
+            return ReplicaVerdict::Behind;
+        }
+        verdict
+    }
+
+    /// Whether a replica is known to be behind the primary by no more than `limit`.
+    fn keeps(&self, limit: LagLimit, topology: &Topology, node: NodeId) -> bool {
+        let positions = &self.shared.positions;
+        let body = |node| positions.node(node).latest().map(|sample| sample.body);
+        let Some(SampleBody::Replica { replay, late, .. }) = body(node) else { return false };
+        // What the sample did not see of the primary is as old as it is itself.
+        let behind = late.by + late.asked_at.elapsed();
+        let behind_bytes = match topology.primary.and_then(body) {
+            Some(SampleBody::Primary { insert, .. }) => Some(insert.bytes_since(replay)),
+            _ => None,
+        };
+        limit.allows(Some(behind), behind_bytes)
+    }
+
     /// The replicas that may serve this session now; when there is none, whether one soon may.
     fn candidates(&mut self, avoid: &[NodeId], patience: Duration) -> (Vec<Candidate>, Hope) {
         let topology = self.shared.topology.load_full();
@@ -130,7 +228,7 @@ impl Session {
         let mut candidates = Vec::new();
         let mut hope = Hope::NobodyServes;
         for view in topology.serving_replicas().filter(|v| !avoid.contains(&v.id)) {
-            match self.mark.replica(&*self.shared.positions, &topology, view.id) {
+            match self.verdict(&topology, view.id) {
                 ReplicaVerdict::Serves { .. } => candidates.push(Candidate {
                     node: view.id,
                     weight: view.weight,
@@ -164,11 +262,22 @@ impl Session {
     /// Asks for the samples that would let a replica serve.
     fn want_samples(&self, avoid: &[NodeId]) {
         let topology = self.shared.topology.load();
-        if let Some(node) = self.mark.awaits() {
-            self.shared.positions.node(node).want();
+        self.want_own_samples();
+        if self.promise.max_lag.is_some()
+            && let Some(primary) = topology.primary
+        {
+            self.shared.positions.node(primary).want();
         }
         for view in topology.serving_replicas().filter(|v| !avoid.contains(&v.id)) {
             self.shared.positions.node(view.id).want();
+        }
+    }
+
+    /// Asks for the samples that would resolve what the session has seen, or must be shown.
+    fn want_own_samples(&self) {
+        let fresh = self.freshness.and_then(|freshness| freshness.awaits());
+        for node in self.mark.awaits().into_iter().chain(fresh) {
+            self.shared.positions.node(node).want();
         }
     }
 
@@ -182,7 +291,7 @@ impl Session {
             let topology = shared.topology.load_full();
             self.bring_mark_forward(&topology);
             let in_service = topology.node(lease.node).standing == Standing::Replica;
-            match self.mark.replica(&*shared.positions, &topology, lease.node) {
+            match self.verdict(&topology, lease.node) {
                 ReplicaVerdict::Serves { sample, incarnation }
                     if in_service && sample > lease.connected_at && lease.epoch == topology.epoch =>
                 {
@@ -196,9 +305,7 @@ impl Session {
             }
             drop(topology);
             shared.positions.node(lease.node).want();
-            if let Some(node) = self.mark.awaits() {
-                shared.positions.node(node).want();
-            }
+            self.want_own_samples();
             if !self.wait(changed, until).await? {
                 return Ok(false);
             }
@@ -256,6 +363,30 @@ impl Session {
         }
     }
 
+    /// Whether the primary may serve this session now, by its level.
+    fn primary_verdict(&mut self, topology: &Topology) -> PrimaryVerdict {
+        let samples = &*self.shared.positions;
+        if self.freshness.is_none() && self.promise.level == Level::Strong {
+            // There was no primary when the statement arrived.
+            self.freshness = Freshness::of_now(samples, topology);
+        }
+        match self.mark.primary(samples, topology) {
+            PrimaryVerdict::Serves
+                if self.freshness.is_some_and(|freshness| !freshness.primary(samples, topology)) =>
+            {
+                PrimaryVerdict::BelowFloor
+            }
+            verdict => verdict,
+        }
+    }
+
+    fn leave_stalled(&mut self, topology: &Topology) -> bool {
+        match &self.shared_mark {
+            Some(shared) => shared.leave_stalled(&*self.shared.positions, topology),
+            None => self.mark.leave_stalled(&*self.shared.positions, topology),
+        }
+    }
+
     /// Waits until there is a primary and it shows all that replicas have shown this session.
     pub(super) async fn await_primary(&mut self) -> Result<Result<(), ErrorReport>, End> {
         let begun = Instant::now();
@@ -273,16 +404,14 @@ impl Session {
             self.bring_mark_forward(&topology);
             let what = match topology.primary {
                 None => WaitFor::Primary,
-                Some(primary) => match self.mark.primary(&*shared.positions, &topology) {
+                Some(primary) => match self.primary_verdict(&topology) {
                     PrimaryVerdict::Serves => {
                         if let Some(what) = waited {
                             shared.metrics.waited(what, begun.elapsed());
                         }
                         return Ok(Ok(()));
                     }
-                    PrimaryVerdict::Unresolved(_)
-                        if self.mark.leave_stalled(&*shared.positions, &topology) =>
-                    {
+                    PrimaryVerdict::Unresolved(_) if self.leave_stalled(&topology) => {
                         waited = Some(WaitFor::Floor);
                         continue;
                     }
