@@ -14,7 +14,7 @@ use crate::metrics::WaitFor;
 use crate::positions::{Incarnation, SampleBody};
 use crate::route::RouteReason;
 use crate::route::balance::{self, Candidate};
-use crate::topology::{NodeId, Standing, Topology};
+use crate::topology::{Exclusion, NodeId, Standing, Topology};
 use crate::wire::ErrorReport;
 
 /// A backend for a unit.
@@ -226,7 +226,9 @@ impl Session {
         let topology = self.shared.topology.load_full();
         self.bring_mark_forward(&topology);
         let mut candidates = Vec::new();
-        let mut hope = Hope::NobodyServes;
+        let late = Standing::Excluded(Exclusion::TooFarBehind);
+        let mut hope =
+            if topology.nodes.iter().any(|v| v.standing == late) { Hope::TooFar } else { Hope::NobodyServes };
         for view in topology.serving_replicas().filter(|v| !avoid.contains(&v.id)) {
             match self.verdict(&topology, view.id) {
                 ReplicaVerdict::Serves { .. } => candidates.push(Candidate {
