@@ -326,6 +326,7 @@ pub fn decide(
     if let Choice::Take(chosen) = choice {
         take_primary(&mut next, chosen, facts, last_sample);
     }
+    take_history(&mut next, facts);
     for (index, known) in facts.iter().enumerate() {
         let view = view(before, &next, choice, index, known, policy, now);
         if let (Some(slot), Some(view)) = (next.nodes.get_mut(index), view) {
@@ -396,7 +397,18 @@ fn take_primary(next: &mut Topology, chosen: NodeId, facts: &[NodeFacts], last_s
     next.epoch = Epoch(next.epoch.0 + 1);
     next.primary = Some(chosen);
     next.timeline = seen.timeline;
+    next.history = None;
     next.system_identifier = Some(seen.answer.system_identifier);
+}
+
+/// Where the primary's timeline comes from, as soon as that could be read.
+fn take_history(next: &mut Topology, facts: &[NodeFacts]) {
+    if next.history.is_none()
+        && let Some(seen) = next.primary.and_then(|p| facts.get(p.index())).and_then(NodeFacts::current)
+        && seen.timeline == next.timeline
+    {
+        next.history = seen.history.clone().map(Arc::new);
+    }
 }
 
 fn view(
@@ -660,6 +672,7 @@ mod tests {
             primary: None,
             timeline: None,
             nodes: (0..count).map(view).collect(),
+            history: None,
             switches: Vec::new(),
         }
     }

@@ -10,7 +10,7 @@ use arc_swap::{ArcSwap, Guard};
 use tokio::sync::Notify;
 
 use crate::config::Config;
-use crate::wal::{Lsn, TimelineId};
+use crate::wal::{Lsn, TimelineHistory, TimelineId};
 
 /// Which node: its index in the configuration's `nodes`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -163,6 +163,8 @@ pub struct Topology {
     pub primary: Option<NodeId>,
     /// The primary's timeline.
     pub timeline: Option<TimelineId>,
+    /// The timelines that it descends from; `None`: that could not be learned.
+    pub history: Option<Arc<TimelineHistory>>,
     /// All nodes, in the configuration's order.
     pub nodes: Vec<NodeView>,
     /// How the latest epochs ended, oldest first; bounded.
@@ -188,6 +190,7 @@ impl Topology {
             system_identifier: None,
             primary: None,
             timeline: None,
+            history: None,
             nodes: config.nodes.iter().take(usize::from(u16::MAX)).enumerate().map(view).collect(),
             switches: Vec::new(),
         }

@@ -353,6 +353,7 @@ mod tests {
                 primary: None,
                 timeline: None,
                 nodes,
+                history: None,
                 switches: vec![],
             };
             let found = whom_to_ask(&TopologyHandle::new(topology));

@@ -12,6 +12,7 @@ mod exchange;
 pub mod handle;
 pub mod mark;
 mod messages;
+pub mod own;
 mod place;
 pub mod prepared;
 pub mod promise;

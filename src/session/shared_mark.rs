@@ -222,6 +222,7 @@ mod tests {
             primary: None,
             timeline: None,
             nodes: Vec::new(),
+            history: None,
             switches: Vec::new(),
         };
         Mark::new(&Positions::new(1), &topology)

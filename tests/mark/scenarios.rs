@@ -43,6 +43,7 @@ impl Story {
             primary: Some(NodeId(0)),
             timeline: Some(TimelineId(1)),
             nodes: (0..3).map(view).collect(),
+            history: None,
             switches: Vec::new(),
         };
         Story { positions, topology, mark: None, last_sample: None, let_to: None }
