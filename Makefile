@@ -9,11 +9,13 @@ DEMO_ARGS ?=
 # How much `make soak-consistency` does: reads per fault, and runs of the model.
 SOAK_READS ?= 20000
 SOAK_MODEL_RUNS ?= 5000
+# Operations per fault of `make consistency`.
+HISTORY_OPERATIONS ?= 50000
 # Of `make bench`: --long, --rounds N, --seconds N, --only NAME.
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak-consistency drivers regress corpus lint fmt clippy doc bench audit
+.PHONY: help setup demo test consistency soak-consistency drivers regress corpus lint fmt clippy doc bench audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +37,11 @@ soak-consistency: setup ## SOAK_READS reads per fault, by a debug and a release 
 		--nocapture --test-threads=1
 	HIGHWATER_SOAK_READS=$(SOAK_READS) HIGHWATER_BINARY=$(CURDIR)/target/release/highwater \
 		$(CARGO) test --locked --test end_to_end consistency:: -- --nocapture --test-threads=1
+
+consistency: setup ## histories of sessions of all levels under faults, checked against each level's promises
+	$(CARGO) build --locked --release
+	HIGHWATER_HISTORY_OPERATIONS=$(HISTORY_OPERATIONS) HIGHWATER_BINARY=$(CURDIR)/target/release/highwater \
+		$(CARGO) test --locked --test end_to_end histories:: -- --nocapture --test-threads=1
 
 lint: fmt clippy doc ## format, lints as errors, documentation
 

@@ -113,7 +113,7 @@ impl PrimaryReads {
     pub fn count(&self, stale: bool) {
         let step = |packed: u64| {
             let (all, stale) = ((packed >> 32) + 1, (packed & 0xFFFF_FFFF) + u64::from(stale));
-            if all >= u64::from(WINDOW) { (all / 2) << 32 | stale / 2 } else { all << 32 | stale }
+            if all >= u64::from(WINDOW) { ((all / 2) << 32) | (stale / 2) } else { (all << 32) | stale }
         };
         // Ordering among the counts of one word is all that is needed.
         let _ = self.window.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |packed| Some(step(packed)));

@@ -4,5 +4,6 @@
 
 mod fixture;
 mod fixture_holds;
+mod history;
 mod private_cluster;
 mod proxied;

@@ -160,13 +160,13 @@ fn check(story: &str, counts: &Counts, errors: Errors, least: usize) {
 }
 
 /// What is done to the nodes while sessions play: again and again, until they have finished.
-struct Trouble {
+pub struct Trouble {
     stop: tokio::sync::watch::Sender<bool>,
     task: tokio::task::JoinHandle<usize>,
 }
 
 impl Trouble {
-    fn begin<F: Future<Output = ()> + Send>(mut make: impl FnMut() -> F + Send + 'static) -> Trouble {
+    pub fn begin<F: Future<Output = ()> + Send>(mut make: impl FnMut() -> F + Send + 'static) -> Trouble {
         let (stop, stopped) = tokio::sync::watch::channel(false);
         let task = tokio::spawn(async move {
             let mut times = 0;
@@ -179,7 +179,7 @@ impl Trouble {
         Trouble { stop, task }
     }
 
-    async fn end(self) {
+    pub async fn end(self) {
         self.stop.send(true).unwrap();
         let times = self.task.await.unwrap();
         println!("trouble: {times} times");
@@ -188,7 +188,7 @@ impl Trouble {
 }
 
 /// Some time, by no rule.
-async fn a_while(up_to_ms: u64) {
+pub async fn a_while(up_to_ms: u64) {
     tokio::time::sleep(Duration::from_millis(rand::random::<u64>() % up_to_ms)).await;
 }
 
@@ -205,7 +205,7 @@ async fn with_tables(replicas: usize) -> Cluster {
 }
 
 /// Commits are acknowledged when one of `standbys` has them: the primary hides them for longer.
-async fn synchronous(cluster: &Cluster, standbys: &str) {
+pub async fn synchronous(cluster: &Cluster, standbys: &str) {
     cluster.primary().set("synchronous_standby_names", standbys).await.unwrap();
     let waits = "SELECT count(*) > 0 FROM pg_stat_replication WHERE sync_state IN ('sync', 'quorum')";
     cluster.primary().wait_for(waits, "t").await.unwrap();

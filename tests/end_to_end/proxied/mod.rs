@@ -5,6 +5,7 @@ mod consistency;
 mod drivers;
 mod faults;
 mod garbage;
+mod histories;
 mod levels;
 mod login;
 mod operator;

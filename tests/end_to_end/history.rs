@@ -1,0 +1,461 @@
+//! A checker of histories: given what sessions did and were answered, which promises were broken?
+//!
+//! The objects are lists that grow at their end, one row each: an append is `UPDATE lists SET v = v || $1`, which
+//! the row's lock puts in one order with all others, and a read returns the whole list. So a read names the
+//! exact version that it saw, and what it must have seen is compared with that (the list-append histories of
+//! Elle, Kingsbury and Alvaro 2020). Pure: histories in, violations out.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+
+/// Which list.
+pub type Key = usize;
+/// Which session: one client connection.
+pub type SessionId = usize;
+
+/// What a session was promised when it sent an operation; as the words of `consistency.level`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Level {
+    Eventual,
+    ReadYourWrites,
+    Session,
+    Global,
+    Strong,
+}
+
+impl Level {
+    pub const ALL: [Level; 5] =
+        [Level::Eventual, Level::ReadYourWrites, Level::Session, Level::Global, Level::Strong];
+
+    pub fn word(self) -> &'static str {
+        ["eventual", "read_your_writes", "session", "global", "strong"][self as usize]
+    }
+}
+
+/// What was done.
+#[derive(Clone, Debug)]
+pub enum What {
+    /// A value that no other append has.
+    Append { key: Key, value: u32 },
+    /// A read, and the list it returned.
+    Read { key: Key, list: Vec<u32> },
+    /// The session took over all that another session knew when that had its token shown: the operation's
+    /// index in the history.
+    TakesToken { shown_by: usize },
+    /// Its token was shown.
+    ShowsToken,
+}
+
+/// How it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Done,
+    /// The client cannot know whether it was done.
+    Unknown,
+}
+
+/// One operation. Failed ones that surely did nothing are left out.
+#[derive(Clone, Debug)]
+pub struct Operation {
+    pub session: SessionId,
+    pub level: Level,
+    pub what: What,
+    /// Moments of one clock that all sessions share: when it was sent, and when its answer was read.
+    pub sent: u64,
+    pub answered: u64,
+    pub outcome: Outcome,
+}
+
+/// A promise that was broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Promise {
+    /// Every read shows a beginning of the one list there is.
+    ConsistentPrefix,
+    /// A session reads what it has written.
+    ReadYourWrites,
+    /// A session's reads do not go back.
+    MonotonicReads,
+    /// A session's writes are done in their order.
+    MonotonicWrites,
+    /// A write is done on top of what its session has read.
+    WritesFollowReads,
+    /// Whoever sees an effect sees its causes: what its writer knew, also what it knew by a token.
+    Causal,
+    /// A read shows all that was acknowledged before it was sent, to anybody (at level `global`: to anybody at that
+    /// level, and all writes).
+    RealTime,
+    /// What was acknowledged is there at the end.
+    Durable,
+}
+
+/// Where a promise was broken.
+#[derive(Clone, Debug)]
+pub struct Violation {
+    pub promise: Promise,
+    /// The level of the operation that shows it.
+    pub level: Level,
+    /// Its index in the history.
+    pub operation: usize,
+    /// The operation that makes it one.
+    pub because_of: Option<usize>,
+}
+
+/// What somebody knows: how long each list is at least.
+type Known = BTreeMap<Key, usize>;
+
+fn merge(into: &mut Known, other: &Known) {
+    for (key, length) in other {
+        let known = into.entry(*key).or_default();
+        *known = (*known).max(*length);
+    }
+}
+
+/// Checks histories.
+pub struct Checker<'a> {
+    history: &'a [Operation],
+    finals: &'a BTreeMap<Key, Vec<u32>>,
+    /// Where in its list a value is.
+    position: HashMap<u32, (Key, usize)>,
+    found: Vec<Violation>,
+}
+
+/// The violations in a history. `finals`: the lists on the primary after everything; `history` in the order in which
+/// each session did it (sessions may be mixed in any way).
+pub fn check(history: &[Operation], finals: &BTreeMap<Key, Vec<u32>>) -> Vec<Violation> {
+    let mut position = HashMap::new();
+    for (key, list) in finals {
+        for (at, value) in list.iter().enumerate() {
+            assert!(position.insert(*value, (*key, at)).is_none(), "value {value} is there twice");
+        }
+    }
+    let mut checker = Checker { history, finals, position, found: Vec::new() };
+    checker.prefixes();
+    checker.sessions();
+    checker.real_time();
+    checker.found.sort_by_key(|v| v.operation);
+    checker.found
+}
+
+impl Checker<'_> {
+    fn broken(&mut self, promise: Promise, operation: usize, because_of: Option<usize>) {
+        let level = self.history[operation].level;
+        self.found.push(Violation { promise, level, operation, because_of });
+    }
+
+    /// When each operation was sent (`false`) and answered, in the order of time.
+    fn events(&self) -> Vec<(u64, bool, usize)> {
+        let sent = self.history.iter().enumerate().map(|(index, o)| (o.sent, false, index));
+        let answered = self.history.iter().enumerate().map(|(index, o)| (o.answered, true, index));
+        let mut events: Vec<(u64, bool, usize)> = sent.chain(answered).collect();
+        events.sort_unstable();
+        events
+    }
+
+    fn prefixes(&mut self) {
+        for (index, operation) in self.history.iter().enumerate() {
+            match &operation.what {
+                What::Read { key, list } if !self.finals[key].starts_with(list) => {
+                    self.broken(Promise::ConsistentPrefix, index, None);
+                }
+                What::Append { value, .. }
+                    if operation.outcome == Outcome::Done && !self.position.contains_key(value) =>
+                {
+                    self.broken(Promise::Durable, index, None);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// What each session must have been shown, by what it did before. Operations are taken in the order in
+    /// which they were answered, so that what an append's writer knew is known when the append is read: a
+    /// read cannot be answered before the append it shows was sent.
+    fn sessions(&mut self) {
+        // What the writer of each value knew when it sent it, by its own reads and writes.
+        let mut causes: HashMap<u32, Known> = HashMap::new();
+        // At its sending an append remembers what its session knows; at its answer an operation adds to it.
+        let events = self.events();
+        let mut own: HashMap<SessionId, SessionKnows> = HashMap::new();
+        let mut tokens: HashMap<usize, Known> = HashMap::new();
+        for (_, answered, index) in events {
+            let operation = &self.history[index];
+            let session = own.entry(operation.session).or_default();
+            if answered {
+                self.answered(index, own.get_mut(&operation.session).unwrap(), &causes, &mut tokens);
+            } else if let What::Append { value, .. } = operation.what {
+                causes.insert(value, session.all());
+            }
+        }
+    }
+
+    fn answered(
+        &mut self,
+        index: usize,
+        session: &mut SessionKnows,
+        causes: &HashMap<u32, Known>,
+        tokens: &mut HashMap<usize, Known>,
+    ) {
+        let history = self.history;
+        let operation = &history[index];
+        match &operation.what {
+            What::ShowsToken => {
+                tokens.insert(index, session.all());
+            }
+            What::TakesToken { shown_by } => {
+                if let Some(known) = tokens.get(shown_by) {
+                    merge(&mut session.told, known);
+                    session.told_by = Some(*shown_by);
+                }
+            }
+            What::Append { key, value } => {
+                let Some((_, at)) = self.position.get(value).copied() else { return };
+                if operation.outcome != Outcome::Done {
+                    return;
+                }
+                let length = at + 1;
+                if let Some((written, by)) = session.written.get(key).copied()
+                    && written > at
+                {
+                    self.broken(Promise::MonotonicWrites, index, Some(by));
+                }
+                if let Some((read, by)) = session.read.get(key).copied()
+                    && read > at
+                {
+                    self.broken(Promise::WritesFollowReads, index, Some(by));
+                }
+                session.written.insert(*key, (length, index));
+            }
+            What::Read { key, list } => self.read(index, *key, list, session, causes),
+        }
+    }
+
+    fn read(
+        &mut self,
+        index: usize,
+        key: Key,
+        list: &[u32],
+        session: &mut SessionKnows,
+        causes: &HashMap<u32, Known>,
+    ) {
+        let level = self.history[index].level;
+        let seen = list.len();
+        if let Some((written, by)) = session.written.get(&key).copied()
+            && seen < written
+            && level >= Level::ReadYourWrites
+        {
+            self.broken(Promise::ReadYourWrites, index, Some(by));
+        }
+        if let Some((read, by)) = session.read.get(&key).copied()
+            && seen < read
+            && level >= Level::Session
+        {
+            self.broken(Promise::MonotonicReads, index, Some(by));
+        }
+        if session.told.get(&key).is_some_and(|told| seen < *told) && level >= Level::ReadYourWrites {
+            self.broken(Promise::Causal, index, session.told_by);
+        }
+        if session.effects.get(&key).is_some_and(|known| seen < *known) && level >= Level::Session {
+            self.broken(Promise::Causal, index, None);
+        }
+        if level >= Level::Session {
+            let before = session.read.get(&key).map_or(0, |(read, _)| *read);
+            if seen >= before {
+                session.read.insert(key, (seen, index));
+            }
+            // What the newly shown effects were caused by. Those shown before have been counted.
+            for value in list.iter().skip(before) {
+                if let Some(known) = causes.get(value) {
+                    merge(&mut session.effects, known);
+                }
+            }
+        }
+    }
+
+    /// What everybody was shown, in the order of time.
+    fn real_time(&mut self) {
+        let events = self.events();
+        // For each list: the most that was acknowledged, to anybody; to those at `global`, and writes.
+        let mut by_all: HashMap<Key, (usize, usize)> = HashMap::new();
+        let mut by_global: HashMap<Key, (usize, usize)> = HashMap::new();
+        let mut must: HashMap<usize, (usize, usize)> = HashMap::new();
+        for (_, answered, index) in events {
+            let operation = &self.history[index];
+            match (&operation.what, answered) {
+                (What::Read { key, .. }, false) => {
+                    let bound = match operation.level {
+                        Level::Strong => by_all.get(key),
+                        Level::Global => by_global.get(key),
+                        _ => None,
+                    };
+                    if let Some(bound) = bound {
+                        must.insert(index, *bound);
+                    }
+                }
+                (What::Read { key, list }, true) => {
+                    if let Some((length, by)) = must.remove(&index)
+                        && list.len() < length
+                    {
+                        self.broken(Promise::RealTime, index, Some(by));
+                    }
+                    raise(&mut by_all, *key, list.len(), index);
+                    if operation.level == Level::Global {
+                        raise(&mut by_global, *key, list.len(), index);
+                    }
+                }
+                (What::Append { key, value }, true) if operation.outcome == Outcome::Done => {
+                    if let Some((_, at)) = self.position.get(value) {
+                        raise(&mut by_all, *key, at + 1, index);
+                        raise(&mut by_global, *key, at + 1, index);
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+fn raise(bounds: &mut HashMap<Key, (usize, usize)>, key: Key, length: usize, by: usize) {
+    let bound = bounds.entry(key).or_insert((0, by));
+    if length > bound.0 {
+        *bound = (length, by);
+    }
+}
+
+/// What a session knows, and by which of its operations.
+#[derive(Default)]
+struct SessionKnows {
+    written: BTreeMap<Key, (usize, usize)>,
+    /// At level `session` and above.
+    read: BTreeMap<Key, (usize, usize)>,
+    /// The causes of what it was shown.
+    effects: Known,
+    /// By tokens.
+    told: Known,
+    told_by: Option<usize>,
+}
+
+impl SessionKnows {
+    fn all(&self) -> Known {
+        let mut all = self.effects.clone();
+        merge(&mut all, &self.told);
+        for known in [&self.written, &self.read] {
+            let lengths: Known = known.iter().map(|(key, (length, _))| (*key, *length)).collect();
+            merge(&mut all, &lengths);
+        }
+        all
+    }
+}
+
+/// A violation with the operations that show it, for people.
+pub struct Shown<'a>(pub &'a Violation, pub &'a [Operation]);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Shown(violation, history) = self;
+        writeln!(f, "{:?} broken at level {}:", violation.promise, violation.level.word())?;
+        for index in violation.because_of.into_iter().chain([violation.operation]) {
+            let operation = &history[index];
+            let what = match &operation.what {
+                What::Read { key, list } => {
+                    let tail = &list[list.len().saturating_sub(5)..];
+                    format!("read list {key}: {} long, ending in {tail:?}", list.len())
+                }
+                other => format!("{other:?}"),
+            };
+            writeln!(
+                f,
+                "  #{index} session {} at {}..{} ({}): {what}",
+                operation.session,
+                operation.sent,
+                operation.answered,
+                operation.level.word()
+            )?;
+        }
+        Ok(())
+    }
+}
+
+mod tests {
+    use super::*;
+
+    /// Operations as words: session, level's first letter, what; one after the other in time.
+    fn history(text: &str) -> Vec<Operation> {
+        let mut operations: Vec<Operation> = Vec::new();
+        for (at, line) in text.lines().map(str::trim).filter(|l| !l.is_empty()).enumerate() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let number = |at: usize| words[at].parse::<usize>().unwrap();
+            let level = *Level::ALL.iter().find(|l| l.word().starts_with(words[1])).unwrap();
+            let what = match words[2] {
+                "append" => What::Append { key: number(3), value: u32::try_from(number(4)).unwrap() },
+                "read" => {
+                    let list = words[4..].iter().map(|w| w.parse().unwrap()).collect();
+                    What::Read { key: number(3), list }
+                }
+                "shows" => What::ShowsToken,
+                "takes" => What::TakesToken { shown_by: number(3) },
+                other => panic!("{other}"),
+            };
+            let at = at as u64 * 10;
+            operations.push(Operation {
+                session: number(0),
+                level,
+                what,
+                sent: at,
+                answered: at + 5,
+                outcome: Outcome::Done,
+            });
+        }
+        operations
+    }
+
+    fn broken(text: &str, finals: &[(Key, &[u32])]) -> Vec<(Promise, usize)> {
+        let finals = finals.iter().map(|(key, list)| (*key, list.to_vec())).collect();
+        check(&history(text), &finals).into_iter().map(|v| (v.promise, v.operation)).collect()
+    }
+
+    #[test]
+    fn a_history_of_one_server_breaks_no_promise() {
+        let text = "0 s append 0 1\n 1 str read 0 1\n 1 s append 0 2\n 0 g read 0 1 2\n 0 s shows\n 2 s takes 4\n 2 s read 0 1 2";
+        assert_eq!(broken(text, &[(0, &[1, 2])]), []);
+    }
+
+    #[test]
+    fn each_promise_that_is_broken_is_found() {
+        use Promise::*;
+        let check = |text: &str, finals: &[(Key, &[u32])], expected: &[(Promise, usize)]| {
+            assert_eq!(broken(text, finals), expected, "{text}");
+        };
+        check("0 e read 0 2", &[(0, &[1, 2])], &[(ConsistentPrefix, 0)]);
+        check("0 e append 0 1", &[(0, &[])], &[(Durable, 0)]);
+        check("0 r append 0 1\n0 r read 0", &[(0, &[1])], &[(ReadYourWrites, 1)]);
+        check("0 e append 0 1\n0 e read 0", &[(0, &[1])], &[]);
+        check("1 e append 0 1\n0 s read 0 1\n0 s read 0", &[(0, &[1])], &[(MonotonicReads, 2)]);
+        check("1 e append 0 1\n0 r read 0 1\n0 r read 0", &[(0, &[1])], &[]);
+        check("0 s append 0 1\n0 s append 0 2", &[(0, &[2, 1])], &[(MonotonicWrites, 1)]);
+        check(
+            "1 s append 0 1\n0 s read 0 1\n0 s append 0 2",
+            &[(0, &[2, 1])],
+            &[(ConsistentPrefix, 1), (WritesFollowReads, 2)],
+        );
+        // The second list's append was made by one who had seen the first's.
+        check(
+            "1 s append 0 1\n1 s append 1 2\n0 s read 1 2\n0 s read 0",
+            &[(0, &[1]), (1, &[2])],
+            &[(Causal, 3)],
+        );
+        check("1 s append 0 1\n1 s shows\n0 s takes 1\n0 s read 0", &[(0, &[1])], &[(Causal, 3)]);
+        check("1 s append 0 1\n1 s shows\n0 s read 0", &[(0, &[1])], &[]);
+        check("1 s append 0 1\n0 str read 0", &[(0, &[1])], &[(RealTime, 1)]);
+        check("1 s append 0 1\n2 e read 0 1\n0 str read 0", &[(0, &[1])], &[(RealTime, 2)]);
+        check("1 s append 0 1\n0 g read 0", &[(0, &[1])], &[(RealTime, 1)]);
+    }
+
+    #[test]
+    fn what_runs_at_the_same_time_may_be_seen_in_either_order() {
+        let mut operations = history("1 s append 0 1\n0 str read 0");
+        operations[0].answered = operations[1].sent + 1;
+        assert!(check(&operations, &BTreeMap::from([(0, vec![1])])).is_empty());
+        operations[0].outcome = Outcome::Unknown;
+        assert!(check(&operations, &BTreeMap::from([(0, vec![])])).is_empty());
+    }
+}
