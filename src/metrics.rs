@@ -126,6 +126,8 @@ pub struct Metrics {
     pub pins: ReasonCounter,
     /// Sessions bound to one backend now.
     pub pinned_sessions: IntGauge,
+    /// Backends that were given other settings for their next session.
+    pub settings_replays: IntCounter,
     /// Queries of ours ahead of a unit that a node refused.
     pub injected_failures: IntCounter,
     /// Client connections now.
@@ -239,6 +241,11 @@ impl Metrics {
                 labels.pins,
             ),
             pinned_sessions: gauge(r, "highwater_pinned_sessions", "Sessions bound to one backend now."),
+            settings_replays: counter(
+                r,
+                "highwater_settings_replays_total",
+                "Backends that were given other settings for the session that used them next.",
+            ),
             injected_failures: counter(
                 r,
                 "highwater_injected_failures_total",

@@ -144,8 +144,8 @@ impl Exchange<'_> {
                 Ok(Step::On)
             }
             tag => {
-                if tag == b'C' {
-                    self.completed(header.len);
+                if matches!(tag, b'C' | b'I' | b's') {
+                    self.completed(tag, header.len);
                 }
                 if !matches!(tag, b'1' | b'2' | b'3' | b't' | b'T' | b'n') {
                     self.commit();
@@ -209,7 +209,20 @@ impl Exchange<'_> {
 
     /// A command has run. Two of them take all named statements from the server at this very moment,
     /// whatever becomes of the rest of the unit.
-    fn completed(&mut self, len: usize) {
+    fn completed(&mut self, tag: u8, len: usize) {
+        let at = self.unit.completed;
+        self.unit.completed += 1;
+        if let Some((_, changes)) = self.unit.settings.pop_front_if(|(command, _)| *command <= at) {
+            if tag == b'C' {
+                self.session.settings.completed(changes);
+            } else {
+                // Rows are still to come, and with them perhaps more calls.
+                self.session.settings.perhaps(changes);
+            }
+        }
+        if tag == b'C' && self.session.settings.in_flux() {
+            self.session.settings.command(&self.backend.input[HEADER..len - 1]);
+        }
         if matches!(&self.backend.input[HEADER..len], b"DEALLOCATE ALL\0" | b"DISCARD ALL\0") {
             self.session.statements.clear();
             self.backend.forget_statements();
@@ -441,6 +454,8 @@ impl Exchange<'_> {
         if self.unit.redoable && (fatal || self.session.role == Role::Replica) {
             // A replica may not know yet what the session leans on (a role, a schema).
             let again = if fatal { Again::NodeLost } else { Again::LateReplica };
+            // It is left in an aborted transaction.
+            self.backend.dirt = Dirt::Unknown;
             return Ok(self.discard(again, fatal));
         }
         self.commit();
@@ -470,7 +485,11 @@ impl Exchange<'_> {
             return Ok(Step::Over(Outcome::Refused(std::mem::take(&mut refused.message))));
         }
         match purpose {
-            Purpose::Settings => {}
+            Purpose::Settings => {
+                self.backend.applied = self.session.settings.wanted().clone();
+                let parameters = self.backend.parameters.clone();
+                self.session.tell_differences(&parameters);
+            }
         }
         self.answer_ourselves();
         Ok(Step::On)
@@ -542,6 +561,11 @@ impl Session {
     /// A ParameterStatus of the backend: the client is told if it differs from what it was told last.
     pub(super) fn tell_parameter(&mut self, body: &[u8]) {
         let Some((name, value)) = parameter_status(body) else { return };
+        self.tell(name, value);
+    }
+
+    /// A parameter has this value now: the client is told if it was told another.
+    pub(super) fn tell(&mut self, name: &[u8], value: &[u8]) {
         // One server that takes writes is what the client sees.
         if name == b"in_hot_standby" || self.reported.get(name).is_some_and(|v| v == value) {
             return;
