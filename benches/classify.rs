@@ -18,6 +18,7 @@ fn classify(c: &mut Criterion) {
         unit_hold: 65_536,
         statement_text: 65_536,
         statements_per_session: 100,
+        session_settings: 1024,
         databases: 1,
         class_cache: 10_000,
         parser_text: 16 * 1024,

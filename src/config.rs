@@ -242,6 +242,8 @@ pub struct LimitsConfig {
     pub statement_text: usize,
     /// Prepared statements at most per session.
     pub statements_per_session: usize,
+    /// Bytes of a session's settings that are kept to give them to other backends; more keep it on one.
+    pub session_settings: usize,
     /// Entries of the classification cache.
     pub class_cache: usize,
     /// Databases whose catalog facts are kept; statements of further ones run on the primary.
@@ -373,6 +375,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "unit_hold",
             "statement_text",
             "statements_per_session",
+            "session_settings",
             "class_cache",
             "databases",
             "parser_text",
@@ -1311,6 +1314,7 @@ impl Reader<'_> {
             statement_text: self.size(&section, "statement_text", mib, kib..=256 * mib),
             statements_per_session: self.number(&section, "statements_per_session", 1..=1_000_000, 5000)
                 as usize,
+            session_settings: self.size(&section, "session_settings", 16 * kib, 1..=mib),
             class_cache: self.number(&section, "class_cache", 1..=10_000_000, 10_000) as usize,
             databases: self.number(&section, "databases", 1..=100_000, 256) as usize,
             // The second parser's stack holds for 16 KiB of the worst text known; more would let a

@@ -169,6 +169,7 @@ async fn regression_suite() {
             statement_text: 65_536,
             databases: 1,
             statements_per_session: 100,
+            session_settings: 1024,
             class_cache: 1_000,
             parser_text: 16 * 1024,
             parser_deadline: Duration::from_secs(10),

@@ -59,6 +59,8 @@ const PURE: &[&str] = &[
     "session/mark.rs",
     "session/state.rs",
     "session/prepared.rs",
+    "session/settings.rs",
+    "backend/applied.rs",
     "monitor/health.rs",
     "monitor/lag.rs",
     "monitor/floor.rs",

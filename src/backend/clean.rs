@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::{BufMut, BytesMut};
 
 use super::{Backend, Dirt, poll_drain, poll_fill};
+use crate::classify::setting;
 use crate::wire::{self, TransactionStatus};
 
 /// How long a round trip of our own on a backend may take.
@@ -130,32 +131,11 @@ pub async fn clean(backend: &mut Backend) -> Result<(), Broken> {
                 return Err(Broken);
             }
             backend.forget_statements();
-            backend.application_name = None;
+            backend.applied = Arc::default();
             backend.dirt = Dirt::Clean;
             Ok(())
         }
     }
-}
-
-/// Gives a backend that is idle the `application_name` of the session that is to use it.
-pub async fn name(backend: &mut Backend, application_name: Option<&Arc<str>>) -> Result<(), Broken> {
-    if backend.application_name.as_ref() == application_name {
-        return Ok(());
-    }
-    let answer = match application_name {
-        Some(name) => ask(backend, &format!("SET application_name = {}", literal(name))).await?,
-        None => ask(backend, "RESET application_name").await?,
-    };
-    if !matches!(answer.tags.as_slice(), [tag] if tag == b"SET" || tag == b"RESET") {
-        return Err(Broken);
-    }
-    backend.application_name = application_name.cloned();
-    Ok(())
-}
-
-/// `text` as a literal that means the same whatever `standard_conforming_strings` is.
-fn literal(text: &str) -> String {
-    format!("E'{}'", text.replace('\\', "\\\\").replace('\'', "''"))
 }
 
 /// What a statement that is not understood has left behind.
@@ -179,14 +159,17 @@ pub async fn look(backend: &mut Backend) -> Result<Left, Broken> {
          OR EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable) \
          OR EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()) \
          OR EXISTS (SELECT FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'";
-    // The name that we have set ourselves is not the session's doing.
-    let named = match &backend.application_name {
-        Some(name) => format!(
-            " AND (name OPERATOR(pg_catalog.<>) 'application_name' OR setting OPERATOR(pg_catalog.<>) {})",
-            literal(name)
-        ),
-        // RESET leaves it with the source it had at login.
-        None => String::new(),
+    // What the session has set itself is no news.
+    let own: Vec<String> = backend
+        .applied
+        .entries()
+        .iter()
+        .filter_map(|entry| setting::literal(entry.name.as_bytes(), false))
+        .collect();
+    let named = if own.is_empty() {
+        String::new()
+    } else {
+        format!(" AND pg_catalog.lower(name) OPERATOR(pg_catalog.<>) ALL (ARRAY[{}])", own.join(", "))
     };
     // A cancel that is still on its way must not hit the question.
     fence(backend).await?;
@@ -197,6 +180,21 @@ pub async fn look(backend: &mut Backend) -> Result<Left, Broken> {
             Some(Some(value)) if value == b"t" => Ok(Left::State),
             _ => Err(Broken),
         },
+        _ => Err(Broken),
+    }
+}
+
+/// The values of settings on an idle backend, in the order of `names`; none where it knows no such setting.
+pub async fn read_settings(backend: &mut Backend, names: &[String]) -> Result<Vec<Option<Vec<u8>>>, Broken> {
+    let mut columns = Vec::with_capacity(names.len());
+    for name in names {
+        let name = setting::literal(name.as_bytes(), false).ok_or(Broken)?;
+        columns.push(format!("pg_catalog.current_setting({name}, true)"));
+    }
+    fence(backend).await?;
+    let mut answer = ask(backend, &format!("SELECT {}", columns.join(", "))).await?;
+    match answer.rows.pop() {
+        Some(row) if answer.rows.is_empty() && row.len() == names.len() => Ok(row),
         _ => Err(Broken),
     }
 }

@@ -3,6 +3,7 @@
 //! A [`Backend`] knows what it has been left with (prepared statements, dirt), so that its next
 //! borrower either finds it as new or does not get it. It does not know what a statement means.
 
+mod applied;
 pub mod cancel;
 pub mod clean;
 pub mod login;
@@ -21,6 +22,7 @@ use tokio::io::AsyncWrite;
 use crate::net::Stream;
 use crate::topology::{Epoch, NodeId};
 
+pub use applied::{Applied, Setting};
 pub use cancel::CancelTarget;
 
 /// What a server has reported by ParameterStatus.
@@ -100,8 +102,10 @@ pub struct Backend {
     pub own_names: HashSet<Vec<u8>>,
     /// What sessions may have left on it.
     pub dirt: Dirt,
-    /// The `application_name` that we have set; none: the server's own choice.
-    pub application_name: Option<Arc<str>>,
+    /// The settings that it has been given; all others are as at its login.
+    pub applied: Arc<Applied>,
+    /// What it reported at its login.
+    pub login_parameters: Arc<Parameters>,
     /// The worker on whose reactor its socket is registered.
     pub worker: usize,
 }
@@ -113,7 +117,7 @@ pub struct StartupParameters(pub Vec<(String, String)>);
 
 impl StartupParameters {
     /// Takes `application_name` out, so that clients which differ only in that share backends: many
-    /// put a process id or a job's name there. Each backend is told it by SET before use.
+    /// put a process id or a job's name there. Each backend is given it with the session's settings.
     ///
     /// A value that the server would not keep as it is (too long, not printable ASCII) stays in, as
     /// does one whose quoting depends on `standard_conforming_strings`.
@@ -184,15 +188,16 @@ impl Backend {
         worker: usize,
         now: Instant,
     ) -> Backend {
-        let parameters =
-            login.parameters.into_iter().map(|(k, v)| (k.into_bytes(), v.into_bytes())).collect();
+        let parameters: Arc<Parameters> =
+            Arc::new(login.parameters.into_iter().map(|(k, v)| (k.into_bytes(), v.into_bytes())).collect());
         Backend {
             node,
             stream: login.stream,
             input: BytesMut::from(&login.leftover[..]),
             output: BytesMut::new(),
             cancel,
-            parameters: Arc::new(parameters),
+            login_parameters: parameters.clone(),
+            parameters,
             startup,
             connected_at,
             epoch,
@@ -204,7 +209,7 @@ impl Backend {
             unnamed: None,
             own_names: HashSet::new(),
             dirt: Dirt::Clean,
-            application_name: None,
+            applied: Arc::default(),
             worker,
         }
     }

@@ -21,6 +21,7 @@ mod lexer;
 mod opinion;
 pub mod refusal;
 mod scan;
+pub mod setting;
 
 use std::hash::Hasher;
 use std::sync::Arc;
@@ -118,11 +119,15 @@ pub struct Classifier {
 }
 
 impl StatementClass {
-    const READ: StatementClass =
-        StatementClass { kind: Kind::Read, reason: ClassReason::Read, leaves: Leaves::Nothing };
+    const READ: StatementClass = StatementClass {
+        kind: Kind::Read,
+        reason: ClassReason::Read,
+        leaves: Leaves::Nothing,
+        settings: false,
+    };
 
     fn write(reason: ClassReason) -> StatementClass {
-        StatementClass { kind: Kind::Write, reason, leaves: Leaves::Nothing }
+        StatementClass { kind: Kind::Write, reason, leaves: Leaves::Nothing, settings: false }
     }
 }
 
@@ -219,11 +224,20 @@ impl Classifier {
 
     /// What lexing, catalog and parameters make of the scan's class.
     fn with_facts(&self, statement: &Statement<'_>, class: StatementClass) -> StatementClass {
-        if statement.lexing == Lexing::Unsafe && class.kind != Kind::Empty {
+        if statement.lexing == Lexing::Unsafe
+            && class.kind != Kind::Empty
+            && !(class.settings && setting::reset_batch(statement.text).is_some())
+        {
             return StatementClass {
                 kind: if class.kind == Kind::Ddl { Kind::Ddl } else { Kind::Write },
                 reason: ClassReason::Lexing,
-                leaves: class.leaves.or_stronger(Leaves::Unproven),
+                // What is set, and to what, cannot be told.
+                leaves: class.leaves.or_stronger(if class.settings {
+                    Leaves::Pins(PinReason::Setting)
+                } else {
+                    Leaves::Unproven
+                }),
+                settings: class.settings,
             };
         }
         if class.kind != Kind::Read {
@@ -280,6 +294,31 @@ pub fn deallocate_target(text: &[u8]) -> Option<Vec<u8>> {
     }
 }
 
+/// Whether a text is one statement that does not end a transaction, so that in an aborted one it fails
+/// whatever it is. What is not understood is not.
+pub fn stays_in_transaction(text: &[u8]) -> bool {
+    let mut lexer = Lexer::new(text);
+    match lexer.next_token() {
+        Token::Word => {}
+        Token::End => return true,
+        // A parenthesis begins a query.
+        Token::Punctuation(b'(') => {}
+        _ => return false,
+    }
+    let word = lexer.name();
+    if matches!(word, b"commit" | b"rollback" | b"abort" | b"end" | b"prepare") {
+        return false;
+    }
+    loop {
+        match lexer.next_token() {
+            Token::End => return true,
+            Token::Unclear => return false,
+            Token::Punctuation(b';') => return lexer.next_token() == Token::End,
+            _ => {}
+        }
+    }
+}
+
 /// Whether a statement creates, alters or drops a database: PostgreSQL refuses that while anybody is
 /// connected to the database (or to the template), be it only a pool.
 pub fn is_database_command(text: &[u8]) -> bool {
@@ -297,6 +336,8 @@ pub struct StatementClass {
     pub reason: ClassReason,
     /// What it may leave behind on the backend that ran it.
     pub leaves: Leaves,
+    /// It may change settings: [`setting::effects`] says which.
+    pub settings: bool,
 }
 
 /// What a statement (or a message of several) is.
@@ -381,7 +422,7 @@ impl Leaves {
 /// Why a session must stay on one backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PinReason {
-    /// SET, SET ROLE, set_config(.., false), RESET of one setting...
+    /// SET, set_config or RESET whose effect cannot be told, or more settings than are tracked.
     Setting,
     /// A temporary table, view or sequence.
     TemporaryTable,

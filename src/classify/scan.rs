@@ -80,15 +80,6 @@ struct Pending {
     pg_prefix: bool,
 }
 
-/// A set_config call that is open.
-#[derive(Clone, Copy, Debug)]
-struct SetConfig {
-    depth: u32,
-    commas: u32,
-    third_tokens: u32,
-    third_is_true: bool,
-}
-
 /// current_setting's argument.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum CurrentSetting {
@@ -145,10 +136,11 @@ struct Current {
     /// A `(` here would belong to a WITH list: it follows a part's name, AS or NOT MATERIALIZED.
     opens_with_part: bool,
     close_may_precede_call: bool,
-    set_config: Option<SetConfig>,
+    /// It may change settings: see `setting`.
+    settings: bool,
     current_setting: CurrentSetting,
-    /// SET LOCAL, SET TRANSACTION, SET CONSTRAINTS: nothing outlives the transaction.
-    set_is_local: bool,
+    /// SET TRANSACTION, SET CONSTRAINTS: nothing outlives the transaction.
+    set_is_transactions: bool,
     copy_to: bool,
     copy_stdout: bool,
     into_table: bool,
@@ -175,9 +167,9 @@ impl Default for Current {
             with_active: 0,
             opens_with_part: false,
             close_may_precede_call: false,
-            set_config: None,
+            settings: false,
             current_setting: CurrentSetting::No,
-            set_is_local: false,
+            set_is_transactions: false,
             copy_to: false,
             copy_stdout: false,
             into_table: false,
@@ -236,6 +228,7 @@ impl Scan<'_> {
                     }
                     self.statement.reason = ClassReason::Unclear;
                     self.statement.leave(Leaves::Unproven);
+                    self.statement.settings = true;
                     self.statement.lead = Some(Lead::Unknown);
                     self.end_statement();
                     break;
@@ -251,6 +244,7 @@ impl Scan<'_> {
             kind: Kind::Empty,
             reason: ClassReason::Empty,
             leaves: Leaves::Nothing,
+            settings: false,
         });
         Scanned { class, skeleton: self.hash.finish128().into() }
     }
@@ -423,16 +417,7 @@ impl Scan<'_> {
         match word.special {
             Some(Special::SetConfig) => {
                 statement.refuse(Kind::Write, ClassReason::UnsafeFunction);
-                if statement.set_config.is_some() {
-                    statement.leave(Leaves::Pins(PinReason::Setting));
-                } else {
-                    statement.set_config = Some(SetConfig {
-                        depth: statement.depth + 1,
-                        commas: 0,
-                        third_tokens: 0,
-                        third_is_true: false,
-                    });
-                }
+                statement.settings = true;
             }
             Some(Special::CurrentSetting) => statement.current_setting = CurrentSetting::Name,
             Some(Special::Pins(reason)) => {
@@ -457,7 +442,7 @@ impl Scan<'_> {
         }
     }
 
-    /// Follows the arguments of current_setting and set_config; called before the token takes effect.
+    /// Follows the argument of current_setting; called before the token takes effect.
     fn argument(&mut self, token: Token) {
         let statement = &mut self.statement;
         match (statement.current_setting, token) {
@@ -474,23 +459,6 @@ impl Scan<'_> {
                 statement.current_setting = CurrentSetting::No;
                 statement.refuse(Kind::Write, ClassReason::UnsafeFunction);
             }
-        }
-        let Some(call) = &mut statement.set_config else { return };
-        match token {
-            Token::Punctuation(b'(') if statement.depth + 1 == call.depth => {}
-            Token::Punctuation(b',') if statement.depth == call.depth => call.commas += 1,
-            Token::Punctuation(b')') if statement.depth == call.depth => {
-                let local = call.commas == 2 && call.third_tokens == 1 && call.third_is_true;
-                statement.set_config = None;
-                if !local {
-                    statement.leave(Leaves::Pins(PinReason::Setting));
-                }
-            }
-            _ if call.commas == 2 => {
-                call.third_tokens += 1;
-                call.third_is_true = token == Token::Word && self.lexer.name() == b"true";
-            }
-            _ => {}
         }
     }
 
@@ -728,18 +696,19 @@ impl Scan<'_> {
         let statement = &mut self.statement;
         let word = statement.words_after_lead;
         match (statement.lead, keyword) {
-            (Some(Lead::Reset), Some(K::All)) if word == 1 => {}
-            (Some(Lead::Reset), _) => statement.leave(Leaves::Pins(PinReason::Setting)),
+            (Some(Lead::Reset), _) => statement.settings = true,
             (Some(Lead::Deallocate), Some(K::Prepare)) if word == 1 => {}
             (Some(Lead::Deallocate), Some(K::All)) => statement.leave(Leaves::DeallocatesAll),
             (Some(Lead::Deallocate), _) => statement.leave(Leaves::Pins(PinReason::SqlPrepare)),
-            (Some(Lead::Discard), Some(K::All)) => statement.leave(Leaves::DiscardsAll),
-            (Some(Lead::Set), Some(K::Local)) if word == 1 => statement.set_is_local = true,
+            (Some(Lead::Discard), Some(K::All)) => {
+                statement.settings = true;
+                statement.leave(Leaves::DiscardsAll);
+            }
             (Some(Lead::Set), Some(K::Transaction)) if word == 1 => {
                 statement.kind = Kind::TransactionControl;
-                statement.set_is_local = true;
+                statement.set_is_transactions = true;
             }
-            (Some(Lead::Set), Some(K::Constraints)) if word == 1 => statement.set_is_local = true,
+            (Some(Lead::Set), Some(K::Constraints)) if word == 1 => statement.set_is_transactions = true,
             _ => {}
         }
     }
@@ -809,20 +778,21 @@ impl Scan<'_> {
             Some(Lead::Copy) if !(statement.copy_to && statement.copy_stdout) => {
                 statement.refuse(Kind::Write, ClassReason::Command);
             }
-            Some(Lead::Set) if !statement.set_is_local => statement.leave(Leaves::Pins(PinReason::Setting)),
+            Some(Lead::Set) if !statement.set_is_transactions => statement.settings = true,
             _ => {}
         }
         if statement.depth != 0 || statement.current_setting != CurrentSetting::No {
             statement.refuse(Kind::Write, ClassReason::Unclear);
         }
-        if statement.set_config.is_some() {
-            statement.leave(Leaves::Pins(PinReason::Setting));
-        }
         if statement.too_deep {
             statement.refuse(Kind::Write, ClassReason::SecondOpinion);
         }
-        let class =
-            StatementClass { kind: statement.kind, reason: statement.reason, leaves: statement.leaves };
+        let class = StatementClass {
+            kind: statement.kind,
+            reason: statement.reason,
+            leaves: statement.leaves,
+            settings: statement.settings,
+        };
         self.total = Some(match self.total {
             None => class,
             Some(before) => StatementClass {
@@ -833,6 +803,7 @@ impl Scan<'_> {
                 },
                 reason: ClassReason::Several,
                 leaves: before.leaves.or_stronger(class.leaves),
+                settings: before.settings || class.settings,
             },
         });
     }

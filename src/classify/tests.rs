@@ -12,6 +12,7 @@ fn classifier() -> Classifier {
         unit_hold: 65_536,
         statement_text: 65_536,
         statements_per_session: 100,
+        session_settings: 1024,
         databases: 1,
         class_cache: 256,
         parser_text: 16 * 1024,
@@ -196,22 +197,22 @@ fn what_is_left() {
     use Leaves::*;
     use PinReason::*;
     for (text, leaves) in [
-        ("set x = 1", Pins(Setting)),
-        ("set session x = 1", Pins(Setting)),
+        ("set x = 1", Nothing),
+        ("set session x = 1", Nothing),
         ("set local x = 1", Nothing),
-        ("set role a", Pins(Setting)),
-        ("set session authorization a", Pins(Setting)),
-        ("set session characteristics as transaction read only", Pins(Setting)),
+        ("set role a", Nothing),
+        ("set session authorization a", Nothing),
+        ("set session characteristics as transaction read only", Nothing),
         ("set transaction read only", Nothing),
         ("set constraints all deferred", Nothing),
-        ("reset x", Pins(Setting)),
+        ("reset x", Nothing),
         ("reset all", Nothing),
-        ("reset role", Pins(Setting)),
+        ("reset role", Nothing),
         ("show x", Nothing),
         ("select set_config('a.b', 'x', true)", Nothing),
-        ("select set_config('a.b', 'x', false)", Pins(Setting)),
-        ("select set_config('a.b', 'x', $1)", Pins(Setting)),
-        ("select set_config($1, $2, not true)", Pins(Setting)),
+        ("select set_config('a.b', 'x', false)", Nothing),
+        ("select set_config('a.b', 'x', $1)", Nothing),
+        ("select set_config($1, $2, not true)", Nothing),
         ("create temp table t (a int)", Pins(TemporaryTable)),
         ("create local temporary table t ()", Pins(TemporaryTable)),
         ("create or replace temp view v as select 1", Pins(TemporaryTable)),
@@ -248,12 +249,36 @@ fn what_is_left() {
         ("insert into s.t (a) values (1)", Nothing),
         ("update t set a = unknown(1)", Unproven),
         ("SELECT pg_advisory_unlock_all(); CLOSE ALL; UNLISTEN *; RESET ALL;", Nothing),
-        ("begin; set x = 1", Pins(Setting)),
+        ("begin; set x = 1", Nothing),
         ("select lower(a) from seq", Nothing),
         ("explain execute p", Pins(SqlPrepare)),
         ("commit prepared 'x'", Nothing),
     ] {
         assert_eq!(class(text).leaves, leaves, "{text}");
+    }
+}
+
+#[test]
+fn what_may_change_settings_is_marked() {
+    for text in [
+        "set x = 1",
+        "set local x = 1",
+        "set role a",
+        "set session authorization a",
+        "reset x",
+        "reset all",
+        "discard all",
+        "select set_config('a.b', 'x', true)",
+        "insert into t values (pg_catalog.set_config($1, $2, false))",
+        "select \"set_config\"('a', 'b', false)",
+        "begin; set x = 1",
+        "set x = 1_000",
+    ] {
+        assert!(class(text).settings, "{text}");
+    }
+    for text in ["set transaction read only", "set constraints all deferred", "update t set a = 1", "show x"]
+    {
+        assert!(!class(text).settings, "{text}");
     }
 }
 

@@ -62,11 +62,13 @@ pub enum RouteReason {
     TooLong,
     /// A replica refused it or went away before it had answered: run again.
     Redone,
+    /// The session has settings that are not shown to work on replicas.
+    Settings,
 }
 
 impl RouteReason {
     /// All labels, in the order of the discriminants.
-    pub const LABELS: [&'static str; 9] = [
+    pub const LABELS: [&'static str; 10] = [
         "read",
         "not_a_read",
         "in_transaction",
@@ -76,6 +78,7 @@ impl RouteReason {
         "behind",
         "too_long",
         "redone",
+        "settings",
     ];
 
     /// One word for a metric label or a log field.

@@ -10,7 +10,8 @@ use super::exchange::Again;
 use super::messages::{self, Parse, Target};
 use super::prepared::{Found, Statement};
 use super::{End, Session};
-use crate::classify::{self, Kind, Leaves, Lookup, StatementClass};
+use crate::classify::setting::{self, ResetBatch};
+use crate::classify::{self, Kind, Leaves, Lexing, Lookup, StatementClass};
 use crate::route::{ClassLabel, RouteReason};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
@@ -36,6 +37,8 @@ pub enum Demand {
         leaves: Leaves,
         /// A Query in it is data definition.
         ddl: bool,
+        /// A Query in it may change settings.
+        settings: bool,
     },
 }
 
@@ -66,6 +69,11 @@ impl Demand {
         matches!(self, Demand::Primary { ddl: true, .. })
     }
 
+    /// Whether a Query in it may change settings.
+    pub fn sets(&self) -> bool {
+        matches!(self, Demand::Primary { settings: true, .. })
+    }
+
     /// Its class, for metrics.
     pub fn label(&self) -> ClassLabel {
         match self {
@@ -88,11 +96,18 @@ impl Demand {
             label: ClassLabel::of(class.kind),
             leaves: class.leaves,
             ddl: class.kind == Kind::Ddl,
+            settings: class.settings,
         }
     }
 
     fn not_a_read(label: ClassLabel) -> Demand {
-        Demand::Primary { reason: RouteReason::NotARead, label, leaves: Leaves::Nothing, ddl: false }
+        Demand::Primary {
+            reason: RouteReason::NotARead,
+            label,
+            leaves: Leaves::Nothing,
+            ddl: false,
+            settings: false,
+        }
     }
 }
 
@@ -103,6 +118,7 @@ fn too_long() -> Demand {
         label: ClassLabel::Unit,
         leaves: Leaves::Unproven,
         ddl: true,
+        settings: false,
     }
 }
 
@@ -145,7 +161,7 @@ impl Session {
                     needs_backend = true;
                     let body = &self.client.input[at + HEADER..at + header.len];
                     let parse = Parse::read(body).ok_or_else(|| End::protocol("invalid message format"))?;
-                    let statement = self.shared.names.statement(&parse);
+                    let statement = self.shared.names.statement(&parse, self.settings.parse_fingerprint());
                     names.insert(parse.name.to_vec(), Some(statement.clone()));
                     let class = self.class_of(&statement).await;
                     if !matches!(class.kind, Kind::Read | Kind::Empty) {
@@ -205,7 +221,7 @@ impl Session {
             .ok_or_else(|| End::protocol("invalid message format"))?
             .to_vec();
         let class = self.classify(&text, &[]).await;
-        if at == 0 && self.deallocated(&text, class, len) {
+        if at == 0 && (self.deallocated(&text, class, len) || self.reset(&text, class, len)) {
             return Ok(Demand::Ours);
         }
         if at == 0 && matches!(class.kind, Kind::Read | Kind::Empty) {
@@ -262,6 +278,79 @@ impl Session {
         bytes::BufMut::put_slice(&mut self.client.output, &out);
         self.put_ready();
         true
+    }
+
+    /// A batch by which a pool makes a session as new: nothing of an idle, unpinned session is on a backend, so
+    /// it is answered here, as PostgreSQL answers it.
+    fn reset(&mut self, text: &[u8], class: StatementClass, len: usize) -> bool {
+        if !class.settings && class.leaves != Leaves::DeallocatesAll || self.lexing == Lexing::Unsafe {
+            return false;
+        }
+        let Some(batch) = setting::reset_batch(text) else { return false };
+        if batch == ResetBatch::ResetRole && self.settings.names().any(|name| name == "session_authorization")
+        {
+            // What else it reports then, only a server knows.
+            return false;
+        }
+        let mut out = Vec::new();
+        let mut tag = |tag: &[u8]| wire::put(&mut out, b'C', |out| wire::put_cstr(out, tag));
+        match batch {
+            ResetBatch::DiscardAll => tag(b"DISCARD ALL"),
+            ResetBatch::ResetAll | ResetBatch::ResetRole | ResetBatch::ResetName => tag(b"RESET"),
+            ResetBatch::DeallocateAll => tag(b"DEALLOCATE ALL"),
+            ResetBatch::Asyncpg => {
+                wire::put(&mut out, b'T', |out| {
+                    out.extend_from_slice(&1_u16.to_be_bytes());
+                    wire::put_cstr(out, b"pg_advisory_unlock_all");
+                    // No table, type void, of four bytes, as text.
+                    out.extend_from_slice(&[0, 0, 0, 0, 0, 0]);
+                    out.extend_from_slice(&2278_u32.to_be_bytes());
+                    out.extend_from_slice(&4_u16.to_be_bytes());
+                    out.extend_from_slice(&(-1_i32).to_be_bytes());
+                    out.extend_from_slice(&[0, 0]);
+                });
+                wire::put(&mut out, b'D', |out| out.extend_from_slice(&[0, 1, 0, 0, 0, 0]));
+                for text in [&b"SELECT 1"[..], b"CLOSE CURSOR ALL", b"UNLISTEN", b"RESET"] {
+                    wire::put(&mut out, b'C', |out| wire::put_cstr(out, text));
+                }
+            }
+        }
+        bytes::BufMut::put_slice(&mut self.client.output, &out);
+        self.client.input.advance(len);
+        self.statements.drop_unnamed();
+        if matches!(batch, ResetBatch::DiscardAll | ResetBatch::DeallocateAll) {
+            self.statements.clear();
+        }
+        match batch {
+            ResetBatch::DeallocateAll => {}
+            ResetBatch::ResetAll | ResetBatch::Asyncpg => {
+                self.reset_settings(|name| !matches!(name, "role" | "session_authorization"))
+            }
+            ResetBatch::DiscardAll => self.reset_settings(|_| true),
+            ResetBatch::ResetRole => self.reset_settings(|name| name == "role"),
+            ResetBatch::ResetName => self.reset_settings(|name| name == "application_name"),
+        }
+        self.put_ready();
+        true
+    }
+
+    /// Settings have the values again that they had at login; the client is told of those it was told of.
+    fn reset_settings(&mut self, which: impl Fn(&str) -> bool) {
+        let told = self.told_at_login.clone();
+        for (name, value) in told.iter() {
+            let key = String::from_utf8_lossy(name).to_ascii_lowercase();
+            // Whether it is a superuser follows from the role.
+            let key = if key == "is_superuser" { "role" } else { &key };
+            if which(key)
+                && self
+                    .settings
+                    .names()
+                    .any(|set| set == key || (key == "role" && set == "session_authorization"))
+            {
+                self.tell(name, value);
+            }
+        }
+        self.settings.reset_without_backend(which);
     }
 
     /// Close, Flush and Sync need no server when there is nothing of them there.
@@ -352,7 +441,8 @@ impl Session {
         while let Ok(Some(header)) = wire::header(&self.client.input[at..]) {
             let Some(body) = self.client.input.get(at + HEADER..at + header.len) else { return };
             let statement = match header.tag {
-                b'P' => Parse::read(body).map(|parse| self.shared.names.statement(&parse)),
+                b'P' => Parse::read(body)
+                    .map(|parse| self.shared.names.statement(&parse, self.settings.parse_fingerprint())),
                 b'B' => {
                     messages::bind_names(body).and_then(|(_, name, _)| match self.statements.find(name) {
                         Found::Statement(statement) => Some(statement),

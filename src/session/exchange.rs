@@ -17,12 +17,15 @@
 use std::collections::{HashSet, VecDeque};
 use std::future::poll_fn;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use super::prepared::Statement;
 use super::{End, Session};
 use crate::backend::{Backend, SharedName, poll_drain, poll_fill};
 use crate::classify::Leaves;
+use crate::classify::setting::{Change, Effects};
 use crate::wire::ErrorReport;
 
 /// Bytes waiting for a socket above which no more are taken from the other side.
@@ -54,6 +57,8 @@ pub enum Expect {
     InjectedClose(NameOnServer),
     /// ReadyForQuery for a Sync of ours.
     InjectedSync,
+    /// ReadyForQuery for a Query of ours ahead of the unit: see [`Exchange::injected_answer`].
+    InjectedQuery(Purpose),
     /// ParseComplete that we give: the backend has the statement already.
     OwnParseComplete,
     /// CloseComplete that we give: the name is ours alone.
@@ -78,6 +83,22 @@ pub enum Expect {
     FunctionCall,
     /// ReadyForQuery.
     Sync,
+}
+
+/// What a Query of ours ahead of a unit is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// The backend gets the session's settings.
+    Settings,
+}
+
+/// A Query of ours has failed: what is to be said to the client in place of the unit's answer.
+#[derive(Debug)]
+pub struct Refused {
+    /// Bytes that the client's output held before.
+    pub(super) output: usize,
+    /// The server's ErrorResponse.
+    pub(super) message: Vec<u8>,
 }
 
 /// Under which name a statement is prepared on the backend.
@@ -143,6 +164,22 @@ pub struct Unit {
     pub(super) underway: HashSet<SharedName>,
     /// Answer discarded up to ReadyForQuery, then run again.
     pub(super) discard: Option<Again>,
+    /// Queries of ours ahead of it that are not answered yet.
+    pub(super) ahead: u32,
+    /// One of them has failed: nothing of the unit is to run, and this is its answer.
+    pub(super) refused: Option<Refused>,
+    /// What its commands do to settings, by which of them it is.
+    pub(super) settings: VecDeque<(u32, Vec<Change>)>,
+    /// Executes that were passed on, and commands that have completed.
+    pub(super) executes: u32,
+    pub(super) completed: u32,
+    /// Binds that were passed on, and how many of them are of statements that show nothing.
+    pub(super) binds: u32,
+    pub(super) quiet_binds: u32,
+    /// Its Query shows nothing of the database.
+    pub(super) quiet_query: bool,
+    /// The statement that is being bound, if it may change settings.
+    pub(super) binding: Option<Arc<Statement>>,
     /// The strongest of what its statements may leave behind.
     pub leaves: Leaves,
     /// It contains data definition.
@@ -193,6 +230,8 @@ pub enum Outcome {
     Again(Again),
     /// All so far is answered, and what comes next must not run on this replica: route it anew.
     Move,
+    /// A Query of ours ahead of the unit has failed, and nothing of the unit was sent: this error is its answer.
+    Refused(Vec<u8>),
 }
 
 impl Unit {
@@ -217,6 +256,15 @@ impl Unit {
             urged: false,
             underway: HashSet::new(),
             discard: None,
+            ahead: 0,
+            refused: None,
+            settings: VecDeque::new(),
+            executes: 0,
+            completed: 0,
+            binds: 0,
+            quiet_binds: 0,
+            quiet_query: false,
+            binding: None,
             leaves: Leaves::Nothing,
             ddl: false,
             writes: false,
@@ -226,6 +274,33 @@ impl Unit {
     /// A unit that is over: what a session has between two.
     pub fn none() -> Unit {
         Unit { over: true, intake: Intake::Closed, ..Unit::new(false, 0) }
+    }
+
+    /// Puts a Query of ours ahead of what is yet to be sent of it. What comes behind is sent in the same
+    /// write where that is safe: the Query must be one transaction, so that an error in it either leaves
+    /// an aborted transaction, in which nothing else runs, or makes a replica's answer be thrown away.
+    pub(super) fn put_ahead(&mut self, backend: &mut Backend, sql: &[u8], purpose: Purpose) {
+        super::translate::put_length(&mut backend.output, b'Q', sql.len() + 1);
+        super::translate::put_cstr(&mut backend.output, sql);
+        // The unnamed statement dies with a Query.
+        backend.unnamed = None;
+        self.expects.push_back(Expect::InjectedQuery(purpose));
+        self.ahead += 1;
+    }
+
+    /// Whether it has shown nothing of the database: SET and the like.
+    pub fn is_quiet(&self) -> bool {
+        !self.failed && (self.quiet_query || (self.binds > 0 && self.binds == self.quiet_binds))
+    }
+
+    /// Counts in what the statements of a Query do to settings.
+    pub(super) fn count_settings(&mut self, effects: &Effects) {
+        self.quiet_query = effects.quiet && self.executes == 0;
+        for (at, changes) in (self.executes..).zip(effects.bind(&[])) {
+            if !changes.is_empty() {
+                self.settings.push_back((at, changes));
+            }
+        }
     }
 
     /// Whether the server reported an error in it.
@@ -347,7 +422,8 @@ impl Exchange<'_> {
 
     /// Whether there is room again for what the node sends.
     fn write_to_client(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
-        if self.unit.redoable || self.session.client.output.is_empty() {
+        let kept = self.unit.redoable || self.unit.refused.is_some();
+        if kept || self.session.client.output.is_empty() {
             return Ok(false);
         }
         self.session.note_before_bytes(self.backend.node, self.backend.epoch, self.unit.writes);

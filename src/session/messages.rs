@@ -40,6 +40,40 @@ pub fn bind_names(body: &[u8]) -> Option<(&[u8], &[u8], usize)> {
     Some((portal, statement, body.len() - rest.len()))
 }
 
+/// The values of a Bind's parameters as text. `None`: null, or in binary form of a type that `types` (0: left
+/// to the server) does not call a text.
+pub fn bind_texts(body: &[u8], types: &[u32]) -> Option<Vec<Option<Vec<u8>>>> {
+    // text, varchar, unknown
+    const TEXTS: [u32; 4] = [0, 25, 1043, 705];
+    let (_, _, names) = bind_names(body)?;
+    let number = |rest: &[u8]| rest.first_chunk::<2>().map(|b| usize::from(u16::from_be_bytes(*b)));
+    let mut rest = &body[names..];
+    let formats = number(rest)?;
+    let codes = rest.get(2..2 + 2 * formats)?;
+    rest = &rest[2 + 2 * formats..];
+    let count = number(rest)?;
+    rest = &rest[2..];
+    let mut values = Vec::with_capacity(count.min(64));
+    for at in 0..count {
+        let (length, tail) = rest.split_first_chunk::<4>()?;
+        let Ok(length) = usize::try_from(i32::from_be_bytes(*length)) else {
+            values.push(None);
+            rest = tail;
+            continue;
+        };
+        let value = tail.get(..length)?;
+        rest = &tail[length..];
+        let format = match formats {
+            0 => 0,
+            1 => number(codes)?,
+            _ => number(codes.get(2 * at..)?)?,
+        };
+        let is_text = TEXTS.contains(&types.get(at).copied().unwrap_or(0)) && format <= 1;
+        values.push(is_text.then(|| value.to_vec()));
+    }
+    Some(values)
+}
+
 /// What a Describe or Close is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target<'a> {
@@ -92,10 +126,18 @@ mod tests {
         assert_eq!(bind_names(b"p\0s"), None);
     }
 
+    #[test]
+    fn texts_of_a_bind_are_read_in_both_formats() {
+        let body = b"\0\0\0\x01\0\x01\0\x03\0\0\0\x01a\0\0\0\x01b\xff\xff\xff\xff\0\0";
+        let value = |text: &[u8]| Some(text.to_vec());
+        assert_eq!(bind_texts(body, &[]), Some(vec![value(b"a"), value(b"b"), None]));
+        assert_eq!(bind_texts(body, &[25, 23]), Some(vec![value(b"a"), None, None]));
+    }
+
     proptest! {
         #[test]
         fn garbage_is_refused_without_panic(body: Vec<u8>) {
-            let _ = (Parse::read(&body), bind_names(&body), target(&body), execute(&body));
+            let _ = (Parse::read(&body), bind_names(&body), target(&body), execute(&body), bind_texts(&body, &[]));
         }
     }
 }

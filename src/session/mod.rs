@@ -16,6 +16,7 @@ pub mod own;
 mod place;
 pub mod prepared;
 pub mod promise;
+pub mod settings;
 pub mod shared_mark;
 mod translate;
 
@@ -28,16 +29,18 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, BufMut, BytesMut};
 
 use self::demand::Demand;
-use self::exchange::{Again, HIGH_WATER, Outcome, Unit, put_report};
+use self::exchange::{Again, HIGH_WATER, Outcome, Purpose, Unit, put_report};
 use self::handle::{Ending, SessionHandle, Sessions};
 use self::mark::{Freshness, Mark, Survival};
 use self::place::Placed;
 use self::prepared::{Names, Statements};
 use self::promise::PrimaryReads;
+use self::settings::{AtReady, Settings};
 use self::shared_mark::{GlobalMark, NamedMarks, SharedMark};
 use crate::backend::pool::{Lease, Pools, UserPools};
 use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
 use crate::catalogs::{Catalogs, DatabaseCatalog};
+use crate::classify::setting::{self, Change};
 use crate::classify::{Classifier, Leaves, Lexing, PinReason};
 use crate::config::Config;
 use crate::consistency::Promise;
@@ -215,8 +218,12 @@ pub struct Session {
     client: ClientEnd,
     pools: Arc<UserPools>,
     startup: Arc<StartupParameters>,
-    /// What its backends are to be called.
-    application_name: Option<Arc<str>>,
+    /// What it has set.
+    settings: Settings,
+    /// What the portals of this transaction do to settings.
+    portals: Vec<(Vec<u8>, Vec<Change>)>,
+    /// The parameters as the client was told them at its login.
+    told_at_login: Arc<Parameters>,
     database: Arc<str>,
     catalog: Arc<DatabaseCatalog>,
     /// The parameters as the client was told them last.
@@ -283,7 +290,9 @@ impl Session {
             },
             pools,
             startup: Arc::new(arrival.startup),
-            application_name,
+            settings: Settings::new(application_name.as_deref()),
+            portals: Vec::new(),
+            told_at_login: Arc::default(),
             catalog: shared.catalogs.database(&arrival.database),
             database: arrival.database.into(),
             reported: Arc::default(),
@@ -310,7 +319,7 @@ impl Session {
         };
         drop(topology);
         session.share_mark();
-        let end = match session.welcome().await {
+        let end = match session.welcome(application_name.as_deref()).await {
             Ok(()) => session.serve().await,
             Err(end) => end,
         };
@@ -319,21 +328,18 @@ impl Session {
 
     /// ParameterStatus, BackendKeyData, ReadyForQuery. What a server reports comes from a real login
     /// with the same startup parameters, which also lets the node refuse the client in its own words.
-    async fn welcome(&mut self) -> Result<(), End> {
+    async fn welcome(&mut self, application_name: Option<&str>) -> Result<(), End> {
         let mut parameters = match self.pools.welcome(&self.startup) {
             Some(parameters) => parameters,
             None => {
-                let mut lease = self.lease_for_login().await?;
-                if clean::name(&mut lease, None).await.is_err() {
-                    return Err(End::fatal(ErrorReport::fatal("08006", "the connection to the node broke")));
-                }
-                let parameters = lease.parameters.clone();
+                let lease = self.lease_for_login().await?;
+                let parameters = lease.login_parameters.clone();
                 self.pools.remember_welcome(&self.startup, &parameters);
                 lease.give_back();
                 parameters
             }
         };
-        if let Some(name) = &self.application_name {
+        if let Some(name) = application_name {
             Arc::make_mut(&mut parameters).insert(b"application_name".to_vec(), name.as_bytes().to_vec());
         }
         let mut out = Vec::with_capacity(512);
@@ -350,6 +356,7 @@ impl Session {
         });
         wire::put(&mut out, b'Z', |out| out.push(TransactionStatus::Idle.byte()));
         self.client.output.put_slice(&out);
+        self.told_at_login = parameters.clone();
         self.reported = parameters;
         self.lexing_changed();
         Ok(())
@@ -548,21 +555,10 @@ impl Session {
             if self.handle.is_cancelled() {
                 return self.fail_unit(canceled());
             }
-            let mut placed = match self.place(&demand, &avoid).await? {
+            let placed = match self.place(&demand, &avoid).await? {
                 Ok(placed) => placed,
                 Err(report) => return self.fail_unit(report),
             };
-            if clean::name(&mut placed.lease, self.application_name.as_ref()).await.is_err() {
-                self.shared.reports.report_failure(placed.node, NodeFailure::Broken);
-                if avoid.contains(&placed.node) {
-                    let report = ErrorReport::error("08006", "the connection to the node broke")
-                        .detail("The statement was not sent to it.");
-                    return self.fail_unit(report);
-                }
-                // Nothing of the unit was sent. (A primary is asked once more: there is no other.)
-                avoid.push(placed.node);
-                continue;
-            }
             self.flush_client().await?;
             if !self.handle.running(&placed.lease.cancel) {
                 // The cancel came when the backend had just been found.
@@ -605,6 +601,11 @@ impl Session {
                         demand => demand,
                     };
                 }
+                Ok(Outcome::Refused(error)) => {
+                    // Closed: what it was left with is not known.
+                    self.lease = None;
+                    return self.refuse_unit(&error);
+                }
                 Err(end) => return Err(self.ended(end)),
             }
         }
@@ -615,9 +616,38 @@ impl Session {
         self.unit = Unit::new(demand.is_read(), demand.vetted());
         self.count_demand(demand);
         self.output_before = self.client.output.len();
-        self.tell_differences(&placed.lease.parameters);
         self.role = placed.role;
-        self.lease = Some(placed.lease);
+        let mut lease = placed.lease;
+        if !self.give_settings(&mut lease) {
+            self.tell_differences(&lease.parameters);
+        }
+        self.lease = Some(lease);
+    }
+
+    /// Puts what makes the backend's settings the session's ahead of the unit. Whether that was needed.
+    fn give_settings(&mut self, backend: &mut Backend) -> bool {
+        if backend.applied == *self.settings.wanted() {
+            return false;
+        }
+        let Some(sql) = settings::replay(&backend.applied, self.settings.wanted()) else {
+            backend.applied = self.settings.wanted().clone();
+            return false;
+        };
+        self.shared.metrics.settings_replays.inc();
+        self.unit.put_ahead(backend, sql.as_bytes(), Purpose::Settings);
+        true
+    }
+
+    /// What a portal's execution does to settings.
+    fn keep_portal(&mut self, portal: &[u8], changes: Vec<Change>) {
+        self.portals.retain(|(name, _)| name != portal);
+        if !changes.is_empty() {
+            self.portals.push((portal.to_vec(), changes));
+        }
+    }
+
+    fn portal_changes(&self, portal: &[u8]) -> Option<Vec<Change>> {
+        self.portals.iter().find(|(name, _)| name == portal).map(|(_, changes)| changes.clone())
     }
 
     /// What is known of a unit from how it was routed.
@@ -625,6 +655,14 @@ impl Session {
         self.unit.leaves = demand.leaves();
         self.unit.writes = !demand.is_read();
         self.unit.ddl = demand.is_ddl();
+        if demand.sets()
+            && let Ok(Some(header)) = wire::header(&self.client.input)
+            && let Some(body) = self.client.input.get(HEADER..header.len)
+        {
+            let text = body.strip_suffix(b"\0").unwrap_or_default();
+            let effects = setting::effects(text, self.lexing);
+            self.unit.count_settings(&effects);
+        }
     }
 
     /// A unit in a transaction or on a pinned backend: there is nothing to decide.
@@ -662,9 +700,17 @@ impl Session {
             self.count_demand(demand);
         }
         self.output_before = self.client.output.len();
+        if self.status == TransactionStatus::Idle
+            && let Some(mut lease) = self.lease.take()
+        {
+            self.give_settings(&mut lease);
+            self.lease = Some(lease);
+        }
         match self.exchange().await {
             // Nothing moves off a primary; a session held on a replica would try for ever.
             Ok(Outcome::Move | Outcome::Again(_)) => Err(End::NodeLost { node }),
+            // What the session has left on it is gone with it.
+            Ok(Outcome::Refused(_)) => Err(End::StateLost { node }),
             Ok(Outcome::Done) => {
                 self.count(node, demand.map_or(ClassLabel::Unit, |d| d.label()), reason);
                 self.finish().await
@@ -728,7 +774,9 @@ impl Session {
 
     /// After a unit's answers: notes, pins, and what becomes of the backend.
     async fn finish(&mut self) -> Result<(), End> {
-        self.note();
+        if !self.unit.is_quiet() {
+            self.note();
+        }
         let failed = self.unit.failed();
         self.ddl |= self.unit.ddl;
         match self.unit.leaves {
@@ -738,7 +786,7 @@ impl Session {
             Leaves::DiscardsAll if !failed => {
                 if let Some(lease) = &mut self.lease {
                     lease.unnamed = None;
-                    lease.application_name = None;
+                    lease.applied = Arc::default();
                     lease.dirt = Dirt::Clean;
                 }
                 if self.pin.take().is_some() {
@@ -748,9 +796,13 @@ impl Session {
             // What they do to the statements was taken into account when they completed.
             Leaves::DiscardsAll | Leaves::DeallocatesAll => {}
         }
+        if self.settings.in_flux() || !self.unit.settings.is_empty() {
+            self.settle_settings().await?;
+        }
         if self.status != TransactionStatus::Idle {
             return Ok(());
         }
+        self.portals.clear();
         if std::mem::take(&mut self.ddl) {
             self.catalog.invalidate();
         }
@@ -768,6 +820,57 @@ impl Session {
             self.give_back();
         }
         Ok(())
+    }
+
+    /// Settings were changed, or may have been: once the transaction is over, it is known which.
+    async fn settle_settings(&mut self) -> Result<(), End> {
+        let failed = self.unit.failed();
+        if !failed {
+            // Fewer commands have completed than the text was thought to have.
+            for (_, changes) in std::mem::take(&mut self.unit.settings) {
+                self.settings.perhaps(changes);
+            }
+        }
+        let opaque = !matches!(self.unit.leaves, Leaves::Nothing);
+        let mut outcome = self.settings.ready(self.status, failed, opaque);
+        if let AtReady::ReadBack(names) = outcome {
+            let values = self.read_settings(&names).await?;
+            let utf8 = self.lexing == Lexing::Utf8;
+            outcome = self.settings.read_back(&names.into_iter().zip(values).collect::<Vec<_>>(), utf8);
+        }
+        if self.status != TransactionStatus::Idle {
+            return Ok(());
+        }
+        let Some(lease) = &mut self.lease else { return Ok(()) };
+        let too_much = self.settings.wanted().size() > self.shared.config.limits.session_settings;
+        if outcome == AtReady::Untracked || too_much {
+            lease.dirt = lease.dirt.max(Dirt::State);
+            self.pin_now(PinReason::Setting);
+        }
+        let applied = self.settings.left_behind();
+        if let Some(lease) = &mut self.lease {
+            lease.applied = applied;
+        }
+        Ok(())
+    }
+
+    /// The values of settings on the leased backend: as it has reported them, or by asking.
+    async fn read_settings(&mut self, names: &[String]) -> Result<Vec<Option<Vec<u8>>>, End> {
+        let reported = |name: &String| {
+            let parameters = self.lease.as_ref().map(|lease| &lease.parameters)?;
+            let is_it = |key: &&Vec<u8>| key.eq_ignore_ascii_case(name.as_bytes());
+            parameters.keys().find(is_it).and_then(|key| parameters.get(key).cloned())
+        };
+        let known: Vec<_> = names.iter().map_while(reported).map(Some).collect();
+        if known.len() == names.len() {
+            return Ok(known);
+        }
+        self.flush_client().await?;
+        self.handle.idle();
+        let Some(lease) = &mut self.lease else { return Ok(Vec::new()) };
+        let node = lease.node;
+        // The client has its answer; what it has set is gone with the backend.
+        clean::read_settings(lease, names).await.map_err(|clean::Broken| End::StateLost { node })
     }
 
     /// Code that is not understood has run: if it left session state, the session keeps the backend.
@@ -832,7 +935,15 @@ impl Session {
 
     /// An error of ours in place of a unit's answer. The unit's messages are dropped.
     fn fail_unit(&mut self, report: ErrorReport) -> Result<(), End> {
-        put_report(&mut self.client.output, &report);
+        let mut message = Vec::new();
+        report.put(&mut message);
+        self.refuse_unit(&message)
+    }
+
+    /// The same with an ErrorResponse that a server has given.
+    fn refuse_unit(&mut self, message: &[u8]) -> Result<(), End> {
+        self.unit = Unit::none();
+        self.client.output.put_slice(message);
         let Ok(Some(header)) = wire::header(&self.client.input) else { return Ok(()) };
         if matches!(header.tag, b'Q' | b'F') {
             self.drop_message(header.len);
@@ -882,6 +993,8 @@ impl Session {
         };
         put_report(&mut self.client.output, &report);
         self.statements.failed(false);
+        self.settings.forget_pending();
+        self.portals.clear();
         self.unit = Unit::none();
         self.put_ready();
         Ok(())

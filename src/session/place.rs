@@ -52,6 +52,7 @@ impl Session {
         let reason = match demand {
             Demand::Read { redone: true, .. } => RouteReason::Redone,
             Demand::Read { .. } if !self.shared.config.routing.split => RouteReason::SplitOff,
+            Demand::Read { .. } if self.settings.keeps_on_primary() => RouteReason::Settings,
             Demand::Read { .. } => match self.place_on_replica(avoid).await? {
                 Tried::Placed(placed) => {
                     self.count_read(false);

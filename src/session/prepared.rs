@@ -25,6 +25,8 @@ pub struct Statement {
     pub tail: Bytes,
     /// A number that no other Parse of the process has.
     pub serial: u64,
+    /// What its name says of the settings under which it was parsed.
+    pub settings: Box<[u8]>,
     class: Mutex<Option<(u64, StatementClass)>>,
 }
 
@@ -74,11 +76,13 @@ impl Names {
         Names { key, next: std::sync::atomic::AtomicU64::new(1) }
     }
 
-    /// A statement for a Parse.
-    pub fn statement(&self, parse: &Parse<'_>) -> Arc<Statement> {
+    /// A statement for a Parse under the settings that `settings` stands for: what a literal means is
+    /// decided when it is parsed.
+    pub fn statement(&self, parse: &Parse<'_>, settings: &[u8]) -> Arc<Statement> {
         let serial = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let mut hasher = SipHasher13::new_with_key(&self.key);
         hasher.write(parse.tail);
+        hasher.write(settings);
         if has_moment_literal(parse.text) {
             // 'now' is turned into a time at Parse: sharing would freeze the first client's time for all.
             hasher.write_u64(serial);
@@ -88,8 +92,17 @@ impl Names {
             shared: SharedName(hash),
             tail: Bytes::copy_from_slice(parse.tail),
             serial,
+            settings: settings.into(),
             class: Mutex::new(None),
         })
+    }
+}
+
+impl Names {
+    /// The same text under other settings, for a backend that lacks it and can only parse it under these.
+    pub fn under(&self, statement: &Statement, settings: &[u8]) -> Option<Arc<Statement>> {
+        let body = [b"\0", &statement.tail[..]].concat();
+        Parse::read(&body).map(|parse| self.statement(&parse, settings))
     }
 }
 
@@ -280,9 +293,9 @@ mod tests {
     #[test]
     fn same_text_and_types_share_a_name() {
         let names = Names::new([7; 16]);
-        let a = names.statement(&parse(b"a\0select $1\0\0\x01\0\0\0\x17"));
-        let b = names.statement(&parse(b"b\0select $1\0\0\x01\0\0\0\x17"));
-        let c = names.statement(&parse(b"b\0select $1\0\0\x01\0\0\0\x19"));
+        let a = names.statement(&parse(b"a\0select $1\0\0\x01\0\0\0\x17"), b"");
+        let b = names.statement(&parse(b"b\0select $1\0\0\x01\0\0\0\x17"), b"");
+        let c = names.statement(&parse(b"b\0select $1\0\0\x01\0\0\0\x19"), b"");
         assert_eq!(a.shared, b.shared);
         assert_ne!(a.shared, c.shared);
         assert_eq!(a.types(), [23]);
@@ -297,7 +310,7 @@ mod tests {
             b"\0select date ' Today '\0\0\0",
             b"\0select timestamptz $$yesterday$$\0\0\0",
         ] {
-            assert_ne!(names.statement(&parse(body)).shared, names.statement(&parse(body)).shared);
+            assert_ne!(names.statement(&parse(body), b"").shared, names.statement(&parse(body), b"").shared);
         }
     }
 
@@ -305,7 +318,7 @@ mod tests {
     fn a_name_is_usable_within_its_unit_and_gone_with_an_error() {
         let names = Names::new([7; 16]);
         let mut statements = Statements::default();
-        statements.sent(b"s", Found::Statement(names.statement(&parse(b"s\0select 1\0\0\0"))));
+        statements.sent(b"s", Found::Statement(names.statement(&parse(b"s\0select 1\0\0\0"), b"")));
         assert!(matches!(statements.find(b"s"), Found::Statement(_)));
         statements.failed(false);
         assert!(matches!(statements.find(b"s"), Found::Nothing));
@@ -315,8 +328,8 @@ mod tests {
     fn a_name_can_be_closed_and_made_again_in_one_unit() {
         let names = Names::new([7; 16]);
         let mut statements = Statements::default();
-        let old = names.statement(&parse(b"s\0select 1\0\0\0"));
-        let new = names.statement(&parse(b"s\0select 2\0\0\0"));
+        let old = names.statement(&parse(b"s\0select 1\0\0\0"), b"");
+        let new = names.statement(&parse(b"s\0select 2\0\0\0"), b"");
         statements.sent(b"s", Found::Statement(old));
         statements.succeeded();
         statements.sent(b"s", Found::Nothing);
@@ -334,9 +347,9 @@ mod tests {
     fn a_failed_parse_of_the_unnamed_statement_leaves_none() {
         let names = Names::new([7; 16]);
         let mut statements = Statements::default();
-        statements.sent(b"", Found::Statement(names.statement(&parse(b"\0select 1\0\0\0"))));
+        statements.sent(b"", Found::Statement(names.statement(&parse(b"\0select 1\0\0\0"), b"")));
         statements.succeeded();
-        statements.sent(b"", Found::Statement(names.statement(&parse(b"\0selec\0\0\0"))));
+        statements.sent(b"", Found::Statement(names.statement(&parse(b"\0selec\0\0\0"), b"")));
         statements.failed(true);
         assert!(matches!(statements.find(b""), Found::Nothing));
     }
@@ -345,20 +358,20 @@ mod tests {
     fn a_unit_that_is_taken_back_leaves_the_names_as_they_were() {
         let names = Names::new([7; 16]);
         let mut statements = Statements::default();
-        let old = names.statement(&parse(b"kept\0select 1\0\0\0"));
+        let old = names.statement(&parse(b"kept\0select 1\0\0\0"), b"");
         statements.begin(false);
         statements.sent(b"kept", Found::Statement(old.clone()));
         statements.succeeded();
         statements.begin(true);
         // Answered before the unit failed: a new name, a closed one, and one closed and made again.
-        statements.sent(b"new", Found::Statement(names.statement(&parse(b"new\0select 2\0\0\0"))));
+        statements.sent(b"new", Found::Statement(names.statement(&parse(b"new\0select 2\0\0\0"), b"")));
         statements.sent(b"kept", Found::Nothing);
-        statements.sent(b"kept", Found::Statement(names.statement(&parse(b"kept\0select 3\0\0\0"))));
+        statements.sent(b"kept", Found::Statement(names.statement(&parse(b"kept\0select 3\0\0\0"), b"")));
         for _ in 0..3 {
             statements.succeeded();
         }
         // And one that is not answered yet.
-        statements.sent(b"later", Found::Statement(names.statement(&parse(b"later\0select 4\0\0\0"))));
+        statements.sent(b"later", Found::Statement(names.statement(&parse(b"later\0select 4\0\0\0"), b"")));
         statements.take_back();
         assert!(matches!(statements.find(b"new"), Found::Nothing));
         assert!(matches!(statements.find(b"later"), Found::Nothing));
@@ -369,11 +382,11 @@ mod tests {
     fn an_error_before_the_unnamed_parse_leaves_the_old_one() {
         let names = Names::new([7; 16]);
         let mut statements = Statements::default();
-        statements.sent(b"", Found::Statement(names.statement(&parse(b"\0select 1\0\0\0"))));
+        statements.sent(b"", Found::Statement(names.statement(&parse(b"\0select 1\0\0\0"), b"")));
         statements.succeeded();
         // The server skips the second Parse: the first has failed.
-        statements.sent(b"x", Found::Statement(names.statement(&parse(b"x\0selec\0\0\0"))));
-        statements.sent(b"", Found::Statement(names.statement(&parse(b"\0select 2\0\0\0"))));
+        statements.sent(b"x", Found::Statement(names.statement(&parse(b"x\0selec\0\0\0"), b"")));
+        statements.sent(b"", Found::Statement(names.statement(&parse(b"\0select 2\0\0\0"), b"")));
         statements.failed(false);
         assert!(matches!(statements.find(b""), Found::Statement(_)));
     }

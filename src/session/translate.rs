@@ -11,7 +11,8 @@ use super::messages::{self, Parse, Target};
 use super::prepared::{Found, Statement};
 use super::{End, Role};
 use crate::backend::{Dirt, SharedName};
-use crate::classify::{Kind, Leaves, Lookup, PinReason, StatementClass};
+use crate::classify::setting::{self, Change};
+use crate::classify::{self, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
 /// A portal that no client has: an Execute of it fails.
@@ -41,6 +42,9 @@ impl Exchange<'_> {
             if self.unit.intake == Intake::Closed || self.unit.discard.is_some() {
                 break;
             }
+            if self.unit.ahead > 0 && !self.may_follow() {
+                break;
+            }
             if self.unit.expects.len() >= MOST_AWAITED {
                 moved |= self.urge();
                 break;
@@ -52,6 +56,37 @@ impl Exchange<'_> {
             }
         }
         Ok(if moved { Step::On } else { Step::Wait })
+    }
+
+    /// Whether the next message may be sent behind a Query of ours that is not answered yet. Should that
+    /// fail, the message meets an aborted transaction (on a replica its answer is thrown away): harmless
+    /// unless it would end that transaction and go on.
+    fn may_follow(&self) -> bool {
+        if self.unit.refused.is_some() {
+            // It has failed: what has not been sent yet need not be, unless it ends what was.
+            return self.unit.begun;
+        }
+        if self.session.role == Role::Replica {
+            return self.unit.vetted > 0;
+        }
+        let input = &self.session.client.input[self.unit.taken..];
+        let Ok(Some(header)) = wire::header(input) else { return true };
+        if self.session.lexing == Lexing::Unsafe {
+            return false;
+        }
+        let Some(body) = input.get(HEADER..header.len) else { return false };
+        match header.tag {
+            b'Q' => wire::cstr(body).is_some_and(|(text, _)| classify::stays_in_transaction(text)),
+            b'P' => Parse::read(body).is_some_and(|parse| classify::stays_in_transaction(parse.text)),
+            b'B' => messages::bind_names(body).is_some_and(|(_, name, _)| {
+                match self.session.statements.find(name) {
+                    Found::Statement(statement) => classify::stays_in_transaction(statement.text()),
+                    Found::OnBackend => false,
+                    Found::Nothing => true,
+                }
+            }),
+            _ => true,
+        }
     }
 
     /// Passes on (or drops) what has come of a message that is longer. Whether there was something.
@@ -250,7 +285,14 @@ impl Exchange<'_> {
             return Ok(Some(stopped));
         }
         match class {
-            Some(Lookup::Known(class, _)) => self.count_in(class),
+            Some(Lookup::Known(class, _)) => {
+                if class.settings {
+                    let body = self.body(len);
+                    let text = body.strip_suffix(b"\0").unwrap_or_default();
+                    self.unit.count_settings(&setting::effects(text, self.session.lexing));
+                }
+                self.count_in(class);
+            }
             // Only what may be a read is worth a second opinion, and a read leaves nothing.
             Some(Lookup::Ask(_)) => self.unit.writes = true,
             None => {
@@ -334,7 +376,8 @@ impl Exchange<'_> {
         }
         let body = self.body(len);
         let parse = Parse::read(&body).ok_or_else(|| End::protocol("invalid message format"))?;
-        let statement = self.session.shared.names.statement(&parse);
+        let statement =
+            self.session.shared.names.statement(&parse, self.session.settings.parse_fingerprint());
         // Units are classified before they are placed; what is parsed later in an open unit is
         // classified here, without asking for a second opinion: unknown is not a read.
         let class = self.session.known_class(&statement);
@@ -479,6 +522,16 @@ impl Exchange<'_> {
             Resolved::Name(on_server) => on_server,
             Resolved::Stopped(step) => return Ok(step),
         };
+        if let Some(statement) = self.unit.binding.take() {
+            if there < len && len <= self.session.shared.config.limits.unit_hold {
+                return self.wait_for(len);
+            }
+            let changes = self.bound_changes(&statement, (there == len).then_some(len));
+            self.session.keep_portal(&portal, changes);
+        } else {
+            self.session.keep_portal(&portal, Vec::new());
+        }
+        self.unit.binds += 1;
         if on_server == name {
             self.pass(len);
         } else {
@@ -495,6 +548,15 @@ impl Exchange<'_> {
         Ok(Step::On)
     }
 
+    /// What a statement does to settings with the parameters that the Bind at the start (if it is there
+    /// whole) gives it.
+    fn bound_changes(&mut self, statement: &Statement, len: Option<usize>) -> Vec<Change> {
+        let effects = setting::effects(statement.text(), self.session.lexing);
+        self.unit.quiet_binds += u32::from(effects.quiet);
+        let values = len.and_then(|len| messages::bind_texts(&self.body(len), &statement.types()));
+        effects.bind(&values.unwrap_or_default()).into_iter().flatten().collect()
+    }
+
     /// The name under which the backend knows the client's statement, which it is given first if it
     /// lacks it.
     fn resolve(&mut self, name: &[u8]) -> Resolved {
@@ -508,7 +570,10 @@ impl Exchange<'_> {
             return Resolved::Stopped(refused);
         }
         match class {
-            Some(class) => self.count_in(class),
+            Some(class) => {
+                self.unit.binding = class.settings.then(|| statement.clone());
+                self.count_in(class);
+            }
             None => self.unit.writes = true,
         }
         if name.is_empty() {
@@ -522,6 +587,14 @@ impl Exchange<'_> {
         if self.session.uses_own_names() {
             self.give(name, &statement);
             return Resolved::Name(name.to_vec());
+        }
+        let mut statement = statement;
+        let other_settings = *statement.settings != *self.session.settings.parse_fingerprint();
+        if other_settings && !self.has(statement.shared) {
+            // Parsed here and now it may mean something else, so it must not get the name of what it meant.
+            let names = &self.session.shared.names;
+            statement =
+                names.under(&statement, self.session.settings.parse_fingerprint()).unwrap_or(statement);
         }
         if !self.has(statement.shared) {
             self.put_shared(&statement);
@@ -583,7 +656,9 @@ impl Exchange<'_> {
         match messages::target(&body).ok_or_else(|| End::protocol("invalid message format"))? {
             Target::Portal(_) => self.pass(len),
             Target::Statement(name) => {
-                let on_server = match self.resolve(name) {
+                let resolved = self.resolve(name);
+                self.unit.binding = None;
+                let on_server = match resolved {
                     Resolved::Name(on_server) => on_server,
                     Resolved::Stopped(step) => return Ok(step),
                 };
@@ -631,7 +706,12 @@ impl Exchange<'_> {
     }
 
     fn translate_execute(&mut self, len: usize) -> Result<Step, End> {
-        messages::execute(&self.body(len)).ok_or_else(|| End::protocol("invalid message format"))?;
+        let body = self.body(len);
+        let (portal, _) = messages::execute(&body).ok_or_else(|| End::protocol("invalid message format"))?;
+        if let Some(changes) = self.session.portal_changes(portal) {
+            self.unit.settings.push_back((self.unit.executes, changes));
+        }
+        self.unit.executes += 1;
         self.pass(len);
         self.unit.expects.push_back(Expect::Execute);
         Ok(Step::On)

@@ -12,5 +12,6 @@ mod operator;
 mod protocol;
 mod relay;
 mod routing;
+mod settings;
 mod tools;
 mod traps;
