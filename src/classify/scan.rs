@@ -872,6 +872,8 @@ fn names_the_clock(raw: &[u8]) -> bool {
 /// A setting of an application's own: its name has a dot, as no setting of the server has.
 fn is_own_setting(raw: &[u8]) -> bool {
     let name = raw.strip_prefix(b"'").and_then(|rest| rest.strip_suffix(b"'")).unwrap_or_default();
+    // Highwater's own are shown as they are for the session: that is done on the primary.
     name.contains(&b'.')
+        && !name.get(..10).is_some_and(|prefix| prefix.eq_ignore_ascii_case(b"highwater."))
         && name.iter().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_'))
 }

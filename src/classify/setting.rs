@@ -144,6 +144,53 @@ impl Effects {
     }
 }
 
+/// The value that a statement of [`Change::Set`] gives; `None`: a list, or a form that only the server reads.
+pub fn value_of(sql: &str) -> Option<String> {
+    let mut lexer = Lexer::new(sql.as_bytes());
+    let calls = lexer.next_token() == Token::Word && lexer.name() == b"select";
+    // Behind TO, or behind the comma after the name.
+    loop {
+        match lexer.next_token() {
+            Token::End | Token::Unclear => return None,
+            Token::Word if !calls && lexer.name() == b"to" => break,
+            Token::Punctuation(b',') if calls => break,
+            _ => {}
+        }
+    }
+    let value = match lexer.next_token() {
+        Token::Word | Token::Quoted => String::from_utf8(lexer.name().to_vec()).ok()?,
+        Token::Number => std::str::from_utf8(lexer.raw()).ok()?.to_owned(),
+        Token::Text(TextKind::Escaped) => unescaped(std::str::from_utf8(lexer.raw()).ok()?)?,
+        _ => return None,
+    };
+    let ends = match lexer.next_token() {
+        Token::End => !calls,
+        Token::Punctuation(b',') => calls,
+        _ => false,
+    };
+    ends.then_some(value)
+}
+
+/// What a text that [`literal`] has written says.
+fn unescaped(raw: &str) -> Option<String> {
+    let mut rest = raw.strip_prefix("E'")?.strip_suffix('\'')?.chars();
+    let mut text = String::new();
+    while let Some(character) = rest.next() {
+        match character {
+            '\'' => text.push(rest.next()?),
+            '\\' => match rest.next()? {
+                'U' => {
+                    let digits: String = rest.by_ref().take(8).collect();
+                    text.push(char::from_u32(u32::from_str_radix(&digits, 16).ok()?)?);
+                }
+                other => text.push(other),
+            },
+            other => text.push(other),
+        }
+    }
+    Some(text)
+}
+
 /// A statement that gives a setting a value which was read back from a server.
 pub fn restate(name: &str, value: &[u8], utf8: bool) -> Option<String> {
     set_config(name, &literal(value, utf8)?)
@@ -594,6 +641,26 @@ pub fn reset_batch(text: &[u8]) -> Option<ResetBatch> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_restated_can_be_told() {
+        for value in ["strong", "", "it's", "a\\b", "naïve — ☃", "7461:1/0/16B3748"] {
+            let literal = literal(value.as_bytes(), true).unwrap();
+            let set = format!("SET SESSION \"highwater\".\"token\" TO {literal}");
+            assert_eq!(value_of(&set).as_deref(), Some(value), "{set}");
+            let call = set_config("highwater.token", &literal).unwrap();
+            assert_eq!(value_of(&call).as_deref(), Some(value), "{call}");
+        }
+        for (sql, value) in [
+            ("SET SESSION \"a\".\"b\" TO Strong", Some("strong")),
+            ("SET SESSION \"a\".\"b\" TO \"Strong\"", Some("Strong")),
+            ("SET SESSION \"a\".\"b\" TO 5", Some("5")),
+            ("SET SESSION \"a\".\"b\" TO x, y", None),
+            ("RESET \"a\".\"b\"", None),
+        ] {
+            assert_eq!(value_of(sql).as_deref(), value, "{sql}");
+        }
+    }
 
     fn check(text: &str, values: &[Option<&str>], expected: &[Change]) {
         let values: Vec<_> = values.iter().map(|value| value.map(|v| v.as_bytes().to_vec())).collect();

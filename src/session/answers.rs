@@ -10,7 +10,7 @@ use super::exchange::{
 };
 use super::translate::{put_cstr, put_length};
 use super::{End, Role, Session};
-use crate::backend::{Backend, Dirt, Parameters, SharedName, parameter_status};
+use crate::backend::{Applied, Backend, Dirt, Parameters, SharedName, parameter_status};
 use crate::classify::refusal::{self, Refusal};
 use crate::wire::{self, HEADER, TransactionStatus};
 
@@ -489,6 +489,14 @@ impl Exchange<'_> {
                 self.backend.applied = self.session.settings.wanted().clone();
                 let parameters = self.backend.parameters.clone();
                 self.session.tell_differences(&parameters);
+            }
+            Purpose::Own => {
+                let mut applied = Applied::clone(&self.backend.applied);
+                for name in super::own::NAMES {
+                    // Whoever comes next has it reset.
+                    applied.put(name, Some(Arc::from("")));
+                }
+                self.backend.applied = Arc::new(applied);
             }
         }
         self.answer_ourselves();

@@ -165,6 +165,7 @@ impl Session {
                     names.insert(parse.name.to_vec(), Some(statement.clone()));
                     let class = self.class_of(&statement).await;
                     if !matches!(class.kind, Kind::Read | Kind::Empty) {
+                        self.look_for_own(statement.text(), class).await?;
                         return Ok(Demand::not_a_read(ClassLabel::of(class.kind)));
                     }
                 }
@@ -185,6 +186,7 @@ impl Session {
                     if let Some(statement) = found {
                         let class = self.class_of(&statement).await;
                         if !matches!(class.kind, Kind::Read | Kind::Empty) {
+                            self.look_for_own(statement.text(), class).await?;
                             return Ok(Demand::not_a_read(ClassLabel::of(class.kind)));
                         }
                     }
@@ -227,6 +229,7 @@ impl Session {
         if at == 0 && matches!(class.kind, Kind::Read | Kind::Empty) {
             return Ok(Demand::Read { vetted: len, redone: false });
         }
+        self.look_for_own(&text, class).await?;
         // In the middle of an open unit even a read goes where the rest of it goes.
         Ok(Demand::of_query(class))
     }

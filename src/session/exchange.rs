@@ -90,6 +90,8 @@ pub enum Expect {
 pub enum Purpose {
     /// The backend gets the session's settings.
     Settings,
+    /// The backend gets what Highwater's own settings are for the session, to be shown.
+    Own,
 }
 
 /// A Query of ours has failed: what is to be said to the client in place of the unit's answer.

@@ -34,7 +34,7 @@ use self::handle::{Ending, SessionHandle, Sessions};
 use self::mark::{Freshness, Mark, Survival};
 use self::place::Placed;
 use self::prepared::{Names, Statements};
-use self::promise::PrimaryReads;
+use self::promise::{OwnState, PrimaryReads, take_own};
 use self::settings::{AtReady, Settings};
 use self::shared_mark::{GlobalMark, NamedMarks, SharedMark};
 use crate::backend::pool::{Lease, Pools, UserPools};
@@ -233,6 +233,8 @@ pub struct Session {
     mark: Mark,
     /// What it is promised.
     promise: Promise,
+    /// What its own settings say of that.
+    own: OwnState,
     /// The mark that it shares with others, of which `mark` is its copy.
     shared_mark: Option<Arc<SharedMark>>,
     /// At level `strong`: what the running statement must be shown.
@@ -275,9 +277,15 @@ impl Session {
         handle: Arc<SessionHandle>,
     ) {
         let application_name = arrival.startup.take_application_name();
+        let own = take_own(&mut arrival.startup);
         let pools = shared.pools.of(&arrival.database, &arrival.user, &arrival.keys);
         let topology = shared.topology.load();
         let promise = shared.config.consistency.promise_for(&arrival.user, &arrival.database);
+        let (at_login, invalid) = match own {
+            Ok(own) => (own, None),
+            Err(report) => (Vec::new(), Some(report)),
+        };
+        let own_state = OwnState::new(Arc::from(arrival.user.as_str()), promise, at_login);
         let mut session = Session {
             worker,
             handle,
@@ -299,7 +307,8 @@ impl Session {
             lexing: Lexing::Unsafe,
             status: TransactionStatus::Idle,
             mark: Mark::new(&*shared.positions, &topology),
-            promise,
+            promise: own_state.promise(),
+            own: own_state,
             shared_mark: None,
             freshness: None,
             lease: None,
@@ -319,7 +328,18 @@ impl Session {
         };
         drop(topology);
         session.share_mark();
-        let end = match session.welcome(application_name.as_deref()).await {
+        let begun = match invalid {
+            Some(mut report) => {
+                report.severity = wire::Severity::Fatal;
+                Err(End::fatal(report))
+            }
+            None => session.take_startup_settings().await,
+        };
+        let welcome = match begun {
+            Ok(()) => session.welcome(application_name.as_deref()).await,
+            refused => refused,
+        };
+        let end = match welcome {
             Ok(()) => session.serve().await,
             Err(end) => end,
         };
@@ -537,10 +557,12 @@ impl Session {
     async fn unit(&mut self) -> Result<(), End> {
         self.started = Instant::now();
         self.handle.begin();
+        self.forget_own();
         let result = if self.lease.is_some() { self.held_unit().await } else { self.free_unit().await };
         if self.lease.is_none() {
             self.handle.idle();
         }
+        self.follow_own();
         result
     }
 
@@ -621,7 +643,15 @@ impl Session {
         if !self.give_settings(&mut lease) {
             self.tell_differences(&lease.parameters);
         }
+        self.give_own(&mut lease);
         self.lease = Some(lease);
+    }
+
+    /// If the unit shows Highwater's own settings, the backend is given what they are.
+    fn give_own(&mut self, backend: &mut Backend) {
+        if let Some(sql) = self.own_to_show() {
+            self.unit.put_ahead(backend, sql.as_bytes(), Purpose::Own);
+        }
     }
 
     /// Puts what makes the backend's settings the session's ahead of the unit. Whether that was needed.
@@ -694,10 +724,19 @@ impl Session {
             self.handle.begin();
             let _ = self.handle.running(&lease.cancel);
         }
+        if let Some((text, class)) = self.first_text() {
+            self.look_for_own(&text, class).await?;
+        }
         let reason = if self.pin.is_some() { RouteReason::Pinned } else { RouteReason::InTransaction };
         self.unit = Unit::new(false, 0);
         if let Some(demand) = &demand {
             self.count_demand(demand);
+        }
+        if self.status != TransactionStatus::Failed
+            && let Some(mut lease) = self.lease.take()
+        {
+            self.give_own(&mut lease);
+            self.lease = Some(lease);
         }
         self.output_before = self.client.output.len();
         if self.status == TransactionStatus::Idle

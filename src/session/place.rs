@@ -383,7 +383,7 @@ impl Session {
         }
     }
 
-    fn leave_stalled(&mut self, topology: &Topology) -> bool {
+    pub(super) fn leave_stalled(&mut self, topology: &Topology) -> bool {
         match &self.shared_mark {
             Some(shared) => shared.leave_stalled(&*self.shared.positions, topology),
             None => self.mark.leave_stalled(&*self.shared.positions, topology),
@@ -458,7 +458,7 @@ impl Session {
     }
 
     /// Waits for `what`, until `deadline`. `false`: the client has cancelled meanwhile.
-    async fn wait(&self, what: impl Future<Output = ()>, deadline: Instant) -> Result<bool, End> {
+    pub(super) async fn wait(&self, what: impl Future<Output = ()>, deadline: Instant) -> Result<bool, End> {
         tokio::select! {
             biased;
             () = self.handle.interrupted() => {}

@@ -6,12 +6,377 @@ use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use super::mark::{Freshness, Mark};
+use super::own::{self, Own};
 use super::shared_mark::Refused;
-use super::{Role, Session};
-use crate::consistency::Level;
-use crate::topology::{Epoch, NodeId};
+use super::{End, Role, Session};
+use crate::backend::{Applied, StartupParameters};
+use crate::classify::setting::{self, Change};
+use crate::classify::{ClassReason, Kind, Lookup, StatementClass};
+use crate::consistency::{Level, Promise, Token};
+use crate::topology::{Epoch, NodeId, Topology};
+use crate::wal::{Lsn, WalPosition};
+use crate::wire::{self, ErrorReport, Severity};
+
+/// What a session knows of its own `highwater.*` settings.
+pub(super) struct OwnState {
+    /// The role that logged in: names of sessions are a user's own.
+    user: Arc<str>,
+    /// What holds by the configuration, and what was said at startup.
+    base: Promise,
+    /// The settings that the promise was last made of.
+    seen: Arc<Applied>,
+    /// The token that was taken last, and the name of the session that is shared.
+    token: Option<Token>,
+    name: Option<Box<str>>,
+    /// Said at startup, and not yet taken.
+    at_login: Vec<Own>,
+    /// The running unit has to do with a token: a sample of the primary was awaited for it.
+    asked: bool,
+    /// The running unit shows some of them: the backend is given what they are.
+    shows: bool,
+}
+
+impl OwnState {
+    pub(super) fn new(user: Arc<str>, base: Promise, at_login: Vec<Own>) -> OwnState {
+        OwnState {
+            user,
+            base: own::said(&at_login).over(base),
+            seen: Arc::default(),
+            token: None,
+            name: None,
+            at_login,
+            asked: false,
+            shows: false,
+        }
+    }
+
+    /// What the session is promised at first.
+    pub(super) fn promise(&self) -> Promise {
+        self.base
+    }
+}
+
+/// Takes Highwater's own settings out of what a client gave at startup, as parameters of their own and in
+/// `options`: they are the session's, and clients that differ only in them share backends. `Err`: one has an invalid value.
+pub fn take_own(startup: &mut StartupParameters) -> Result<Vec<Own>, ErrorReport> {
+    let mut found = Vec::new();
+    let mut failed = None;
+    let mut read = |name: &str, value: &str| match Own::read(name, value) {
+        None => false,
+        Some(Ok(own)) => {
+            found.push(own);
+            true
+        }
+        Some(Err(report)) => {
+            failed.get_or_insert(report);
+            true
+        }
+    };
+    startup.0.retain(|(name, value)| !read(name, value));
+    for (name, value) in &mut startup.0 {
+        if name == "options" {
+            *value = without_own(value, &mut read);
+        }
+    }
+    startup.0.retain(|(name, value)| name != "options" || !value.is_empty());
+    match failed {
+        Some(report) => Err(report),
+        None => Ok(found),
+    }
+}
+
+/// The words of `options`, as the server splits them (a backslash keeps the next character), without those that
+/// `read` has taken: `-c name=value` in one word or two, and `--name=value`. The rest stays as it was written.
+fn without_own(options: &str, read: &mut impl FnMut(&str, &str) -> bool) -> String {
+    let mut words: Vec<(String, &str)> = Vec::new();
+    let mut rest = options;
+    loop {
+        rest = rest.trim_start_matches(|c: char| c.is_ascii_whitespace());
+        if rest.is_empty() {
+            break;
+        }
+        let (mut word, mut end, mut escaped) = (String::new(), rest.len(), false);
+        for (at, character) in rest.char_indices() {
+            match character {
+                '\\' if !escaped => {
+                    escaped = true;
+                    continue;
+                }
+                c if c.is_ascii_whitespace() && !escaped => {
+                    end = at;
+                    break;
+                }
+                c => word.push(c),
+            }
+            escaped = false;
+        }
+        words.push((word, &rest[..end]));
+        rest = &rest[end..];
+    }
+    let mut kept: Vec<&str> = Vec::new();
+    let mut at = 0;
+    while at < words.len() {
+        let (word, raw) = &words[at];
+        let next = words.get(at + 1);
+        let (setting, used) = match (word.as_str(), next) {
+            ("-c", Some((setting, _))) => (Some(setting.as_str()), 2),
+            _ => (word.strip_prefix("--").or_else(|| word.strip_prefix("-c")), 1),
+        };
+        let taken = setting
+            .and_then(|setting| setting.split_once('='))
+            .is_some_and(|(name, value)| read(&name.replace('-', "_"), value));
+        if !taken {
+            kept.push(raw);
+            kept.extend((used == 2).then(|| words[at + 1].1));
+        }
+        at += used;
+    }
+    if kept.len() == words.len() { options.to_owned() } else { kept.join(" ") }
+}
 
 impl Session {
+    /// What was said at startup. A token is waited for; it may be refused.
+    pub(super) async fn take_startup_settings(&mut self) -> Result<(), End> {
+        let fatal = |mut report: ErrorReport| {
+            report.severity = Severity::Fatal;
+            End::fatal(report)
+        };
+        for own in std::mem::take(&mut self.own.at_login) {
+            match own {
+                Own::Token(token) => {
+                    self.await_primary_sample().await?;
+                    let topology = self.shared.topology.load_full();
+                    match self.place_token(&token, &topology) {
+                        own::Placed::At(lsn) => self.take_token(token, lsn),
+                        own::Placed::Refused(report) => return Err(fatal(*report)),
+                        own::Placed::Unsampled => return Err(fatal(unsampled())),
+                    }
+                }
+                Own::Session(name) => self.take_name(name).map_err(fatal)?,
+                Own::Level(_) | Own::MaxLag(_) | Own::OnStale(_) => {}
+            }
+        }
+        self.own.asked = false;
+        Ok(())
+    }
+
+    /// The text of a statement of the unit that begins: does it show Highwater's own settings, or set a token?
+    /// What that needs is waited for here, before anything is sent.
+    pub(super) async fn look_for_own(&mut self, text: &[u8], class: StatementClass) -> Result<(), End> {
+        let about_settings = class.settings
+            || class.kind == Kind::Session
+            || class.reason == ClassReason::UnsafeFunction
+            || class.reason == ClassReason::Several;
+        if !about_settings || !mentions(text, own::PREFIX.as_bytes()) {
+            return Ok(());
+        }
+        self.own.shows = true;
+        if mentions(text, b"highwater.token") {
+            self.await_primary_sample().await?;
+            self.resolve_mark().await?;
+        }
+        Ok(())
+    }
+
+    /// The statement at the start of a unit on a held backend, if it may have to do with Highwater's own settings.
+    pub(super) fn first_text(&self) -> Option<(Vec<u8>, StatementClass)> {
+        let header = wire::header(&self.client.input).ok()??;
+        let body = self.client.input.get(wire::HEADER..header.len)?;
+        if !matches!(header.tag, b'Q' | b'P') || !mentions(body, own::PREFIX.as_bytes()) {
+            return None;
+        }
+        let text = if header.tag == b'P' { wire::cstr(body)?.1 } else { body };
+        let text = wire::cstr(text)?.0;
+        match self.lookup(text, &[]) {
+            Lookup::Known(class, _) => Some((text.to_vec(), class)),
+            Lookup::Ask(_) => None,
+        }
+    }
+
+    /// A unit begins: nothing is known of it.
+    pub(super) fn forget_own(&mut self) {
+        (self.own.asked, self.own.shows) = (false, false);
+    }
+
+    /// Waits for a sample of the primary that is sent from now on; not for ever.
+    async fn await_primary_sample(&mut self) -> Result<(), End> {
+        let until = Instant::now() + own::TOKEN_WAIT;
+        let shared = self.shared.clone();
+        let Some(primary) = shared.topology.load().primary else { return Ok(()) };
+        let before = shared.positions.node(primary).counter();
+        loop {
+            let changed = shared.positions.changed();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if shared.positions.node(primary).latest().is_some_and(|sample| sample.number > before) {
+                self.own.asked = true;
+                return Ok(());
+            }
+            shared.positions.node(primary).want();
+            if Instant::now() >= until || !self.wait(changed, until).await? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits until all that the session has seen is known as a position; not for ever.
+    async fn resolve_mark(&mut self) -> Result<(), End> {
+        let until = Instant::now() + own::TOKEN_WAIT;
+        let shared = self.shared.clone();
+        loop {
+            let changed = shared.positions.changed();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            let topology = shared.topology.load_full();
+            self.bring_mark_forward(&topology);
+            if self.mark.is_resolved() {
+                return Ok(());
+            }
+            if self.leave_stalled(&topology) {
+                continue;
+            }
+            if let Some(node) = self.mark.awaits() {
+                shared.positions.node(node).want();
+            }
+            drop(topology);
+            if Instant::now() >= until || !self.wait(changed, until).await? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn place_token(&self, token: &Token, topology: &Topology) -> own::Placed {
+        let sample = topology.primary.and_then(|primary| self.shared.positions.node(primary).latest());
+        own::place(token, topology, sample.as_ref(), self.own.asked)
+    }
+
+    fn take_token(&mut self, token: Token, lsn: Lsn) {
+        self.own.token = Some(token);
+        self.mark.raise(lsn);
+        if let Some(shared) = &self.shared_mark {
+            shared.raise(lsn);
+        }
+    }
+
+    fn take_name(&mut self, name: Option<Box<str>>) -> Result<(), ErrorReport> {
+        if name == self.own.name {
+            return Ok(());
+        }
+        self.own.name = name.clone();
+        let Some(name) = name else {
+            self.leave_shared_mark();
+            return Ok(());
+        };
+        let user = self.own.user.clone();
+        self.join_named(&user, name.as_bytes()).map_err(|refused| {
+            self.own.name = None;
+            match refused {
+                Refused::Full => ErrorReport::error("53400", "too many named sessions")
+                    .hint("Raise consistency.named_sessions."),
+                Refused::Name => {
+                    ErrorReport::error("22023", "invalid value for parameter \"highwater.session\"")
+                }
+            }
+        })
+    }
+
+    /// Why a statement that would change settings in this way must not run: a value of Highwater's own is invalid.
+    pub(super) fn refused_own<'a>(
+        &mut self,
+        changes: impl IntoIterator<Item = &'a Change>,
+    ) -> Option<ErrorReport> {
+        for change in changes {
+            let Change::Set { name, sql } = change else { continue };
+            if !name.starts_with(own::PREFIX) {
+                continue;
+            }
+            let value = setting::value_of(sql).unwrap_or_default();
+            match Own::read(name, &value) {
+                None | Some(Ok(Own::Level(_) | Own::MaxLag(_) | Own::OnStale(_))) => {}
+                Some(Err(report)) => return Some(report),
+                Some(Ok(Own::Session(name))) => {
+                    // Joined early: a rolled-back SET leaves it by the next unit.
+                    if let Err(report) = self.take_name(name) {
+                        return Some(report);
+                    }
+                }
+                Some(Ok(Own::Token(token))) => {
+                    let topology = self.shared.topology.load_full();
+                    match self.place_token(&token, &topology) {
+                        own::Placed::At(_) => {}
+                        own::Placed::Refused(report) => return Some(*report),
+                        own::Placed::Unsampled => return Some(unsampled()),
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    /// Follows the session's settings, if they have changed.
+    pub(super) fn follow_own(&mut self) {
+        if Arc::ptr_eq(self.settings.wanted(), &self.own.seen) {
+            return;
+        }
+        self.own.seen = self.settings.wanted().clone();
+        let mut said = Vec::new();
+        let (mut name, mut token) = (None, None);
+        for entry in self.own.seen.entries() {
+            let value = entry.sql.as_deref().and_then(setting::value_of);
+            match value.and_then(|value| Own::read(&entry.name, &value)) {
+                Some(Ok(Own::Session(of))) => name = of,
+                Some(Ok(Own::Token(of))) => token = Some(of),
+                Some(Ok(own)) => said.push(own),
+                Some(Err(_)) | None => {}
+            }
+        }
+        let before = self.promise.level;
+        self.promise = own::said(&said).over(self.own.base);
+        if self.promise.level != before {
+            self.leave_shared_mark();
+            let of = self.own.name.take();
+            name = name.or(of);
+        }
+        // Refused when it was set, if at all.
+        let _ = self.take_name(name);
+        if let Some(token) = token.filter(|token| self.own.token != Some(*token)) {
+            let topology = self.shared.topology.load_full();
+            if let own::Placed::At(lsn) = self.place_token(&token, &topology) {
+                self.take_token(token, lsn);
+            }
+        }
+    }
+
+    /// What the backend is to be given so that the running unit can show Highwater's own settings; `None`:
+    /// it does not.
+    pub(super) fn own_to_show(&self) -> Option<String> {
+        if !self.own.shows {
+            return None;
+        }
+        let topology = self.shared.topology.load();
+        let token = match (topology.system_identifier, topology.timeline) {
+            (Some(system_identifier), Some(timeline)) if self.mark.is_resolved() => {
+                let position = WalPosition { timeline, lsn: self.mark.position() };
+                Token { system_identifier, position }.to_string()
+            }
+            _ => String::new(),
+        };
+        let max_lag = self.promise.max_lag.map(|limit| limit.to_string()).unwrap_or_default();
+        let values = [
+            ("highwater.consistency", self.promise.level.word()),
+            ("highwater.max_lag", &max_lag),
+            ("highwater.on_stale", self.promise.on_stale.word()),
+            ("highwater.session", self.own.name.as_deref().unwrap_or_default()),
+            ("highwater.token", &token),
+        ];
+        let calls: Vec<String> = values
+            .iter()
+            .filter_map(|(name, value)| setting::restate(name, value.as_bytes(), true))
+            .map(|sql| sql.trim_start_matches("SELECT ").to_owned())
+            .collect();
+        Some(format!("SELECT {}", calls.join(", ")))
+    }
+
     /// Takes the mark that the session's level asks for.
     pub(super) fn share_mark(&mut self) {
         if self.promise.level == Level::Global {
@@ -26,8 +391,7 @@ impl Session {
     }
 
     /// Shares the mark of all connections of this user that use `name`.
-    #[allow(dead_code, reason = "SET highwater.session comes with the next commits")]
-    pub(super) fn join_named(&mut self, user: &Arc<str>, name: &[u8]) -> Result<(), Refused> {
+    fn join_named(&mut self, user: &Arc<str>, name: &[u8]) -> Result<(), Refused> {
         let topology = self.shared.topology.load_full();
         let positions = self.shared.positions.clone();
         let mut names = self.shared.named_marks.lock().unwrap_or_else(PoisonError::into_inner);
@@ -41,8 +405,7 @@ impl Session {
     }
 
     /// From now on the mark is the session's own, at or past the one it shared.
-    #[allow(dead_code, reason = "as above")]
-    pub(super) fn leave_shared_mark(&mut self) {
+    fn leave_shared_mark(&mut self) {
         self.shared_mark = None;
         self.share_mark();
     }
@@ -95,6 +458,17 @@ impl Session {
     }
 }
 
+/// Whether a text has these letters, all small or all capital.
+fn mentions(text: &[u8], what: &[u8]) -> bool {
+    memchr::memmem::find(text, what).is_some()
+        || memchr::memmem::find(text, &what.to_ascii_uppercase()).is_some()
+}
+
+fn unsampled() -> ErrorReport {
+    ErrorReport::error("57P03", "the primary's position is not known now")
+        .detail("A token is held against it before it is taken.")
+}
+
 /// How many reads went to the primary because no replica was fresh enough, out of how many: shared by all
 /// sessions, counted in windows so that the past fades.
 #[derive(Debug, Default)]
@@ -135,6 +509,31 @@ impl PrimaryReads {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn own_settings_are_taken_out_of_what_a_client_starts_with() {
+        let check = |options: &str, rest: &str, expected: &[Own]| {
+            let mut startup = StartupParameters(vec![("options".to_owned(), options.to_owned())]);
+            assert_eq!(take_own(&mut startup).unwrap(), expected, "{options}");
+            let left: Vec<&str> = startup.0.iter().map(|(_, value)| value.as_str()).collect();
+            assert_eq!(left, if rest.is_empty() { vec![] } else { vec![rest] }, "{options}");
+        };
+        let strong = Own::Level(Level::Strong);
+        check("-c highwater.consistency=strong", "", &[strong.clone()]);
+        check("-chighwater.consistency=strong -c a=b", "-c a=b", &[strong.clone()]);
+        check("-c a=b\\ c --highwater.consistency=strong  -d 1", "-c a=b\\ c -d 1", &[strong.clone()]);
+        check("-c search_path=a,b  --x-y=1", "-c search_path=a,b  --x-y=1", &[]);
+        check("--highwater.max-lag=5s", "", &[Own::MaxLag(crate::consistency::LagLimit::parse("5s"))]);
+        check("-c highwater.session=a\\ b", "", &[Own::Session(Some("a b".into()))]);
+        let mut startup = StartupParameters(vec![
+            ("highwater.consistency".to_owned(), "strong".to_owned()),
+            ("application_name".to_owned(), "x".to_owned()),
+        ]);
+        assert_eq!(take_own(&mut startup).unwrap(), [strong]);
+        assert_eq!(startup.0.len(), 1);
+        let mut startup = StartupParameters(vec![("highwater.consistency".to_owned(), "best".to_owned())]);
+        assert_eq!(take_own(&mut startup).unwrap_err().sqlstate, "22023");
+    }
 
     #[test]
     fn the_share_of_stale_reads_is_kept_below_the_cap() {

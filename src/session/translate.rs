@@ -247,6 +247,18 @@ impl Exchange<'_> {
         {
             return Ok(stopped);
         }
+        if let Some(report) =
+            self.session.refused_own(self.unit.settings.iter().flat_map(|(_, changes)| changes))
+        {
+            self.unit.settings.clear();
+            self.own_error(report);
+            // A Query ends its unit, failed or not.
+            self.drop_message(len)?;
+            self.backend.output.put_slice(&[b'S', 0, 0, 0, 4]);
+            self.unit.expects.push_back(Expect::Sync);
+            self.unit.intake = Intake::Closed;
+            return Ok(Step::On);
+        }
         self.backend.unnamed = None;
         if self.unit.leaves != Leaves::Nothing {
             self.backend.dirt = self.backend.dirt.max(Dirt::State);
@@ -527,6 +539,10 @@ impl Exchange<'_> {
                 return self.wait_for(len);
             }
             let changes = self.bound_changes(&statement, (there == len).then_some(len));
+            if let Some(report) = self.session.refused_own(&changes) {
+                self.own_error(report);
+                return Ok(Step::On);
+            }
             self.session.keep_portal(&portal, changes);
         } else {
             self.session.keep_portal(&portal, Vec::new());

@@ -114,6 +114,7 @@ async fn levels_promise_what_they_say_while_replay_stands_still() {
     let login = highwater::demo::cluster::Login { user: "writes".to_owned(), password: "w".to_owned() };
     let eventual = proxy.connect().await;
     let writes = proxy.connect_as("app", &login).await.unwrap();
+    warm(&proxy, &eventual).await;
     cluster.wait_caught_up(0).await.unwrap();
     cluster.node(1).pause_replay().await.unwrap();
 
@@ -184,4 +185,198 @@ async fn a_limit_of_staleness_holds_at_every_level() {
     // Not at once; but soon it may not be that old any more.
     eventually("the replica is too far behind", async || read().await == 1).await;
     cluster.node(1).resume_replay().await.unwrap();
+}
+
+async fn shown(client: &tokio_postgres::Client, name: &str) -> String {
+    client.query_one(&format!("SHOW highwater.{name}"), &[]).await.unwrap().get(0)
+}
+
+fn code(error: &tokio_postgres::Error) -> &str {
+    error.as_db_error().unwrap().code().code()
+}
+
+#[tokio::test]
+async fn a_session_sets_its_own_level_as_any_other_setting() {
+    let cluster = with_counter(1).await;
+    let proxy = start(&cluster, "level: read_your_writes").await;
+    let client = proxy.connect().await;
+    assert_eq!(shown(&client, "consistency").await, "read_your_writes");
+    client.batch_execute("SET highwater.consistency = 'strong'").await.unwrap();
+    assert_eq!(shown(&client, "consistency").await, "strong");
+    // In one message, in a transaction that is rolled back, by set_config, by the simple protocol.
+    client.batch_execute("BEGIN; SET highwater.consistency = eventual; ROLLBACK").await.unwrap();
+    assert_eq!(shown(&client, "consistency").await, "strong");
+    client.query("SELECT set_config('highwater.consistency', $1, false)", &[&"global"]).await.unwrap();
+    assert_eq!(shown(&client, "consistency").await, "global");
+    client.batch_execute("BEGIN").await.unwrap();
+    client.batch_execute("SET highwater.max_lag = '250ms'").await.unwrap();
+    client.batch_execute("COMMIT").await.unwrap();
+    assert_eq!(shown(&client, "max_lag").await, "250ms");
+    client.batch_execute("RESET highwater.consistency").await.unwrap();
+    assert_eq!(shown(&client, "consistency").await, "read_your_writes");
+    client.batch_execute("DISCARD ALL").await.unwrap();
+    assert_eq!(shown(&client, "max_lag").await, "");
+    // Nobody else has it.
+    client.batch_execute("SET highwater.consistency = 'strong'").await.unwrap();
+    let other = proxy.connect().await;
+    assert_eq!(shown(&other, "consistency").await, "read_your_writes");
+}
+
+#[tokio::test]
+async fn an_invalid_value_is_refused_as_postgres_refuses_its_own() {
+    let cluster = with_counter(1).await;
+    let proxy = Proxy::start(&cluster).await;
+    let client = proxy.connect().await;
+    let error = client.batch_execute("SET highwater.consistency = 'best'").await.unwrap_err();
+    let report = error.as_db_error().unwrap();
+    assert_eq!(report.code().code(), "22023");
+    assert_eq!(report.message(), "invalid value for parameter \"highwater.consistency\": \"best\"");
+    assert_eq!(report.hint(), Some("Available values: eventual, read_your_writes, session, global, strong."));
+    let error =
+        client.query("SELECT set_config('highwater.max_lag', $1, false)", &[&"soon"]).await.unwrap_err();
+    assert_eq!(code(&error), "22023");
+    assert_eq!(code(&client.batch_execute("SET highwater.levle = 'x'").await.unwrap_err()), "42602");
+    assert_eq!(shown(&client, "consistency").await, "session");
+    // In a transaction it fails that, as any error does.
+    client.batch_execute("BEGIN").await.unwrap();
+    let error = client.batch_execute("SET highwater.on_stale = 'cry'").await.unwrap_err();
+    assert_eq!(code(&error), "22023");
+    assert_eq!(code(&client.batch_execute("SELECT 1").await.unwrap_err()), "25P02");
+    client.batch_execute("ROLLBACK").await.unwrap();
+    assert_eq!(shown(&client, "on_stale").await, "wait");
+}
+
+#[tokio::test]
+async fn own_settings_can_be_given_at_startup() {
+    let cluster = with_counter(1).await;
+    let proxy = Proxy::start(&cluster).await;
+    let connect = async |parameters: &[(&str, &str)]| {
+        let mut client = proxy.raw().await;
+        let all = [&[("user", "app"), ("database", "app")], parameters].concat();
+        client.login_with(&all, &proxy.app().password).await.map(|()| client)
+    };
+    let show = async |client: &mut RawClient| {
+        let answer = client.ask(&query("SHOW highwater.consistency")).await;
+        answer.iter().find(|m| m.tag == b'D').unwrap().columns()[0].clone().unwrap()
+    };
+    let mut client =
+        connect(&[("options", "-c highwater.consistency=strong -c work_mem=1MB")]).await.unwrap();
+    assert_eq!(show(&mut client).await, "strong");
+    let mut client = connect(&[("highwater.consistency", "global")]).await.unwrap();
+    assert_eq!(show(&mut client).await, "global");
+    let refused = connect(&[("options", "-c highwater.consistency=best")]).await.err().unwrap();
+    assert_eq!(refused.field(b'C').as_deref(), Some("22023"));
+    assert_eq!(refused.field(b'S').as_deref(), Some("FATAL"));
+}
+
+/// A token makes a session at its level see what another had seen, while the replica is late.
+#[tokio::test]
+async fn a_token_carries_what_one_session_has_seen_to_another() {
+    let cluster = with_counter(1).await;
+    let proxy = Proxy::start(&cluster).await;
+    let (writer, reader) = (proxy.connect().await, proxy.connect().await);
+    let read = async || -> i64 { reader.query_one("SELECT n FROM counter", &[]).await.unwrap().get(0) };
+    warm(&proxy, &reader).await;
+    assert_eq!(read().await, 0);
+    cluster.node(1).pause_replay().await.unwrap();
+    writer.execute("UPDATE counter SET n = 1", &[]).await.unwrap();
+    assert_eq!(read().await, 0, "the replica is late, and nothing was said of the write");
+    let token = shown(&writer, "token").await;
+    reader.batch_execute(&format!("SET highwater.token = '{token}'")).await.unwrap();
+    assert_eq!(read().await, 1);
+    // By the extended protocol, from a new connection whose own past is older, and at startup.
+    writer.execute("UPDATE counter SET n = 2", &[]).await.unwrap();
+    let token = shown(&writer, "token").await;
+    reader.query("SELECT set_config('highwater.token', $1, false)", &[&token]).await.unwrap();
+    assert_eq!(read().await, 2);
+    cluster.node(1).resume_replay().await.unwrap();
+    // Of another proxy over the same nodes it is worth the same.
+    let second = Proxy::start(&cluster).await;
+    let there = second.connect().await;
+    there.batch_execute(&format!("SET highwater.token = '{token}'")).await.unwrap();
+    assert_eq!(there.query_one("SELECT n FROM counter", &[]).await.unwrap().get::<_, i64>(0), 2);
+}
+
+#[tokio::test]
+async fn tokens_that_stand_for_nothing_here_are_refused() {
+    let cluster = with_counter(1).await;
+    let proxy = Proxy::start(&cluster).await;
+    let client = proxy.connect().await;
+    let token = shown(&client, "token").await;
+    let (cluster_id, rest) = token.split_once(':').unwrap();
+    let set = async |token: &str| client.batch_execute(&format!("SET highwater.token = '{token}'")).await;
+    set(&token).await.unwrap();
+    for wrong in [
+        "x".to_owned(),
+        format!("{}:{rest}", cluster_id.parse::<u64>().unwrap() + 1),
+        format!("{cluster_id}:1/FFFF/FFFFFFFF"),
+        format!("{cluster_id}:9/0/1"),
+    ] {
+        let error = set(&wrong).await.unwrap_err();
+        assert_eq!(code(&error), "22023", "{wrong}: {error}");
+    }
+    // It is usable as before.
+    client.query_one("SELECT n FROM counter", &[]).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_token_from_before_a_failover_is_kept_or_said_to_be_lost() {
+    let cluster = with_counter(1).await;
+    let overrides =
+        "failover: { mode: follow, check_interval: 100ms, check_timeout: 500ms, failure_threshold: 2 }";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    let client = proxy.connect().await;
+    client.execute("UPDATE counter SET n = 1", &[]).await.unwrap();
+    let kept = shown(&client, "token").await;
+    cluster.wait_caught_up(0).await.unwrap();
+    cluster.link(1).cut();
+    cluster.node(1).pause_replay().await.unwrap();
+    cluster.node(1).stop_fast().await.unwrap();
+    client.execute("UPDATE counter SET n = 2", &[]).await.unwrap();
+    let lost = shown(&client, "token").await;
+    cluster.primary().crash().await.unwrap();
+    cluster.node(1).start().await.unwrap();
+    cluster.node(1).promote().await.unwrap();
+    cluster.link(1).heal();
+    eventually("the new primary is followed", || async {
+        let labels = [("node", cluster.node(1).name()), ("role", "primary")];
+        proxy.metrics().await.sum("highwater_node_role", &labels) == 1.0
+    })
+    .await;
+    // A proxy that has seen nothing of the old timeline knows its history from the new primary.
+    let second = Proxy::start_with(&cluster, ProxyOptions { overrides, start: Start::Ready }).await;
+    for proxy in [&proxy, &second] {
+        let client = proxy.connect().await;
+        client.batch_execute(&format!("SET highwater.token = '{kept}'")).await.unwrap();
+        assert_eq!(client.query_one("SELECT n FROM counter", &[]).await.unwrap().get::<_, i64>(0), 1);
+        let error = client.batch_execute(&format!("SET highwater.token = '{lost}'")).await.unwrap_err();
+        assert_eq!(code(&error), "HW001", "{error}");
+    }
+}
+
+#[tokio::test]
+async fn connections_that_name_one_session_read_what_any_of_them_has_written() {
+    let cluster = with_counter(1).await;
+    cluster.primary().execute("CREATE ROLE other LOGIN PASSWORD 'o'").await.unwrap();
+    cluster.set_up("GRANT ALL ON counter TO other").await;
+    let proxy = Proxy::start(&cluster).await;
+    let (first, second) = (proxy.connect().await, proxy.connect().await);
+    let login = highwater::demo::cluster::Login { user: "other".to_owned(), password: "o".to_owned() };
+    let stranger = proxy.connect_as("app", &login).await.unwrap();
+    let read = async |client: &tokio_postgres::Client| -> i64 {
+        client.query_one("SELECT n FROM counter", &[]).await.unwrap().get(0)
+    };
+    for client in [&first, &second, &stranger] {
+        client.batch_execute("SET highwater.session = 'user-42'").await.unwrap();
+        warm(&proxy, client).await;
+        read(client).await;
+    }
+    cluster.node(1).pause_replay().await.unwrap();
+    first.execute("UPDATE counter SET n = 1", &[]).await.unwrap();
+    assert_eq!(read(&second).await, 1, "the same user's");
+    assert_eq!(read(&stranger).await, 0, "another user's session of that name is another");
+    second.batch_execute("RESET highwater.session").await.unwrap();
+    first.execute("UPDATE counter SET n = 2", &[]).await.unwrap();
+    cluster.node(1).resume_replay().await.unwrap();
+    assert_eq!(shown(&first, "session").await, "user-42");
 }
