@@ -519,9 +519,13 @@ mod tests {
             assert_eq!(left, if rest.is_empty() { vec![] } else { vec![rest] }, "{options}");
         };
         let strong = Own::Level(Level::Strong);
-        check("-c highwater.consistency=strong", "", &[strong.clone()]);
-        check("-chighwater.consistency=strong -c a=b", "-c a=b", &[strong.clone()]);
-        check("-c a=b\\ c --highwater.consistency=strong  -d 1", "-c a=b\\ c -d 1", &[strong.clone()]);
+        check("-c highwater.consistency=strong", "", std::slice::from_ref(&strong));
+        check("-chighwater.consistency=strong -c a=b", "-c a=b", std::slice::from_ref(&strong));
+        check(
+            "-c a=b\\ c --highwater.consistency=strong  -d 1",
+            "-c a=b\\ c -d 1",
+            std::slice::from_ref(&strong),
+        );
         check("-c search_path=a,b  --x-y=1", "-c search_path=a,b  --x-y=1", &[]);
         check("--highwater.max-lag=5s", "", &[Own::MaxLag(crate::consistency::LagLimit::parse("5s"))]);
         check("-c highwater.session=a\\ b", "", &[Own::Session(Some("a b".into()))]);
