@@ -293,6 +293,11 @@ impl Unit {
         !self.failed && (self.quiet_query || (self.binds > 0 && self.binds == self.quiet_binds))
     }
 
+    /// Whether a Query of ours ahead of it has failed, so that it did not run.
+    pub fn was_refused(&self) -> bool {
+        self.refused.is_some()
+    }
+
     /// Counts in what the statements of a Query do to settings.
     pub(super) fn count_settings(&mut self, effects: &Effects) {
         self.quiet_query = effects.quiet && self.executes == 0;

@@ -750,6 +750,13 @@ impl Session {
 
     /// After a unit's answers: notes, pins, and what becomes of the backend.
     async fn finish(&mut self) -> Result<(), End> {
+        if self.unit.was_refused()
+            && let Some(lease) = self.lease.take()
+        {
+            // Nothing of it has run; the backend is closed, and what a pinned session had on it is gone.
+            self.handle.idle();
+            return if self.pin.is_some() { Err(End::StateLost { node: lease.node }) } else { Ok(()) };
+        }
         if !self.unit.is_quiet() {
             self.note();
         }
