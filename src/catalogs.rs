@@ -256,7 +256,7 @@ pub async fn load(
     let (functions, names) = (safe_function_names(), safe_system_names());
     let mut rows = CatalogRows { server_major, ..CatalogRows::default() };
     for row in transaction.query(catalog::FUNCTIONS_SQL, &[&functions]).await? {
-        rows.functions.push((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?));
+        rows.functions.push((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?));
     }
     for row in transaction.query(catalog::OBJECTS_SQL, &[&functions, &names]).await? {
         if let Some(object) = Object::from_columns(row.try_get(0)?, row.try_get(1)?) {
