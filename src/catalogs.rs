@@ -233,6 +233,7 @@ async fn refresh(
     let counters = client.query_one(catalog::CHANGES_SQL, &[]).await.map_err(|error| error.to_string())?;
     let changes: i64 = counters.try_get(0).map_err(|error| error.to_string())?;
     let version: i32 = counters.try_get(1).map_err(|error| error.to_string())?;
+    nodes.login_settings.read(counters.try_get(2).map_err(|error| error.to_string())?);
     let next = Basis { primary, epoch, changes, generation };
     if basis == Some(next) && database.current.load().is_loaded() {
         return Ok(basis);

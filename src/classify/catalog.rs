@@ -345,12 +345,15 @@ pub const CASTS_SQL: &str = "\
 SELECT EXISTS (SELECT FROM pg_catalog.pg_cast c \
  WHERE c.oid >= 16384 AND c.castsource < 16384 AND c.casttarget < 16384 AND c.castmethod <> 'b')";
 
-/// One row (sum): moves with every change of a catalog that the facts are made of; the counts of another
+/// One row (sum, server version, hash of what logins are given): the sum moves with every change of a catalog that the facts are made of; the counts of another
 /// session's transaction arrive within about a second of its commit. DML on users' tables does not move it.
 pub const CHANGES_SQL: &str = "\
 SELECT pg_catalog.sum(pg_catalog.pg_stat_get_tuples_inserted(c.oid) + pg_catalog.pg_stat_get_tuples_updated(c.oid) \
          + pg_catalog.pg_stat_get_tuples_deleted(c.oid))::pg_catalog.int8, \
-       pg_catalog.current_setting('server_version_num')::pg_catalog.int4 \
+       pg_catalog.current_setting('server_version_num')::pg_catalog.int4, \
+       (SELECT pg_catalog.hashtextextended(coalesce(pg_catalog.string_agg( \
+                 s.setdatabase || ' ' || s.setrole || ' ' || s.setconfig::text, ';' ORDER BY s.setdatabase, s.setrole), ''), 0) \
+          FROM pg_catalog.pg_db_role_setting s) \
   FROM pg_catalog.pg_class c \
  WHERE c.oid IN ('pg_catalog.pg_proc'::pg_catalog.regclass, 'pg_catalog.pg_operator'::pg_catalog.regclass, \
    'pg_catalog.pg_cast'::pg_catalog.regclass, 'pg_catalog.pg_rewrite'::pg_catalog.regclass, \

@@ -184,6 +184,8 @@ pub struct Unit {
     pub leaves: Leaves,
     /// It contains data definition.
     pub ddl: bool,
+    /// It may change what logins give.
+    pub login_settings: bool,
     /// It has statements that are not reads.
     pub writes: bool,
 }
@@ -267,6 +269,7 @@ impl Unit {
             binding: None,
             leaves: Leaves::Nothing,
             ddl: false,
+            login_settings: false,
             writes: false,
         }
     }

@@ -36,7 +36,7 @@ use crate::backend::pool::{Lease, Pools, UserPools};
 use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
 use crate::catalogs::{Catalogs, DatabaseCatalog};
 use crate::classify::setting::{self, Change};
-use crate::classify::{Classifier, Leaves, Lexing, PinReason};
+use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
 use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::net::Stream;
@@ -228,6 +228,8 @@ pub struct Session {
     unproven: bool,
     /// In this transaction data definition ran: the catalog facts are read again when it ends.
     ddl: bool,
+    /// In this transaction ALTER ROLE or DATABASE ran, which may change what logins give.
+    login_settings: bool,
     statements: Statements,
     unit: Unit,
     /// An error of ours was sent in place of a unit: all up to Sync is dropped.
@@ -286,6 +288,7 @@ impl Session {
             pin: None,
             unproven: false,
             ddl: false,
+            login_settings: false,
             statements: Statements::default(),
             unit: Unit::none(),
             skipping: false,
@@ -311,7 +314,7 @@ impl Session {
             None => {
                 let lease = self.lease_for_login().await?;
                 let parameters = lease.login_parameters.clone();
-                self.pools.remember_welcome(&self.startup, &parameters);
+                self.pools.remember_welcome(&lease);
                 lease.give_back();
                 parameters
             }
@@ -632,13 +635,16 @@ impl Session {
         self.unit.leaves = demand.leaves();
         self.unit.writes = !demand.is_read();
         self.unit.ddl = demand.is_ddl();
-        if demand.sets()
+        if (demand.sets() || demand.is_ddl())
             && let Ok(Some(header)) = wire::header(&self.client.input)
             && let Some(body) = self.client.input.get(HEADER..header.len)
         {
             let text = body.strip_suffix(b"\0").unwrap_or_default();
-            let effects = setting::effects(text, self.lexing);
-            self.unit.count_settings(&effects);
+            self.unit.login_settings = demand.is_ddl() && classify::alters_login(text);
+            if demand.sets() {
+                let effects = setting::effects(text, self.lexing);
+                self.unit.count_settings(&effects);
+            }
         }
     }
 
@@ -762,6 +768,7 @@ impl Session {
         }
         let failed = self.unit.failed();
         self.ddl |= self.unit.ddl;
+        self.login_settings |= self.unit.login_settings;
         match self.unit.leaves {
             Leaves::Nothing => {}
             Leaves::Pins(reason) => self.pin_now(reason),
@@ -786,6 +793,9 @@ impl Session {
             return Ok(());
         }
         self.portals.clear();
+        if std::mem::take(&mut self.login_settings) {
+            self.shared.nodes.login_settings.changed();
+        }
         if std::mem::take(&mut self.ddl) {
             self.catalog.invalidate();
         }
