@@ -233,6 +233,7 @@ async fn refresh(
     let counters = client.query_one(catalog::CHANGES_SQL, &[]).await.map_err(|error| error.to_string())?;
     let changes: i64 = counters.try_get(0).map_err(|error| error.to_string())?;
     let version: i32 = counters.try_get(1).map_err(|error| error.to_string())?;
+    nodes.login_settings.read(counters.try_get(2).map_err(|error| error.to_string())?);
     let next = Basis { primary, epoch, changes, generation };
     if basis == Some(next) && database.current.load().is_loaded() {
         return Ok(basis);
@@ -256,7 +257,7 @@ pub async fn load(
     let (functions, names) = (safe_function_names(), safe_system_names());
     let mut rows = CatalogRows { server_major, ..CatalogRows::default() };
     for row in transaction.query(catalog::FUNCTIONS_SQL, &[&functions]).await? {
-        rows.functions.push((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?));
+        rows.functions.push((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?));
     }
     for row in transaction.query(catalog::OBJECTS_SQL, &[&functions, &names]).await? {
         if let Some(object) = Object::from_columns(row.try_get(0)?, row.try_get(1)?) {

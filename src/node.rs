@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -247,8 +248,55 @@ FROM (SELECT p.lsn, pg_snapshot_xmax(pg_current_snapshot())::text::int8 AS xmax,
         (age(CASE WHEN p.lsn IS NOT NULL THEN '3'::xid END)::int8 & 4294967295) + 3 AS next \
       FROM (SELECT pg_last_wal_replay_lsn() AS lsn OFFSET 0) AS p OFFSET 0) AS r";
 
+/// Counts the changes of what a login gives a session (ALTER ROLE/DATABASE .. SET): a backend of an earlier
+/// count has other defaults than a client that logs in now would find.
+#[derive(Debug, Default)]
+pub struct LoginSettings {
+    generation: AtomicU64,
+    seen: Mutex<Seen>,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    /// A hash of `pg_db_role_setting` as it was read last.
+    content: Option<i64>,
+    changed_at: Option<Instant>,
+}
+
+impl LoginSettings {
+    /// How many changes there have been.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// A session of ours has changed them.
+    pub fn changed(&self) {
+        self.seen().changed_at = Some(Instant::now());
+        self.generation.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// `content` was read on the primary; databases take turns, and the first to see a change counts it.
+    pub fn read(&self, content: i64) {
+        let before = self.seen().content.replace(content);
+        if before.is_some_and(|before| before != content) {
+            self.changed();
+        }
+    }
+
+    /// Whether a replica that is `late` may still give what was valid before the last change.
+    pub fn changed_within(&self, late: Duration) -> bool {
+        self.seen().changed_at.is_some_and(|at| at.elapsed() <= late)
+    }
+
+    fn seen(&self) -> std::sync::MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
 /// The control user's connections to the nodes.
 pub struct Nodes {
+    /// What logins give.
+    pub login_settings: Arc<LoginSettings>,
     config: Arc<Config>,
     dialer: Dialer,
     pools: Mutex<HashMap<(NodeId, String), PoolEntry>>,
@@ -264,7 +312,7 @@ impl Nodes {
     pub fn new(config: Arc<Config>, tls: &NodeTls) -> Arc<Nodes> {
         let (connector, mode) = tls.postgres_connector();
         let dialer = Dialer { connector, mode };
-        Arc::new(Nodes { config, dialer, pools: Mutex::new(HashMap::new()) })
+        Arc::new(Nodes { login_settings: Arc::default(), config, dialer, pools: Mutex::new(HashMap::new()) })
     }
 
     /// A connection of its own to `database` on `node` as the control user. Its task is spawned on the

@@ -215,6 +215,7 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
         positions: positions.clone(),
         topology: topology.clone(),
         metrics: metrics.clone(),
+        login_settings: nodes.login_settings.clone(),
         outstanding: config.nodes.iter().map(|_| AtomicU32::new(0)).collect(),
     })));
     let shared = Arc::new(Shared {

@@ -89,6 +89,8 @@ pub struct Backend {
     pub connected_at: u64,
     /// The epoch in which it was opened.
     pub epoch: Epoch,
+    /// Changes of what logins give when it was opened; none: it may have been given what was valid before.
+    pub login_settings: Option<u64>,
     /// When it was opened.
     pub opened: Instant,
     /// When it was last given back.
@@ -201,6 +203,7 @@ impl Backend {
             startup,
             connected_at,
             epoch,
+            login_settings: None,
             opened: now,
             idle_since: now,
             // Unbounded: what goes over `pool.max_prepared` must be closed on the server as well, which a

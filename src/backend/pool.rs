@@ -18,7 +18,7 @@ use super::{Backend, CancelTarget, Dirt, StartupParameters};
 use crate::config::Config;
 use crate::metrics::{Metrics, WaitFor};
 use crate::net::NodeTls;
-use crate::node::NodeFailure;
+use crate::node::{LoginSettings, NodeFailure};
 use crate::positions::Positions;
 use crate::scram::LoginKeys;
 use crate::topology::{NodeId, TopologyHandle};
@@ -35,6 +35,8 @@ pub struct PoolContext {
     pub topology: Arc<TopologyHandle>,
     /// Counts.
     pub metrics: Arc<Metrics>,
+    /// What logins give.
+    pub login_settings: Arc<LoginSettings>,
     /// Per node: statements that sessions have sent and not seen the end of.
     pub outstanding: Box<[AtomicU32]>,
 }
@@ -80,11 +82,13 @@ pub enum CloseReason {
     Broken,
     /// It stood in the way of a CREATE, ALTER or DROP DATABASE.
     DatabaseCommand,
+    /// ALTER ROLE or DATABASE .. SET has changed what a login gives.
+    LoginSettings,
 }
 
 impl CloseReason {
     /// All labels.
-    pub const LABELS: [&'static str; 8] = [
+    pub const LABELS: [&'static str; 9] = [
         CloseReason::Dead.label(),
         CloseReason::Replaced.label(),
         CloseReason::Unclean.label(),
@@ -93,6 +97,7 @@ impl CloseReason {
         CloseReason::IdleTimeout.label(),
         CloseReason::Broken.label(),
         CloseReason::DatabaseCommand.label(),
+        CloseReason::LoginSettings.label(),
     ];
 
     /// One word for a metric label.
@@ -106,6 +111,7 @@ impl CloseReason {
             CloseReason::IdleTimeout => "idle_timeout",
             CloseReason::Broken => "broken",
             CloseReason::DatabaseCommand => "database_command",
+            CloseReason::LoginSettings => "login_settings",
         }
     }
 }
@@ -243,11 +249,13 @@ impl Pool {
                 .rposition(|b| b.worker == worker && fits(b))
                 .or_else(|| state.idle.iter().rposition(|b| fits(b)))?;
             let mut backend = state.idle.remove(at);
-            if backend.epoch == epoch && backend.is_alive() {
+            let valid = backend.login_settings == Some(self.context.login_settings.generation());
+            if valid && backend.epoch == epoch && backend.is_alive() {
                 return Some(backend);
             }
             state.open -= 1;
-            self.context.count_closed(self.node, CloseReason::Dead);
+            let reason = if valid { CloseReason::Dead } else { CloseReason::LoginSettings };
+            self.context.count_closed(self.node, reason);
         }
     }
 
@@ -317,12 +325,20 @@ impl Pool {
     ) -> Result<Box<Backend>, AcquireError> {
         let target = self.context.target(self.node);
         let keys = self.keys.lock().unwrap_or_else(|p| p.into_inner()).clone();
-        let epoch = self.context.topology.load().epoch;
+        let (epoch, primary) = {
+            let topology = self.context.topology.load();
+            (topology.epoch, topology.primary)
+        };
+        // Before the login: a change meanwhile counts as one after it.
+        let settings = &self.context.login_settings;
+        let generation = settings.generation();
+        let max_lag = self.context.config.consistency.max_lag;
+        let valid = primary == Some(self.node) || !settings.changed_within(max_lag);
         let logged_in =
             login::log_in(&target, &self.user, &self.database, &startup.0, &keys).await.map_err(refusal)?;
         let cancel = Arc::new(CancelTarget::new(self.node, logged_in.pid, logged_in.key.clone()));
         self.context.metrics.backend_opened(self.node);
-        Ok(Box::new(Backend::new(
+        let mut backend = Box::new(Backend::new(
             self.node,
             logged_in,
             startup.clone(),
@@ -331,7 +347,9 @@ impl Pool {
             epoch,
             worker,
             Instant::now(),
-        )))
+        ));
+        backend.login_settings = valid.then_some(generation);
+        Ok(backend)
     }
 
     /// Gives a clean backend to who has waited longest of those whom it fits, or keeps it.
@@ -391,6 +409,9 @@ impl Pool {
         if now.duration_since(backend.opened) > self.context.config.pool.server_lifetime {
             return self.closed(CloseReason::Lifetime);
         }
+        if backend.login_settings != Some(self.context.login_settings.generation()) {
+            return self.closed(CloseReason::LoginSettings);
+        }
         backend.idle_since = now;
         let mut state = self.lock();
         // Nobody overtakes a head for whom nothing is on its way: it gets this one's place.
@@ -432,6 +453,8 @@ impl Pool {
                 CloseReason::IdleTimeout
             } else if now.duration_since(b.opened) > pool.server_lifetime {
                 CloseReason::Lifetime
+            } else if b.login_settings != Some(self.context.login_settings.generation()) {
+                CloseReason::LoginSettings
             } else if !b.is_alive() {
                 CloseReason::Dead
             } else {
@@ -562,9 +585,12 @@ impl Drop for Lease {
 pub struct UserPools {
     /// By node.
     pub nodes: Box<[Arc<Pool>]>,
-    /// What a server reports at login, by startup parameters.
-    welcomes: Mutex<HashMap<Arc<StartupParameters>, Arc<super::Parameters>>>,
+    /// What a server reports at login, by startup parameters, and under which settings of logins.
+    welcomes: Mutex<HashMap<Arc<StartupParameters>, Welcome>>,
 }
+
+/// What was reported, and how many changes of what logins give there had been.
+type Welcome = (u64, Arc<super::Parameters>);
 
 /// Startup parameter sets whose reports are remembered per database and user.
 const MAX_WELCOMES: usize = 64;
@@ -579,16 +605,19 @@ impl UserPools {
 
     /// What a server reported to an earlier login with these startup parameters.
     pub fn welcome(&self, startup: &StartupParameters) -> Option<Arc<super::Parameters>> {
-        self.welcomes.lock().unwrap_or_else(|p| p.into_inner()).get(startup).cloned()
+        let generation = self.nodes.first()?.context.login_settings.generation();
+        let welcomes = self.welcomes.lock().unwrap_or_else(|p| p.into_inner());
+        welcomes.get(startup).filter(|(valid, _)| *valid == generation).map(|(_, told)| told.clone())
     }
 
-    /// Remembers what a server reported.
-    pub fn remember_welcome(&self, startup: &Arc<StartupParameters>, parameters: &Arc<super::Parameters>) {
+    /// Remembers what a server reported to a login, if that is still what it would report.
+    pub fn remember_welcome(&self, backend: &Backend) {
+        let Some(generation) = backend.login_settings else { return };
         let mut welcomes = self.welcomes.lock().unwrap_or_else(|p| p.into_inner());
         if welcomes.len() >= MAX_WELCOMES {
             welcomes.clear();
         }
-        welcomes.insert(startup.clone(), parameters.clone());
+        welcomes.insert(backend.startup.clone(), (generation, backend.login_parameters.clone()));
     }
 }
 

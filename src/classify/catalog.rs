@@ -47,6 +47,8 @@ pub struct Flags {
     pub elsewhere: bool,
     /// A relation or type that runs code which is not known.
     pub code: bool,
+    /// A user's function whose body may change settings, of which those of applications do not show afterwards.
+    pub sets: bool,
 }
 
 /// The rows of the catalog queries, as they come.
@@ -54,8 +56,8 @@ pub struct Flags {
 pub struct CatalogRows {
     /// The server's major version, for example 15.
     pub server_major: u16,
-    /// [`FUNCTIONS_SQL`]: name, is a user's, takes one argument.
-    pub functions: Vec<(String, bool, bool)>,
+    /// [`FUNCTIONS_SQL`]: name, is a user's, takes one argument, may change settings.
+    pub functions: Vec<(String, bool, bool, bool)>,
     /// [`OBJECTS_SQL`]: object, name, mark.
     pub objects: Vec<(Object, String, Mark)>,
     /// [`EDGES_SQL`]: what is unsafe on the left makes the right unsafe.
@@ -130,10 +132,11 @@ impl Catalog {
                 .collect(),
             ..Facts::default()
         };
-        for (name, user, attribute) in rows.functions {
+        for (name, user, attribute, sets) in rows.functions {
             let flags = facts.names.entry(name.into_bytes().into_boxed_slice()).or_default();
             flags.called |= user;
             flags.attribute |= attribute;
+            flags.sets |= sets;
         }
         let unsafe_objects = closure(&rows.objects, &rows.edges);
         for (object, name, mark) in rows.objects {
@@ -218,11 +221,25 @@ fn closure(objects: &[(Object, String, Mark)], edges: &[(Object, Object)]) -> Ha
     reached
 }
 
-/// Rows (name, is a user's, may be called with one argument). `$1`: the safe built-in functions.
-/// Functions that only a trigger can call are left out.
+/// Rows (name, is a user's, may be called with one argument, may change settings). `$1`: the safe built-in
+/// functions. Functions that only a trigger can call are left out.
+///
+/// `setters`: bodies that mention set_config, RESET or DISCARD, or SET where a statement begins (not that of
+/// UPDATE); those in languages that nobody reads here; and those that mention the name of such a function.
 pub const FUNCTIONS_SQL: &str = "\
+WITH RECURSIVE setters AS ( \
+  SELECT p.oid, p.proname FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_language l ON l.oid = p.prolang \
+   WHERE p.oid >= 16384 AND l.lanname NOT IN ('internal', 'c') \
+     AND (l.lanname NOT IN ('sql', 'plpgsql') \
+          OR p.prosrc ~* '\\m(set_config|reset|discard)\\M' \
+          OR p.prosrc ~* '(^|;|''|\\mbegin\\M|\\mthen\\M|\\melse\\M|\\mloop\\M)\\s*set\\M' \
+          OR pg_catalog.pg_get_function_sqlbody(p.oid) ~* '\\mset_config\\M') \
+  UNION SELECT p.oid, p.proname FROM pg_catalog.pg_proc p, setters s \
+   WHERE p.oid >= 16384 AND p.oid <> s.oid \
+     AND pg_catalog.strpos(pg_catalog.lower(p.prosrc), pg_catalog.lower(s.proname::text)) > 0) \
 SELECT p.proname::text, bool_or(p.oid >= 16384), \
-       bool_or(p.pronargs >= 1 AND p.pronargs - p.pronargdefaults <= 1) \
+       bool_or(p.pronargs >= 1 AND p.pronargs - p.pronargdefaults <= 1), \
+       bool_or(p.oid IN (SELECT s.oid FROM setters s)) \
   FROM pg_catalog.pg_proc p \
  WHERE (p.oid >= 16384 OR NOT p.proname::text = ANY ($1::text[])) \
    AND p.prorettype NOT IN (2279, 3838) \
@@ -328,12 +345,15 @@ pub const CASTS_SQL: &str = "\
 SELECT EXISTS (SELECT FROM pg_catalog.pg_cast c \
  WHERE c.oid >= 16384 AND c.castsource < 16384 AND c.casttarget < 16384 AND c.castmethod <> 'b')";
 
-/// One row (sum): moves with every change of a catalog that the facts are made of; the counts of another
+/// One row (sum, server version, hash of what logins are given): the sum moves with every change of a catalog that the facts are made of; the counts of another
 /// session's transaction arrive within about a second of its commit. DML on users' tables does not move it.
 pub const CHANGES_SQL: &str = "\
 SELECT pg_catalog.sum(pg_catalog.pg_stat_get_tuples_inserted(c.oid) + pg_catalog.pg_stat_get_tuples_updated(c.oid) \
          + pg_catalog.pg_stat_get_tuples_deleted(c.oid))::pg_catalog.int8, \
-       pg_catalog.current_setting('server_version_num')::pg_catalog.int4 \
+       pg_catalog.current_setting('server_version_num')::pg_catalog.int4, \
+       (SELECT pg_catalog.hashtextextended(coalesce(pg_catalog.string_agg( \
+                 s.setdatabase || ' ' || s.setrole || ' ' || s.setconfig::text, ';' ORDER BY s.setdatabase, s.setrole), ''), 0) \
+          FROM pg_catalog.pg_db_role_setting s) \
   FROM pg_catalog.pg_class c \
  WHERE c.oid IN ('pg_catalog.pg_proc'::pg_catalog.regclass, 'pg_catalog.pg_operator'::pg_catalog.regclass, \
    'pg_catalog.pg_cast'::pg_catalog.regclass, 'pg_catalog.pg_rewrite'::pg_catalog.regclass, \
@@ -352,9 +372,9 @@ mod tests {
         CatalogRows {
             server_major: 15,
             functions: vec![
-                ("f".into(), true, false),
-                ("g".into(), true, true),
-                ("nextval".into(), false, true),
+                ("f".into(), true, false, false),
+                ("g".into(), true, true, true),
+                ("nextval".into(), false, true, false),
             ],
             objects: vec![
                 (Object::Relation(1), "seq".into(), Mark::Elsewhere),

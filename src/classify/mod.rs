@@ -319,6 +319,25 @@ pub fn stays_in_transaction(text: &[u8]) -> bool {
     }
 }
 
+/// Whether a text has a statement that may change what a login gives: ALTER ROLE, USER, GROUP or DATABASE.
+/// Finding one too many costs only that backends are opened again.
+pub fn alters_login(text: &[u8]) -> bool {
+    let mut lexer = Lexer::new(text);
+    let mut after_alter = false;
+    loop {
+        match lexer.next_token() {
+            Token::End | Token::Unclear => return false,
+            Token::Word => {
+                if after_alter && matches!(lexer.name(), b"role" | b"user" | b"group" | b"database") {
+                    return true;
+                }
+                after_alter = lexer.name() == b"alter";
+            }
+            _ => after_alter = false,
+        }
+    }
+}
+
 /// Whether a statement creates, alters or drops a database: PostgreSQL refuses that while anybody is
 /// connected to the database (or to the template), be it only a pool.
 pub fn is_database_command(text: &[u8]) -> bool {

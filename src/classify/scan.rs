@@ -405,6 +405,9 @@ impl Scan<'_> {
         }
         if pending.flags.called {
             statement.refuse(Kind::Write, ClassReason::UnsafeName);
+            if pending.flags.sets && !pending.after_into {
+                statement.leave(Leaves::Pins(PinReason::Setting));
+            }
             if !pending.after_into {
                 statement.leave(Leaves::Unproven);
             }
@@ -534,6 +537,9 @@ impl Scan<'_> {
 
     fn literal(&mut self, kind: TextKind) {
         let raw = self.lexer.raw();
+        if self.statement.lead == Some(Lead::Opaque) && body_may_set(raw, self.catalog) {
+            self.statement.leave(Leaves::Pins(PinReason::Setting));
+        }
         let tag = match kind {
             TextKind::Plain | TextKind::Escaped | TextKind::Dollar => b's',
             TextKind::Unicode => b'u',
@@ -857,6 +863,42 @@ fn literals<'a>(lexer: &Lexer<'a>) -> Option<(Lexer<'a>, u8, u32)> {
             _ => return None,
         }
     }
+}
+
+/// Whether the body of a DO may change settings: as the catalog query asks of functions, word by word.
+fn body_may_set(raw: &[u8], catalog: &Catalog) -> bool {
+    let is_word = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | 0x80..);
+    let mut starts_statement = true;
+    let mut at = 0;
+    while at < raw.len() {
+        let length = raw[at..].iter().take_while(|byte| is_word(byte)).count();
+        if length == 0 {
+            match raw[at] {
+                b';' | b'\'' | b'$' => starts_statement = true,
+                b' ' | b'\t' | b'\n' | b'\r' => {}
+                _ => starts_statement = false,
+            }
+            at += 1;
+            continue;
+        }
+        let mut name = [0; 64];
+        let word = &raw[at..at + length];
+        let folded = &mut name[..length.min(63)];
+        folded.copy_from_slice(&word[..length.min(63)]);
+        folded.make_ascii_lowercase();
+        match &*folded {
+            b"set_config" | b"reset" | b"discard" => return true,
+            b"set" if starts_statement => return true,
+            word => {
+                if catalog.name(word).sets {
+                    return true;
+                }
+                starts_statement = matches!(word, b"begin" | b"then" | b"else" | b"loop");
+            }
+        }
+        at += length;
+    }
+    false
 }
 
 /// A text that PostgreSQL would read as a time of its clock, were it cast to one.

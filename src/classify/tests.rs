@@ -25,7 +25,11 @@ fn catalog() -> Catalog {
         7,
         CatalogRows {
             server_major: 15,
-            functions: vec![("fx".into(), true, true), ("nextval".into(), false, true)],
+            functions: vec![
+                ("fx".into(), true, true, false),
+                ("set_tenant".into(), true, true, true),
+                ("nextval".into(), false, true, false),
+            ],
             objects: vec![
                 (Object::Relation(1), "seq".into(), Mark::Elsewhere),
                 (Object::Type(2), "ct".into(), Mark::Code),
@@ -244,6 +248,13 @@ fn what_is_left() {
         ("discard plans", Nothing),
         ("call p()", Unproven),
         ("do 'x'", Unproven),
+        ("do $$ begin update t set a = 1 where b; end $$", Unproven),
+        ("do $$ begin SET app.x = 1; end $$", Pins(Setting)),
+        ("do $$ begin perform Set_Config('a.b', 'c', false); end $$", Pins(Setting)),
+        ("do $$ begin perform set_tenant(1); end $$", Pins(Setting)),
+        ("do $$ begin execute 'set app.x = 1'; end $$", Pins(Setting)),
+        ("select set_tenant(1)", Pins(Setting)),
+        ("call set_tenant(1)", Pins(Setting)),
         ("select fx(1)", Unproven),
         ("insert into t (a) values (1)", Nothing),
         ("insert into s.t (a) values (1)", Nothing),

@@ -529,7 +529,7 @@ impl Exchange<'_> {
             return Err(End::NodeLost { node });
         }
         self.commit();
-        if let Some(refused) = self.unit.refused.take() {
+        if let Some(refused) = &self.unit.refused {
             // The unit has failed in the transaction that a Query of ours had left aborted.
             self.backend.input.advance(len);
             self.session.client.output.truncate(refused.output);

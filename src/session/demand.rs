@@ -339,8 +339,11 @@ impl Session {
 
     /// Settings have the values again that they had at login; the client is told of those it was told of.
     fn reset_settings(&mut self, which: impl Fn(&str) -> bool) {
-        let told = self.told_at_login.clone();
-        for (name, value) in told.iter() {
+        let login = self.told_at_login.clone();
+        let mut told: Vec<_> = login.iter().collect();
+        // In the server's order.
+        told.sort_by_key(|(name, _)| name.to_ascii_lowercase());
+        for (name, value) in told {
             let key = String::from_utf8_lossy(name).to_ascii_lowercase();
             // Whether it is a superuser follows from the role.
             let key = if key == "is_superuser" { "role" } else { &key };

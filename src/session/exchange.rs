@@ -186,6 +186,8 @@ pub struct Unit {
     pub leaves: Leaves,
     /// It contains data definition.
     pub ddl: bool,
+    /// It may change what logins give.
+    pub login_settings: bool,
     /// It has statements that are not reads.
     pub writes: bool,
 }
@@ -269,6 +271,7 @@ impl Unit {
             binding: None,
             leaves: Leaves::Nothing,
             ddl: false,
+            login_settings: false,
             writes: false,
         }
     }
@@ -293,6 +296,11 @@ impl Unit {
     /// Whether it has shown nothing of the database: SET and the like.
     pub fn is_quiet(&self) -> bool {
         !self.failed && (self.quiet_query || (self.binds > 0 && self.binds == self.quiet_binds))
+    }
+
+    /// Whether a Query of ours ahead of it has failed, so that it did not run.
+    pub fn was_refused(&self) -> bool {
+        self.refused.is_some()
     }
 
     /// Counts in what the statements of a Query do to settings.

@@ -41,7 +41,7 @@ use crate::backend::pool::{Lease, Pools, UserPools};
 use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
 use crate::catalogs::{Catalogs, DatabaseCatalog};
 use crate::classify::setting::{self, Change};
-use crate::classify::{Classifier, Leaves, Lexing, PinReason};
+use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
 use crate::config::Config;
 use crate::consistency::Promise;
 use crate::metrics::Metrics;
@@ -248,6 +248,8 @@ pub struct Session {
     unproven: bool,
     /// In this transaction data definition ran: the catalog facts are read again when it ends.
     ddl: bool,
+    /// In this transaction ALTER ROLE or DATABASE ran, which may change what logins give.
+    login_settings: bool,
     statements: Statements,
     unit: Unit,
     /// An error of ours was sent in place of a unit: all up to Sync is dropped.
@@ -317,6 +319,7 @@ impl Session {
             pin: None,
             unproven: false,
             ddl: false,
+            login_settings: false,
             statements: Statements::default(),
             unit: Unit::none(),
             skipping: false,
@@ -354,7 +357,7 @@ impl Session {
             None => {
                 let lease = self.lease_for_login().await?;
                 let parameters = lease.login_parameters.clone();
-                self.pools.remember_welcome(&self.startup, &parameters);
+                self.pools.remember_welcome(&lease);
                 lease.give_back();
                 parameters
             }
@@ -685,13 +688,16 @@ impl Session {
         self.unit.leaves = demand.leaves();
         self.unit.writes = !demand.is_read();
         self.unit.ddl = demand.is_ddl();
-        if demand.sets()
+        if (demand.sets() || demand.is_ddl())
             && let Ok(Some(header)) = wire::header(&self.client.input)
             && let Some(body) = self.client.input.get(HEADER..header.len)
         {
             let text = body.strip_suffix(b"\0").unwrap_or_default();
-            let effects = setting::effects(text, self.lexing);
-            self.unit.count_settings(&effects);
+            self.unit.login_settings = demand.is_ddl() && classify::alters_login(text);
+            if demand.sets() {
+                let effects = setting::effects(text, self.lexing);
+                self.unit.count_settings(&effects);
+            }
         }
     }
 
@@ -813,11 +819,19 @@ impl Session {
 
     /// After a unit's answers: notes, pins, and what becomes of the backend.
     async fn finish(&mut self) -> Result<(), End> {
+        if self.unit.was_refused()
+            && let Some(lease) = self.lease.take()
+        {
+            // Nothing of it has run; the backend is closed, and what a pinned session had on it is gone.
+            self.handle.idle();
+            return if self.pin.is_some() { Err(End::StateLost { node: lease.node }) } else { Ok(()) };
+        }
         if !self.unit.is_quiet() {
             self.note();
         }
         let failed = self.unit.failed();
         self.ddl |= self.unit.ddl;
+        self.login_settings |= self.unit.login_settings;
         match self.unit.leaves {
             Leaves::Nothing => {}
             Leaves::Pins(reason) => self.pin_now(reason),
@@ -842,6 +856,9 @@ impl Session {
             return Ok(());
         }
         self.portals.clear();
+        if std::mem::take(&mut self.login_settings) {
+            self.shared.nodes.login_settings.changed();
+        }
         if std::mem::take(&mut self.ddl) {
             self.catalog.invalidate();
         }

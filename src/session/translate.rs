@@ -588,6 +588,8 @@ impl Exchange<'_> {
         match class {
             Some(class) => {
                 self.unit.binding = class.settings.then(|| statement.clone());
+                self.unit.login_settings |=
+                    class.kind == Kind::Ddl && classify::alters_login(statement.text());
                 self.count_in(class);
             }
             None => self.unit.writes = true,

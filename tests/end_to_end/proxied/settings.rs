@@ -106,7 +106,7 @@ async fn settings_follow_a_session_to_replicas() {
         ),
         ("SET app.x = 'it''s é\\n'", "current_setting('app.x')", "it's é\\n"),
         ("SET app.x = U&'\\0061'", "current_setting('app.x')", "a"),
-        ("SET extra_float_digits = -5", "1.23456789012345::float8", "1.2345678901"),
+        ("SET extra_float_digits = -5", "1.23456789012345::float8", "1.23456789"),
         (
             "SELECT set_config('app.x', 'computed ' || x, false) FROM t",
             "current_setting('app.x')",
@@ -216,11 +216,13 @@ async fn reset_batches_are_answered_as_by_the_server_and_reach_none() {
             ["SELECT 1", "SET TimeZone = 'Asia/Tokyo'; SET application_name = 'other'; SET app.x = '1'"]
         {
             assert_eq!(proxied.ask(&query(set)).await, direct.ask(&query(set)).await, "{set}");
-            let before = cluster.ran(batch.trim_end_matches(';'))[0];
+            // The log has a line of it.
+            let marker = batch.lines().next().unwrap();
+            let before = cluster.ran(marker)[0];
             let expected = direct.ask(&query(batch)).await;
-            assert_eq!(cluster.ran(batch.trim_end_matches(';'))[0], before + 1);
+            assert_eq!(cluster.ran(marker)[0], before + 1);
             assert_eq!(proxied.ask(&query(batch)).await, expected, "{batch}");
-            assert_eq!(cluster.ran(batch.trim_end_matches(';'))[0], before + 1, "{batch}");
+            assert_eq!(cluster.ran(marker)[0], before + 1, "{batch}");
             for show in [
                 "SHOW timezone",
                 "SHOW application_name",
@@ -275,7 +277,8 @@ async fn a_setting_that_cannot_be_given_again_fails_the_statement_and_nothing_of
     assert_eq!(value(&other.ask(&query("SELECT count(*) FROM t FOR UPDATE OF t")).await), None);
     assert_eq!(value(&other.ask(&query("SELECT max(x) FROM t")).await).as_deref(), Some("1"));
     // The way out.
-    assert_eq!(tags(&client.ask(&query("RESET ROLE")).await).replace('S', ""), "CZ");
+    let reset = client.ask(&query("RESET ROLE")).await;
+    assert_eq!(tags(&reset), "CZ", "{reset:?}");
     assert_eq!(tags(&client.ask(&query("INSERT INTO t VALUES (6)")).await), "CZ");
     assert!(proxy.metrics().await.sum("highwater_injected_failures_total", &[]) >= 5.0);
 }
@@ -439,4 +442,79 @@ fn note_parameters(messages: &mut Vec<Message>, told: &mut BTreeMap<String, Stri
         }
         message.tag != b'S'
     });
+}
+
+#[tokio::test]
+async fn a_new_login_finds_what_alter_role_has_set_however_warm_the_pool() {
+    let cluster = Cluster::start(1).await;
+    cluster.primary().execute("ALTER ROLE app CREATEROLE").await.unwrap();
+    let proxy = Proxy::start(&cluster).await;
+    let mut client = proxy.raw_login().await;
+    for zone in ["Asia/Tokyo", "Europe/Paris"] {
+        // By a session of ours: at once.
+        let answer = client.ask(&query(&format!("ALTER ROLE app SET TimeZone = '{zone}'"))).await;
+        // (A live session is given the new defaults too, and told so.)
+        assert_eq!(tags(&answer).replace('S', ""), "CZ", "{answer:?}");
+        let mut next = proxy.raw_login().await;
+        assert_eq!(next.parameters["TimeZone"], zone);
+        assert_eq!(value(&next.ask(&query("SHOW TimeZone")).await).as_deref(), Some(zone));
+    }
+    let unit = [parse("", "ALTER ROLE app SET work_mem = '5MB'"), bind("", &[]), execute(), sync()];
+    assert_eq!(tags(&client.ask(&unit.concat()).await).replace('S', ""), "12CZ");
+    let mut next = proxy.raw_login().await;
+    assert_eq!(value(&next.ask(&query("SHOW work_mem")).await).as_deref(), Some("5MB"));
+    // Past the proxy: within moments.
+    cluster
+        .primary()
+        .execute("ALTER DATABASE app SET work_mem = '6MB'; ALTER ROLE app RESET ALL")
+        .await
+        .unwrap();
+    eventually("a login finds the database's setting", || async {
+        let mut next = proxy.raw_login().await;
+        value(&next.ask(&query("SHOW work_mem")).await).as_deref() == Some("6MB")
+            && next.parameters["TimeZone"] != "Europe/Paris"
+    })
+    .await;
+    assert!(
+        proxy.metrics().await.sum("highwater_backends_closed_total", &[("reason", "login_settings")]) > 0.0
+    );
+}
+
+#[tokio::test]
+async fn what_a_function_sets_stays_with_its_session() {
+    let cluster = Cluster::start(1).await;
+    cluster
+        .set_up(
+            "CREATE FUNCTION as_tenant(text) RETURNS void LANGUAGE plpgsql AS $$ BEGIN \
+               PERFORM set_config('app.tenant', $1, false); END $$; \
+             CREATE FUNCTION by_way_of(text) RETURNS void LANGUAGE sql AS 'SELECT as_tenant($1)'; \
+             CREATE FUNCTION harmless() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+        )
+        .await;
+    let proxy = proxy_with(&cluster, "pool: { size: 4 }").await;
+    let mut other = proxy.raw_login().await;
+    let pins = async || proxy.metrics().await.sum("highwater_pins_total", &[("reason", "setting")]);
+    eventually("the functions are known", || async {
+        let mut client = proxy.raw_login().await;
+        client.ask(&query("SELECT as_tenant('nobody')")).await;
+        pins().await > 0.0
+    })
+    .await;
+    let before = pins().await;
+    other.ask(&query("SELECT harmless()")).await;
+    assert_eq!(pins().await, before);
+    for set in [
+        "SELECT as_tenant('mine')",
+        "SELECT by_way_of('mine')",
+        "DO $$ BEGIN PERFORM as_tenant('mine'); END $$",
+        "DO $$ BEGIN SET app.tenant = 'mine'; END $$",
+    ] {
+        let mut client = proxy.raw_login().await;
+        assert!(!tags(&client.ask(&query(set)).await).contains('E'), "{set}");
+        for _ in 0..3 {
+            let show = query("SELECT coalesce(current_setting('app.tenant', true), '')");
+            assert_eq!(value(&client.ask(&show).await).as_deref(), Some("mine"), "{set}");
+            assert_eq!(value(&other.ask(&show).await).as_deref(), Some(""), "{set}");
+        }
+    }
 }
