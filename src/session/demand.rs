@@ -77,8 +77,8 @@ impl Demand {
     /// It failed where it was, and is to run again.
     pub fn redo(&mut self, again: Again) {
         if let Demand::Read { redone, .. } = self {
-            // A node that went away is replaced by any other that may serve.
-            *redone |= again != Again::NodeLost;
+            // A node that went away is replaced by any other that may serve; a statement is prepared anew on any.
+            *redone |= !matches!(again, Again::NodeLost | Again::StaleStatement);
         }
     }
 
@@ -309,6 +309,12 @@ impl Session {
             Lookup::Known(class, _) => class,
             Lookup::Ask(question) => self.shared.classifier.ask(question).await,
         }
+    }
+
+    /// Names the catalog facts; 0: they are not known, and so nor is whether they change.
+    pub(super) fn catalog_identity(&self) -> u64 {
+        let catalog = self.catalog.current();
+        if catalog.is_loaded() { catalog.identity() } else { 0 }
     }
 
     /// The class of a prepared statement under the current catalog facts.

@@ -14,14 +14,17 @@
 //! client's query does not hold one for hours: a read is cancelled; what may write runs to its end
 //! on the node, just as if that had lost its client. Unless more units are waiting: they are to run.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use super::messages::ShapeReader;
+use super::prepared::Statement;
 use super::{End, Session};
-use crate::backend::{Backend, SharedName, poll_drain, poll_fill};
+use crate::backend::{Backend, Prepared, SharedName, poll_drain, poll_fill};
 use crate::classify::Leaves;
 use crate::wire::ErrorReport;
 
@@ -50,8 +53,10 @@ pub enum Expect {
     Parse(NameOnServer),
     /// ParseComplete for a Parse of ours.
     InjectedParse(NameOnServer),
-    /// CloseComplete for a Close of ours.
-    InjectedClose(NameOnServer),
+    /// CloseComplete for a Close of ours; what is known of the statement, should it stay after all.
+    InjectedClose(NameOnServer, Prepared),
+    /// The description of a statement, which we have asked for ourselves.
+    InjectedDescribe(Box<Asked>),
     /// ReadyForQuery for a Sync of ours.
     InjectedSync,
     /// ParseComplete that we give: the backend has the statement already.
@@ -62,8 +67,9 @@ pub enum Expect {
     OwnError(Box<ErrorReport>),
     /// BindComplete. The client's name of the statement, for an error that names it.
     Bind(Vec<u8>),
-    /// RowDescription or NoData, perhaps after ParameterDescription.
-    Describe,
+    /// RowDescription or NoData, after ParameterDescription if it is of a statement: what the client is told
+    /// is remembered with it.
+    Describe(Option<Box<Asked>>),
     /// Rows up to CommandComplete, EmptyQueryResponse or PortalSuspended; or COPY.
     Execute,
     /// CloseComplete for a portal.
@@ -78,6 +84,16 @@ pub enum Expect {
     FunctionCall,
     /// ReadyForQuery.
     Sync,
+}
+
+/// A Describe of a statement.
+#[derive(Debug)]
+pub struct Asked {
+    pub(super) statement: Arc<Statement>,
+    pub(super) on: NameOnServer,
+    /// What the client goes by must be what is answered.
+    pub(super) compare: bool,
+    pub(super) reader: ShapeReader,
 }
 
 /// Under which name a statement is prepared on the backend.
@@ -137,10 +153,14 @@ pub struct Unit {
     pub(super) failed: bool,
     /// A Sync was taken back because COPY FROM STDIN would ignore it.
     pub(super) ignored_sync: bool,
-    /// The server was asked to send what it has answered so far.
-    pub(super) urged: bool,
-    /// Shared statements whose Parse was sent and is not answered.
-    pub(super) underway: HashSet<SharedName>,
+    /// How many of the awaited answers the server was asked to send at once.
+    pub(super) urged: usize,
+    /// Its number among the session's units.
+    pub(super) number: u64,
+    /// It runs again because a shared statement was out of date: none of before is used.
+    pub(super) anew: bool,
+    /// A statement was prepared anew, and nothing is to be sent before its shape is known.
+    pub(super) awaits_shape: bool,
     /// Answer discarded up to ReadyForQuery, then run again.
     pub(super) discard: Option<Again>,
     /// The strongest of what its statements may leave behind.
@@ -162,15 +182,18 @@ pub enum Again {
     Conflict,
     /// The node is going away, or its connection broke before any answer.
     NodeLost,
+    /// Its definition has changed since a shared statement was prepared, which is prepared anew.
+    StaleStatement,
 }
 
 impl Again {
     /// All labels.
-    pub const LABELS: [&'static str; 4] = [
+    pub const LABELS: [&'static str; 5] = [
         Again::NotARead.label(),
         Again::LateReplica.label(),
         Again::Conflict.label(),
         Again::NodeLost.label(),
+        Again::StaleStatement.label(),
     ];
 
     /// One word for a metric label.
@@ -180,6 +203,7 @@ impl Again {
             Again::LateReplica => "late_replica",
             Again::Conflict => "conflict",
             Again::NodeLost => "node_lost",
+            Again::StaleStatement => "stale_statement",
         }
     }
 }
@@ -214,8 +238,10 @@ impl Unit {
             skip_to_sync: false,
             failed: false,
             ignored_sync: false,
-            urged: false,
-            underway: HashSet::new(),
+            urged: 0,
+            number: 0,
+            anew: false,
+            awaits_shape: false,
             discard: None,
             leaves: Leaves::Nothing,
             ddl: false,
@@ -273,7 +299,7 @@ impl Session {
             return Err(End::fatal(ErrorReport::fatal("XX000", "a unit has no backend to run on")));
         };
         let mut unit = std::mem::replace(&mut self.unit, Unit::none());
-        self.statements.begin(unit.redoable);
+        unit.number = self.statements.begin(unit.redoable);
         self.client.patience = None;
         let outcome =
             poll_fn(|cx| Exchange { session: &mut *self, unit: &mut unit, backend: &mut lease }.poll(cx))

@@ -44,7 +44,7 @@ use crate::topology::{NodeId, TopologyHandle};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
 /// Why units are run again, as the metric labels it.
-pub const REDONE_LABELS: [&str; 4] = Again::LABELS;
+pub const REDONE_LABELS: [&str; 5] = Again::LABELS;
 
 /// What all sessions share.
 pub struct Shared {
@@ -222,6 +222,8 @@ pub struct Session {
     /// In this transaction data definition ran: the catalog facts are read again when it ends.
     ddl: bool,
     statements: Statements,
+    /// The unit is to run again because a shared statement was out of date.
+    prepare_anew: bool,
     unit: Unit,
     /// An error of ours was sent in place of a unit: all up to Sync is dropped.
     skipping: bool,
@@ -278,6 +280,7 @@ impl Session {
             unproven: false,
             ddl: false,
             statements: Statements::default(),
+            prepare_anew: false,
             unit: Unit::none(),
             skipping: false,
             drop_rest: 0,
@@ -594,7 +597,14 @@ impl Session {
         self.output_before = self.client.output.len();
         self.tell_differences(&placed.lease.parameters);
         self.role = placed.role;
-        self.lease = Some(placed.lease);
+        let mut lease = placed.lease;
+        if std::mem::take(&mut self.prepare_anew) {
+            self.unit.anew = true;
+            for (_, prepared) in lease.prepared.iter_mut() {
+                prepared.stale = true;
+            }
+        }
+        self.lease = Some(lease);
     }
 
     /// What is known of a unit from how it was routed.
@@ -679,12 +689,13 @@ impl Session {
         if again == Again::NotARead {
             self.learn();
         }
+        self.prepare_anew = again == Again::StaleStatement;
         // From here on a cancel finds the session waiting.
         self.handle.waiting();
         let lease = self.lease.take();
         let cancelled = lease.as_ref().is_some_and(|lease| lease.cancel.was_sent());
         match again {
-            Again::NotARead | Again::LateReplica | Again::Conflict => {
+            Again::NotARead | Again::LateReplica | Again::Conflict | Again::StaleStatement => {
                 // Only if its answer has been read to the end is the backend idle again.
                 if let Some(lease) = lease
                     && self.unit.is_over()

@@ -7,13 +7,15 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hasher;
+use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use siphasher::sip128::{Hasher128, SipHasher13};
 
 use super::messages::Parse;
-use crate::backend::SharedName;
+use crate::backend::{Shape, SharedName};
 use crate::classify::StatementClass;
 
 /// A prepared statement of a client.
@@ -26,9 +28,49 @@ pub struct Statement {
     /// A number that no other Parse of the process has.
     pub serial: u64,
     class: Mutex<Option<(u64, StatementClass)>>,
+    /// The shape that the client was given; 0: none yet.
+    shape: AtomicU64,
+    /// The unit in which it was given: until that has succeeded it can be taken back.
+    given_in: AtomicU64,
+    changed: AtomicBool,
 }
 
 impl Statement {
+    /// What the client goes by: its description of the statement, or what its rows looked like.
+    pub fn shape(&self) -> Option<Shape> {
+        NonZeroU64::new(self.shape.load(Ordering::Relaxed)).map(Shape)
+    }
+
+    /// The client is being given this shape, in the unit of that number.
+    pub fn give_shape(&self, shape: Shape, unit: u64) {
+        self.shape.store(shape.0.get(), Ordering::Relaxed);
+        self.given_in.store(unit, Ordering::Relaxed);
+    }
+
+    /// The answer of that unit never came: if the shape was given in it, the client has not seen it.
+    /// Whether the client goes by no shape now.
+    pub fn take_shape_back(&self, unit: u64) -> bool {
+        if self.given_in.load(Ordering::Relaxed) == unit {
+            self.shape.store(0, Ordering::Relaxed);
+        }
+        self.shape().is_none()
+    }
+
+    /// Prepared anew it had another shape than the client goes by: it fails until the client prepares
+    /// it anew, too, as it would on one server.
+    pub fn has_changed(&self) -> bool {
+        self.changed.load(Ordering::Relaxed)
+    }
+
+    /// It was prepared anew and has this shape.
+    pub fn compare_shape(&self, anew: Shape) -> bool {
+        let same = self.shape().is_none_or(|shape| shape == anew);
+        if !same {
+            self.changed.store(true, Ordering::Relaxed);
+        }
+        same
+    }
+
     /// The text.
     pub fn text(&self) -> &[u8] {
         crate::wire::cstr(&self.tail).map_or(&[], |(text, _)| text)
@@ -65,18 +107,18 @@ impl Statement {
 #[derive(Debug)]
 pub struct Names {
     key: [u8; 16],
-    next: std::sync::atomic::AtomicU64,
+    next: AtomicU64,
 }
 
 impl Names {
     /// `key` must be random: nobody may craft two texts with one name.
     pub fn new(key: [u8; 16]) -> Names {
-        Names { key, next: std::sync::atomic::AtomicU64::new(1) }
+        Names { key, next: AtomicU64::new(1) }
     }
 
     /// A statement for a Parse.
     pub fn statement(&self, parse: &Parse<'_>) -> Arc<Statement> {
-        let serial = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let serial = self.next.fetch_add(1, Ordering::Relaxed);
         let mut hasher = SipHasher13::new_with_key(&self.key);
         hasher.write(parse.tail);
         if has_moment_literal(parse.text) {
@@ -89,6 +131,9 @@ impl Names {
             tail: Bytes::copy_from_slice(parse.tail),
             serial,
             class: Mutex::new(None),
+            shape: AtomicU64::new(0),
+            given_in: AtomicU64::new(0),
+            changed: AtomicBool::new(false),
         })
     }
 }
@@ -133,12 +178,16 @@ pub struct Statements {
     /// What answered messages of the running unit have changed, as it was before; the latest last.
     /// `None`: the unit will not be taken back.
     before: Option<Vec<(Vec<u8>, Found)>>,
+    /// Units so far.
+    units: u64,
 }
 
 impl Statements {
-    /// A unit begins. `redoable`: it may be taken back.
-    pub fn begin(&mut self, redoable: bool) {
+    /// A unit begins; its number. `redoable`: it may be taken back.
+    pub fn begin(&mut self, redoable: bool) -> u64 {
         self.before = redoable.then(Vec::new);
+        self.units += 1;
+        self.units
     }
 
     /// The running unit will not be taken back any more.
@@ -162,7 +211,8 @@ impl Statements {
         self.answered(name)
     }
 
-    fn answered(&self, name: &[u8]) -> Found {
+    /// What `name` stands for as far as the server has answered.
+    pub fn answered(&self, name: &[u8]) -> Found {
         let found = if name.is_empty() { self.unnamed.as_ref() } else { self.named.get(name) };
         found.cloned().unwrap_or(Found::Nothing)
     }

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use bytes::{Buf, BufMut, BytesMut};
 
 use super::exchange::{
-    Exchange, Expect, HIGH_WATER, Intake, MOST_AWAITED, NameOnServer, Outcome, SMALL_MESSAGE, Step,
+    Asked, Exchange, Expect, HIGH_WATER, Intake, MOST_AWAITED, NameOnServer, Outcome, SMALL_MESSAGE, Step,
 };
-use super::messages::{self, Parse, Target};
+use super::messages::{self, Parse, ShapeReader, Target};
 use super::prepared::{Found, Statement};
 use super::{End, Role};
-use crate::backend::{Dirt, SharedName};
+use crate::backend::{Dirt, Prepared, SharedName};
 use crate::classify::{Kind, Leaves, Lookup, PinReason, StatementClass};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
@@ -39,6 +39,9 @@ impl Exchange<'_> {
                 continue;
             }
             if self.unit.intake == Intake::Closed || self.unit.discard.is_some() {
+                break;
+            }
+            if self.unit.awaits_shape {
                 break;
             }
             if self.unit.expects.len() >= MOST_AWAITED {
@@ -72,10 +75,10 @@ impl Exchange<'_> {
     /// The server may keep its answers until it is asked, while the client sends more than we are
     /// ready to await. Whether it had to be asked.
     fn urge(&mut self) -> bool {
-        if self.unit.urged {
+        if self.unit.urged > 0 {
             return false;
         }
-        self.unit.urged = true;
+        self.unit.urged = self.unit.expects.len();
         self.backend.output.put_slice(&[b'H', 0, 0, 0, 4]);
         true
     }
@@ -377,39 +380,75 @@ impl Exchange<'_> {
         let expect = if self.session.uses_own_names() {
             self.backend.own_names.insert(name.to_vec());
             self.pass(len);
-            Expect::Parse(NameOnServer::Own(name.to_vec()))
-        } else if self.has(statement.shared) {
+            self.unit.expects.push_back(Expect::Parse(NameOnServer::Own(name.to_vec())));
+            return self.ask_shape(NameOnServer::Own(name.to_vec()), statement, false);
+        } else if self.is_up_to_date(statement.shared) {
             self.take(len);
             Expect::OwnParseComplete
         } else {
             self.put_shared(&statement);
             self.take(len);
-            Expect::Parse(NameOnServer::Shared(statement.shared))
+            self.unit.expects.push_back(Expect::Parse(NameOnServer::Shared(statement.shared)));
+            return self.ask_shape(NameOnServer::Shared(statement.shared), statement, false);
         };
         self.unit.expects.push_back(expect);
         self.answer_ourselves();
     }
 
-    /// Whether the backend has the shared statement, or will have it if nothing fails before.
-    fn has(&mut self, name: SharedName) -> bool {
-        self.backend.prepared.get(&name).is_some() || self.unit.underway.contains(&name)
+    /// Whether a client that prepares the text now may be given the shared statement that is there (or
+    /// will be, if nothing fails before): not if there was data definition since it was parsed.
+    fn is_up_to_date(&mut self, name: SharedName) -> bool {
+        let catalog = self.session.catalog_identity();
+        self.backend
+            .prepared
+            .get(&name)
+            .is_some_and(|there| !there.stale && there.catalog == catalog && catalog != 0)
     }
 
-    /// Sends the Parse of a shared statement, in whose place the one used longest ago may have to go.
+    /// Sends the Parse of a shared statement, in place of an older one of its name, or of the one used
+    /// longest ago. It counts as there from now on: what is sent later comes later.
     fn put_shared(&mut self, statement: &Statement) {
+        if let Some(older) = self.backend.prepared.pop(&statement.shared) {
+            self.close_shared(statement.shared, older);
+        }
         self.evict_surplus();
         put_parse(&mut self.backend.output, statement.shared.server_name().as_bytes(), &statement.tail);
-        self.unit.underway.insert(statement.shared);
+        let catalog = self.session.catalog_identity();
+        self.backend.prepared.put(statement.shared, Prepared { catalog, ..Prepared::default() });
     }
 
     /// Closes the shared statements that the backend has above its limit, those used longest ago.
     fn evict_surplus(&mut self) {
         let limit = self.session.shared.config.pool.max_prepared;
         while self.backend.prepared.len() >= limit {
-            let Some((oldest, ())) = self.backend.prepared.pop_lru() else { return };
-            put_target(&mut self.backend.output, b'C', oldest.server_name().as_bytes());
-            self.unit.expects.push_back(Expect::InjectedClose(NameOnServer::Shared(oldest)));
+            let Some((oldest, there)) = self.backend.prepared.pop_lru() else { return };
+            self.close_shared(oldest, there);
         }
+    }
+
+    fn close_shared(&mut self, name: SharedName, was: Prepared) {
+        put_target(&mut self.backend.output, b'C', name.server_name().as_bytes());
+        self.unit.expects.push_back(Expect::InjectedClose(NameOnServer::Shared(name), was));
+    }
+
+    /// Asks the server what it has just parsed. `compare`: the statement was prepared before, and what
+    /// the client goes by must still hold, or else what it sends next must not run.
+    ///
+    /// The answer comes before that of anything behind it. So a unit that can be run again need not
+    /// wait for it; any other waits, once for each statement and backend.
+    fn ask_shape(&mut self, on: NameOnServer, statement: Arc<Statement>, compare: bool) {
+        let name = match &on {
+            NameOnServer::Shared(shared) => shared.server_name().into_bytes(),
+            NameOnServer::Own(name) | NameOnServer::Refused(name) => name.clone(),
+            NameOnServer::Unnamed | NameOnServer::Unknown => Vec::new(),
+        };
+        put_target(&mut self.backend.output, b'D', &name);
+        if compare && (!self.unit.redoable || self.unit.bound) {
+            self.backend.output.put_slice(&[b'H', 0, 0, 0, 4]);
+            self.unit.awaits_shape = true;
+        }
+        let asked = Asked { statement, on, compare, reader: ShapeReader::default() };
+        self.unit.expects.push_back(Expect::InjectedDescribe(Box::new(asked)));
     }
 
     /// A text too long to be kept: it is streamed under the client's own name, and so the session stays
@@ -511,23 +550,79 @@ impl Exchange<'_> {
             Some(class) => self.count_in(class),
             None => self.unit.writes = true,
         }
-        if name.is_empty() {
+        if statement.has_changed() && self.session.status != TransactionStatus::Failed {
+            self.own_error(
+                // Drivers prepare anew when they see this code together with this routine.
+                ErrorReport::error("0A000", "cached plan must not change result type")
+                    .routine("RevalidateCachedQuery"),
+            );
+            return Resolved::Stopped(Step::On);
+        }
+        let on_server = if name.is_empty() {
             if self.backend.unnamed != Some(statement.serial) {
                 put_parse(&mut self.backend.output, b"", &statement.tail);
                 self.backend.unnamed = Some(statement.serial);
-                self.unit.expects.push_back(Expect::InjectedParse(NameOnServer::Unnamed));
+                self.prepared_again(NameOnServer::Unnamed, &statement);
             }
-            return Resolved::Name(Vec::new());
-        }
-        if self.session.uses_own_names() {
+            Vec::new()
+        } else if self.session.uses_own_names() {
             self.give(name, &statement);
-            return Resolved::Name(name.to_vec());
+            name.to_vec()
+        } else {
+            self.have_shared(&statement);
+            statement.shared.server_name().into_bytes()
+        };
+        if self.unit.awaits_shape {
+            // The message is looked at again when the shape is known.
+            return Resolved::Stopped(Step::Wait);
         }
-        if !self.has(statement.shared) {
-            self.put_shared(&statement);
-            self.unit.expects.push_back(Expect::InjectedParse(NameOnServer::Shared(statement.shared)));
+        Resolved::Name(on_server)
+    }
+
+    /// Sees to it that the backend has a shared statement, of the shape that the client goes by.
+    fn have_shared(&mut self, statement: &Arc<Statement>) {
+        let there = self.backend.prepared.get(&statement.shared).copied();
+        match (there.filter(|there| !there.stale), statement.shape()) {
+            (Some(Prepared { shape: Some(there), .. }), Some(shape)) if there == shape => {}
+            (Some(Prepared { shape: Some(there), .. }), None) => {
+                statement.give_shape(there, self.unit.number);
+            }
+            // Parsed in this unit, and not answered yet.
+            (Some(Prepared { shape: None, .. }), _) => {
+                let asked = self.unit.expects.iter_mut().rev().find_map(|expect| match expect {
+                    Expect::InjectedDescribe(asked) if asked.statement.shared == statement.shared => {
+                        Some(asked)
+                    }
+                    _ => None,
+                });
+                let same = asked.is_some_and(|asked| {
+                    Arc::ptr_eq(&asked.statement, statement)
+                        || statement.shape().is_none()
+                        || asked.compare && asked.statement.shape() == statement.shape()
+                });
+                if !same {
+                    self.put_shared(statement);
+                    self.unit
+                        .expects
+                        .push_back(Expect::InjectedParse(NameOnServer::Shared(statement.shared)));
+                    self.ask_shape(NameOnServer::Shared(statement.shared), statement.clone(), true);
+                }
+            }
+            (Some(Prepared { shape: Some(_), .. }), Some(_)) | (None, _) => {
+                self.put_shared(statement);
+                self.prepared_again(NameOnServer::Shared(statement.shared), statement);
+            }
         }
-        Resolved::Name(statement.shared.server_name().into_bytes())
+    }
+
+    /// A Parse of ours was sent.
+    fn prepared_again(&mut self, on: NameOnServer, statement: &Arc<Statement>) {
+        self.unit.expects.push_back(Expect::InjectedParse(on.clone()));
+        // Of a statement that is prepared and executed once only the client itself asks for the shape.
+        if on != NameOnServer::Unnamed || statement.shape().is_some() {
+            let compare = statement.shape().is_some() && !statement.has_changed();
+            self.ask_shape(on, statement.clone(), compare);
+        }
     }
 
     /// A name that stands for nothing here, as it is sent on, so that the server says so (or knows it, when SQL
@@ -536,7 +631,7 @@ impl Exchange<'_> {
         if name.is_empty() {
             self.backend.unnamed = None;
             put_target(&mut self.backend.output, b'C', b"");
-            self.unit.expects.push_back(Expect::InjectedClose(NameOnServer::Unnamed));
+            self.unit.expects.push_back(Expect::InjectedClose(NameOnServer::Unnamed, Prepared::default()));
         }
         let mut on_server = name.to_vec();
         if SharedName::is_like(name) {
@@ -549,7 +644,7 @@ impl Exchange<'_> {
     fn give(&mut self, name: &[u8], statement: &Arc<Statement>) {
         if self.backend.own_names.insert(name.to_vec()) {
             put_parse(&mut self.backend.output, name, &statement.tail);
-            self.unit.expects.push_back(Expect::InjectedParse(NameOnServer::Own(name.to_vec())));
+            self.prepared_again(NameOnServer::Own(name.to_vec()), statement);
         }
     }
 
@@ -574,12 +669,13 @@ impl Exchange<'_> {
 
     /// Whether an error belongs to what we have put in ahead of a Query, closed by a Sync of ours.
     pub(super) fn is_ours(&self) -> bool {
-        let ours = |e: &&Expect| !matches!(e, Expect::InjectedParse(_));
+        let ours = |e: &&Expect| !matches!(e, Expect::InjectedParse(_) | Expect::InjectedDescribe(_));
         matches!(self.unit.expects.iter().find(ours), Some(Expect::InjectedSync))
     }
 
     fn translate_describe(&mut self, len: usize) -> Result<Step, End> {
         let body = self.body(len);
+        let mut told = None;
         match messages::target(&body).ok_or_else(|| End::protocol("invalid message format"))? {
             Target::Portal(_) => self.pass(len),
             Target::Statement(name) => {
@@ -589,9 +685,20 @@ impl Exchange<'_> {
                 };
                 put_target(&mut self.backend.output, b'D', &on_server);
                 self.take(len);
+                if let Found::Statement(statement) = self.session.statements.find(name) {
+                    let on = if name.is_empty() {
+                        NameOnServer::Unnamed
+                    } else if self.session.uses_own_names() {
+                        NameOnServer::Own(name.to_vec())
+                    } else {
+                        NameOnServer::Shared(statement.shared)
+                    };
+                    let reader = ShapeReader::default();
+                    told = Some(Box::new(Asked { statement, on, compare: false, reader }));
+                }
             }
         }
-        self.unit.expects.push_back(Expect::Describe);
+        self.unit.expects.push_back(Expect::Describe(told));
         Ok(Step::On)
     }
 

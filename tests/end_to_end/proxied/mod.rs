@@ -7,6 +7,7 @@ mod faults;
 mod garbage;
 mod login;
 mod operator;
+mod prepared;
 mod protocol;
 mod relay;
 mod routing;
