@@ -126,6 +126,8 @@ pub struct Metrics {
     pub pins: ReasonCounter,
     /// Sessions bound to one backend now.
     pub pinned_sessions: IntGauge,
+    /// Queries of ours ahead of a unit that a node refused.
+    pub injected_failures: IntCounter,
     /// Client connections now.
     pub clients: IntGauge,
     /// Client connections accepted.
@@ -237,6 +239,11 @@ impl Metrics {
                 labels.pins,
             ),
             pinned_sessions: gauge(r, "highwater_pinned_sessions", "Sessions bound to one backend now."),
+            injected_failures: counter(
+                r,
+                "highwater_injected_failures_total",
+                "Queries of the proxy's own ahead of a client's unit that a node refused.",
+            ),
             clients: gauge(r, "highwater_clients", "Client connections now."),
             clients_total: counter(r, "highwater_clients_total", "Client connections accepted."),
             client_refused: by_reason(

@@ -280,6 +280,31 @@ pub fn deallocate_target(text: &[u8]) -> Option<Vec<u8>> {
     }
 }
 
+/// Whether a text is one statement that does not end a transaction, so that in an aborted one it fails
+/// whatever it is. What is not understood is not.
+pub fn stays_in_transaction(text: &[u8]) -> bool {
+    let mut lexer = Lexer::new(text);
+    match lexer.next_token() {
+        Token::Word => {}
+        Token::End => return true,
+        // A parenthesis begins a query.
+        Token::Punctuation(b'(') => {}
+        _ => return false,
+    }
+    let word = lexer.name();
+    if matches!(word, b"commit" | b"rollback" | b"abort" | b"end" | b"prepare") {
+        return false;
+    }
+    loop {
+        match lexer.next_token() {
+            Token::End => return true,
+            Token::Unclear => return false,
+            Token::Punctuation(b';') => return lexer.next_token() == Token::End,
+            _ => {}
+        }
+    }
+}
+
 /// Whether a statement creates, alters or drops a database: PostgreSQL refuses that while anybody is
 /// connected to the database (or to the template), be it only a pool.
 pub fn is_database_command(text: &[u8]) -> bool {

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use bytes::{Buf, BufMut, BytesMut};
 
 use super::exchange::{
-    Again, Exchange, Expect, HELD_BACK, Intake, NameOnServer, Outcome, Step, WHOLE_MESSAGE, put_report,
+    Again, Exchange, Expect, HELD_BACK, Intake, NameOnServer, Outcome, Purpose, Refused, Step, WHOLE_MESSAGE,
+    put_report,
 };
 use super::prepared::Found;
 use super::translate::{put_cstr, put_length};
@@ -65,7 +66,7 @@ impl Exchange<'_> {
 
     /// The hot loop: rows and copy data go on in one piece, by their headers alone.
     fn forward_run(&mut self) -> bool {
-        if self.unit.discard.is_some() || self.unit.node_rest > 0 {
+        if self.unit.discard.is_some() || self.unit.node_rest > 0 || self.unit.ahead > 0 {
             return false;
         }
         let mut end = 0;
@@ -96,6 +97,9 @@ impl Exchange<'_> {
         let whole = self.backend.input.len() >= header.len;
         if self.unit.discard.is_some() {
             return self.discard_message(header, whole);
+        }
+        if self.unit.ahead > 0 && header.tag != b'A' {
+            return self.injected_answer(header, whole);
         }
         match header.tag {
             // Long ones are passed on as they come.
@@ -487,6 +491,11 @@ impl Exchange<'_> {
         let message = self.backend.input.split_to(header.len);
         match header.tag {
             b'S' => self.backend.report(&message[HEADER..]),
+            // Of a Query of ours ahead of the unit: the unit's own is still to come.
+            b'Z' if self.unit.ahead > 0 => {
+                self.unit.ahead -= 1;
+                self.unit.expects.pop_front();
+            }
             b'Z' => {
                 // Which of the injected statements exist is not known: forget them all, and clean.
                 self.backend.dirt = self.backend.dirt.max(Dirt::State);
@@ -497,6 +506,72 @@ impl Exchange<'_> {
             }
             _ => {}
         }
+        Ok(Step::On)
+    }
+
+    /// The answer to a Query of ours ahead of the unit. Nothing of it is the client's but notifications, and
+    /// an error that only one server would have given: the unit then counts as failed by it.
+    fn injected_answer(&mut self, header: wire::Header, whole: bool) -> Result<Step, End> {
+        let node = self.backend.node;
+        if !whole {
+            return if header.len > WHOLE_MESSAGE { Err(End::NodeLost { node }) } else { Ok(Step::Wait) };
+        }
+        match header.tag {
+            b'E' => self.injected_error(header.len),
+            b'Z' => self.injected_ready(header.len),
+            b'S' => {
+                let message = self.backend.input.split_to(header.len);
+                // The client is told of what differs in the end, once all of it is answered.
+                self.backend.report(&message[HEADER..]);
+                Ok(Step::On)
+            }
+            b'T' | b'D' | b'C' | b'N' => {
+                self.backend.input.advance(header.len);
+                Ok(Step::On)
+            }
+            _ => Err(End::NodeLost { node }),
+        }
+    }
+
+    fn injected_error(&mut self, len: usize) -> Result<Step, End> {
+        self.session.shared.metrics.injected_failures.inc();
+        let fields = wire::error_fields(&self.backend.input[HEADER..len]);
+        let fatal = matches!(fields.severity, b"FATAL" | b"PANIC");
+        if self.unit.redoable && (fatal || self.session.role == Role::Replica) {
+            // A replica may not know yet what the session leans on (a role, a schema).
+            let again = if fatal { Again::NodeLost } else { Again::LateReplica };
+            return Ok(self.discard(again, fatal));
+        }
+        self.commit();
+        // Whatever it was left with: nobody gets it any more.
+        self.backend.dirt = Dirt::Unknown;
+        if fatal {
+            self.forward(len);
+            return Err(End::NodeSaidFatal);
+        }
+        let message = self.backend.input.split_to(len).to_vec();
+        let output = self.session.client.output.len();
+        self.unit.refused.get_or_insert(Refused { output, message });
+        Ok(Step::On)
+    }
+
+    fn injected_ready(&mut self, len: usize) -> Result<Step, End> {
+        self.backend.input.advance(len);
+        self.unit.ahead -= 1;
+        let purpose = match self.unit.expects.pop_front() {
+            Some(Expect::InjectedQuery(purpose)) => purpose,
+            _ => return Err(End::NodeLost { node: self.backend.node }),
+        };
+        if let Some(refused) = &mut self.unit.refused {
+            if self.unit.ahead > 0 || self.unit.begun {
+                return Ok(Step::On);
+            }
+            return Ok(Step::Over(Outcome::Refused(std::mem::take(&mut refused.message))));
+        }
+        match purpose {
+            Purpose::Settings => {}
+        }
+        self.answer_ourselves();
         Ok(Step::On)
     }
 
@@ -526,8 +601,17 @@ impl Exchange<'_> {
             return Err(End::NodeLost { node });
         }
         self.commit();
-        self.forward(len);
-        self.session.status = status;
+        if let Some(refused) = self.unit.refused.take() {
+            // The unit has failed in the transaction that a Query of ours had left aborted.
+            self.backend.input.advance(len);
+            self.session.client.output.truncate(refused.output);
+            self.session.client.output.put_slice(&refused.message);
+            self.session.status = TransactionStatus::Idle;
+            self.session.put_ready();
+        } else {
+            self.forward(len);
+            self.session.status = status;
+        }
         self.unit.intake = Intake::Closed;
         self.unit.over = true;
         if !self.unit.expects.is_empty() {

@@ -59,6 +59,9 @@ pub enum Expect {
     InjectedDescribe(Box<Asked>),
     /// ReadyForQuery for a Sync of ours.
     InjectedSync,
+    /// ReadyForQuery for a Query of ours ahead of the unit: see [`Exchange::injected_answer`].
+    #[allow(dead_code)]
+    InjectedQuery(Purpose),
     /// ParseComplete that we give: the backend has the statement already.
     OwnParseComplete,
     /// CloseComplete that we give: the name is ours alone.
@@ -94,6 +97,23 @@ pub struct Asked {
     /// What the client goes by must be what is answered.
     pub(super) compare: bool,
     pub(super) reader: ShapeReader,
+}
+
+/// What a Query of ours ahead of a unit is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// The backend gets the session's settings.
+    #[allow(dead_code)]
+    Settings,
+}
+
+/// A Query of ours has failed: what is to be said to the client in place of the unit's answer.
+#[derive(Debug)]
+pub struct Refused {
+    /// Bytes that the client's output held before.
+    pub(super) output: usize,
+    /// The server's ErrorResponse.
+    pub(super) message: Vec<u8>,
 }
 
 /// Under which name a statement is prepared on the backend.
@@ -163,6 +183,10 @@ pub struct Unit {
     pub(super) awaits_shape: bool,
     /// Answer discarded up to ReadyForQuery, then run again.
     pub(super) discard: Option<Again>,
+    /// Queries of ours ahead of it that are not answered yet.
+    pub(super) ahead: u32,
+    /// One of them has failed: nothing of the unit is to run, and this is its answer.
+    pub(super) refused: Option<Refused>,
     /// The strongest of what its statements may leave behind.
     pub leaves: Leaves,
     /// It contains data definition.
@@ -217,6 +241,8 @@ pub enum Outcome {
     Again(Again),
     /// All so far is answered, and what comes next must not run on this replica: route it anew.
     Move,
+    /// A Query of ours ahead of the unit has failed, and nothing of the unit was sent: this error is its answer.
+    Refused(Vec<u8>),
 }
 
 impl Unit {
@@ -243,6 +269,8 @@ impl Unit {
             anew: false,
             awaits_shape: false,
             discard: None,
+            ahead: 0,
+            refused: None,
             leaves: Leaves::Nothing,
             ddl: false,
             writes: false,
@@ -252,6 +280,19 @@ impl Unit {
     /// A unit that is over: what a session has between two.
     pub fn none() -> Unit {
         Unit { over: true, intake: Intake::Closed, ..Unit::new(false, 0) }
+    }
+
+    /// Puts a Query of ours ahead of what is yet to be sent of it. What comes behind is sent in the same
+    /// write where that is safe: the Query must be one transaction, so that an error in it either leaves
+    /// an aborted transaction, in which nothing else runs, or makes a replica's answer be thrown away.
+    #[allow(dead_code)]
+    pub(super) fn put_ahead(&mut self, backend: &mut Backend, sql: &[u8], purpose: Purpose) {
+        super::translate::put_length(&mut backend.output, b'Q', sql.len() + 1);
+        super::translate::put_cstr(&mut backend.output, sql);
+        // The unnamed statement dies with a Query.
+        backend.unnamed = None;
+        self.expects.push_back(Expect::InjectedQuery(purpose));
+        self.ahead += 1;
     }
 
     /// Whether the server reported an error in it.
@@ -373,7 +414,8 @@ impl Exchange<'_> {
 
     /// Whether there is room again for what the node sends.
     fn write_to_client(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
-        if self.unit.redoable || self.session.client.output.is_empty() {
+        let kept = self.unit.redoable || self.unit.refused.is_some();
+        if kept || self.session.client.output.is_empty() {
             return Ok(false);
         }
         let client = &mut self.session.client;

@@ -585,6 +585,11 @@ impl Session {
                         demand => demand,
                     };
                 }
+                Ok(Outcome::Refused(error)) => {
+                    // Closed: what it was left with is not known.
+                    self.lease = None;
+                    return self.refuse_unit(&error);
+                }
                 Err(end) => return Err(self.ended(end)),
             }
         }
@@ -651,6 +656,8 @@ impl Session {
         match self.exchange().await {
             // Nothing moves off a primary; a session held on a replica would try for ever.
             Ok(Outcome::Move | Outcome::Again(_)) => Err(End::NodeLost { node }),
+            // What the session has left on it is gone with it.
+            Ok(Outcome::Refused(_)) => Err(End::StateLost { node }),
             Ok(Outcome::Done) => {
                 self.count(node, demand.map_or(ClassLabel::Unit, |d| d.label()), reason);
                 self.finish().await
@@ -812,7 +819,15 @@ impl Session {
 
     /// An error of ours in place of a unit's answer. The unit's messages are dropped.
     fn fail_unit(&mut self, report: ErrorReport) -> Result<(), End> {
-        put_report(&mut self.client.output, &report);
+        let mut message = Vec::new();
+        report.put(&mut message);
+        self.refuse_unit(&message)
+    }
+
+    /// The same with an ErrorResponse that a server has given.
+    fn refuse_unit(&mut self, message: &[u8]) -> Result<(), End> {
+        self.unit = Unit::none();
+        self.client.output.put_slice(message);
         let Ok(Some(header)) = wire::header(&self.client.input) else { return Ok(()) };
         if matches!(header.tag, b'Q' | b'F') {
             self.drop_message(header.len);

@@ -11,7 +11,7 @@ use super::messages::{self, Parse, ShapeReader, Target};
 use super::prepared::{Found, Statement};
 use super::{End, Role};
 use crate::backend::{Dirt, Prepared, SharedName};
-use crate::classify::{Kind, Leaves, Lookup, PinReason, StatementClass};
+use crate::classify::{self, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
 /// A portal that no client has: an Execute of it fails.
@@ -41,7 +41,7 @@ impl Exchange<'_> {
             if self.unit.intake == Intake::Closed || self.unit.discard.is_some() {
                 break;
             }
-            if self.unit.awaits_shape {
+            if self.unit.awaits_shape || self.unit.ahead > 0 && !self.may_follow() {
                 break;
             }
             if self.unit.expects.len() >= MOST_AWAITED {
@@ -55,6 +55,37 @@ impl Exchange<'_> {
             }
         }
         Ok(if moved { Step::On } else { Step::Wait })
+    }
+
+    /// Whether the next message may be sent behind a Query of ours that is not answered yet. Should that
+    /// fail, the message meets an aborted transaction (on a replica its answer is thrown away): harmless
+    /// unless it would end that transaction and go on.
+    fn may_follow(&self) -> bool {
+        if self.unit.refused.is_some() {
+            // It has failed: what has not been sent yet need not be, unless it ends what was.
+            return self.unit.begun;
+        }
+        if self.session.role == Role::Replica {
+            return true;
+        }
+        let input = &self.session.client.input[self.unit.taken..];
+        let Ok(Some(header)) = wire::header(input) else { return true };
+        if self.session.lexing == Lexing::Unsafe {
+            return false;
+        }
+        let Some(body) = input.get(HEADER..header.len) else { return false };
+        match header.tag {
+            b'Q' => wire::cstr(body).is_some_and(|(text, _)| classify::stays_in_transaction(text)),
+            b'P' => Parse::read(body).is_some_and(|parse| classify::stays_in_transaction(parse.text)),
+            b'B' => messages::bind_names(body).is_some_and(|(_, name, _)| {
+                match self.session.statements.find(name) {
+                    Found::Statement(statement) => classify::stays_in_transaction(statement.text()),
+                    Found::OnBackend => false,
+                    Found::Nothing => true,
+                }
+            }),
+            _ => true,
+        }
     }
 
     /// Passes on (or drops) what has come of a message that is longer. Whether there was something.
