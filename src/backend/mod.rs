@@ -113,8 +113,11 @@ pub struct Backend {
     pub prepared: LruCache<SharedName, Prepared>,
     /// Whose unnamed statement it holds: a number that one session gave to one Parse.
     pub unnamed: Option<u64>,
-    /// While pinned: the statements it has under the client's own names.
+    /// The statements it has under a client's own names: see `names_of`.
     pub own_names: HashSet<Vec<u8>>,
+    /// Whose names those are: a session's number, and the version of its names. For any other they are closed
+    /// before it uses the backend.
+    pub names_of: (u64, u64),
     /// What sessions may have left on it.
     pub dirt: Dirt,
     /// The `application_name` that we have set; none: the server's own choice.
@@ -220,6 +223,7 @@ impl Backend {
             prepared: LruCache::unbounded(),
             unnamed: None,
             own_names: HashSet::new(),
+            names_of: (0, 0),
             dirt: Dirt::Clean,
             application_name: None,
             worker,

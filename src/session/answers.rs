@@ -8,7 +8,7 @@ use super::exchange::{
     Again, Exchange, Expect, HELD_BACK, Intake, NameOnServer, Outcome, Purpose, Refused, Step, WHOLE_MESSAGE,
     put_report,
 };
-use super::prepared::Found;
+use super::prepared::{Found, SqlCommand};
 use super::translate::{put_cstr, put_length};
 use super::{End, Role, Session};
 use crate::backend::{Backend, Dirt, Parameters, SharedName, parameter_status};
@@ -149,10 +149,11 @@ impl Exchange<'_> {
                 Ok(Step::On)
             }
             tag => {
-                if tag == b'C' {
+                let ours = matches!(self.unit.expects.front(), Some(Expect::InjectedExecute(_)));
+                if tag == b'C' && !ours {
                     self.completed(header.len);
                 }
-                if !matches!(tag, b'1' | b'2' | b'3' | b't' | b'T' | b'n') {
+                if !matches!(tag, b'1' | b'2' | b'3' | b't' | b'T' | b'n') && !ours {
                     self.commit();
                 }
                 if self.unit.discard.is_none()
@@ -230,7 +231,9 @@ impl Exchange<'_> {
             }
             (b'1', Some(Expect::InjectedParse(_)))
             | (b'3', Some(Expect::InjectedClose(..)))
-            | (b'T' | b'n', Some(Expect::InjectedDescribe(_))) => false,
+            | (b'T' | b'n', Some(Expect::InjectedDescribe(_)))
+            | (b'2', Some(Expect::InjectedBind))
+            | (b'C', Some(Expect::InjectedExecute(_))) => false,
             (b'2', Some(Expect::Bind(_)))
             | (b'3', Some(Expect::ClosePortal))
             | (b'T' | b'n', Some(Expect::Describe(_)))
@@ -262,17 +265,39 @@ impl Exchange<'_> {
     /// A command has run. Two of them take all named statements from the server at this very moment,
     /// whatever becomes of the rest of the unit.
     fn completed(&mut self, len: usize) {
+        if self.session.sql.is_some() {
+            self.completed_by_name(len);
+        }
         if matches!(&self.backend.input[HEADER..len], b"DEALLOCATE ALL\0" | b"DISCARD ALL\0") {
             self.session.statements.clear();
             self.backend.forget_statements();
             // What is parsed behind it comes after it.
             for expect in &self.unit.expects {
                 if let Expect::Parse(NameOnServer::Own(name))
-                | Expect::InjectedParse(NameOnServer::Own(name)) = expect
+                | Expect::InjectedParse(NameOnServer::Own(name))
+                | Expect::InjectedExecute(name) = expect
                 {
                     self.backend.own_names.insert(name.clone());
                 }
             }
+        }
+    }
+
+    /// A Query that is about one name has run: from now on the name is there, or gone, whatever becomes of
+    /// the transaction.
+    fn completed_by_name(&mut self, len: usize) {
+        match (&self.backend.input[HEADER..len], self.session.sql.take()) {
+            (b"PREPARE\0", Some(SqlCommand::Prepare(name, statement))) => {
+                self.backend.own_names.insert(name.clone());
+                self.session.statements.add(name, statement);
+            }
+            (b"DEALLOCATE\0", Some(SqlCommand::Deallocate(name))) => {
+                self.backend.own_names.remove(&name);
+                self.session.statements.remove(&name);
+                // This backend has followed.
+                self.backend.names_of = self.session.statements.version();
+            }
+            _ => {}
         }
     }
 
@@ -339,6 +364,9 @@ impl Exchange<'_> {
         for expect in skipped.into_iter().rev() {
             match expect {
                 Expect::Parse(name) | Expect::InjectedParse(name) => self.not_parsed(name),
+                Expect::InjectedExecute(name) => {
+                    self.backend.own_names.remove(&name);
+                }
                 Expect::InjectedClose(NameOnServer::Shared(name), was) => {
                     self.backend.prepared.put(name, was);
                 }
@@ -375,9 +403,7 @@ impl Exchange<'_> {
 
     fn error(&mut self, len: usize) -> Result<Step, End> {
         if self.is_ours() {
-            self.backend.input.advance(len);
-            self.skip_expected();
-            return Ok(Step::On);
+            return Ok(self.not_given(len));
         }
         let fields = wire::error_fields(&self.backend.input[HEADER..len]);
         let fatal = matches!(fields.severity, b"FATAL" | b"PANIC");
@@ -407,6 +433,11 @@ impl Exchange<'_> {
         }
         self.unit.failed = true;
         match self.unit.expects.front() {
+            Some(Expect::Query) if !fatal && self.unit.not_given.is_some() => {
+                let message = self.unit.not_given.take().unwrap_or_default();
+                self.session.client.output.put_slice(&message);
+                self.backend.input.advance(len);
+            }
             Some(Expect::OwnError(report)) if !fatal => {
                 put_report(&mut self.session.client.output, report);
                 self.backend.input.advance(len);
@@ -418,6 +449,20 @@ impl Exchange<'_> {
             return Err(End::NodeSaidFatal);
         }
         Ok(Step::On)
+    }
+
+    /// What a Query needs the backend to know could not be given. The Query itself fails now, for lack of it.
+    fn not_given(&mut self, len: usize) -> Step {
+        if self.unit.redoable && self.session.role == Role::Replica {
+            // It may be late.
+            return self.discard(Again::LateReplica, false);
+        }
+        let message = self.backend.input.split_to(len).to_vec();
+        if self.session.sql.is_some() {
+            self.unit.not_given = Some(message);
+        }
+        self.skip_expected();
+        Step::On
     }
 
     /// Whether an error says that a shared statement, which is older than the client's Parse of the text, is out
@@ -495,6 +540,11 @@ impl Exchange<'_> {
             b'Z' if self.unit.ahead > 0 => {
                 self.unit.ahead -= 1;
                 self.unit.expects.pop_front();
+            }
+            // Of a Sync of ours ahead of a Query, whose own is still to come.
+            b'Z' if self.is_ours() => {
+                let sync = self.unit.expects.iter().position(|e| matches!(e, Expect::InjectedSync));
+                self.unit.expects.drain(..=sync.unwrap_or(0));
             }
             b'Z' => {
                 // Which of the injected statements exist is not known: forget them all, and clean.

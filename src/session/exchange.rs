@@ -57,6 +57,10 @@ pub enum Expect {
     InjectedClose(NameOnServer, Prepared),
     /// The description of a statement, which we have asked for ourselves.
     InjectedDescribe(Box<Asked>),
+    /// BindComplete for a Bind of ours.
+    InjectedBind,
+    /// CommandComplete for a PREPARE of this name, which we have given to the backend.
+    InjectedExecute(Vec<u8>),
     /// ReadyForQuery for a Sync of ours.
     InjectedSync,
     /// ReadyForQuery for a Query of ours ahead of the unit: see [`Exchange::injected_answer`].
@@ -179,6 +183,10 @@ pub struct Unit {
     pub(super) number: u64,
     /// It runs again because a shared statement was out of date: none of before is used.
     pub(super) anew: bool,
+    /// What its backend has to know ahead of a Query was sent.
+    pub(super) given: bool,
+    /// The server's error about that: it is the Query's, which fails for lack of it.
+    pub(super) not_given: Option<Vec<u8>>,
     /// A statement was prepared anew, and nothing is to be sent before its shape is known.
     pub(super) awaits_shape: bool,
     /// Answer discarded up to ReadyForQuery, then run again.
@@ -267,6 +275,8 @@ impl Unit {
             urged: 0,
             number: 0,
             anew: false,
+            given: false,
+            not_given: None,
             awaits_shape: false,
             discard: None,
             ahead: 0,

@@ -29,7 +29,7 @@ use self::exchange::{Again, HIGH_WATER, Outcome, Unit, put_report};
 use self::handle::{Ending, SessionHandle, Sessions};
 use self::mark::{Mark, Survival};
 use self::place::Placed;
-use self::prepared::{Names, Statements};
+use self::prepared::{Names, SqlCommand, Statements};
 use crate::backend::pool::{Lease, Pools, UserPools};
 use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
 use crate::catalogs::{Catalogs, DatabaseCatalog};
@@ -222,6 +222,8 @@ pub struct Session {
     /// In this transaction data definition ran: the catalog facts are read again when it ends.
     ddl: bool,
     statements: Statements,
+    /// The unit is a Query that is about one name.
+    sql: Option<SqlCommand>,
     /// The unit is to run again because a shared statement was out of date.
     prepare_anew: bool,
     unit: Unit,
@@ -279,7 +281,8 @@ impl Session {
             pin: None,
             unproven: false,
             ddl: false,
-            statements: Statements::default(),
+            statements: Statements::new(shared.names.number()),
+            sql: None,
             prepare_anew: false,
             unit: Unit::none(),
             skipping: false,
@@ -510,6 +513,7 @@ impl Session {
     async fn unit(&mut self) -> Result<(), End> {
         self.started = Instant::now();
         self.handle.begin();
+        self.sql = None;
         let result = if self.lease.is_some() { self.held_unit().await } else { self.free_unit().await };
         if self.lease.is_none() {
             self.handle.idle();

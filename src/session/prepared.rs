@@ -8,6 +8,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hasher;
 use std::num::NonZeroU64;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -16,7 +17,7 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 
 use super::messages::Parse;
 use crate::backend::{Shape, SharedName};
-use crate::classify::StatementClass;
+use crate::classify::{SqlPrepare, StatementClass};
 
 /// A prepared statement of a client.
 #[derive(Debug)]
@@ -27,6 +28,9 @@ pub struct Statement {
     pub tail: Bytes,
     /// A number that no other Parse of the process has.
     pub serial: u64,
+    /// It was prepared by SQL: where its text has the statement proper, and a query that tells whether the
+    /// parameters' types are harmless.
+    sql: Option<(Range<usize>, Option<Vec<u8>>)>,
     class: Mutex<Option<(u64, StatementClass)>>,
     /// The shape that the client was given; 0: none yet.
     shape: AtomicU64,
@@ -71,9 +75,23 @@ impl Statement {
         same
     }
 
-    /// The text.
+    /// The text; of one that was prepared by SQL, the statement proper.
     pub fn text(&self) -> &[u8] {
-        crate::wire::cstr(&self.tail).map_or(&[], |(text, _)| text)
+        let text = crate::wire::cstr(&self.tail).map_or(&[][..], |(text, _)| text);
+        match &self.sql {
+            Some((inner, _)) => text.get(inner.clone()).unwrap_or_default(),
+            None => text,
+        }
+    }
+
+    /// Whether it was prepared by SQL: then what `tail` has is a PREPARE.
+    pub fn is_sql(&self) -> bool {
+        self.sql.is_some()
+    }
+
+    /// A query that must be a read, too, for the statement to be one.
+    pub fn types_query(&self) -> Option<&[u8]> {
+        self.sql.as_ref()?.1.as_deref()
     }
 
     /// The parameter types that the client stated.
@@ -118,18 +136,39 @@ impl Names {
 
     /// A statement for a Parse.
     pub fn statement(&self, parse: &Parse<'_>) -> Arc<Statement> {
-        let serial = self.next.fetch_add(1, Ordering::Relaxed);
+        let serial = self.number();
         let mut hasher = SipHasher13::new_with_key(&self.key);
         hasher.write(parse.tail);
         if has_moment_literal(parse.text) {
             // 'now' is turned into a time at Parse: sharing would freeze the first client's time for all.
             hasher.write_u64(serial);
         }
-        let hash = hasher.finish128().as_u128();
+        Names::made(hasher.finish128().as_u128(), Bytes::copy_from_slice(parse.tail), serial, None)
+    }
+
+    /// A statement that SQL has prepared. Backends have it under the client's own name alone.
+    pub fn sql_statement(&self, text: &[u8], prepare: SqlPrepare) -> Arc<Statement> {
+        let serial = self.number();
+        let tail = Bytes::from([text, &[0, 0, 0]].concat());
+        Names::made(u128::from(serial), tail, serial, Some((prepare.statement, prepare.types)))
+    }
+
+    /// A number that nothing else of the process has.
+    pub fn number(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn made(
+        hash: u128,
+        tail: Bytes,
+        serial: u64,
+        sql: Option<(Range<usize>, Option<Vec<u8>>)>,
+    ) -> Arc<Statement> {
         Arc::new(Statement {
             shared: SharedName(hash),
-            tail: Bytes::copy_from_slice(parse.tail),
+            tail,
             serial,
+            sql,
             class: Mutex::new(None),
             shape: AtomicU64::new(0),
             given_in: AtomicU64::new(0),
@@ -180,9 +219,27 @@ pub struct Statements {
     before: Option<Vec<(Vec<u8>, Found)>>,
     /// Units so far.
     units: u64,
+    /// The session's number among all, and how often a name was taken away: what a backend was given under
+    /// the client's own names is good for this alone.
+    version: (u64, u64),
 }
 
 impl Statements {
+    /// None yet. `session`: a number that no other session of the process has.
+    pub fn new(session: u64) -> Statements {
+        Statements { version: (session, 0), ..Statements::default() }
+    }
+
+    /// Names the set of names: another one when a name may stand for something else than before.
+    pub fn version(&self) -> (u64, u64) {
+        self.version
+    }
+
+    /// SQL has prepared a statement.
+    pub fn add(&mut self, name: Vec<u8>, statement: Arc<Statement>) {
+        self.put(name, Found::Statement(statement));
+    }
+
     /// A unit begins; its number. `redoable`: it may be taken back.
     pub fn begin(&mut self, redoable: bool) -> u64 {
         self.before = redoable.then(Vec::new);
@@ -198,6 +255,7 @@ impl Statements {
     /// The unit is taken back, to be run again elsewhere: names are as they were when it began.
     pub fn take_back(&mut self) {
         self.forget_unanswered();
+        self.version.1 += 1;
         while let Some((name, found)) = self.before.as_mut().and_then(Vec::pop) {
             self.put(name, found);
         }
@@ -221,7 +279,7 @@ impl Statements {
         match found {
             found if name.is_empty() => self.unnamed = Some(found),
             Found::Nothing => {
-                self.named.remove(&name);
+                self.remove(&name);
             }
             found => {
                 self.named.insert(name, found);
@@ -306,12 +364,35 @@ impl Statements {
 
     /// Removes a name (DEALLOCATE); whether it was there.
     pub fn remove(&mut self, name: &[u8]) -> bool {
-        self.named.remove(name).is_some()
+        let was_there = self.named.remove(name).is_some();
+        self.version.1 += u64::from(was_there);
+        was_there
     }
 
     /// DEALLOCATE ALL, DISCARD ALL: the unnamed statement outlives them.
     pub fn clear(&mut self) {
         self.named.clear();
+        self.version.1 += 1;
+    }
+}
+
+/// A Query that is about one name.
+#[derive(Clone, Debug)]
+pub enum SqlCommand {
+    /// PREPARE
+    Prepare(Vec<u8>, Arc<Statement>),
+    /// EXECUTE
+    Execute(Vec<u8>),
+    /// DEALLOCATE
+    Deallocate(Vec<u8>),
+}
+
+impl SqlCommand {
+    /// The name.
+    pub fn name(&self) -> &[u8] {
+        match self {
+            SqlCommand::Prepare(name, _) | SqlCommand::Execute(name) | SqlCommand::Deallocate(name) => name,
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use super::exchange::{
     Asked, Exchange, Expect, HIGH_WATER, Intake, MOST_AWAITED, NameOnServer, Outcome, SMALL_MESSAGE, Step,
 };
 use super::messages::{self, Parse, ShapeReader, Target};
-use super::prepared::{Found, Statement};
+use super::prepared::{Found, SqlCommand, Statement};
 use super::{End, Role};
 use crate::backend::{Dirt, Prepared, SharedName};
 use crate::classify::{self, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass};
@@ -16,6 +16,9 @@ use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
 /// A portal that no client has: an Execute of it fails.
 const NO_PORTAL: &[u8] = b"__hw_refused";
+
+/// A statement, and a portal, that no client has: by it a client's PREPARE is repeated.
+const NO_STATEMENT: &[u8] = b"__hw_prepare";
 
 /// What became of a client's name for a statement.
 enum Resolved {
@@ -170,6 +173,9 @@ impl Exchange<'_> {
         if self.unit.skip_to_sync && header.tag != b'S' && header.tag != b'X' {
             return self.drop_message(header.len);
         }
+        if !self.unit.begun {
+            self.claim_names(matches!(header.tag, b'Q' | b'F'));
+        }
         match header.tag {
             b'Q' => self.translate_query(header.len),
             b'F' => self.translate_function_call(header.len),
@@ -246,6 +252,11 @@ impl Exchange<'_> {
         {
             return Ok(stopped);
         }
+        if !self.unit.begun
+            && let Some(stopped) = self.give_ahead(len)?
+        {
+            return Ok(stopped);
+        }
         self.backend.unnamed = None;
         if self.unit.leaves != Leaves::Nothing {
             self.backend.dirt = self.backend.dirt.max(Dirt::State);
@@ -254,13 +265,62 @@ impl Exchange<'_> {
         self.materialize(self.unit.leaves);
         if self.unit.expects.len() > earlier {
             // An error in what was put in must not take the Query with it.
-            self.backend.output.put_slice(&[b'S', 0, 0, 0, 4]);
-            self.unit.expects.push_back(Expect::InjectedSync);
+            self.inject_sync();
         }
         self.pass(len);
         self.unit.expects.push_back(Expect::Query);
         self.unit.intake = Intake::Closed;
         Ok(Step::On)
+    }
+
+    /// What a Query that is about one name needs the backend to know. `Some`: the Query waits, or has failed.
+    fn give_ahead(&mut self, len: usize) -> Result<Option<Step>, End> {
+        let Some(command) = &self.session.sql else { return Ok(None) };
+        let (name, executes) = (command.name().to_vec(), matches!(command, SqlCommand::Execute(_)));
+        if let Found::Statement(statement) = self.session.statements.find(&name)
+            && self.session.status != TransactionStatus::Failed
+        {
+            if executes && statement.has_changed() {
+                self.own_error(changed_result_type());
+                self.drop_message(len)?;
+                self.backend.output.put_slice(&[b'S', 0, 0, 0, 4]);
+                self.unit.expects.push_back(Expect::Sync);
+                self.unit.intake = Intake::Closed;
+                return Ok(Some(Step::On));
+            }
+            if !std::mem::replace(&mut self.unit.given, true) && !self.backend.own_names.contains(&name) {
+                self.give(&name, &statement);
+                // An error in it must not take the Query with it.
+                self.inject_sync();
+            }
+        }
+        Ok(self.unit.awaits_shape.then_some(Step::Wait))
+    }
+
+    fn inject_sync(&mut self) {
+        self.backend.output.put_slice(&[b'S', 0, 0, 0, 4]);
+        self.unit.expects.push_back(Expect::InjectedSync);
+    }
+
+    /// The backend may have statements under names of another session, or of this one when they stood for
+    /// something else: they are closed in the write that carries the unit.
+    fn claim_names(&mut self, ahead_of_query: bool) {
+        let version = self.session.statements.version();
+        if self.backend.names_of == version {
+            return;
+        }
+        self.backend.names_of = version;
+        // While it is pinned, a session's backend has followed it.
+        if self.session.uses_own_names() || self.backend.own_names.is_empty() {
+            return;
+        }
+        for name in std::mem::take(&mut self.backend.own_names) {
+            put_target(&mut self.backend.output, b'C', &name);
+            self.unit.expects.push_back(Expect::InjectedClose(NameOnServer::Own(name), Prepared::default()));
+        }
+        if ahead_of_query {
+            self.inject_sync();
+        }
     }
 
     /// A Query within an open unit: what it does is counted in, and on a replica it must be a read.
@@ -582,11 +642,7 @@ impl Exchange<'_> {
             None => self.unit.writes = true,
         }
         if statement.has_changed() && self.session.status != TransactionStatus::Failed {
-            self.own_error(
-                // Drivers prepare anew when they see this code together with this routine.
-                ErrorReport::error("0A000", "cached plan must not change result type")
-                    .routine("RevalidateCachedQuery"),
-            );
+            self.own_error(changed_result_type());
             return Resolved::Stopped(Step::On);
         }
         let on_server = if name.is_empty() {
@@ -596,7 +652,7 @@ impl Exchange<'_> {
                 self.prepared_again(NameOnServer::Unnamed, &statement);
             }
             Vec::new()
-        } else if self.session.uses_own_names() {
+        } else if self.session.uses_own_names() || statement.is_sql() {
             self.give(name, &statement);
             name.to_vec()
         } else {
@@ -673,10 +729,40 @@ impl Exchange<'_> {
 
     /// Gives a backend one of the client's statements under the client's name.
     fn give(&mut self, name: &[u8], statement: &Arc<Statement>) {
-        if self.backend.own_names.insert(name.to_vec()) {
-            put_parse(&mut self.backend.output, name, &statement.tail);
-            self.prepared_again(NameOnServer::Own(name.to_vec()), statement);
+        if !self.backend.own_names.insert(name.to_vec()) {
+            return;
         }
+        if !statement.is_sql() {
+            put_parse(&mut self.backend.output, name, &statement.tail);
+            return self.prepared_again(NameOnServer::Own(name.to_vec()), statement);
+        }
+        // The client's PREPARE, by names that no client has: an open unit, its unnamed statement and its
+        // unnamed portal are left as they are.
+        let nobody = || Expect::InjectedClose(NameOnServer::Unknown, Prepared::default());
+        let output = &mut self.backend.output;
+        put_target(output, b'C', NO_STATEMENT);
+        put_parse(output, NO_STATEMENT, &statement.tail);
+        put_length(output, b'B', 2 * (NO_STATEMENT.len() + 1) + 6);
+        put_cstr(output, NO_STATEMENT);
+        put_cstr(output, NO_STATEMENT);
+        output.put_slice(&[0; 6]);
+        put_length(output, b'E', NO_STATEMENT.len() + 1 + 4);
+        put_cstr(output, NO_STATEMENT);
+        output.put_u32(0);
+        put_target(output, b'C', NO_STATEMENT);
+        put_length(output, b'C', NO_STATEMENT.len() + 2);
+        output.put_u8(b'P');
+        put_cstr(output, NO_STATEMENT);
+        self.unit.expects.extend([
+            nobody(),
+            Expect::InjectedParse(NameOnServer::Unknown),
+            Expect::InjectedBind,
+            Expect::InjectedExecute(name.to_vec()),
+            nobody(),
+            nobody(),
+        ]);
+        let compare = statement.shape().is_some() && !statement.has_changed();
+        self.ask_shape(NameOnServer::Own(name.to_vec()), statement.clone(), compare);
     }
 
     /// SQL's EXECUTE and DEALLOCATE see the protocol's names: before such a statement the backend is
@@ -700,7 +786,16 @@ impl Exchange<'_> {
 
     /// Whether an error belongs to what we have put in ahead of a Query, closed by a Sync of ours.
     pub(super) fn is_ours(&self) -> bool {
-        let ours = |e: &&Expect| !matches!(e, Expect::InjectedParse(_) | Expect::InjectedDescribe(_));
+        let ours = |e: &&Expect| {
+            !matches!(
+                e,
+                Expect::InjectedParse(_)
+                    | Expect::InjectedDescribe(_)
+                    | Expect::InjectedBind
+                    | Expect::InjectedExecute(_)
+                    | Expect::InjectedClose(..)
+            )
+        };
         matches!(self.unit.expects.iter().find(ours), Some(Expect::InjectedSync))
     }
 
@@ -749,7 +844,8 @@ impl Exchange<'_> {
             Target::Statement(name) => {
                 self.session.statements.sent(name, Found::Nothing);
                 // A pinned backend may know it from SQL's PREPARE, too.
-                if self.session.uses_own_names() && !SharedName::is_like(name) {
+                let has_it = self.session.uses_own_names() || self.backend.own_names.contains(name);
+                if has_it && !SharedName::is_like(name) {
                     self.pass(len);
                     let was_there = self.backend.own_names.remove(name);
                     Expect::Close(if was_there {
@@ -774,6 +870,11 @@ impl Exchange<'_> {
         self.unit.expects.push_back(Expect::Execute);
         Ok(Step::On)
     }
+}
+
+/// The server's own words. Drivers prepare anew when they see this code together with this routine.
+fn changed_result_type() -> ErrorReport {
+    ErrorReport::error("0A000", "cached plan must not change result type").routine("RevalidateCachedQuery")
 }
 
 fn is_read(class: StatementClass) -> bool {

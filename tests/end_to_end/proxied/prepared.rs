@@ -255,3 +255,139 @@ async fn an_error_in_a_pipeline_leaves_no_wrong_idea_of_what_is_prepared() {
         }
     }
 }
+
+#[tokio::test]
+async fn sql_prepared_reads_run_on_replicas_and_pin_nobody() {
+    let cluster = Cluster::start_logging(1).await;
+    cluster.set_up("CREATE TABLE t (x int); INSERT INTO t VALUES (1), (2)").await;
+    let proxy = Proxy::start(&cluster).await;
+    let mut client = proxy.raw_login().await;
+    for sql in [
+        "PREPARE get(int) AS SELECT x FROM t WHERE x = $1",
+        "PREPARE put AS INSERT INTO t VALUES ($1)",
+        "PREPARE \"Next One\" (int, text) AS SELECT $1, $2, count(*) FROM t; ",
+    ] {
+        assert_eq!(tags(&client.ask(&query(sql)).await), "CZ", "{sql}");
+    }
+    eventually("a read by EXECUTE runs on the replica", || async {
+        let mut client = proxy.raw_login().await;
+        client.ask(&query("PREPARE get(int) AS SELECT x FROM t WHERE x = $1")).await;
+        client.ask(&query("EXECUTE get(1 /* on a replica */)")).await;
+        cluster.ran("/* on a replica */")[1] > 0
+    })
+    .await;
+    for number in 3..8 {
+        assert_eq!(tags(&client.ask(&query(&format!("EXECUTE put({number})"))).await), "CZ");
+        let answer = client.ask(&query(&format!("EXECUTE get({number})"))).await;
+        assert_eq!(row(&answer), [Some(number.to_string())]);
+        let answer = client.ask(&query(&format!("EXECUTE \"Next One\"({number}, 'x'); "))).await;
+        let expected = [number.to_string(), "x".to_owned(), number.to_string()].map(Some);
+        assert_eq!(row(&answer), expected);
+        // An argument is an expression.
+        let answer =
+            client.ask(&query("EXECUTE get(pg_catalog.txid_current()::text::int - 1000000000)")).await;
+        assert_eq!(code(&answer), None);
+    }
+    assert_eq!(cluster.ran("EXECUTE put")[1], 0, "a write was sent to the replica");
+    assert_eq!(cluster.ran("txid_current")[1], 0, "a write in an argument was sent to the replica");
+    assert_eq!(proxy.metrics().await.sum("highwater_pinned_sessions", &[]), 0.0);
+}
+
+#[tokio::test]
+async fn names_of_sql_and_protocol_are_one_and_each_session_has_its_own() {
+    let (_cluster, proxy) = start(1, "pool: { size: 1 }").await;
+    let (mut one, mut other) = (proxy.raw_login().await, proxy.raw_login().await);
+    for round in 0..3 {
+        assert_eq!(tags(&one.ask(&query("PREPARE s AS SELECT 'one'")).await), "CZ");
+        assert_eq!(code(&other.ask(&query("EXECUTE s")).await).as_deref(), Some("26000"));
+        assert_eq!(code(&other.ask(&run("s")).await).as_deref(), Some("26000"));
+        assert_eq!(code(&other.ask(&query("DEALLOCATE s")).await).as_deref(), Some("26000"));
+        assert_eq!(tags(&other.ask(&query("PREPARE s AS SELECT 'other', 2")).await), "CZ");
+        for _ in 0..2 {
+            assert_eq!(row(&one.ask(&query("EXECUTE s")).await), [Some("one".to_owned())]);
+            assert_eq!(row(&one.ask(&run("s")).await), [Some("one".to_owned())]);
+            assert_eq!(row(&other.ask(&run("s")).await).len(), 2);
+            assert_eq!(row(&other.ask(&query("EXECUTE s")).await).len(), 2);
+        }
+        for taken in [query("PREPARE s AS SELECT 3"), [parse("s", "SELECT 3"), sync()].concat()] {
+            assert_eq!(code(&one.ask(&taken).await).as_deref(), Some("42P05"));
+        }
+        // A statement of the protocol, used and dropped by SQL; and one of SQL, dropped by the protocol.
+        assert_eq!(tags(&one.ask(&[parse("p", "SELECT 4"), sync()].concat()).await), "1Z");
+        assert_eq!(row(&one.ask(&query("EXECUTE p")).await), [Some("4".to_owned())]);
+        assert_eq!(tags(&one.ask(&query("DEALLOCATE p")).await), "CZ");
+        assert_eq!(code(&one.ask(&query("EXECUTE p")).await).as_deref(), Some("26000"));
+        assert_eq!(tags(&one.ask(&[close("s"), sync()].concat()).await), "3Z");
+        assert_eq!(code(&one.ask(&query("EXECUTE s")).await).as_deref(), Some("26000"));
+        assert_eq!(row(&other.ask(&query("EXECUTE s")).await).len(), 2, "round {round}");
+        let gone = if round == 0 { "DEALLOCATE ALL" } else { "DEALLOCATE s" };
+        assert_eq!(tags(&other.ask(&query(gone)).await), "CZ");
+        assert_eq!(code(&other.ask(&query("EXECUTE s")).await).as_deref(), Some("26000"), "{gone}");
+    }
+    assert_eq!(proxy.metrics().await.sum("highwater_pinned_sessions", &[]), 0.0);
+}
+
+#[tokio::test]
+async fn sql_prepared_statements_outlive_rollback_and_follow_their_session() {
+    let (cluster, proxy) = start(0, "pool: { size: 3 }").await;
+    let mut client = proxy.raw_login().await;
+    for sql in ["BEGIN", "PREPARE s AS SELECT * FROM t", "PREPARE i AS INSERT INTO t VALUES (9) RETURNING *"]
+    {
+        assert_eq!(tags(&client.ask(&query(sql)).await), "CZ");
+    }
+    assert_eq!(row(&client.ask(&query("EXECUTE s")).await), [Some("1".to_owned())]);
+    assert_eq!(tags(&client.ask(&query("ROLLBACK")).await), "CZ");
+    let mut holders = Vec::new();
+    for _ in 0..2 {
+        // On the next backend, one after the other.
+        assert_eq!(row(&client.ask(&query("EXECUTE s")).await), [Some("1".to_owned())]);
+        assert_eq!(row(&client.ask(&query("EXECUTE i")).await), [Some("9".to_owned())]);
+        let mut holder = proxy.raw_login().await;
+        assert_eq!(tags(&holder.ask(&query("BEGIN")).await), "CZ");
+        holders.push(holder);
+    }
+    assert_eq!(row(&client.ask(&query("EXECUTE s")).await), [Some("1".to_owned())]);
+    // A table that is gone is an error of the statement, as on one server.
+    assert_eq!(tags(&client.ask(&query("PREPARE o AS SELECT * FROM other")).await), "CZ");
+    assert_eq!(tags(&client.ask(&query("DROP TABLE other")).await), "CZ");
+    drop(holders.pop());
+    for _ in 0..2 {
+        assert_eq!(code(&client.ask(&query("EXECUTE o")).await).as_deref(), Some("42P01"));
+        assert_eq!(tags(&client.ask(&query("BEGIN")).await), "CZ");
+        let answer = client.ask(&query("EXECUTE o")).await;
+        assert_eq!((code(&answer).as_deref(), &answer[1].body[..]), (Some("42P01"), &b"E"[..]));
+        assert_eq!(tags(&client.ask(&query("ROLLBACK")).await), "CZ");
+    }
+    // Where it was run before, and where it never was.
+    assert_eq!(tags(&client.ask(&query("ALTER TABLE t ADD COLUMN y int")).await), "CZ");
+    let before = cluster.primary().query_text("SELECT count(*) FROM t").await.unwrap();
+    for _ in 0..2 {
+        assert_changed(&client.ask(&query("EXECUTE i")).await, "EXECUTE of a write");
+        assert_changed(&client.ask(&query("EXECUTE s")).await, "EXECUTE of a read");
+        let mut holder = proxy.raw_login().await;
+        if holders.len() < 2 {
+            assert_eq!(tags(&holder.ask(&query("BEGIN")).await), "CZ");
+            holders.push(holder);
+        }
+    }
+    assert_eq!(cluster.primary().query_text("SELECT count(*) FROM t").await.unwrap(), before);
+}
+
+#[tokio::test]
+async fn statements_that_contain_execute_find_the_names() {
+    let (_cluster, proxy) = start(1, "pool: { size: 2 }").await;
+    let mut client = proxy.raw_login().await;
+    assert_eq!(tags(&client.ask(&query("PREPARE s AS SELECT x FROM t")).await), "CZ");
+    assert_eq!(tags(&client.ask(&[parse("p", "SELECT 5 AS five"), sync()].concat()).await), "1Z");
+    assert_eq!(row(&client.ask(&query("EXECUTE s")).await), [Some("1".to_owned())]);
+    for sql in ["EXPLAIN EXECUTE s", "EXPLAIN (COSTS off) EXECUTE p"] {
+        assert_eq!(code(&client.ask(&query(sql)).await), None, "{sql}");
+    }
+    assert_eq!(code(&client.ask(&query("CREATE TABLE made AS EXECUTE p")).await), None);
+    assert_eq!(row(&client.ask(&query("SELECT five FROM made")).await), [Some("5".to_owned())]);
+    let unit = [parse("", "EXECUTE s"), bind("", &[]), execute(), sync()].concat();
+    assert_eq!(row(&client.ask(&unit).await), [Some("1".to_owned())]);
+    let shown =
+        client.ask(&query("SELECT statement, from_sql FROM pg_prepared_statements WHERE name = 's'")).await;
+    assert_eq!(row(&shown), ["PREPARE s AS SELECT x FROM t", "t"].map(|s| Some(s.to_owned())));
+}
