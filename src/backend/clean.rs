@@ -175,10 +175,19 @@ pub enum Left {
 pub async fn look(backend: &mut Backend) -> Result<Left, Broken> {
     const QUESTION: &str = "SELECT EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) \
          OR EXISTS (SELECT FROM pg_catalog.pg_listening_channels()) \
-         OR EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql) \
          OR EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable) \
          OR EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()) \
          OR EXISTS (SELECT FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'";
+    // Statements of the session's that it may be given elsewhere are known already.
+    let known: Vec<String> =
+        backend.own_names.iter().map(|name| literal(&String::from_utf8_lossy(name))).collect();
+    let unknown = if known.is_empty() {
+        String::new()
+    } else {
+        format!(" AND name OPERATOR(pg_catalog.<>) ALL (ARRAY[{}])", known.join(", "))
+    };
+    let prepared =
+        format!(" OR EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql{unknown})");
     // The name that we have set ourselves is not the session's doing.
     let named = match &backend.application_name {
         Some(name) => format!(
@@ -190,7 +199,7 @@ pub async fn look(backend: &mut Backend) -> Result<Left, Broken> {
     };
     // A cancel that is still on its way must not hit the question.
     fence(backend).await?;
-    let answer = ask(backend, &format!("{QUESTION}{named})")).await?;
+    let answer = ask(backend, &format!("{QUESTION}{named}){prepared}")).await?;
     match answer.rows.as_slice() {
         [row] => match row.first() {
             Some(Some(value)) if value == b"f" => Ok(Left::Nothing),
