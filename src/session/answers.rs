@@ -256,7 +256,6 @@ impl Exchange<'_> {
         };
         match self.settle() {
             Some(Expect::Parse(name) | Expect::InjectedParse(name)) => self.parsed(name),
-            Some(Expect::Close(name)) => self.closed(&name),
             _ => {}
         }
         Ok(for_client)
@@ -319,12 +318,6 @@ impl Exchange<'_> {
         }
     }
 
-    fn closed(&mut self, name: &NameOnServer) {
-        if let NameOnServer::Unnamed = name {
-            self.backend.unnamed = None;
-        }
-    }
-
     /// Gives the answers that are ours and whose turn it is; never into the middle of a message.
     pub(super) fn answer_ourselves(&mut self) {
         while self.unit.node_rest == 0 {
@@ -355,7 +348,7 @@ impl Exchange<'_> {
         let is_sync = |e: &Expect| matches!(e, Expect::Sync | Expect::InjectedSync);
         let skipped = self.unit.expects.iter().position(is_sync).unwrap_or(self.unit.expects.len());
         let skipped: Vec<Expect> = self.unit.expects.drain(..skipped).collect();
-        (self.unit.awaits_shape, self.unit.urged) = (false, 0);
+        (self.unit.awaits_shape, self.unit.awaits_all, self.unit.urged) = (false, false, 0);
         if self.unit.expects.is_empty() {
             // The Sync is still to come, even if a Query seemed to be the unit's end.
             self.unit.intake = Intake::Open;
@@ -367,6 +360,7 @@ impl Exchange<'_> {
                 Expect::InjectedExecute(name) => {
                     self.backend.own_names.remove(&name);
                 }
+                Expect::Query => self.backend.unnamed = self.unit.unnamed_before,
                 Expect::InjectedClose(NameOnServer::Shared(name), was) => {
                     self.backend.prepared.put(name, was);
                 }

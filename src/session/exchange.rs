@@ -183,6 +183,12 @@ pub struct Unit {
     pub(super) number: u64,
     /// It runs again because a shared statement was out of date: none of before is used.
     pub(super) anew: bool,
+    /// The backend's unnamed statement before the unit's Query: it stays if the server skips that.
+    pub(super) unnamed_before: Option<u64>,
+    /// It takes all names away: what follows is looked at when that has happened.
+    pub(super) clears_names: bool,
+    /// Nothing is sent until all so far is answered.
+    pub(super) awaits_all: bool,
     /// What its backend has to know ahead of a Query was sent.
     pub(super) given: bool,
     /// The server's error about that: it is the Query's, which fails for lack of it.
@@ -275,6 +281,9 @@ impl Unit {
             urged: 0,
             number: 0,
             anew: false,
+            unnamed_before: None,
+            clears_names: false,
+            awaits_all: false,
             given: false,
             not_given: None,
             awaits_shape: false,

@@ -44,7 +44,8 @@ impl Exchange<'_> {
             if self.unit.intake == Intake::Closed || self.unit.discard.is_some() {
                 break;
             }
-            if self.unit.awaits_shape || self.unit.ahead > 0 && !self.may_follow() {
+            self.unit.awaits_all &= !self.unit.expects.is_empty();
+            if self.unit.awaits_all || self.unit.awaits_shape || self.unit.ahead > 0 && !self.may_follow() {
                 break;
             }
             if self.unit.expects.len() >= MOST_AWAITED {
@@ -257,7 +258,7 @@ impl Exchange<'_> {
         {
             return Ok(stopped);
         }
-        self.backend.unnamed = None;
+        self.unit.unnamed_before = self.backend.unnamed.take();
         if self.unit.leaves != Leaves::Nothing {
             self.backend.dirt = self.backend.dirt.max(Dirt::State);
         }
@@ -387,6 +388,7 @@ impl Exchange<'_> {
     /// Counts in what a statement of the unit does, as it is bound.
     fn count_in(&mut self, class: StatementClass) {
         self.unit.ddl |= class.kind == Kind::Ddl;
+        self.unit.clears_names |= matches!(class.leaves, Leaves::DiscardsAll | Leaves::DeallocatesAll);
         self.unit.writes |= !is_read(class);
         self.leave(class.leaves);
     }
@@ -444,9 +446,16 @@ impl Exchange<'_> {
         }
         match self.session.statements.find(parse.name) {
             Found::Statement(first) => {
-                // In a failed transaction it could not be given; but there the second fails anyway.
                 if self.session.status != TransactionStatus::Failed {
                     self.give(parse.name, &first);
+                } else if !self.backend.own_names.contains(parse.name)
+                    && !classify::stays_in_transaction(parse.text)
+                {
+                    // It cannot be given there; and all but what ends the transaction fails anyway.
+                    let name = String::from_utf8_lossy(parse.name);
+                    let message = format!("prepared statement \"{name}\" already exists");
+                    self.own_error(ErrorReport::error("42P05", message).routine("StorePreparedStatement"));
+                    return self.drop_message(len);
                 }
                 return Ok(self.parse_twice(parse.name, Found::Statement(statement), len));
             }
@@ -868,6 +877,11 @@ impl Exchange<'_> {
         messages::execute(&self.body(len)).ok_or_else(|| End::protocol("invalid message format"))?;
         self.pass(len);
         self.unit.expects.push_back(Expect::Execute);
+        if self.unit.clears_names {
+            // DISCARD ALL or DEALLOCATE ALL: only when it has run is it known what the names stand for.
+            self.backend.output.put_slice(&[b'H', 0, 0, 0, 4]);
+            self.unit.awaits_all = true;
+        }
         Ok(Step::On)
     }
 }
