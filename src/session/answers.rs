@@ -256,6 +256,9 @@ impl Exchange<'_> {
         };
         match self.settle() {
             Some(Expect::Parse(name) | Expect::InjectedParse(name)) => self.parsed(name),
+            Some(Expect::Close(NameOnServer::Unnamed) | Expect::InjectedClose(NameOnServer::Unnamed, _)) => {
+                self.unit.unnamed = None
+            }
             _ => {}
         }
         Ok(for_client)
@@ -311,10 +314,14 @@ impl Exchange<'_> {
             NameOnServer::Refused(name) => {
                 self.backend.own_names.insert(name);
             }
-            NameOnServer::Shared(_)
-            | NameOnServer::Own(_)
-            | NameOnServer::Unnamed
-            | NameOnServer::Unknown => {}
+            NameOnServer::Unnamed => {
+                // Whoever has sent it: it is the one that the client's stands for by now.
+                self.unit.unnamed = match self.session.statements.answered(b"") {
+                    Found::Statement(statement) => Some(statement.serial),
+                    Found::OnBackend | Found::Nothing => None,
+                };
+            }
+            NameOnServer::Shared(_) | NameOnServer::Own(_) | NameOnServer::Unknown => {}
         }
     }
 
@@ -345,10 +352,20 @@ impl Exchange<'_> {
         if matches!(self.unit.expects.front(), Some(Expect::Query | Expect::FunctionCall)) {
             return;
         }
+        if matches!(
+            self.unit.expects.front(),
+            Some(Expect::Parse(NameOnServer::Unnamed) | Expect::InjectedParse(NameOnServer::Unnamed))
+        ) {
+            // The server drops the old one first.
+            self.unit.unnamed = None;
+        }
         let is_sync = |e: &Expect| matches!(e, Expect::Sync | Expect::InjectedSync);
         let skipped = self.unit.expects.iter().position(is_sync).unwrap_or(self.unit.expects.len());
         let skipped: Vec<Expect> = self.unit.expects.drain(..skipped).collect();
         (self.unit.awaits_shape, self.unit.awaits_all, self.unit.urged) = (false, false, 0);
+        // A Query that is still to run takes it.
+        let query = self.unit.expects.iter().any(|e| matches!(e, Expect::Query));
+        self.backend.unnamed = self.unit.unnamed.filter(|_| !query);
         if self.unit.expects.is_empty() {
             // The Sync is still to come, even if a Query seemed to be the unit's end.
             self.unit.intake = Intake::Open;
@@ -360,7 +377,6 @@ impl Exchange<'_> {
                 Expect::InjectedExecute(name) => {
                     self.backend.own_names.remove(&name);
                 }
-                Expect::Query => self.backend.unnamed = self.unit.unnamed_before,
                 Expect::InjectedClose(NameOnServer::Shared(name), was) => {
                     self.backend.prepared.put(name, was);
                 }
@@ -372,14 +388,13 @@ impl Exchange<'_> {
 
     fn not_parsed(&mut self, name: NameOnServer) {
         match name {
-            NameOnServer::Unnamed => self.backend.unnamed = None,
             NameOnServer::Own(name) => {
                 self.backend.own_names.remove(&name);
             }
             NameOnServer::Shared(name) => {
                 self.backend.prepared.pop(&name);
             }
-            NameOnServer::Refused(_) | NameOnServer::Unknown => {}
+            NameOnServer::Unnamed | NameOnServer::Refused(_) | NameOnServer::Unknown => {}
         }
     }
 
@@ -602,6 +617,7 @@ impl Exchange<'_> {
     fn injected_ready(&mut self, len: usize) -> Result<Step, End> {
         self.backend.input.advance(len);
         self.unit.ahead -= 1;
+        self.unit.unnamed = None;
         let purpose = match self.unit.expects.pop_front() {
             Some(Expect::InjectedQuery(purpose)) => purpose,
             _ => return Err(End::NodeLost { node: self.backend.node }),
@@ -630,7 +646,10 @@ impl Exchange<'_> {
             }
             Some(Expect::Sync | Expect::FunctionCall) => {}
             // One that an error made the server skip leaves the unnamed statement alone.
-            Some(Expect::Query) => self.session.statements.drop_unnamed(),
+            Some(Expect::Query) => {
+                self.session.statements.drop_unnamed();
+                self.backend.unnamed = None;
+            }
             // COPY failed before it had read the Sync, which so was none to be ignored.
             None if self.unit.ignored_sync && self.unit.failed => {}
             other => {

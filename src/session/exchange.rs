@@ -183,8 +183,8 @@ pub struct Unit {
     pub(super) number: u64,
     /// It runs again because a shared statement was out of date: none of before is used.
     pub(super) anew: bool,
-    /// The backend's unnamed statement before the unit's Query: it stays if the server skips that.
-    pub(super) unnamed_before: Option<u64>,
+    /// The backend's unnamed statement as far as the server has answered: what it has after an error.
+    pub(super) unnamed: Option<u64>,
     /// It takes all names away: what follows is looked at when that has happened.
     pub(super) clears_names: bool,
     /// Nothing is sent until all so far is answered.
@@ -281,7 +281,7 @@ impl Unit {
             urged: 0,
             number: 0,
             anew: false,
-            unnamed_before: None,
+            unnamed: None,
             clears_names: false,
             awaits_all: false,
             given: false,
@@ -360,6 +360,7 @@ impl Session {
         };
         let mut unit = std::mem::replace(&mut self.unit, Unit::none());
         unit.number = self.statements.begin(unit.redoable);
+        unit.unnamed = lease.unnamed;
         self.client.patience = None;
         let outcome =
             poll_fn(|cx| Exchange { session: &mut *self, unit: &mut unit, backend: &mut lease }.poll(cx))

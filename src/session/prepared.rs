@@ -297,9 +297,11 @@ impl Statements {
         self.len() == 0
     }
 
-    /// The named statements whose text is known.
+    /// The named statements whose text is known, as the messages sent so far leave them.
     pub fn named(&self) -> impl Iterator<Item = (&Vec<u8>, &Arc<Statement>)> {
-        self.named.iter().filter_map(|(name, found)| match found {
+        let answered = self.named.iter().filter(|(name, _)| !self.latest.contains_key(*name));
+        let sent = self.latest.iter().filter(|(name, _)| !name.is_empty());
+        answered.chain(sent.map(|(name, (_, found))| (name, found))).filter_map(|(name, found)| match found {
             Found::Statement(statement) => Some((name, statement)),
             Found::OnBackend | Found::Nothing => None,
         })

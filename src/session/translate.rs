@@ -258,7 +258,7 @@ impl Exchange<'_> {
         {
             return Ok(stopped);
         }
-        self.unit.unnamed_before = self.backend.unnamed.take();
+        self.backend.unnamed = None;
         if self.unit.leaves != Leaves::Nothing {
             self.backend.dirt = self.backend.dirt.max(Dirt::State);
         }
