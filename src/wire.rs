@@ -108,7 +108,7 @@ impl TransactionStatus {
 
 /// An ErrorResponse or NoticeResponse of our own. PostgreSQL's words: lower case, no full stop;
 /// detail and hint in sentences. The routine field says `highwater`, so that an operator can tell
-/// who spoke.
+/// who spoke (but where a driver knows what to do by the server's own routine, that is named).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ErrorReport {
     /// ERROR or FATAL.
@@ -121,6 +121,8 @@ pub struct ErrorReport {
     pub detail: Option<String>,
     /// What to do, in a sentence.
     pub hint: Option<String>,
+    /// Who raised it: `highwater`, unless drivers look there for the server's function.
+    pub routine: &'static str,
 }
 
 /// How bad an error is.
@@ -145,7 +147,14 @@ impl Severity {
 impl ErrorReport {
     /// A failed statement.
     pub fn error(sqlstate: &'static str, message: impl Into<String>) -> ErrorReport {
-        ErrorReport { severity: Severity::Error, sqlstate, message: message.into(), detail: None, hint: None }
+        ErrorReport {
+            severity: Severity::Error,
+            sqlstate,
+            message: message.into(),
+            detail: None,
+            hint: None,
+            routine: "highwater",
+        }
     }
 
     /// The end of a session.
@@ -162,6 +171,12 @@ impl ErrorReport {
     /// Adds the hint.
     pub fn hint(mut self, text: impl Into<String>) -> ErrorReport {
         self.hint = Some(text.into());
+        self
+    }
+
+    /// Names the server's function that raises this error.
+    pub fn routine(mut self, name: &'static str) -> ErrorReport {
+        self.routine = name;
         self
     }
 
@@ -193,7 +208,7 @@ impl ErrorReport {
             if let Some(hint) = &self.hint {
                 field(b'H', hint);
             }
-            field(b'R', "highwater");
+            field(b'R', self.routine);
             out.push(0);
         });
     }

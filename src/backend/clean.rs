@@ -155,11 +155,10 @@ pub enum Left {
 pub async fn look(backend: &mut Backend) -> Result<Left, Broken> {
     const QUESTION: &str = "SELECT EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) \
          OR EXISTS (SELECT FROM pg_catalog.pg_listening_channels()) \
-         OR EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql) \
          OR EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable) \
          OR EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()) \
          OR EXISTS (SELECT FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'";
-    // What the session has set itself is no news.
+    // What the session has set itself is no news, nor are statements of the session's that it may be given elsewhere.
     let own: Vec<String> = backend
         .applied
         .entries()
@@ -171,9 +170,18 @@ pub async fn look(backend: &mut Backend) -> Result<Left, Broken> {
     } else {
         format!(" AND pg_catalog.lower(name) OPERATOR(pg_catalog.<>) ALL (ARRAY[{}])", own.join(", "))
     };
+    let known: Vec<String> =
+        backend.own_names.iter().filter_map(|name| setting::literal(name, true)).collect();
+    let unknown = if known.is_empty() {
+        String::new()
+    } else {
+        format!(" AND name OPERATOR(pg_catalog.<>) ALL (ARRAY[{}])", known.join(", "))
+    };
+    let prepared =
+        format!(" OR EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql{unknown})");
     // A cancel that is still on its way must not hit the question.
     fence(backend).await?;
-    let answer = ask(backend, &format!("{QUESTION}{named})")).await?;
+    let answer = ask(backend, &format!("{QUESTION}{named}){prepared}")).await?;
     match answer.rows.as_slice() {
         [row] => match row.first() {
             Some(Some(value)) if value == b"f" => Ok(Left::Nothing),

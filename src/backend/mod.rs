@@ -58,6 +58,23 @@ impl SharedName {
     }
 }
 
+/// A hash of what a server says of a prepared statement: its parameters' types, and its result's
+/// columns as far as PostgreSQL holds them to be its result type. Never zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape(pub std::num::NonZeroU64);
+
+/// A shared statement on a backend.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Prepared {
+    /// What the server has said of it; none before its answer.
+    pub shape: Option<Shape>,
+    /// The catalog facts' identity when it was parsed: under newer ones a client that prepares the text
+    /// gets it parsed anew. Zero: it is not known to be up to date.
+    pub catalog: u64,
+    /// The server has found it out of date: it is to be prepared anew before its next use.
+    pub stale: bool,
+}
+
 /// What a session may have left on a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Dirt {
@@ -97,11 +114,14 @@ pub struct Backend {
     pub idle_since: Instant,
     /// The shared statements it has, least recently used last. Its limit (`pool.max_prepared`) is kept by
     /// whoever adds to it: what leaves here must be closed on the server, too.
-    pub prepared: LruCache<SharedName, ()>,
+    pub prepared: LruCache<SharedName, Prepared>,
     /// Whose unnamed statement it holds: a number that one session gave to one Parse.
     pub unnamed: Option<u64>,
-    /// While pinned: the statements it has under the client's own names.
+    /// The statements it has under a client's own names: see `names_of`.
     pub own_names: HashSet<Vec<u8>>,
+    /// Whose names those are: a session's number, and the version of its names. For any other they are closed
+    /// before it uses the backend.
+    pub names_of: (u64, u64),
     /// What sessions may have left on it.
     pub dirt: Dirt,
     /// The settings that it has been given; all others are as at its login.
@@ -211,6 +231,7 @@ impl Backend {
             prepared: LruCache::unbounded(),
             unnamed: None,
             own_names: HashSet::new(),
+            names_of: (0, 0),
             dirt: Dirt::Clean,
             applied: Arc::default(),
             worker,

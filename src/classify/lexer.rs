@@ -76,6 +76,16 @@ impl<'a> Lexer<'a> {
         &self.text[self.start..self.end]
     }
 
+    /// Where the last token begins.
+    pub fn start(&self) -> usize {
+        self.start
+    }
+
+    /// Where it ends.
+    pub fn end(&self) -> usize {
+        self.end
+    }
+
     /// The bytes of the hint comment that stood before the last token.
     #[inline]
     pub fn hint(&self) -> Option<&'a [u8]> {

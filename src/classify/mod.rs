@@ -18,6 +18,7 @@ mod builtin;
 mod cache;
 pub mod catalog;
 mod lexer;
+mod named;
 mod opinion;
 pub mod refusal;
 mod scan;
@@ -30,6 +31,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use siphasher::sip128::{Hasher128, SipHasher13};
 
 pub use catalog::Catalog;
+pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
 
 use crate::config::LimitsConfig;
 use builtin::Vocabulary;

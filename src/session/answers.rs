@@ -5,9 +5,10 @@ use std::sync::Arc;
 use bytes::{Buf, BufMut, BytesMut};
 
 use super::exchange::{
-    Again, Exchange, Expect, HELD_BACK, Intake, MOST_AWAITED, NameOnServer, Outcome, Purpose, Refused, Step,
-    WHOLE_MESSAGE, put_report,
+    Again, Exchange, Expect, HELD_BACK, Intake, NameOnServer, Outcome, Purpose, Refused, Step, WHOLE_MESSAGE,
+    put_report,
 };
+use super::prepared::{Found, SqlCommand};
 use super::translate::{put_cstr, put_length};
 use super::{End, Role, Session};
 use crate::backend::{Applied, Backend, Dirt, Parameters, SharedName, parameter_status};
@@ -103,7 +104,11 @@ impl Exchange<'_> {
         match header.tag {
             // Long ones are passed on as they come.
             b'D' | b'd' => Ok(Step::Wait),
-            b'T' | b't' | b'V' if !whole && header.len > WHOLE_MESSAGE / 4 => {
+            b'T' | b't' | b'V'
+                if !whole
+                    && header.len > WHOLE_MESSAGE / 4
+                    && !matches!(self.unit.expects.front(), Some(Expect::InjectedDescribe(_))) =>
+            {
                 self.commit();
                 self.answered(header.tag)?;
                 self.forward(header.len);
@@ -144,11 +149,21 @@ impl Exchange<'_> {
                 Ok(Step::On)
             }
             tag => {
-                if matches!(tag, b'C' | b'I' | b's') {
+                let ours = matches!(self.unit.expects.front(), Some(Expect::InjectedExecute(_)));
+                if matches!(tag, b'C' | b'I' | b's') && !ours {
                     self.completed(tag, header.len);
                 }
-                if !matches!(tag, b'1' | b'2' | b'3' | b't' | b'T' | b'n') {
+                if !matches!(tag, b'1' | b'2' | b'3' | b't' | b'T' | b'n') && !ours {
                     self.commit();
+                }
+                if self.unit.discard.is_none()
+                    && matches!(
+                        self.unit.expects.front(),
+                        Some(Expect::InjectedDescribe(_) | Expect::Describe(Some(_)))
+                    )
+                    && let Some(step) = self.described(tag, header.len)?
+                {
+                    return Ok(step);
                 }
                 if self.answered(tag)? {
                     self.forward(header.len);
@@ -169,6 +184,44 @@ impl Exchange<'_> {
         self.unit.node_rest = len - there;
     }
 
+    /// An answer to a Describe of a statement whose shape is to be known. `Some`: what becomes of the unit.
+    fn described(&mut self, tag: u8, len: usize) -> Result<Option<Step>, End> {
+        let body = &self.backend.input[HEADER..len];
+        let (Some(Expect::InjectedDescribe(asked)) | Some(Expect::Describe(Some(asked)))) =
+            self.unit.expects.front_mut()
+        else {
+            return Ok(None);
+        };
+        let reader = match tag {
+            b't' => {
+                asked.reader.parameters(body);
+                return Ok(None);
+            }
+            b'T' | b'n' => std::mem::take(&mut asked.reader),
+            _ => return Ok(None),
+        };
+        let node = self.backend.node;
+        let shape = reader.row((tag == b'T').then_some(body)).ok_or(End::NodeLost { node })?;
+        if let NameOnServer::Shared(name) = asked.on
+            && let Some(there) = self.backend.prepared.peek_mut(&name)
+        {
+            there.shape = Some(shape);
+        }
+        if !asked.compare {
+            asked.statement.give_shape(shape, self.unit.number);
+            return Ok(None);
+        }
+        if asked.statement.compare_shape(shape) || std::mem::take(&mut self.unit.awaits_shape) {
+            self.unit.awaits_shape = false;
+            return Ok(None);
+        }
+        // What was sent behind it goes by another shape. Run again, it fails before it is sent.
+        if self.unit.redoable {
+            return Ok(Some(self.discard(Again::StaleStatement, false)));
+        }
+        Err(End::NodeLost { node })
+    }
+
     /// An answer came: what was it to? Whether it is the client's.
     fn answered(&mut self, tag: u8) -> Result<bool, End> {
         let for_client = match (tag, self.unit.expects.front()) {
@@ -176,13 +229,18 @@ impl Exchange<'_> {
                 self.session.statements.succeeded();
                 true
             }
-            (b'1', Some(Expect::InjectedParse(_))) | (b'3', Some(Expect::InjectedClose(_))) => false,
+            (b'1', Some(Expect::InjectedParse(_)))
+            | (b'3', Some(Expect::InjectedClose(..)))
+            | (b'T' | b'n', Some(Expect::InjectedDescribe(_)))
+            | (b'2', Some(Expect::InjectedBind))
+            | (b'C', Some(Expect::InjectedExecute(_))) => false,
             (b'2', Some(Expect::Bind(_)))
             | (b'3', Some(Expect::ClosePortal))
-            | (b'T' | b'n', Some(Expect::Describe))
+            | (b'T' | b'n', Some(Expect::Describe(_)))
             | (b'C' | b'I' | b's', Some(Expect::Execute)) => true,
             // Answers that leave what is awaited as it is.
-            (b't', Some(Expect::Describe))
+            (b't', Some(Expect::InjectedDescribe(_))) => return Ok(false),
+            (b't', Some(Expect::Describe(_)))
             | (b'T' | b'C' | b'I', Some(Expect::Query))
             | (b'c', Some(Expect::Query | Expect::Execute))
             | (b'V', Some(Expect::FunctionCall)) => return Ok(true),
@@ -196,13 +254,12 @@ impl Exchange<'_> {
                 return Err(End::NodeLost { node: self.backend.node });
             }
         };
-        match self.unit.expects.pop_front() {
+        match self.settle() {
             Some(Expect::Parse(name) | Expect::InjectedParse(name)) => self.parsed(name),
-            Some(Expect::Close(name)) => self.closed(&name),
+            Some(Expect::Close(NameOnServer::Unnamed) | Expect::InjectedClose(NameOnServer::Unnamed, _)) => {
+                self.unit.unnamed = None
+            }
             _ => {}
-        }
-        if self.unit.expects.len() < MOST_AWAITED / 2 {
-            self.unit.urged = false;
         }
         Ok(for_client)
     }
@@ -223,13 +280,17 @@ impl Exchange<'_> {
         if tag == b'C' && self.session.settings.in_flux() {
             self.session.settings.command(&self.backend.input[HEADER..len - 1]);
         }
+        if tag == b'C' && self.session.sql.is_some() {
+            self.completed_by_name(len);
+        }
         if matches!(&self.backend.input[HEADER..len], b"DEALLOCATE ALL\0" | b"DISCARD ALL\0") {
             self.session.statements.clear();
             self.backend.forget_statements();
             // What is parsed behind it comes after it.
             for expect in &self.unit.expects {
                 if let Expect::Parse(NameOnServer::Own(name))
-                | Expect::InjectedParse(NameOnServer::Own(name)) = expect
+                | Expect::InjectedParse(NameOnServer::Own(name))
+                | Expect::InjectedExecute(name) = expect
                 {
                     self.backend.own_names.insert(name.clone());
                 }
@@ -237,22 +298,43 @@ impl Exchange<'_> {
         }
     }
 
-    fn parsed(&mut self, name: NameOnServer) {
-        match name {
-            NameOnServer::Shared(name) => {
-                self.unit.underway.remove(&name);
-                self.backend.prepared.put(name, ());
+    /// A Query that is about one name has run: from now on the name is there, or gone, whatever becomes of
+    /// the transaction.
+    fn completed_by_name(&mut self, len: usize) {
+        match (&self.backend.input[HEADER..len], self.session.sql.take()) {
+            (b"PREPARE\0", Some(SqlCommand::Prepare(name, statement))) => {
+                self.backend.own_names.insert(name.clone());
+                self.session.statements.add(name, statement);
             }
-            NameOnServer::Refused(name) => {
-                self.backend.own_names.insert(name);
+            (b"DEALLOCATE\0", Some(SqlCommand::Deallocate(name))) => {
+                self.backend.own_names.remove(&name);
+                self.session.statements.remove(&name);
+                // This backend has followed.
+                self.backend.names_of = self.session.statements.version();
             }
-            NameOnServer::Own(_) | NameOnServer::Unnamed | NameOnServer::Unknown => {}
+            _ => {}
         }
     }
 
-    fn closed(&mut self, name: &NameOnServer) {
-        if let NameOnServer::Unnamed = name {
-            self.backend.unnamed = None;
+    /// What was awaited first has come.
+    fn settle(&mut self) -> Option<Expect> {
+        self.unit.urged = self.unit.urged.saturating_sub(1);
+        self.unit.expects.pop_front()
+    }
+
+    fn parsed(&mut self, name: NameOnServer) {
+        match name {
+            NameOnServer::Refused(name) => {
+                self.backend.own_names.insert(name);
+            }
+            NameOnServer::Unnamed => {
+                // Whoever has sent it: it is the one that the client's stands for by now.
+                self.unit.unnamed = match self.session.statements.answered(b"") {
+                    Found::Statement(statement) => Some(statement.serial),
+                    Found::OnBackend | Found::Nothing => None,
+                };
+            }
+            NameOnServer::Shared(_) | NameOnServer::Own(_) | NameOnServer::Unknown => {}
         }
     }
 
@@ -263,14 +345,14 @@ impl Exchange<'_> {
                 Some(Expect::OwnParseComplete) => b'1',
                 Some(Expect::OwnCloseComplete) => b'3',
                 Some(Expect::CopyEnd) => {
-                    self.unit.expects.pop_front();
+                    self.settle();
                     continue;
                 }
                 _ => return,
             };
             self.session.client.output.put_slice(&[tag, 0, 0, 0, 4]);
             self.session.statements.succeeded();
-            self.unit.expects.pop_front();
+            self.settle();
         }
     }
 
@@ -283,9 +365,20 @@ impl Exchange<'_> {
         if matches!(self.unit.expects.front(), Some(Expect::Query | Expect::FunctionCall)) {
             return;
         }
+        if matches!(
+            self.unit.expects.front(),
+            Some(Expect::Parse(NameOnServer::Unnamed) | Expect::InjectedParse(NameOnServer::Unnamed))
+        ) {
+            // The server drops the old one first.
+            self.unit.unnamed = None;
+        }
         let is_sync = |e: &Expect| matches!(e, Expect::Sync | Expect::InjectedSync);
         let skipped = self.unit.expects.iter().position(is_sync).unwrap_or(self.unit.expects.len());
         let skipped: Vec<Expect> = self.unit.expects.drain(..skipped).collect();
+        (self.unit.awaits_shape, self.unit.awaits_all, self.unit.urged) = (false, false, 0);
+        // A Query that is still to run takes it.
+        let query = self.unit.expects.iter().any(|e| matches!(e, Expect::Query));
+        self.backend.unnamed = self.unit.unnamed.filter(|_| !query);
         if self.unit.expects.is_empty() {
             // The Sync is still to come, even if a Query seemed to be the unit's end.
             self.unit.intake = Intake::Open;
@@ -294,7 +387,13 @@ impl Exchange<'_> {
         for expect in skipped.into_iter().rev() {
             match expect {
                 Expect::Parse(name) | Expect::InjectedParse(name) => self.not_parsed(name),
-                Expect::Close(name) | Expect::InjectedClose(name) => self.not_closed(name),
+                Expect::InjectedExecute(name) => {
+                    self.backend.own_names.remove(&name);
+                }
+                Expect::InjectedClose(NameOnServer::Shared(name), was) => {
+                    self.backend.prepared.put(name, was);
+                }
+                Expect::Close(name) | Expect::InjectedClose(name, _) => self.not_closed(name),
                 _ => {}
             }
         }
@@ -302,42 +401,42 @@ impl Exchange<'_> {
 
     fn not_parsed(&mut self, name: NameOnServer) {
         match name {
-            NameOnServer::Unnamed => self.backend.unnamed = None,
             NameOnServer::Own(name) => {
                 self.backend.own_names.remove(&name);
             }
             NameOnServer::Shared(name) => {
-                self.unit.underway.remove(&name);
-            }
-            NameOnServer::Refused(_) | NameOnServer::Unknown => {}
-        }
-    }
-
-    fn not_closed(&mut self, name: NameOnServer) {
-        match name {
-            NameOnServer::Shared(name) => {
-                self.backend.prepared.put(name, ());
-            }
-            NameOnServer::Own(name) => {
-                self.backend.own_names.insert(name);
+                self.backend.prepared.pop(&name);
             }
             NameOnServer::Unnamed | NameOnServer::Refused(_) | NameOnServer::Unknown => {}
         }
     }
 
+    fn not_closed(&mut self, name: NameOnServer) {
+        match name {
+            NameOnServer::Own(name) => {
+                self.backend.own_names.insert(name);
+            }
+            NameOnServer::Shared(_)
+            | NameOnServer::Unnamed
+            | NameOnServer::Refused(_)
+            | NameOnServer::Unknown => {}
+        }
+    }
+
     fn error(&mut self, len: usize) -> Result<Step, End> {
         if self.is_ours() {
-            self.backend.input.advance(len);
-            self.skip_expected();
-            return Ok(Step::On);
+            return Ok(self.not_given(len));
         }
         let fields = wire::error_fields(&self.backend.input[HEADER..len]);
         let fatal = matches!(fields.severity, b"FATAL" | b"PANIC");
         // A client that has cancelled wants no second try; and of the primary's errors only its end
         // leaves a read to be run elsewhere.
         let final_word = !self.unit.redoable || self.backend.cancel.was_sent();
+        let stale = self.is_stale_statement(len);
+        let fields = wire::error_fields(&self.backend.input[HEADER..len]);
         let again = match refusal::of(&fields) {
             _ if final_word => None,
+            _ if stale => Some(Again::StaleStatement),
             Refusal::Shutdown if fatal => Some(Again::NodeLost),
             _ if self.session.role == Role::Primary => None,
             Refusal::NotAReadAfterAll => Some(Again::NotARead),
@@ -356,6 +455,11 @@ impl Exchange<'_> {
         }
         self.unit.failed = true;
         match self.unit.expects.front() {
+            Some(Expect::Query) if !fatal && self.unit.not_given.is_some() => {
+                let message = self.unit.not_given.take().unwrap_or_default();
+                self.session.client.output.put_slice(&message);
+                self.backend.input.advance(len);
+            }
             Some(Expect::OwnError(report)) if !fatal => {
                 put_report(&mut self.session.client.output, report);
                 self.backend.input.advance(len);
@@ -367,6 +471,55 @@ impl Exchange<'_> {
             return Err(End::NodeSaidFatal);
         }
         Ok(Step::On)
+    }
+
+    /// What a Query needs the backend to know could not be given. The Query itself fails now, for lack of it.
+    fn not_given(&mut self, len: usize) -> Step {
+        if self.unit.redoable && self.session.role == Role::Replica {
+            // It may be late.
+            return self.discard(Again::LateReplica, false);
+        }
+        let message = self.backend.input.split_to(len).to_vec();
+        if self.session.sql.is_some() {
+            self.unit.not_given = Some(message);
+        }
+        self.skip_expected();
+        Step::On
+    }
+
+    /// Whether an error says that a shared statement, which is older than the client's Parse of the text, is out
+    /// of date. Whoever has gone by its shape before is to be told so, as by one server; nobody else.
+    fn is_stale_statement(&mut self, len: usize) -> bool {
+        let statement = match self.unit.expects.front() {
+            // All that was sent before it is answered: the name stands for what it did then.
+            Some(Expect::Bind(name)) if !name.is_empty() => match self.session.statements.answered(name) {
+                Found::Statement(statement) => statement,
+                Found::OnBackend | Found::Nothing => return false,
+            },
+            Some(Expect::Describe(Some(asked))) if asked.on != NameOnServer::Unnamed => {
+                asked.statement.clone()
+            }
+            _ => return false,
+        };
+        let unseen = statement.take_shape_back(self.unit.number);
+        if self.session.uses_own_names() {
+            return false;
+        }
+        let fields = wire::error_fields(&self.backend.input[HEADER..len]);
+        match (fields.sqlstate, fields.routine) {
+            (b"0A000", b"RevalidateCachedQuery") => {
+                if let Some(there) = self.backend.prepared.peek_mut(&statement.shared) {
+                    there.stale = true;
+                }
+                unseen && !self.unit.anew
+            }
+            // SQL that is hidden from us has taken it from the server.
+            (b"26000", b"FetchPreparedStatement") => {
+                self.backend.prepared.pop(&statement.shared);
+                !self.unit.anew
+            }
+            _ => false,
+        }
     }
 
     /// Passes an error on as it is; but a statement's name that only we and the server know is the
@@ -409,6 +562,11 @@ impl Exchange<'_> {
             b'Z' if self.unit.ahead > 0 => {
                 self.unit.ahead -= 1;
                 self.unit.expects.pop_front();
+            }
+            // Of a Sync of ours ahead of a Query, whose own is still to come.
+            b'Z' if self.is_ours() => {
+                let sync = self.unit.expects.iter().position(|e| matches!(e, Expect::InjectedSync));
+                self.unit.expects.drain(..=sync.unwrap_or(0));
             }
             b'Z' => {
                 // Which of the injected statements exist is not known: forget them all, and clean.
@@ -474,6 +632,7 @@ impl Exchange<'_> {
     fn injected_ready(&mut self, len: usize) -> Result<Step, End> {
         self.backend.input.advance(len);
         self.unit.ahead -= 1;
+        self.unit.unnamed = None;
         let purpose = match self.unit.expects.pop_front() {
             Some(Expect::InjectedQuery(purpose)) => purpose,
             _ => return Err(End::NodeLost { node: self.backend.node }),
@@ -507,14 +666,17 @@ impl Exchange<'_> {
         let node = self.backend.node;
         let status = self.backend.input.get(HEADER).copied().and_then(TransactionStatus::from_byte);
         let (Some(status), true) = (status, len == HEADER + 1) else { return Err(End::NodeLost { node }) };
-        match self.unit.expects.pop_front() {
+        match self.settle() {
             Some(Expect::InjectedSync) => {
                 self.backend.input.advance(len);
                 return Ok(Step::On);
             }
             Some(Expect::Sync | Expect::FunctionCall) => {}
             // One that an error made the server skip leaves the unnamed statement alone.
-            Some(Expect::Query) => self.session.statements.drop_unnamed(),
+            Some(Expect::Query) => {
+                self.session.statements.drop_unnamed();
+                self.backend.unnamed = None;
+            }
             // COPY failed before it had read the Sync, which so was none to be ignored.
             None if self.unit.ignored_sync && self.unit.failed => {}
             other => {
@@ -555,6 +717,7 @@ impl Exchange<'_> {
         if !matches!(self.unit.expects.front(), Some(Expect::Query)) {
             if matches!(self.unit.expects.get(1), Some(Expect::Sync)) {
                 self.unit.expects.remove(1);
+                self.unit.urged = self.unit.urged.saturating_sub(1);
                 self.unit.ignored_sync = true;
             }
             if matches!(self.unit.expects.get(1), Some(Expect::CopyEnd)) {

@@ -8,10 +8,11 @@ use bytes::Buf;
 
 use super::exchange::Again;
 use super::messages::{self, Parse, Target};
-use super::prepared::{Found, Statement};
+use super::prepared::{Found, SqlCommand, Statement};
 use super::{End, Session};
+use crate::backend::SharedName;
 use crate::classify::setting::{self, ResetBatch};
-use crate::classify::{self, Kind, Leaves, Lexing, Lookup, StatementClass};
+use crate::classify::{self, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass};
 use crate::route::{ClassLabel, RouteReason};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
@@ -85,8 +86,8 @@ impl Demand {
     /// It failed where it was, and is to run again.
     pub fn redo(&mut self, again: Again) {
         if let Demand::Read { redone, .. } = self {
-            // A node that went away is replaced by any other that may serve.
-            *redone |= again != Again::NodeLost;
+            // A node that went away is replaced by any other that may serve; a statement is prepared anew on any.
+            *redone |= !matches!(again, Again::NodeLost | Again::StaleStatement);
         }
     }
 
@@ -226,6 +227,12 @@ impl Session {
         if at == 0 && (self.deallocated(&text, class, len) || self.reset(&text, class, len)) {
             return Ok(Demand::Ours);
         }
+        if at == 0 && class.leaves == Leaves::Pins(PinReason::SqlPrepare) {
+            self.ask_about_execute(&text).await;
+            if let Some(demand) = self.demand_by_name(&text, class, len) {
+                return Ok(demand);
+            }
+        }
         if at == 0 && matches!(class.kind, Kind::Read | Kind::Empty) {
             return Ok(Demand::Read { vetted: len, redone: false });
         }
@@ -254,10 +261,84 @@ impl Session {
         if self.deallocated(&text, class, header.len) {
             return Some(Demand::Ours);
         }
+        if class.leaves == Leaves::Pins(PinReason::SqlPrepare)
+            && let Some(demand) = self.demand_by_name(&text, class, 0)
+        {
+            return Some(demand);
+        }
         if matches!(class.kind, Kind::Read | Kind::Empty) {
             return Some(Demand::Read { vetted: 0, redone: false });
         }
         Some(Demand::of_query(class))
+    }
+
+    /// What SQL's PREPARE, EXECUTE or DEALLOCATE of one name asks for: the name is kept track of, and so
+    /// an EXECUTE may run wherever its statement may. `None`: it cannot be, and pins.
+    fn demand_by_name(&mut self, text: &[u8], class: StatementClass, vetted: usize) -> Option<Demand> {
+        // It leaves nothing but the name, which is taken from the backend before another session's use.
+        let leaves_a_name = Demand::of_query(StatementClass { leaves: Leaves::Nothing, ..class });
+        if let Some(prepare) = classify::sql_prepare(text) {
+            let limits = &self.shared.config.limits;
+            if SharedName::is_like(&prepare.name)
+                || text.len() > limits.statement_text
+                || self.statements.len() >= limits.statements_per_session
+                || matches!(self.statements.find(&prepare.name), Found::OnBackend)
+            {
+                return None;
+            }
+            let name = prepare.name.clone();
+            let statement = self.shared.names.sql_statement(text, prepare);
+            self.sql = Some(SqlCommand::Prepare(name, statement));
+            return Some(leaves_a_name);
+        }
+        if let Some(name) = classify::deallocate_target(text) {
+            if SharedName::is_like(&name) || matches!(self.statements.find(&name), Found::OnBackend) {
+                return None;
+            }
+            self.sql = Some(SqlCommand::Deallocate(name));
+            return Some(leaves_a_name);
+        }
+        let execute = classify::sql_execute(text)?;
+        if SharedName::is_like(&execute.name) {
+            return None;
+        }
+        let statement = match self.statements.find(&execute.name) {
+            Found::Statement(statement) => statement,
+            Found::OnBackend => return None,
+            // The server says so.
+            Found::Nothing => return Some(leaves_a_name),
+        };
+        let mut class = self.known_class(&statement);
+        if let (Some(of_statement), Some(arguments)) = (class, &execute.arguments) {
+            class = match self.lookup(arguments, &[]) {
+                Lookup::Known(of_arguments, _) if of_arguments.kind == Kind::Read => class,
+                Lookup::Known(of_arguments, _) => {
+                    let leaves = of_statement.leaves.or_stronger(of_arguments.leaves);
+                    Some(StatementClass { leaves, ..of_arguments })
+                }
+                Lookup::Ask(_) => None,
+            };
+        }
+        self.sql = Some(SqlCommand::Execute(execute.name));
+        Some(match class {
+            Some(StatementClass { kind: Kind::Read | Kind::Empty, .. }) => {
+                Demand::Read { vetted, redone: false }
+            }
+            Some(class) => Demand::of_query(class),
+            // It may be a read, and so leaves nothing; but nobody has said that it is one.
+            None => leaves_a_name,
+        })
+    }
+
+    /// Has all classified that an EXECUTE would run.
+    async fn ask_about_execute(&self, text: &[u8]) {
+        let Some(execute) = classify::sql_execute(text) else { return };
+        if let Found::Statement(statement) = self.statements.find(&execute.name) {
+            self.class_of(&statement).await;
+        }
+        if let Some(arguments) = &execute.arguments {
+            self.classify(arguments, &[]).await;
+        }
     }
 
     /// DEALLOCATE of a name that was prepared through the protocol: on an unpinned session only we
@@ -406,13 +487,22 @@ impl Session {
         }
     }
 
+    /// Names the catalog facts; 0: they are not known, and so nor is whether they change.
+    pub(super) fn catalog_identity(&self) -> u64 {
+        let catalog = self.catalog.current();
+        if catalog.is_loaded() { catalog.identity() } else { 0 }
+    }
+
     /// The class of a prepared statement under the current catalog facts.
     async fn class_of(&self, statement: &Statement) -> StatementClass {
         let generation = self.catalog.current().identity();
         if let Some(class) = statement.class(generation) {
             return class;
         }
-        let class = self.classify(statement.text(), &statement.types()).await;
+        let mut class = self.classify(statement.text(), &statement.types()).await;
+        if let Some(types) = statement.types_query().filter(|_| class.kind == Kind::Read) {
+            class = self.classify(types, &[]).await;
+        }
         statement.set_class(generation, class);
         class
     }
@@ -423,13 +513,15 @@ impl Session {
         if let Some(class) = statement.class(generation) {
             return Some(class);
         }
-        match self.lookup(statement.text(), &statement.types()) {
-            Lookup::Known(class, _) => {
-                statement.set_class(generation, class);
-                Some(class)
-            }
-            Lookup::Ask(_) => None,
+        let Lookup::Known(mut class, _) = self.lookup(statement.text(), &statement.types()) else {
+            return None;
+        };
+        if let Some(types) = statement.types_query().filter(|_| class.kind == Kind::Read) {
+            let Lookup::Known(of_types, _) = self.lookup(types, &[]) else { return None };
+            class = of_types;
         }
+        statement.set_class(generation, class);
+        Some(class)
     }
 
     /// A replica has refused what was taken for a read: it is remembered.

@@ -14,16 +14,17 @@
 //! client's query does not hold one for hours: a read is cancelled; what may write runs to its end
 //! on the node, just as if that had lost its client. Unless more units are waiting: they are to run.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use super::messages::ShapeReader;
 use super::prepared::Statement;
 use super::{End, Session};
-use crate::backend::{Backend, SharedName, poll_drain, poll_fill};
+use crate::backend::{Backend, Prepared, SharedName, poll_drain, poll_fill};
 use crate::classify::Leaves;
 use crate::classify::setting::{Change, Effects};
 use crate::wire::ErrorReport;
@@ -53,8 +54,14 @@ pub enum Expect {
     Parse(NameOnServer),
     /// ParseComplete for a Parse of ours.
     InjectedParse(NameOnServer),
-    /// CloseComplete for a Close of ours.
-    InjectedClose(NameOnServer),
+    /// CloseComplete for a Close of ours; what is known of the statement, should it stay after all.
+    InjectedClose(NameOnServer, Prepared),
+    /// The description of a statement, which we have asked for ourselves.
+    InjectedDescribe(Box<Asked>),
+    /// BindComplete for a Bind of ours.
+    InjectedBind,
+    /// CommandComplete for a PREPARE of this name, which we have given to the backend.
+    InjectedExecute(Vec<u8>),
     /// ReadyForQuery for a Sync of ours.
     InjectedSync,
     /// ReadyForQuery for a Query of ours ahead of the unit: see [`Exchange::injected_answer`].
@@ -67,8 +74,9 @@ pub enum Expect {
     OwnError(Box<ErrorReport>),
     /// BindComplete. The client's name of the statement, for an error that names it.
     Bind(Vec<u8>),
-    /// RowDescription or NoData, perhaps after ParameterDescription.
-    Describe,
+    /// RowDescription or NoData, after ParameterDescription if it is of a statement: what the client is told
+    /// is remembered with it.
+    Describe(Option<Box<Asked>>),
     /// Rows up to CommandComplete, EmptyQueryResponse or PortalSuspended; or COPY.
     Execute,
     /// CloseComplete for a portal.
@@ -83,6 +91,16 @@ pub enum Expect {
     FunctionCall,
     /// ReadyForQuery.
     Sync,
+}
+
+/// A Describe of a statement.
+#[derive(Debug)]
+pub struct Asked {
+    pub(super) statement: Arc<Statement>,
+    pub(super) on: NameOnServer,
+    /// What the client goes by must be what is answered.
+    pub(super) compare: bool,
+    pub(super) reader: ShapeReader,
 }
 
 /// What a Query of ours ahead of a unit is for.
@@ -160,10 +178,24 @@ pub struct Unit {
     pub(super) failed: bool,
     /// A Sync was taken back because COPY FROM STDIN would ignore it.
     pub(super) ignored_sync: bool,
-    /// The server was asked to send what it has answered so far.
-    pub(super) urged: bool,
-    /// Shared statements whose Parse was sent and is not answered.
-    pub(super) underway: HashSet<SharedName>,
+    /// How many of the awaited answers the server was asked to send at once.
+    pub(super) urged: usize,
+    /// Its number among the session's units.
+    pub(super) number: u64,
+    /// It runs again because a shared statement was out of date: none of before is used.
+    pub(super) anew: bool,
+    /// The backend's unnamed statement as far as the server has answered: what it has after an error.
+    pub(super) unnamed: Option<u64>,
+    /// It takes all names away: what follows is looked at when that has happened.
+    pub(super) clears_names: bool,
+    /// Nothing is sent until all so far is answered.
+    pub(super) awaits_all: bool,
+    /// What its backend has to know ahead of a Query was sent.
+    pub(super) given: bool,
+    /// The server's error about that: it is the Query's, which fails for lack of it.
+    pub(super) not_given: Option<Vec<u8>>,
+    /// A statement was prepared anew, and nothing is to be sent before its shape is known.
+    pub(super) awaits_shape: bool,
     /// Answer discarded up to ReadyForQuery, then run again.
     pub(super) discard: Option<Again>,
     /// Queries of ours ahead of it that are not answered yet.
@@ -203,15 +235,18 @@ pub enum Again {
     Conflict,
     /// The node is going away, or its connection broke before any answer.
     NodeLost,
+    /// Its definition has changed since a shared statement was prepared, which is prepared anew.
+    StaleStatement,
 }
 
 impl Again {
     /// All labels.
-    pub const LABELS: [&'static str; 4] = [
+    pub const LABELS: [&'static str; 5] = [
         Again::NotARead.label(),
         Again::LateReplica.label(),
         Again::Conflict.label(),
         Again::NodeLost.label(),
+        Again::StaleStatement.label(),
     ];
 
     /// One word for a metric label.
@@ -221,6 +256,7 @@ impl Again {
             Again::LateReplica => "late_replica",
             Again::Conflict => "conflict",
             Again::NodeLost => "node_lost",
+            Again::StaleStatement => "stale_statement",
         }
     }
 }
@@ -257,8 +293,15 @@ impl Unit {
             skip_to_sync: false,
             failed: false,
             ignored_sync: false,
-            urged: false,
-            underway: HashSet::new(),
+            urged: 0,
+            number: 0,
+            anew: false,
+            unnamed: None,
+            clears_names: false,
+            awaits_all: false,
+            given: false,
+            not_given: None,
+            awaits_shape: false,
             discard: None,
             ahead: 0,
             refused: None,
@@ -358,7 +401,8 @@ impl Session {
             return Err(End::fatal(ErrorReport::fatal("XX000", "a unit has no backend to run on")));
         };
         let mut unit = std::mem::replace(&mut self.unit, Unit::none());
-        self.statements.begin(unit.redoable);
+        unit.number = self.statements.begin(unit.redoable);
+        unit.unnamed = lease.unnamed;
         self.client.patience = None;
         let outcome =
             poll_fn(|cx| Exchange { session: &mut *self, unit: &mut unit, backend: &mut lease }.poll(cx))

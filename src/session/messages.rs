@@ -3,6 +3,12 @@
 //! All take a message's *body*, without tag and length. `None` means that the body is not laid out as
 //! the protocol says; PostgreSQL answers that with a protocol error, and so do we.
 
+use std::hash::Hasher;
+use std::num::NonZeroU64;
+
+use siphasher::sip::SipHasher13;
+
+use crate::backend::Shape;
 use crate::wire::cstr;
 
 /// Parse.
@@ -94,6 +100,44 @@ pub fn target(body: &[u8]) -> Option<Target<'_>> {
     }
 }
 
+/// What a prepared statement takes and gives, read out of the answers to a Describe of it.
+#[derive(Clone, Debug, Default)]
+pub struct ShapeReader {
+    hasher: SipHasher13,
+}
+
+impl ShapeReader {
+    /// A ParameterDescription.
+    pub fn parameters(&mut self, body: &[u8]) {
+        self.hasher.write(body);
+    }
+
+    /// The last answer: a RowDescription, or NoData (`None`). What `equalTupleDescs` compares of a result's
+    /// columns and the protocol shows counts: names, types and type modifiers; the table and column
+    /// a value comes from do not. `None`: it is not laid out as the protocol says.
+    pub fn row(mut self, body: Option<&[u8]>) -> Option<Shape> {
+        match body {
+            None => self.hasher.write_u8(b'n'),
+            Some(body) => {
+                self.hasher.write_u8(b'T');
+                let (count, mut rest) = body.split_first_chunk::<2>()?;
+                for _ in 0..u16::from_be_bytes(*count) {
+                    let (name, column) = cstr(rest)?;
+                    let (column, further) = column.split_first_chunk::<18>()?;
+                    self.hasher.write(name);
+                    // Behind the table's OID and the column's number, before the format.
+                    self.hasher.write(&column[6..16]);
+                    rest = further;
+                }
+                if !rest.is_empty() {
+                    return None;
+                }
+            }
+        }
+        Some(Shape(NonZeroU64::new(self.hasher.finish()).unwrap_or(NonZeroU64::MIN)))
+    }
+}
+
 /// Reads an Execute: the portal and the most rows (0: all).
 pub fn execute(body: &[u8]) -> Option<(&[u8], u32)> {
     let (portal, rest) = cstr(body)?;
@@ -134,10 +178,48 @@ mod tests {
         assert_eq!(bind_texts(body, &[25, 23]), Some(vec![value(b"a"), None, None]));
     }
 
+    fn column(name: &str, table: u32, type_oid: u32, modifier: i32, format: u16) -> Vec<u8> {
+        let mut bytes = [name.as_bytes(), b"\0"].concat();
+        bytes.extend_from_slice(&table.to_be_bytes());
+        bytes.extend_from_slice(&1_u16.to_be_bytes());
+        bytes.extend_from_slice(&type_oid.to_be_bytes());
+        bytes.extend_from_slice(&4_u16.to_be_bytes());
+        bytes.extend_from_slice(&modifier.to_be_bytes());
+        bytes.extend_from_slice(&format.to_be_bytes());
+        bytes
+    }
+
+    fn shape(parameters: &[u8], columns: &[Vec<u8>]) -> Option<Shape> {
+        let mut reader = ShapeReader::default();
+        reader.parameters(parameters);
+        let count = u16::try_from(columns.len()).unwrap().to_be_bytes().to_vec();
+        reader.row(Some(&[vec![count], columns.to_vec()].concat().concat()))
+    }
+
+    #[test]
+    fn a_shape_is_what_postgresql_holds_to_be_the_result_type() {
+        let base = shape(b"\0\0", &[column("a", 1, 23, -1, 0)]).unwrap();
+        // Where a column comes from, and in which format, is not part of it.
+        assert_eq!(shape(b"\0\0", &[column("a", 2, 23, -1, 1)]), Some(base));
+        for other in [
+            shape(b"\0\0", &[column("b", 1, 23, -1, 0)]),
+            shape(b"\0\0", &[column("a", 1, 20, -1, 0)]),
+            shape(b"\0\0", &[column("a", 1, 23, 8, 0)]),
+            shape(b"\0\0", &[column("a", 1, 23, -1, 0), column("b", 1, 23, -1, 0)]),
+            shape(b"\0\x01\0\0\0\x17", &[column("a", 1, 23, -1, 0)]),
+            shape(b"\0\0", &[]),
+            ShapeReader::default().row(None),
+        ] {
+            assert_ne!(other.unwrap(), base);
+        }
+        assert_eq!(ShapeReader::default().row(Some(b"\0\x01a\0")), None);
+    }
+
     proptest! {
         #[test]
         fn garbage_is_refused_without_panic(body: Vec<u8>) {
             let _ = (Parse::read(&body), bind_names(&body), target(&body), execute(&body), bind_texts(&body, &[]));
+            let _ = ShapeReader::default().row(Some(&body));
         }
     }
 }

@@ -33,7 +33,7 @@ use self::exchange::{Again, HIGH_WATER, Outcome, Purpose, Unit, put_report};
 use self::handle::{Ending, SessionHandle, Sessions};
 use self::mark::{Freshness, Mark, Survival};
 use self::place::Placed;
-use self::prepared::{Names, Statements};
+use self::prepared::{Names, SqlCommand, Statements};
 use self::promise::{OwnState, PrimaryReads, take_own};
 use self::settings::{AtReady, Settings};
 use self::shared_mark::{GlobalMark, NamedMarks, SharedMark};
@@ -53,7 +53,7 @@ use crate::topology::{NodeId, TopologyHandle};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
 /// Why units are run again, as the metric labels it.
-pub const REDONE_LABELS: [&str; 4] = Again::LABELS;
+pub const REDONE_LABELS: [&str; 5] = Again::LABELS;
 
 /// What all sessions share.
 pub struct Shared {
@@ -251,6 +251,10 @@ pub struct Session {
     /// In this transaction ALTER ROLE or DATABASE ran, which may change what logins give.
     login_settings: bool,
     statements: Statements,
+    /// The unit is a Query that is about one name.
+    sql: Option<SqlCommand>,
+    /// The unit is to run again because a shared statement was out of date.
+    prepare_anew: bool,
     unit: Unit,
     /// An error of ours was sent in place of a unit: all up to Sync is dropped.
     skipping: bool,
@@ -320,7 +324,9 @@ impl Session {
             unproven: false,
             ddl: false,
             login_settings: false,
-            statements: Statements::default(),
+            statements: Statements::new(shared.names.number()),
+            sql: None,
+            prepare_anew: false,
             unit: Unit::none(),
             skipping: false,
             drop_rest: 0,
@@ -561,6 +567,7 @@ impl Session {
         self.started = Instant::now();
         self.handle.begin();
         self.forget_own();
+        self.sql = None;
         let result = if self.lease.is_some() { self.held_unit().await } else { self.free_unit().await };
         if self.lease.is_none() {
             self.handle.idle();
@@ -643,6 +650,12 @@ impl Session {
         self.output_before = self.client.output.len();
         self.role = placed.role;
         let mut lease = placed.lease;
+        if std::mem::take(&mut self.prepare_anew) {
+            self.unit.anew = true;
+            for (_, prepared) in lease.prepared.iter_mut() {
+                prepared.stale = true;
+            }
+        }
         if !self.give_settings(&mut lease) {
             self.tell_differences(&lease.parameters);
         }
@@ -794,12 +807,13 @@ impl Session {
         if again == Again::NotARead {
             self.learn();
         }
+        self.prepare_anew = again == Again::StaleStatement;
         // From here on a cancel finds the session waiting.
         self.handle.waiting();
         let lease = self.lease.take();
         let cancelled = lease.as_ref().is_some_and(|lease| lease.cancel.was_sent());
         match again {
-            Again::NotARead | Again::LateReplica | Again::Conflict => {
+            Again::NotARead | Again::LateReplica | Again::Conflict | Again::StaleStatement => {
                 // Only if its answer has been read to the end is the backend idle again.
                 if let Some(lease) = lease
                     && self.unit.is_over()

@@ -7,14 +7,17 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hasher;
+use std::num::NonZeroU64;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use siphasher::sip128::{Hasher128, SipHasher13};
 
 use super::messages::Parse;
-use crate::backend::SharedName;
-use crate::classify::StatementClass;
+use crate::backend::{Shape, SharedName};
+use crate::classify::{SqlPrepare, StatementClass};
 
 /// A prepared statement of a client.
 #[derive(Debug)]
@@ -27,13 +30,70 @@ pub struct Statement {
     pub serial: u64,
     /// What its name says of the settings under which it was parsed.
     pub settings: Box<[u8]>,
+    /// It was prepared by SQL: where its text has the statement proper, and a query that tells whether the
+    /// parameters' types are harmless.
+    sql: Option<(Range<usize>, Option<Vec<u8>>)>,
     class: Mutex<Option<(u64, StatementClass)>>,
+    /// The shape that the client was given; 0: none yet.
+    shape: AtomicU64,
+    /// The unit in which it was given: until that has succeeded it can be taken back.
+    given_in: AtomicU64,
+    changed: AtomicBool,
 }
 
 impl Statement {
-    /// The text.
+    /// What the client goes by: its description of the statement, or what its rows looked like.
+    pub fn shape(&self) -> Option<Shape> {
+        NonZeroU64::new(self.shape.load(Ordering::Relaxed)).map(Shape)
+    }
+
+    /// The client is being given this shape, in the unit of that number.
+    pub fn give_shape(&self, shape: Shape, unit: u64) {
+        self.shape.store(shape.0.get(), Ordering::Relaxed);
+        self.given_in.store(unit, Ordering::Relaxed);
+    }
+
+    /// The answer of that unit never came: if the shape was given in it, the client has not seen it.
+    /// Whether the client goes by no shape now.
+    pub fn take_shape_back(&self, unit: u64) -> bool {
+        if self.given_in.load(Ordering::Relaxed) == unit {
+            self.shape.store(0, Ordering::Relaxed);
+        }
+        self.shape().is_none()
+    }
+
+    /// Prepared anew it had another shape than the client goes by: it fails until the client prepares
+    /// it anew, too, as it would on one server.
+    pub fn has_changed(&self) -> bool {
+        self.changed.load(Ordering::Relaxed)
+    }
+
+    /// It was prepared anew and has this shape.
+    pub fn compare_shape(&self, anew: Shape) -> bool {
+        let same = self.shape().is_none_or(|shape| shape == anew);
+        if !same {
+            self.changed.store(true, Ordering::Relaxed);
+        }
+        same
+    }
+
+    /// The text; of one that was prepared by SQL, the statement proper.
     pub fn text(&self) -> &[u8] {
-        crate::wire::cstr(&self.tail).map_or(&[], |(text, _)| text)
+        let text = crate::wire::cstr(&self.tail).map_or(&[][..], |(text, _)| text);
+        match &self.sql {
+            Some((inner, _)) => text.get(inner.clone()).unwrap_or_default(),
+            None => text,
+        }
+    }
+
+    /// Whether it was prepared by SQL: then what `tail` has is a PREPARE.
+    pub fn is_sql(&self) -> bool {
+        self.sql.is_some()
+    }
+
+    /// A query that must be a read, too, for the statement to be one.
+    pub fn types_query(&self) -> Option<&[u8]> {
+        self.sql.as_ref()?.1.as_deref()
     }
 
     /// The parameter types that the client stated.
@@ -67,19 +127,19 @@ impl Statement {
 #[derive(Debug)]
 pub struct Names {
     key: [u8; 16],
-    next: std::sync::atomic::AtomicU64,
+    next: AtomicU64,
 }
 
 impl Names {
     /// `key` must be random: nobody may craft two texts with one name.
     pub fn new(key: [u8; 16]) -> Names {
-        Names { key, next: std::sync::atomic::AtomicU64::new(1) }
+        Names { key, next: AtomicU64::new(1) }
     }
 
     /// A statement for a Parse under the settings that `settings` stands for: what a literal means is
     /// decided when it is parsed.
     pub fn statement(&self, parse: &Parse<'_>, settings: &[u8]) -> Arc<Statement> {
-        let serial = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let serial = self.number();
         let mut hasher = SipHasher13::new_with_key(&self.key);
         hasher.write(parse.tail);
         hasher.write(settings);
@@ -87,13 +147,39 @@ impl Names {
             // 'now' is turned into a time at Parse: sharing would freeze the first client's time for all.
             hasher.write_u64(serial);
         }
-        let hash = hasher.finish128().as_u128();
+        let tail = Bytes::copy_from_slice(parse.tail);
+        Names::made(hasher.finish128().as_u128(), tail, serial, settings, None)
+    }
+
+    /// A statement that SQL has prepared. Backends have it under the client's own name alone.
+    pub fn sql_statement(&self, text: &[u8], prepare: SqlPrepare) -> Arc<Statement> {
+        let serial = self.number();
+        let tail = Bytes::from([text, &[0, 0, 0]].concat());
+        Names::made(u128::from(serial), tail, serial, &[], Some((prepare.statement, prepare.types)))
+    }
+
+    /// A number that nothing else of the process has.
+    pub fn number(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn made(
+        hash: u128,
+        tail: Bytes,
+        serial: u64,
+        settings: &[u8],
+        sql: Option<(Range<usize>, Option<Vec<u8>>)>,
+    ) -> Arc<Statement> {
         Arc::new(Statement {
             shared: SharedName(hash),
-            tail: Bytes::copy_from_slice(parse.tail),
+            tail,
             serial,
             settings: settings.into(),
+            sql,
             class: Mutex::new(None),
+            shape: AtomicU64::new(0),
+            given_in: AtomicU64::new(0),
+            changed: AtomicBool::new(false),
         })
     }
 }
@@ -146,12 +232,34 @@ pub struct Statements {
     /// What answered messages of the running unit have changed, as it was before; the latest last.
     /// `None`: the unit will not be taken back.
     before: Option<Vec<(Vec<u8>, Found)>>,
+    /// Units so far.
+    units: u64,
+    /// The session's number among all, and how often a name was taken away: what a backend was given under
+    /// the client's own names is good for this alone.
+    version: (u64, u64),
 }
 
 impl Statements {
-    /// A unit begins. `redoable`: it may be taken back.
-    pub fn begin(&mut self, redoable: bool) {
+    /// None yet. `session`: a number that no other session of the process has.
+    pub fn new(session: u64) -> Statements {
+        Statements { version: (session, 0), ..Statements::default() }
+    }
+
+    /// Names the set of names: another one when a name may stand for something else than before.
+    pub fn version(&self) -> (u64, u64) {
+        self.version
+    }
+
+    /// SQL has prepared a statement.
+    pub fn add(&mut self, name: Vec<u8>, statement: Arc<Statement>) {
+        self.put(name, Found::Statement(statement));
+    }
+
+    /// A unit begins; its number. `redoable`: it may be taken back.
+    pub fn begin(&mut self, redoable: bool) -> u64 {
         self.before = redoable.then(Vec::new);
+        self.units += 1;
+        self.units
     }
 
     /// The running unit will not be taken back any more.
@@ -162,6 +270,7 @@ impl Statements {
     /// The unit is taken back, to be run again elsewhere: names are as they were when it began.
     pub fn take_back(&mut self) {
         self.forget_unanswered();
+        self.version.1 += 1;
         while let Some((name, found)) = self.before.as_mut().and_then(Vec::pop) {
             self.put(name, found);
         }
@@ -175,7 +284,8 @@ impl Statements {
         self.answered(name)
     }
 
-    fn answered(&self, name: &[u8]) -> Found {
+    /// What `name` stands for as far as the server has answered.
+    pub fn answered(&self, name: &[u8]) -> Found {
         let found = if name.is_empty() { self.unnamed.as_ref() } else { self.named.get(name) };
         found.cloned().unwrap_or(Found::Nothing)
     }
@@ -184,7 +294,7 @@ impl Statements {
         match found {
             found if name.is_empty() => self.unnamed = Some(found),
             Found::Nothing => {
-                self.named.remove(&name);
+                self.remove(&name);
             }
             found => {
                 self.named.insert(name, found);
@@ -202,9 +312,11 @@ impl Statements {
         self.len() == 0
     }
 
-    /// The named statements whose text is known.
+    /// The named statements whose text is known, as the messages sent so far leave them.
     pub fn named(&self) -> impl Iterator<Item = (&Vec<u8>, &Arc<Statement>)> {
-        self.named.iter().filter_map(|(name, found)| match found {
+        let answered = self.named.iter().filter(|(name, _)| !self.latest.contains_key(*name));
+        let sent = self.latest.iter().filter(|(name, _)| !name.is_empty());
+        answered.chain(sent.map(|(name, (_, found))| (name, found))).filter_map(|(name, found)| match found {
             Found::Statement(statement) => Some((name, statement)),
             Found::OnBackend | Found::Nothing => None,
         })
@@ -269,12 +381,35 @@ impl Statements {
 
     /// Removes a name (DEALLOCATE); whether it was there.
     pub fn remove(&mut self, name: &[u8]) -> bool {
-        self.named.remove(name).is_some()
+        let was_there = self.named.remove(name).is_some();
+        self.version.1 += u64::from(was_there);
+        was_there
     }
 
     /// DEALLOCATE ALL, DISCARD ALL: the unnamed statement outlives them.
     pub fn clear(&mut self) {
         self.named.clear();
+        self.version.1 += 1;
+    }
+}
+
+/// A Query that is about one name.
+#[derive(Clone, Debug)]
+pub enum SqlCommand {
+    /// PREPARE
+    Prepare(Vec<u8>, Arc<Statement>),
+    /// EXECUTE
+    Execute(Vec<u8>),
+    /// DEALLOCATE
+    Deallocate(Vec<u8>),
+}
+
+impl SqlCommand {
+    /// The name.
+    pub fn name(&self) -> &[u8] {
+        match self {
+            SqlCommand::Prepare(name, _) | SqlCommand::Execute(name) | SqlCommand::Deallocate(name) => name,
+        }
     }
 }
 

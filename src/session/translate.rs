@@ -5,18 +5,21 @@ use std::sync::Arc;
 use bytes::{Buf, BufMut, BytesMut};
 
 use super::exchange::{
-    Exchange, Expect, HIGH_WATER, Intake, MOST_AWAITED, NameOnServer, Outcome, SMALL_MESSAGE, Step,
+    Asked, Exchange, Expect, HIGH_WATER, Intake, MOST_AWAITED, NameOnServer, Outcome, SMALL_MESSAGE, Step,
 };
-use super::messages::{self, Parse, Target};
-use super::prepared::{Found, Statement};
+use super::messages::{self, Parse, ShapeReader, Target};
+use super::prepared::{Found, SqlCommand, Statement};
 use super::{End, Role};
-use crate::backend::{Dirt, SharedName};
+use crate::backend::{Dirt, Prepared, SharedName};
 use crate::classify::setting::{self, Change};
 use crate::classify::{self, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
 /// A portal that no client has: an Execute of it fails.
 const NO_PORTAL: &[u8] = b"__hw_refused";
+
+/// A statement, and a portal, that no client has: by it a client's PREPARE is repeated.
+const NO_STATEMENT: &[u8] = b"__hw_prepare";
 
 /// What became of a client's name for a statement.
 enum Resolved {
@@ -42,7 +45,8 @@ impl Exchange<'_> {
             if self.unit.intake == Intake::Closed || self.unit.discard.is_some() {
                 break;
             }
-            if self.unit.ahead > 0 && !self.may_follow() {
+            self.unit.awaits_all &= !self.unit.expects.is_empty();
+            if self.unit.awaits_all || self.unit.awaits_shape || self.unit.ahead > 0 && !self.may_follow() {
                 break;
             }
             if self.unit.expects.len() >= MOST_AWAITED {
@@ -107,10 +111,10 @@ impl Exchange<'_> {
     /// The server may keep its answers until it is asked, while the client sends more than we are
     /// ready to await. Whether it had to be asked.
     fn urge(&mut self) -> bool {
-        if self.unit.urged {
+        if self.unit.urged > 0 {
             return false;
         }
-        self.unit.urged = true;
+        self.unit.urged = self.unit.expects.len();
         self.backend.output.put_slice(&[b'H', 0, 0, 0, 4]);
         true
     }
@@ -170,6 +174,9 @@ impl Exchange<'_> {
         }
         if self.unit.skip_to_sync && header.tag != b'S' && header.tag != b'X' {
             return self.drop_message(header.len);
+        }
+        if !self.unit.begun {
+            self.claim_names(matches!(header.tag, b'Q' | b'F'));
         }
         match header.tag {
             b'Q' => self.translate_query(header.len),
@@ -259,6 +266,11 @@ impl Exchange<'_> {
             self.unit.intake = Intake::Closed;
             return Ok(Step::On);
         }
+        if !self.unit.begun
+            && let Some(stopped) = self.give_ahead(len)?
+        {
+            return Ok(stopped);
+        }
         self.backend.unnamed = None;
         if self.unit.leaves != Leaves::Nothing {
             self.backend.dirt = self.backend.dirt.max(Dirt::State);
@@ -267,13 +279,62 @@ impl Exchange<'_> {
         self.materialize(self.unit.leaves);
         if self.unit.expects.len() > earlier {
             // An error in what was put in must not take the Query with it.
-            self.backend.output.put_slice(&[b'S', 0, 0, 0, 4]);
-            self.unit.expects.push_back(Expect::InjectedSync);
+            self.inject_sync();
         }
         self.pass(len);
         self.unit.expects.push_back(Expect::Query);
         self.unit.intake = Intake::Closed;
         Ok(Step::On)
+    }
+
+    /// What a Query that is about one name needs the backend to know. `Some`: the Query waits, or has failed.
+    fn give_ahead(&mut self, len: usize) -> Result<Option<Step>, End> {
+        let Some(command) = &self.session.sql else { return Ok(None) };
+        let (name, executes) = (command.name().to_vec(), matches!(command, SqlCommand::Execute(_)));
+        if let Found::Statement(statement) = self.session.statements.find(&name)
+            && self.session.status != TransactionStatus::Failed
+        {
+            if executes && statement.has_changed() {
+                self.own_error(changed_result_type());
+                self.drop_message(len)?;
+                self.backend.output.put_slice(&[b'S', 0, 0, 0, 4]);
+                self.unit.expects.push_back(Expect::Sync);
+                self.unit.intake = Intake::Closed;
+                return Ok(Some(Step::On));
+            }
+            if !std::mem::replace(&mut self.unit.given, true) && !self.backend.own_names.contains(&name) {
+                self.give(&name, &statement);
+                // An error in it must not take the Query with it.
+                self.inject_sync();
+            }
+        }
+        Ok(self.unit.awaits_shape.then_some(Step::Wait))
+    }
+
+    fn inject_sync(&mut self) {
+        self.backend.output.put_slice(&[b'S', 0, 0, 0, 4]);
+        self.unit.expects.push_back(Expect::InjectedSync);
+    }
+
+    /// The backend may have statements under names of another session, or of this one when they stood for
+    /// something else: they are closed in the write that carries the unit.
+    fn claim_names(&mut self, ahead_of_query: bool) {
+        let version = self.session.statements.version();
+        if self.backend.names_of == version {
+            return;
+        }
+        self.backend.names_of = version;
+        // While it is pinned, a session's backend has followed it.
+        if self.session.uses_own_names() || self.backend.own_names.is_empty() {
+            return;
+        }
+        for name in std::mem::take(&mut self.backend.own_names) {
+            put_target(&mut self.backend.output, b'C', &name);
+            self.unit.expects.push_back(Expect::InjectedClose(NameOnServer::Own(name), Prepared::default()));
+        }
+        if ahead_of_query {
+            self.inject_sync();
+        }
     }
 
     /// A Query within an open unit: what it does is counted in, and on a replica it must be a read.
@@ -347,6 +408,7 @@ impl Exchange<'_> {
     /// Counts in what a statement of the unit does, as it is bound.
     fn count_in(&mut self, class: StatementClass) {
         self.unit.ddl |= class.kind == Kind::Ddl;
+        self.unit.clears_names |= matches!(class.leaves, Leaves::DiscardsAll | Leaves::DeallocatesAll);
         self.unit.writes |= !is_read(class);
         self.leave(class.leaves);
     }
@@ -405,9 +467,16 @@ impl Exchange<'_> {
         }
         match self.session.statements.find(parse.name) {
             Found::Statement(first) => {
-                // In a failed transaction it could not be given; but there the second fails anyway.
                 if self.session.status != TransactionStatus::Failed {
                     self.give(parse.name, &first);
+                } else if !self.backend.own_names.contains(parse.name)
+                    && !classify::stays_in_transaction(parse.text)
+                {
+                    // It cannot be given there; and all but what ends the transaction fails anyway.
+                    let name = String::from_utf8_lossy(parse.name);
+                    let message = format!("prepared statement \"{name}\" already exists");
+                    self.own_error(ErrorReport::error("42P05", message).routine("StorePreparedStatement"));
+                    return self.drop_message(len);
                 }
                 return Ok(self.parse_twice(parse.name, Found::Statement(statement), len));
             }
@@ -432,39 +501,75 @@ impl Exchange<'_> {
         let expect = if self.session.uses_own_names() {
             self.backend.own_names.insert(name.to_vec());
             self.pass(len);
-            Expect::Parse(NameOnServer::Own(name.to_vec()))
-        } else if self.has(statement.shared) {
+            self.unit.expects.push_back(Expect::Parse(NameOnServer::Own(name.to_vec())));
+            return self.ask_shape(NameOnServer::Own(name.to_vec()), statement, false);
+        } else if self.is_up_to_date(statement.shared) {
             self.take(len);
             Expect::OwnParseComplete
         } else {
             self.put_shared(&statement);
             self.take(len);
-            Expect::Parse(NameOnServer::Shared(statement.shared))
+            self.unit.expects.push_back(Expect::Parse(NameOnServer::Shared(statement.shared)));
+            return self.ask_shape(NameOnServer::Shared(statement.shared), statement, false);
         };
         self.unit.expects.push_back(expect);
         self.answer_ourselves();
     }
 
-    /// Whether the backend has the shared statement, or will have it if nothing fails before.
-    fn has(&mut self, name: SharedName) -> bool {
-        self.backend.prepared.get(&name).is_some() || self.unit.underway.contains(&name)
+    /// Whether a client that prepares the text now may be given the shared statement that is there (or
+    /// will be, if nothing fails before): not if there was data definition since it was parsed.
+    fn is_up_to_date(&mut self, name: SharedName) -> bool {
+        let catalog = self.session.catalog_identity();
+        self.backend
+            .prepared
+            .get(&name)
+            .is_some_and(|there| !there.stale && there.catalog == catalog && catalog != 0)
     }
 
-    /// Sends the Parse of a shared statement, in whose place the one used longest ago may have to go.
+    /// Sends the Parse of a shared statement, in place of an older one of its name, or of the one used
+    /// longest ago. It counts as there from now on: what is sent later comes later.
     fn put_shared(&mut self, statement: &Statement) {
+        if let Some(older) = self.backend.prepared.pop(&statement.shared) {
+            self.close_shared(statement.shared, older);
+        }
         self.evict_surplus();
         put_parse(&mut self.backend.output, statement.shared.server_name().as_bytes(), &statement.tail);
-        self.unit.underway.insert(statement.shared);
+        let catalog = self.session.catalog_identity();
+        self.backend.prepared.put(statement.shared, Prepared { catalog, ..Prepared::default() });
     }
 
     /// Closes the shared statements that the backend has above its limit, those used longest ago.
     fn evict_surplus(&mut self) {
         let limit = self.session.shared.config.pool.max_prepared;
         while self.backend.prepared.len() >= limit {
-            let Some((oldest, ())) = self.backend.prepared.pop_lru() else { return };
-            put_target(&mut self.backend.output, b'C', oldest.server_name().as_bytes());
-            self.unit.expects.push_back(Expect::InjectedClose(NameOnServer::Shared(oldest)));
+            let Some((oldest, there)) = self.backend.prepared.pop_lru() else { return };
+            self.close_shared(oldest, there);
         }
+    }
+
+    fn close_shared(&mut self, name: SharedName, was: Prepared) {
+        put_target(&mut self.backend.output, b'C', name.server_name().as_bytes());
+        self.unit.expects.push_back(Expect::InjectedClose(NameOnServer::Shared(name), was));
+    }
+
+    /// Asks the server what it has just parsed. `compare`: the statement was prepared before, and what
+    /// the client goes by must still hold, or else what it sends next must not run.
+    ///
+    /// The answer comes before that of anything behind it. So a unit that can be run again need not
+    /// wait for it; any other waits, once for each statement and backend.
+    fn ask_shape(&mut self, on: NameOnServer, statement: Arc<Statement>, compare: bool) {
+        let name = match &on {
+            NameOnServer::Shared(shared) => shared.server_name().into_bytes(),
+            NameOnServer::Own(name) | NameOnServer::Refused(name) => name.clone(),
+            NameOnServer::Unnamed | NameOnServer::Unknown => Vec::new(),
+        };
+        put_target(&mut self.backend.output, b'D', &name);
+        if compare && (!self.unit.redoable || self.unit.bound) {
+            self.backend.output.put_slice(&[b'H', 0, 0, 0, 4]);
+            self.unit.awaits_shape = true;
+        }
+        let asked = Asked { statement, on, compare, reader: ShapeReader::default() };
+        self.unit.expects.push_back(Expect::InjectedDescribe(Box::new(asked)));
     }
 
     /// A text too long to be kept: it is streamed under the client's own name, and so the session stays
@@ -594,31 +699,90 @@ impl Exchange<'_> {
             }
             None => self.unit.writes = true,
         }
-        if name.is_empty() {
+        if statement.has_changed() && self.session.status != TransactionStatus::Failed {
+            self.own_error(changed_result_type());
+            return Resolved::Stopped(Step::On);
+        }
+        let on_server = if name.is_empty() {
             if self.backend.unnamed != Some(statement.serial) {
                 put_parse(&mut self.backend.output, b"", &statement.tail);
                 self.backend.unnamed = Some(statement.serial);
-                self.unit.expects.push_back(Expect::InjectedParse(NameOnServer::Unnamed));
+                self.prepared_again(NameOnServer::Unnamed, &statement);
             }
-            return Resolved::Name(Vec::new());
-        }
-        if self.session.uses_own_names() {
+            Vec::new()
+        } else if self.session.uses_own_names() || statement.is_sql() {
             self.give(name, &statement);
-            return Resolved::Name(name.to_vec());
+            name.to_vec()
+        } else {
+            let statement = self.as_parsed_here(statement);
+            self.have_shared(&statement);
+            statement.shared.server_name().into_bytes()
+        };
+        if self.unit.awaits_shape {
+            // The message is looked at again when the shape is known.
+            return Resolved::Stopped(Step::Wait);
         }
-        let mut statement = statement;
-        let other_settings = *statement.settings != *self.session.settings.parse_fingerprint();
-        if other_settings && !self.has(statement.shared) {
-            // Parsed here and now it may mean something else, so it must not get the name of what it meant.
-            let names = &self.session.shared.names;
-            statement =
-                names.under(&statement, self.session.settings.parse_fingerprint()).unwrap_or(statement);
+        Resolved::Name(on_server)
+    }
+
+    /// A statement that was parsed under other settings and that the backend lacks: parsed here and now it may
+    /// mean something else, so it must not get the name of what it meant.
+    fn as_parsed_here(&self, statement: Arc<Statement>) -> Arc<Statement> {
+        let settings = self.session.settings.parse_fingerprint();
+        if *statement.settings == *settings || self.backend.prepared.contains(&statement.shared) {
+            return statement;
         }
-        if !self.has(statement.shared) {
-            self.put_shared(&statement);
-            self.unit.expects.push_back(Expect::InjectedParse(NameOnServer::Shared(statement.shared)));
+        let Some(here) = self.session.shared.names.under(&statement, settings) else { return statement };
+        if let Some(shape) = statement.shape() {
+            here.give_shape(shape, self.unit.number);
         }
-        Resolved::Name(statement.shared.server_name().into_bytes())
+        here
+    }
+
+    /// Sees to it that the backend has a shared statement, of the shape that the client goes by.
+    fn have_shared(&mut self, statement: &Arc<Statement>) {
+        let there = self.backend.prepared.get(&statement.shared).copied();
+        match (there.filter(|there| !there.stale), statement.shape()) {
+            (Some(Prepared { shape: Some(there), .. }), Some(shape)) if there == shape => {}
+            (Some(Prepared { shape: Some(there), .. }), None) => {
+                statement.give_shape(there, self.unit.number);
+            }
+            // Parsed in this unit, and not answered yet.
+            (Some(Prepared { shape: None, .. }), _) => {
+                let asked = self.unit.expects.iter_mut().rev().find_map(|expect| match expect {
+                    Expect::InjectedDescribe(asked) if asked.statement.shared == statement.shared => {
+                        Some(asked)
+                    }
+                    _ => None,
+                });
+                let same = asked.is_some_and(|asked| {
+                    Arc::ptr_eq(&asked.statement, statement)
+                        || statement.shape().is_none()
+                        || asked.compare && asked.statement.shape() == statement.shape()
+                });
+                if !same {
+                    self.put_shared(statement);
+                    self.unit
+                        .expects
+                        .push_back(Expect::InjectedParse(NameOnServer::Shared(statement.shared)));
+                    self.ask_shape(NameOnServer::Shared(statement.shared), statement.clone(), true);
+                }
+            }
+            (Some(Prepared { shape: Some(_), .. }), Some(_)) | (None, _) => {
+                self.put_shared(statement);
+                self.prepared_again(NameOnServer::Shared(statement.shared), statement);
+            }
+        }
+    }
+
+    /// A Parse of ours was sent.
+    fn prepared_again(&mut self, on: NameOnServer, statement: &Arc<Statement>) {
+        self.unit.expects.push_back(Expect::InjectedParse(on.clone()));
+        // Of a statement that is prepared and executed once only the client itself asks for the shape.
+        if on != NameOnServer::Unnamed || statement.shape().is_some() {
+            let compare = statement.shape().is_some() && !statement.has_changed();
+            self.ask_shape(on, statement.clone(), compare);
+        }
     }
 
     /// A name that stands for nothing here, as it is sent on, so that the server says so (or knows it, when SQL
@@ -627,7 +791,7 @@ impl Exchange<'_> {
         if name.is_empty() {
             self.backend.unnamed = None;
             put_target(&mut self.backend.output, b'C', b"");
-            self.unit.expects.push_back(Expect::InjectedClose(NameOnServer::Unnamed));
+            self.unit.expects.push_back(Expect::InjectedClose(NameOnServer::Unnamed, Prepared::default()));
         }
         let mut on_server = name.to_vec();
         if SharedName::is_like(name) {
@@ -638,10 +802,40 @@ impl Exchange<'_> {
 
     /// Gives a backend one of the client's statements under the client's name.
     fn give(&mut self, name: &[u8], statement: &Arc<Statement>) {
-        if self.backend.own_names.insert(name.to_vec()) {
-            put_parse(&mut self.backend.output, name, &statement.tail);
-            self.unit.expects.push_back(Expect::InjectedParse(NameOnServer::Own(name.to_vec())));
+        if !self.backend.own_names.insert(name.to_vec()) {
+            return;
         }
+        if !statement.is_sql() {
+            put_parse(&mut self.backend.output, name, &statement.tail);
+            return self.prepared_again(NameOnServer::Own(name.to_vec()), statement);
+        }
+        // The client's PREPARE, by names that no client has: an open unit, its unnamed statement and its
+        // unnamed portal are left as they are.
+        let nobody = || Expect::InjectedClose(NameOnServer::Unknown, Prepared::default());
+        let output = &mut self.backend.output;
+        put_target(output, b'C', NO_STATEMENT);
+        put_parse(output, NO_STATEMENT, &statement.tail);
+        put_length(output, b'B', 2 * (NO_STATEMENT.len() + 1) + 6);
+        put_cstr(output, NO_STATEMENT);
+        put_cstr(output, NO_STATEMENT);
+        output.put_slice(&[0; 6]);
+        put_length(output, b'E', NO_STATEMENT.len() + 1 + 4);
+        put_cstr(output, NO_STATEMENT);
+        output.put_u32(0);
+        put_target(output, b'C', NO_STATEMENT);
+        put_length(output, b'C', NO_STATEMENT.len() + 2);
+        output.put_u8(b'P');
+        put_cstr(output, NO_STATEMENT);
+        self.unit.expects.extend([
+            nobody(),
+            Expect::InjectedParse(NameOnServer::Unknown),
+            Expect::InjectedBind,
+            Expect::InjectedExecute(name.to_vec()),
+            nobody(),
+            nobody(),
+        ]);
+        let compare = statement.shape().is_some() && !statement.has_changed();
+        self.ask_shape(NameOnServer::Own(name.to_vec()), statement.clone(), compare);
     }
 
     /// SQL's EXECUTE and DEALLOCATE see the protocol's names: before such a statement the backend is
@@ -665,12 +859,22 @@ impl Exchange<'_> {
 
     /// Whether an error belongs to what we have put in ahead of a Query, closed by a Sync of ours.
     pub(super) fn is_ours(&self) -> bool {
-        let ours = |e: &&Expect| !matches!(e, Expect::InjectedParse(_));
+        let ours = |e: &&Expect| {
+            !matches!(
+                e,
+                Expect::InjectedParse(_)
+                    | Expect::InjectedDescribe(_)
+                    | Expect::InjectedBind
+                    | Expect::InjectedExecute(_)
+                    | Expect::InjectedClose(..)
+            )
+        };
         matches!(self.unit.expects.iter().find(ours), Some(Expect::InjectedSync))
     }
 
     fn translate_describe(&mut self, len: usize) -> Result<Step, End> {
         let body = self.body(len);
+        let mut told = None;
         match messages::target(&body).ok_or_else(|| End::protocol("invalid message format"))? {
             Target::Portal(_) => self.pass(len),
             Target::Statement(name) => {
@@ -682,9 +886,20 @@ impl Exchange<'_> {
                 };
                 put_target(&mut self.backend.output, b'D', &on_server);
                 self.take(len);
+                if let Found::Statement(statement) = self.session.statements.find(name) {
+                    let on = if name.is_empty() {
+                        NameOnServer::Unnamed
+                    } else if self.session.uses_own_names() {
+                        NameOnServer::Own(name.to_vec())
+                    } else {
+                        NameOnServer::Shared(statement.shared)
+                    };
+                    let reader = ShapeReader::default();
+                    told = Some(Box::new(Asked { statement, on, compare: false, reader }));
+                }
             }
         }
-        self.unit.expects.push_back(Expect::Describe);
+        self.unit.expects.push_back(Expect::Describe(told));
         Ok(Step::On)
     }
 
@@ -704,7 +919,8 @@ impl Exchange<'_> {
             Target::Statement(name) => {
                 self.session.statements.sent(name, Found::Nothing);
                 // A pinned backend may know it from SQL's PREPARE, too.
-                if self.session.uses_own_names() && !SharedName::is_like(name) {
+                let has_it = self.session.uses_own_names() || self.backend.own_names.contains(name);
+                if has_it && !SharedName::is_like(name) {
                     self.pass(len);
                     let was_there = self.backend.own_names.remove(name);
                     Expect::Close(if was_there {
@@ -732,8 +948,18 @@ impl Exchange<'_> {
         self.unit.executes += 1;
         self.pass(len);
         self.unit.expects.push_back(Expect::Execute);
+        if self.unit.clears_names {
+            // DISCARD ALL or DEALLOCATE ALL: only when it has run is it known what the names stand for.
+            self.backend.output.put_slice(&[b'H', 0, 0, 0, 4]);
+            self.unit.awaits_all = true;
+        }
         Ok(Step::On)
     }
+}
+
+/// The server's own words. Drivers prepare anew when they see this code together with this routine.
+fn changed_result_type() -> ErrorReport {
+    ErrorReport::error("0A000", "cached plan must not change result type").routine("RevalidateCachedQuery")
 }
 
 fn is_read(class: StatementClass) -> bool {

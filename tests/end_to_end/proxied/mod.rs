@@ -9,6 +9,7 @@ mod histories;
 mod levels;
 mod login;
 mod operator;
+mod prepared;
 mod protocol;
 mod relay;
 mod routing;
