@@ -57,6 +57,7 @@ const PURE: &[&str] = &[
     "session/mark.rs",
     "session/state.rs",
     "session/prepared.rs",
+    "session/pins.rs",
     "monitor/health.rs",
     "monitor/lag.rs",
     "monitor/floor.rs",

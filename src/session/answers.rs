@@ -8,9 +8,11 @@ use super::exchange::{
     Again, Exchange, Expect, HELD_BACK, Intake, MOST_AWAITED, NameOnServer, Outcome, Step, WHOLE_MESSAGE,
     put_report,
 };
+use super::pins::{self, PinSet};
 use super::translate::{put_cstr, put_length};
 use super::{End, Role, Session};
 use crate::backend::{Backend, Dirt, Parameters, SharedName, parameter_status};
+use crate::classify::PinReason;
 use crate::classify::refusal::{self, Refusal};
 use crate::wire::{self, HEADER, TransactionStatus};
 
@@ -118,7 +120,8 @@ impl Exchange<'_> {
             }
             b'A' => {
                 self.commit();
-                self.session.notification(self.backend, header.len);
+                let message = self.backend.input.split_to(header.len);
+                self.session.notification(self.backend, message);
                 Ok(Step::On)
             }
             b'N' => {
@@ -196,6 +199,8 @@ impl Exchange<'_> {
         match self.unit.expects.pop_front() {
             Some(Expect::Parse(name) | Expect::InjectedParse(name)) => self.parsed(name),
             Some(Expect::Close(name)) => self.closed(&name),
+            // A cursor WITH HOLD is a portal, too.
+            Some(Expect::ClosePortal) => self.unit.ends |= PinSet::of(PinReason::HoldCursor),
             _ => {}
         }
         if self.unit.expects.len() < MOST_AWAITED / 2 {
@@ -207,6 +212,12 @@ impl Exchange<'_> {
     /// A command has run. Two of them take all named statements from the server at this very moment,
     /// whatever becomes of the rest of the unit.
     fn completed(&mut self, len: usize) {
+        self.unit.commands += 1;
+        let tag = &self.backend.input[HEADER..len];
+        self.unit.rollback = tag == b"ROLLBACK\0";
+        if self.session.pins.hold() {
+            self.unit.ends |= pins::ended_by(tag, self.unit.writes);
+        }
         if matches!(&self.backend.input[HEADER..len], b"DEALLOCATE ALL\0" | b"DISCARD ALL\0") {
             self.session.statements.clear();
             self.backend.forget_statements();
@@ -485,9 +496,8 @@ impl Session {
     }
 
     /// A notification: its sender's process id is the client's own if it is the session's backend.
-    pub(super) fn notification(&mut self, backend: &mut Backend, len: usize) {
+    pub(super) fn notification(&mut self, backend: &Backend, mut message: BytesMut) {
         let own = backend.cancel.pid.to_be_bytes();
-        let mut message = backend.input.split_to(len);
         if let Some(pid) = message.get_mut(HEADER..HEADER + 4)
             && *pid == own
         {
@@ -498,7 +508,7 @@ impl Session {
 
     /// Whether statements have the client's own names on the leased backend.
     pub(super) fn uses_own_names(&self) -> bool {
-        self.pin.is_some()
+        self.pins.hold()
     }
 }
 

@@ -12,6 +12,7 @@ mod exchange;
 pub mod handle;
 pub mod mark;
 mod messages;
+pub mod pins;
 mod place;
 pub mod prepared;
 mod translate;
@@ -28,6 +29,7 @@ use self::demand::Demand;
 use self::exchange::{Again, HIGH_WATER, Outcome, Unit, put_report};
 use self::handle::{Ending, SessionHandle, Sessions};
 use self::mark::{Mark, Survival};
+use self::pins::{Done, Next, PinSet, Pins};
 use self::place::Placed;
 use self::prepared::{Names, Statements};
 use crate::backend::pool::{Lease, Pools, UserPools};
@@ -216,9 +218,7 @@ pub struct Session {
     role: Role,
     /// The sampler connection of the replica that `lease` is on when the session was let there.
     incarnation: Incarnation,
-    pin: Option<PinReason>,
-    /// In this transaction code ran that is not understood: the backend is looked at when it ends.
-    unproven: bool,
+    pins: Pins,
     /// In this transaction data definition ran: the catalog facts are read again when it ends.
     ddl: bool,
     statements: Statements,
@@ -274,8 +274,7 @@ impl Session {
             lease: None,
             role: Role::Primary,
             incarnation: Incarnation::default(),
-            pin: None,
-            unproven: false,
+            pins: Pins::default(),
             ddl: false,
             statements: Statements::default(),
             unit: Unit::none(),
@@ -450,7 +449,10 @@ impl Session {
 
     fn heard(&mut self, backend: &mut Backend, header: wire::Header) -> Result<(), End> {
         match header.tag {
-            b'A' => self.notification(backend, header.len),
+            b'A' => {
+                let message = backend.input.split_to(header.len);
+                self.notification(backend, message);
+            }
             b'S' => {
                 let message = backend.input.split_to(header.len);
                 backend.report(&message[HEADER..]);
@@ -590,6 +592,7 @@ impl Session {
     /// The unit starts on a backend that was found for it.
     fn begin_on(&mut self, placed: Placed, demand: &Demand) {
         self.unit = Unit::new(demand.is_read(), demand.vetted());
+        self.unit.before = self.status;
         self.count_demand(demand);
         self.output_before = self.client.output.len();
         self.tell_differences(&placed.lease.parameters);
@@ -599,7 +602,7 @@ impl Session {
 
     /// What is known of a unit from how it was routed.
     fn count_demand(&mut self, demand: &Demand) {
-        self.unit.leaves = demand.leaves();
+        self.unit.leave(demand.leaves());
         self.unit.writes = !demand.is_read();
         self.unit.ddl = demand.is_ddl();
     }
@@ -632,8 +635,9 @@ impl Session {
             self.handle.begin();
             let _ = self.handle.running(&lease.cancel);
         }
-        let reason = if self.pin.is_some() { RouteReason::Pinned } else { RouteReason::InTransaction };
+        let reason = if self.pins.hold() { RouteReason::Pinned } else { RouteReason::InTransaction };
         self.unit = Unit::new(false, 0);
+        self.unit.before = self.status;
         if let Some(demand) = &demand {
             self.count_demand(demand);
         }
@@ -660,11 +664,30 @@ impl Session {
 
     /// The leased backend is the session's from now on.
     fn pin_now(&mut self, reason: PinReason) {
-        if self.pin.is_none() {
-            self.pin = Some(reason);
-            self.shared.metrics.pins.inc(reason.label());
-            self.shared.metrics.pinned_sessions.inc();
+        self.pins.add(reason);
+        self.show_pins();
+    }
+
+    /// Brings metrics and handle up to what the session is pinned by.
+    fn show_pins(&self) {
+        let (before, now) = (self.handle.pins(), self.pins.now());
+        if before == now {
+            return;
         }
+        let metrics = &self.shared.metrics;
+        for reason in now.without(before).iter() {
+            metrics.pins.inc(reason.label());
+            metrics.pinned_by.inc(reason.label());
+        }
+        for reason in before.without(now).iter() {
+            metrics.pinned_by.dec(reason.label());
+        }
+        match (before.is_empty(), now.is_empty()) {
+            (true, false) => metrics.pinned_sessions.inc(),
+            (false, true) => metrics.pinned_sessions.dec(),
+            _ => {}
+        }
+        self.handle.show_pins(now);
     }
 
     fn count(&self, node: NodeId, class: ClassLabel, reason: RouteReason) {
@@ -705,24 +728,20 @@ impl Session {
     /// After a unit's answers: notes, pins, and what becomes of the backend.
     async fn finish(&mut self) -> Result<(), End> {
         self.note();
-        let failed = self.unit.failed();
         self.ddl |= self.unit.ddl;
-        match self.unit.leaves {
-            Leaves::Nothing => {}
-            Leaves::Pins(reason) => self.pin_now(reason),
-            Leaves::Unproven => self.unproven = true,
-            Leaves::DiscardsAll if !failed => {
-                if let Some(lease) = &mut self.lease {
-                    lease.unnamed = None;
-                    lease.application_name = None;
-                    lease.dirt = Dirt::Clean;
-                }
-                if self.pin.take().is_some() {
-                    self.shared.metrics.pinned_sessions.dec();
-                }
+        let done = self.done();
+        let next = self.pins.after(&done);
+        self.show_pins();
+        if let Some(lease) = &mut self.lease {
+            if done.discards_all && !done.failed {
+                lease.unnamed = None;
+                lease.application_name = None;
+                lease.dirt = Dirt::Clean;
             }
-            // What they do to the statements was taken into account when they completed.
-            Leaves::DiscardsAll | Leaves::DeallocatesAll => {}
+            if self.pins.now().has(PinReason::Process) {
+                // No command takes it away: it ends with the connection.
+                lease.dirt = Dirt::Unknown;
+            }
         }
         if self.status != TransactionStatus::Idle {
             return Ok(());
@@ -730,36 +749,78 @@ impl Session {
         if std::mem::take(&mut self.ddl) {
             self.catalog.invalidate();
         }
-        if self.pin.is_none() && std::mem::take(&mut self.unproven) {
+        if next == Next::Look {
             self.look_at_backend().await?;
         }
-        if self.role == Role::Replica && self.pin.take().is_some() {
+        if self.role == Role::Replica && self.pins.hold() {
             // What was taken for a read has left state: a session is never held on a replica, where
             // its writes could not run. The state goes with the backend.
-            self.shared.metrics.pinned_sessions.dec();
+            self.pins = Pins::default();
+            self.show_pins();
             self.lease = None;
             self.handle.idle();
         }
-        if self.pin.is_none() {
+        if !self.pins.hold() {
             self.give_back();
         }
         Ok(())
     }
 
-    /// Code that is not understood has run: if it left session state, the session keeps the backend.
+    /// What the unit has done, as far as it concerns pins.
+    fn done(&self) -> Done {
+        Done {
+            leaves: self.unit.pins,
+            unproven: self.unit.unproven,
+            discards_all: self.unit.leaves == Leaves::DiscardsAll,
+            ends: self.unit.ends,
+            commands: self.unit.commands,
+            rollback: self.unit.rollback,
+            failed: self.unit.failed(),
+            large_statements: self.pins.now().has(PinReason::LargeStatement)
+                && self.statements.any_on_backend(),
+            before: self.unit.before,
+            after: self.status,
+        }
+    }
+
+    /// What the session has on its backend cannot be told from its statements: the server is asked.
     async fn look_at_backend(&mut self) -> Result<(), End> {
         self.flush_client().await?;
         self.handle.idle();
         let Some(lease) = &mut self.lease else { return Ok(()) };
         let node = lease.node;
-        match clean::look(lease).await {
-            Ok(clean::Left::Nothing) => Ok(()),
-            Ok(clean::Left::State) => {
-                self.pin_now(PinReason::FunctionState);
-                Ok(())
+        // The client has its answer, but what it may have left is gone with the backend.
+        let lost = |clean::Broken| End::StateLost { node };
+        let look = clean::look(lease).await.map_err(lost)?;
+        let had = std::mem::take(&mut lease.own_names);
+        if !had.is_empty() {
+            // SQL's DEALLOCATE may have taken some of them.
+            match clean::statement_names(lease).await.map_err(lost)? {
+                Some(has) => {
+                    self.statements.keep_only(&had, &has);
+                    lease.own_names = had.intersection(&has).cloned().collect();
+                }
+                None => lease.own_names = had,
             }
-            // The client has its answer, but what it may have left is gone with the backend.
-            Err(clean::Broken) => Err(End::StateLost { node }),
+        }
+        for message in look.notifications {
+            self.notification_heard(message);
+        }
+        match look.shown {
+            Some(shown) => self.pins.seen(reasons(shown, self.pins.now())),
+            // Whatever is there, the session keeps it.
+            None if !self.pins.hold() => self.pins.add(PinReason::FunctionState),
+            None => {}
+        }
+        self.show_pins();
+        Ok(())
+    }
+
+    /// A notification that came while the backend was asked something.
+    fn notification_heard(&mut self, message: BytesMut) {
+        if let Some(lease) = self.lease.take() {
+            self.notification(&lease, message);
+            self.lease = Some(lease);
         }
     }
 
@@ -825,8 +886,7 @@ impl Session {
         if !between_units && self.unit.writes {
             self.shared.metrics.unknown_outcomes.inc();
         }
-        if state_lost || self.pin.is_some() || in_transaction || !self.unit.was_sent_whole() || between_units
-        {
+        if state_lost || self.pins.hold() || in_transaction || !self.unit.was_sent_whole() || between_units {
             return Err(End::fatal(
                 ErrorReport::fatal(
                     "57P01",
@@ -892,9 +952,8 @@ impl Session {
     /// Says a last word, if one is due, and lets go of the backend.
     async fn close(&mut self, end: End) {
         self.handle.idle();
-        if self.pin.is_some() {
-            self.shared.metrics.pinned_sessions.dec();
-        }
+        self.pins = Pins::default();
+        self.show_pins();
         if let Some(lease) = self.lease.take() {
             self.part_from(lease, &end);
         }
@@ -950,6 +1009,22 @@ impl Session {
         }
         self.mark.absorb(&*self.shared.positions, topology);
     }
+}
+
+/// The reasons for which what was seen on a backend binds its session, which is bound by `now`.
+fn reasons(shown: clean::Shown, now: PinSet) -> PinSet {
+    let set = shown.setting && !now.has(PinReason::Setting);
+    [
+        (shown.temporary, PinReason::TemporaryTable),
+        (shown.listening, PinReason::Listen),
+        (shown.prepared, PinReason::SqlPrepare),
+        (shown.hold_cursor, PinReason::HoldCursor),
+        (shown.advisory_lock, PinReason::AdvisoryLock),
+        (set, PinReason::FunctionState),
+    ]
+    .into_iter()
+    .filter(|(is_there, _)| *is_there)
+    .fold(PinSet::NONE, |all, (_, reason)| all | PinSet::of(reason))
 }
 
 /// PostgreSQL's words for a cancelled statement.
