@@ -9,11 +9,15 @@ DEMO_ARGS ?=
 # How much `make soak-consistency` does: reads per fault, and runs of the model.
 SOAK_READS ?= 20000
 SOAK_MODEL_RUNS ?= 5000
+# How much `make leaks` does: clients, backends, seconds.
+LEAKS_CLIENTS ?= 200
+LEAKS_BACKENDS ?= 10
+LEAKS_SECONDS ?= 60
 # Of `make bench`: --long, --rounds N, --seconds N, --only NAME.
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak-consistency drivers regress corpus lint fmt clippy doc bench audit
+.PHONY: help setup demo test soak-consistency leaks drivers regress corpus lint fmt clippy doc bench audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +39,12 @@ soak-consistency: setup ## SOAK_READS reads per fault, by a debug and a release 
 		--nocapture --test-threads=1
 	HIGHWATER_SOAK_READS=$(SOAK_READS) HIGHWATER_BINARY=$(CURDIR)/target/release/highwater \
 		$(CARGO) test --locked --test end_to_end consistency:: -- --nocapture --test-threads=1
+
+leaks: setup ## LEAKS_CLIENTS over LEAKS_BACKENDS change all kinds of session state; each is compared with a twin
+	$(CARGO) build --locked --release
+	HIGHWATER_LEAKS_CLIENTS=$(LEAKS_CLIENTS) HIGHWATER_LEAKS_BACKENDS=$(LEAKS_BACKENDS) \
+		HIGHWATER_LEAKS_SECONDS=$(LEAKS_SECONDS) HIGHWATER_BINARY=$(CURDIR)/target/release/highwater \
+		$(CARGO) test --locked --test end_to_end leaks:: -- --nocapture
 
 lint: fmt clippy doc ## format, lints as errors, documentation
 

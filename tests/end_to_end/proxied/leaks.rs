@@ -42,8 +42,11 @@ fn given(variable: &str, otherwise: u64) -> u64 {
     std::env::var(variable).ok().map_or(otherwise, |text| text.parse().expect(variable))
 }
 
-/// What every twin pair meets: a name that a temporary one can hide (and that it may not drop), and a row of
-/// its own to write to. Made by the superuser.
+/// Drops the temporary table, never the permanent one.
+const DROP_SHADOW: &str = "DO $$ BEGIN IF to_regclass('pg_temp.shadow') IS NOT NULL \
+    THEN DROP TABLE pg_temp.shadow; END IF; END $$";
+
+/// What every twin pair meets: a name that a temporary one can hide, and a row of its own to write to.
 const OBJECTS: &str = "
     CREATE ROLE leaking;
     GRANT leaking TO app;
@@ -222,7 +225,7 @@ impl Twins {
             24 => "CREATE TEMP TABLE brief (x int) ON COMMIT DROP".to_owned(),
             25 => "SELECT 1 AS x INTO TEMP made".to_owned(),
             26 => "CREATE TEMP VIEW seen AS SELECT 1 AS x".to_owned(),
-            27 => self.dice.of(&["DROP TABLE shadow", "DROP TABLE IF EXISTS made"]).to_owned(),
+            27 => self.dice.of(&[DROP_SHADOW, "DROP TABLE IF EXISTS made", "DROP TABLE made"]).to_owned(),
             28 => "DROP VIEW seen".to_owned(),
             29 => "DISCARD TEMP".to_owned(),
             30 => format!("PREPARE {name} AS SELECT {n}, {megabytes}"),
