@@ -383,6 +383,7 @@ impl Session {
                     Ending::No | Ending::WhenIdle => {}
                 }
                 self.hear_backend(cx)?;
+                let not_all_heard = self.client.output.len() >= HIGH_WATER;
                 if !self.client.output.is_empty()
                     && let Poll::Ready(Err(_)) =
                         poll_drain(&mut self.client.stream, &mut self.client.output, cx)
@@ -392,6 +393,10 @@ impl Session {
                 if self.client.output.len() >= HIGH_WATER {
                     // It asks (or listens) and does not read.
                     return Poll::Pending;
+                }
+                if not_all_heard {
+                    // There is room again, and nobody but us would ask the backend for more.
+                    continue;
                 }
                 if self.client.at_end {
                     // It said nothing more; what it is owed is still written.
