@@ -7,6 +7,7 @@ mod faults;
 mod garbage;
 mod leaks;
 mod login;
+mod notifications;
 mod operator;
 mod pins;
 mod protocol;
