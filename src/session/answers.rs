@@ -1,6 +1,7 @@
 //! From the node to the client: what each answer is to, and which of them the client is to see.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::{Buf, BufMut, BytesMut};
 
@@ -495,13 +496,21 @@ impl Session {
         }
     }
 
-    /// A notification: its sender's process id is the client's own if it is the session's backend.
+    /// A notification: its sender's process id becomes the one that the sending session was given, if it is
+    /// known which that is. (The listener is on the primary, and its next statement runs after this: it
+    /// sees what the sender has committed.)
     pub(super) fn notification(&mut self, backend: &Backend, mut message: BytesMut) {
-        let own = backend.cancel.pid.to_be_bytes();
-        if let Some(pid) = message.get_mut(HEADER..HEADER + 4)
-            && *pid == own
-        {
-            pid.copy_from_slice(&self.handle.pid.to_be_bytes());
+        if let Some(pid) = message[HEADER..].first_chunk::<4>() {
+            let pid = i32::from_be_bytes(*pid);
+            let sender = if pid == backend.cancel.pid {
+                Some(self.handle.pid)
+            } else {
+                let deaf_since = self.deaf_since.unwrap_or_else(Instant::now);
+                self.shared.sessions.senders.sender(backend.node, pid, deaf_since)
+            };
+            if let Some(sender) = sender {
+                message[HEADER..HEADER + 4].copy_from_slice(&sender.to_be_bytes());
+            }
         }
         self.client.output.put_slice(&message);
     }

@@ -13,6 +13,7 @@ use futures_util::task::AtomicWaker;
 
 use super::pins::PinSet;
 use crate::backend::CancelTarget;
+use crate::backend::senders::Senders;
 
 /// Process ids that we give out are at least this: PostgreSQL's own are far below, so a client that
 /// passes one to `pg_terminate_backend` can never hit a real process.
@@ -159,6 +160,8 @@ impl SessionHandle {
 pub struct Sessions {
     by_pid: Mutex<HashMap<u32, Arc<SessionHandle>>>,
     next: AtomicU32,
+    /// Whose notifications those are that sessions hear.
+    pub senders: Senders,
     /// What all sessions are asked to do, those that are yet to come included.
     ending: AtomicU8,
 }

@@ -219,6 +219,8 @@ pub struct Session {
     /// The sampler connection of the replica that `lease` is on when the session was let there.
     incarnation: Incarnation,
     pins: Pins,
+    /// Since when notifications may be waiting that the session has not heard.
+    deaf_since: Option<Instant>,
     /// In this transaction data definition ran: the catalog facts are read again when it ends.
     ddl: bool,
     statements: Statements,
@@ -275,6 +277,7 @@ impl Session {
             role: Role::Primary,
             incarnation: Incarnation::default(),
             pins: Pins::default(),
+            deaf_since: None,
             ddl: false,
             statements: Statements::default(),
             unit: Unit::none(),
@@ -445,10 +448,16 @@ impl Session {
                 _ => match poll_fill(&mut backend.stream, &mut backend.input, cx) {
                     Poll::Ready(Ok(n)) if n > 0 => {}
                     Poll::Ready(_) => return Err(lost()),
-                    Poll::Pending => return Ok(()),
+                    Poll::Pending => {
+                        if self.status == TransactionStatus::Idle {
+                            self.deaf_since = None;
+                        }
+                        return Ok(());
+                    }
                 },
             }
         }
+        self.deaf_since.get_or_insert_with(Instant::now);
         Ok(())
     }
 
@@ -513,6 +522,11 @@ impl Session {
     /// Runs the unit that begins at the start of the client's input.
     async fn unit(&mut self) -> Result<(), End> {
         self.started = Instant::now();
+        // The server keeps them until the transaction is over.
+        match self.lease {
+            Some(_) => _ = self.deaf_since.get_or_insert(self.started),
+            None => self.deaf_since = Some(self.started),
+        }
         self.handle.begin();
         let result = if self.lease.is_some() { self.held_unit().await } else { self.free_unit().await };
         if self.lease.is_none() {
@@ -603,6 +617,16 @@ impl Session {
         self.tell_differences(&placed.lease.parameters);
         self.role = placed.role;
         self.lease = Some(placed.lease);
+        if !demand.is_read() {
+            self.may_notify();
+        }
+    }
+
+    /// A unit begins that is not shown to be all reads.
+    fn may_notify(&self) {
+        if let Some(lease) = &self.lease {
+            self.shared.sessions.senders.begins(&lease.cancel, self.handle.pid, self.started);
+        }
     }
 
     /// What is known of a unit from how it was routed.
@@ -647,6 +671,9 @@ impl Session {
             self.count_demand(demand);
         }
         self.output_before = self.client.output.len();
+        if !demand.as_ref().is_some_and(Demand::is_read) {
+            self.may_notify();
+        }
         match self.exchange().await {
             // Nothing moves off a primary; a session held on a replica would try for ever.
             Ok(Outcome::Move | Outcome::Again(_)) => Err(End::NodeLost { node }),
@@ -686,6 +713,11 @@ impl Session {
         }
         for reason in before.without(now).iter() {
             metrics.pinned_by.dec(reason.label());
+        }
+        match (before.has(PinReason::Listen), now.has(PinReason::Listen)) {
+            (false, true) => self.shared.sessions.senders.listens(),
+            (true, false) => self.shared.sessions.senders.listens_no_more(),
+            _ => {}
         }
         match (before.is_empty(), now.is_empty()) {
             (true, false) => metrics.pinned_sessions.inc(),
@@ -734,6 +766,16 @@ impl Session {
     async fn finish(&mut self) -> Result<(), End> {
         self.note();
         self.ddl |= self.unit.ddl;
+        let senders = &self.shared.sessions.senders;
+        if senders.are_heard()
+            && let Some(lease) = &self.lease
+        {
+            if self.unit.writes {
+                // It may have begun with reads alone.
+                senders.begins(&lease.cancel, self.handle.pid, Instant::now());
+            }
+            senders.ends(&lease.cancel, self.handle.pid, Instant::now());
+        }
         let done = self.done();
         let next = self.pins.after(&done);
         self.show_pins();

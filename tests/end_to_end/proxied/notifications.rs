@@ -33,7 +33,8 @@ async fn an_idle_session_hears_at_once_and_in_order() {
     succeed(&mut other, "SELECT pg_notify('b', g::text) FROM generate_series(4, 9) g").await;
     let mut heard = Vec::new();
     for _ in 0..9 {
-        let (_, channel, payload) = notification(&listener.read().await.unwrap());
+        let (pid, channel, payload) = notification(&listener.read().await.unwrap());
+        assert_eq!(pid, own_pid(&other));
         heard.push((channel, if payload == long { "3".to_owned() } else { payload }));
     }
     let payloads: String = heard.iter().map(|(_, payload)| payload.as_str()).collect();
@@ -43,6 +44,51 @@ async fn an_idle_session_hears_at_once_and_in_order() {
     let answer = succeed(&mut listener, "NOTIFY a, 'mine'").await;
     assert_eq!(tags(&answer), "CAZ");
     assert_eq!(notification(&answer[1]), (own_pid(&listener), "a".to_owned(), "mine".to_owned()));
+}
+
+#[tokio::test]
+async fn the_sender_is_the_session_that_sent_it_or_nobody() {
+    let cluster = Cluster::start(0).await;
+    cluster
+        .set_up(
+            "CREATE TABLE t (x text);
+             CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql
+                 AS $$ BEGIN PERFORM pg_notify('a', NEW.x); RETURN NULL; END $$;
+             CREATE TRIGGER tell AFTER INSERT ON t FOR EACH ROW EXECUTE FUNCTION tell()",
+        )
+        .await;
+    let options = ProxyOptions { overrides: "{ workers: 1, pool: { size: 3 } }", ..ProxyOptions::default() };
+    let proxy = Proxy::start_with(&cluster, options).await;
+    let mut listener = proxy.raw_login().await;
+    succeed(&mut listener, "LISTEN a").await;
+    // Each on a backend of its own.
+    let (mut one, mut two) = (proxy.raw_login().await, proxy.raw_login().await);
+    for client in [&mut one, &mut two] {
+        succeed(client, "BEGIN").await;
+    }
+    let insert = [parse("", "INSERT INTO t VALUES ($1)"), bind("", &["by a trigger"]), execute(), sync()];
+    for (client, payload) in [(&mut one, "plain"), (&mut two, "by a trigger")] {
+        if payload == "plain" {
+            succeed(client, "NOTIFY a, 'plain'").await;
+        } else {
+            client.ask(&insert.concat()).await;
+        }
+        succeed(client, "COMMIT").await;
+        let heard = notification(&listener.read().await.unwrap());
+        assert_eq!(heard, (own_pid(client), "a".to_owned(), payload.to_owned()));
+    }
+    // On the same backends by turns, without a pause: never the other's id.
+    let ids = [own_pid(&one), own_pid(&two)];
+    let mut known = 0;
+    for round in 0..200 {
+        let (client, right) = if round % 2 == 0 { (&mut one, ids[0]) } else { (&mut two, ids[1]) };
+        succeed(client, &format!("NOTIFY a, '{round}'")).await;
+        let (pid, _, payload) = notification(&listener.read().await.unwrap());
+        assert_eq!(payload, round.to_string());
+        assert!(pid == right || pid < 1 << 30, "round {round}: {pid} of {ids:?}");
+        known += usize::from(pid == right);
+    }
+    println!("{known} of 200 senders known when two take turns on one backend");
 }
 
 #[tokio::test]
