@@ -11,11 +11,15 @@ SOAK_READS ?= 20000
 SOAK_MODEL_RUNS ?= 5000
 # Operations per fault of `make consistency`.
 HISTORY_OPERATIONS ?= 50000
+# How much `make leaks` does: clients, backends, seconds.
+LEAKS_CLIENTS ?= 200
+LEAKS_BACKENDS ?= 10
+LEAKS_SECONDS ?= 60
 # Of `make bench`: --long, --rounds N, --seconds N, --only NAME.
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test consistency soak-consistency drivers regress corpus lint fmt clippy doc bench audit
+.PHONY: help setup demo test consistency soak-consistency leaks drivers regress corpus lint fmt clippy doc bench audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +46,12 @@ consistency: setup ## histories of sessions of all levels under faults, checked 
 	$(CARGO) build --locked --release
 	HIGHWATER_HISTORY_OPERATIONS=$(HISTORY_OPERATIONS) HIGHWATER_BINARY=$(CURDIR)/target/release/highwater \
 		$(CARGO) test --locked --test end_to_end histories:: -- --nocapture --test-threads=1
+
+leaks: setup ## LEAKS_CLIENTS over LEAKS_BACKENDS change all kinds of session state; each is compared with a twin
+	$(CARGO) build --locked --release
+	HIGHWATER_LEAKS_CLIENTS=$(LEAKS_CLIENTS) HIGHWATER_LEAKS_BACKENDS=$(LEAKS_BACKENDS) \
+		HIGHWATER_LEAKS_SECONDS=$(LEAKS_SECONDS) HIGHWATER_BINARY=$(CURDIR)/target/release/highwater \
+		$(CARGO) test --locked --test end_to_end leaks:: -- --nocapture
 
 lint: fmt clippy doc ## format, lints as errors, documentation
 

@@ -108,6 +108,21 @@ impl ReasonCounter {
     }
 }
 
+/// Gauges by a reason, for what changes seldom.
+pub struct ReasonGauge(IntGaugeVec);
+
+impl ReasonGauge {
+    /// One more.
+    pub fn inc(&self, reason: &'static str) {
+        self.0.with_label_values(&[reason]).inc();
+    }
+
+    /// One less.
+    pub fn dec(&self, reason: &'static str) {
+        self.0.with_label_values(&[reason]).dec();
+    }
+}
+
 /// All metrics. Made once, shared by `Arc`.
 pub struct Metrics {
     registry: Registry,
@@ -130,6 +145,8 @@ pub struct Metrics {
     pub settings_replays: IntCounter,
     /// Queries of ours ahead of a unit that a node refused.
     pub injected_failures: IntCounter,
+    /// The same by why; a session may have several reasons.
+    pub pinned_by: ReasonGauge,
     /// Client connections now.
     pub clients: IntGauge,
     /// Client connections accepted.
@@ -168,6 +185,14 @@ fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Int
 
 fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
     register(registry, IntGauge::new(name, help))
+}
+
+fn reason_gauge(registry: &Registry, name: &str, help: &str, values: &[&str]) -> ReasonGauge {
+    let gauges = register(registry, IntGaugeVec::new(Opts::new(name, help), &["reason"]));
+    for value in values {
+        gauges.with_label_values(&[value]);
+    }
+    ReasonGauge(gauges)
 }
 
 fn histograms(registry: &Registry, name: &str, help: &str, label: &str) -> HistogramVec {
@@ -254,6 +279,12 @@ impl Metrics {
                 r,
                 "highwater_injected_failures_total",
                 "Queries of the proxy's own ahead of a client's unit that a node refused.",
+            ),
+            pinned_by: reason_gauge(
+                r,
+                "highwater_pin_reasons",
+                "Sessions bound to one backend now, by why; one may have several reasons.",
+                labels.pins,
             ),
             clients: gauge(r, "highwater_clients", "Client connections now."),
             clients_total: counter(r, "highwater_clients_total", "Client connections accepted."),

@@ -61,6 +61,7 @@ const PURE: &[&str] = &[
     "session/prepared.rs",
     "session/settings.rs",
     "backend/applied.rs",
+    "session/pins.rs",
     "monitor/health.rs",
     "monitor/lag.rs",
     "monitor/floor.rs",

@@ -7,12 +7,14 @@
 //! seen (it failed, or nobody waited for it) may arrive at any time: its backend serves nobody else.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
+use super::senders::History;
 use crate::topology::NodeId;
 
-/// The address of one backend for cancel requests.
+/// The address of one backend for cancel requests; and who may have notified under its process id.
 #[derive(Debug)]
 pub struct CancelTarget {
     /// The node.
@@ -26,6 +28,7 @@ pub struct CancelTarget {
     /// A request went off whose end was not seen.
     astray: AtomicBool,
     ended: Notify,
+    history: Mutex<History>,
 }
 
 /// One cancel request on its way; while it lives, the backend is fenced.
@@ -52,7 +55,13 @@ impl CancelTarget {
             sent: AtomicU32::new(0),
             astray: AtomicBool::new(false),
             ended: Notify::new(),
+            history: Mutex::default(),
         }
+    }
+
+    /// Who may have notified by way of this backend.
+    pub(super) fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts a request that is about to be sent. Call it while the session that holds the backend

@@ -1,5 +1,6 @@
 //! Making a used backend as good as new, verified, or else closing it.
 
+use std::collections::HashSet;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +21,15 @@ pub struct Answer {
     pub rows: Vec<Vec<Option<Vec<u8>>>>,
     /// One tag per statement.
     pub tags: Vec<Vec<u8>>,
+    /// Notifications that came meanwhile.
+    notifications: Vec<BytesMut>,
+    /// The server has reported an error.
+    failed: bool,
 }
+
+/// Bytes of notifications that may come during one round trip of ours. Only a session that has just begun
+/// to listen, or has stopped listening to one of several channels, has a round trip while it listens.
+const MOST_HEARD: usize = 4 << 20;
 
 /// The backend cannot be used any more.
 #[derive(Debug)]
@@ -29,6 +38,14 @@ pub struct Broken;
 /// Runs a statement of our own on a backend that is idle, by the simple protocol. An error, a broken
 /// connection, a transaction left open or a late answer make the backend unusable.
 pub async fn ask(backend: &mut Backend, sql: &str) -> Result<Answer, Broken> {
+    match ask_even_in_vain(backend, sql).await? {
+        answer if answer.failed => Err(Broken),
+        answer => Ok(answer),
+    }
+}
+
+/// The same, but that an error is an answer.
+async fn ask_even_in_vain(backend: &mut Backend, sql: &str) -> Result<Answer, Broken> {
     let mut message = Vec::with_capacity(sql.len() + 6);
     wire::put(&mut message, b'Q', |out| wire::put_cstr(out, sql.as_bytes()));
     round_trip(backend, &message).await
@@ -36,7 +53,10 @@ pub async fn ask(backend: &mut Backend, sql: &str) -> Result<Answer, Broken> {
 
 /// A Sync: the round trip after which an earlier cancel request can no longer take effect.
 pub async fn sync(backend: &mut Backend) -> Result<(), Broken> {
-    round_trip(backend, &[b'S', 0, 0, 0, 4]).await.map(|_| ())
+    match round_trip(backend, &[b'S', 0, 0, 0, 4]).await? {
+        answer if answer.failed => Err(Broken),
+        _ => Ok(()),
+    }
 }
 
 async fn round_trip(backend: &mut Backend, message: &[u8]) -> Result<Answer, Broken> {
@@ -52,6 +72,7 @@ async fn round_trip(backend: &mut Backend, message: &[u8]) -> Result<Answer, Bro
 async fn answer(backend: &mut Backend) -> Result<Answer, Broken> {
     poll_fn(|cx| poll_drain(&mut backend.stream, &mut backend.output, cx)).await.map_err(|_| Broken)?;
     let mut answer = Answer::default();
+    let mut heard = 0;
     loop {
         while let Some(message) = next_message(&mut backend.input)? {
             let body = &message[wire::HEADER..];
@@ -64,7 +85,16 @@ async fn answer(backend: &mut Backend) -> Result<Answer, Broken> {
                 b'D' => answer.rows.push(columns(body).ok_or(Broken)?),
                 b'C' => answer.tags.push(wire::cstr(body).ok_or(Broken)?.0.to_vec()),
                 b'S' => backend.report(body),
-                b'T' | b'N' | b'A' => {}
+                b'A' => {
+                    heard += message.len();
+                    if heard > MOST_HEARD {
+                        return Err(Broken);
+                    }
+                    answer.notifications.push(message);
+                }
+                // A fatal one is followed by the end of the connection.
+                b'E' => answer.failed = true,
+                b'T' | b'N' => {}
                 _ => return Err(Broken),
             }
         }
@@ -138,26 +168,45 @@ pub async fn clean(backend: &mut Backend) -> Result<(), Broken> {
     }
 }
 
-/// What a statement that is not understood has left behind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Left {
-    /// Nothing that the server's views show.
-    Nothing,
-    /// Session state.
-    State,
+/// The session state that the server's views show.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Shown {
+    /// Something in the session's temporary schema.
+    pub temporary: bool,
+    /// A channel that is listened to.
+    pub listening: bool,
+    /// A statement prepared by SQL.
+    pub prepared: bool,
+    /// A cursor WITH HOLD.
+    pub hold_cursor: bool,
+    /// A session-level advisory lock.
+    pub advisory_lock: bool,
+    /// A changed setting.
+    pub setting: bool,
 }
 
-/// Looks for session state on an idle backend: temporary relations, channels listened to, statements
-/// prepared by SQL, cursors WITH HOLD, session-level advisory locks, changed settings.
+/// What a look at a backend gives.
+#[derive(Debug)]
+pub struct Look {
+    /// What is there. None: the server has answered with an error, which a setting of the session's may
+    /// have caused (`statement_timeout`).
+    pub shown: Option<Shown>,
+    /// Notifications that came meanwhile, each a whole message.
+    pub notifications: Vec<BytesMut>,
+}
+
+/// Looks for session state on an idle backend.
 ///
-/// Custom settings (`app.tenant`) set by a function do not show here on PostgreSQL 15, so whoever
-/// asks must still have the backend cleaned before another session gets it.
-pub async fn look(backend: &mut Backend) -> Result<Left, Broken> {
-    const QUESTION: &str = "SELECT EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) \
-         OR EXISTS (SELECT FROM pg_catalog.pg_listening_channels()) \
-         OR EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable) \
-         OR EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()) \
-         OR EXISTS (SELECT FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'";
+/// Custom settings (`app.tenant`) and roles set by a function do not show here on PostgreSQL 15, so
+/// whoever asks must still have the backend cleaned before another session gets it.
+pub async fn look(backend: &mut Backend) -> Result<Look, Broken> {
+    // All that is in a schema depends on it, by an index: that is how the server itself finds what to drop.
+    const QUESTION: &str = "SELECT EXISTS (SELECT FROM pg_catalog.pg_depend \
+            WHERE refclassid OPERATOR(pg_catalog.=) 2615 AND refobjid OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()), \
+         EXISTS (SELECT FROM pg_catalog.pg_listening_channels()), \
+         EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable), \
+         EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()), \
+         EXISTS (SELECT FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'";
     // What the session has set itself is no news, nor are statements of the session's that it may be given elsewhere.
     let own: Vec<String> = backend
         .applied
@@ -177,19 +226,37 @@ pub async fn look(backend: &mut Backend) -> Result<Left, Broken> {
     } else {
         format!(" AND name OPERATOR(pg_catalog.<>) ALL (ARRAY[{}])", known.join(", "))
     };
-    let prepared =
-        format!(" OR EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql{unknown})");
+    let prepared = format!("EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql{unknown})");
     // A cancel that is still on its way must not hit the question.
     fence(backend).await?;
-    let answer = ask(backend, &format!("{QUESTION}{named}){prepared}")).await?;
-    match answer.rows.as_slice() {
-        [row] => match row.first() {
-            Some(Some(value)) if value == b"f" => Ok(Left::Nothing),
-            Some(Some(value)) if value == b"t" => Ok(Left::State),
-            _ => Err(Broken),
-        },
-        _ => Err(Broken),
-    }
+    let answer = ask_even_in_vain(backend, &format!("{QUESTION}{named}), {prepared}")).await?;
+    let shown = if answer.failed { None } else { Some(shown(&answer.rows).ok_or(Broken)?) };
+    Ok(Look { shown, notifications: answer.notifications })
+}
+
+fn shown(rows: &[Vec<Option<Vec<u8>>>]) -> Option<Shown> {
+    let [row] = rows else { return None };
+    let mut columns = row.iter().map(|value| match value.as_deref() {
+        Some(b"t") => Some(true),
+        Some(b"f") => Some(false),
+        _ => None,
+    });
+    let mut next = || columns.next().flatten();
+    Some(Shown {
+        temporary: next()?,
+        listening: next()?,
+        hold_cursor: next()?,
+        advisory_lock: next()?,
+        setting: next()?,
+        prepared: next()?,
+    })
+}
+
+/// The names of the statements that an idle backend has. None: the server has answered with an error.
+pub async fn statement_names(backend: &mut Backend) -> Result<Option<HashSet<Vec<u8>>>, Broken> {
+    let answer = ask_even_in_vain(backend, "SELECT name FROM pg_catalog.pg_prepared_statements").await?;
+    let names = answer.rows.into_iter().filter_map(|mut row| row.pop().flatten()).collect();
+    Ok((!answer.failed).then_some(names))
 }
 
 /// The values of settings on an idle backend, in the order of `names`; none where it knows no such setting.

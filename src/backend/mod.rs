@@ -8,6 +8,7 @@ pub mod cancel;
 pub mod clean;
 pub mod login;
 pub mod pool;
+pub mod senders;
 
 use std::collections::{BTreeMap, HashSet};
 use std::pin::Pin;

@@ -674,13 +674,16 @@ const SPECIALS: &[(&str, Special)] = &[
     ("pg_backend_pid", Special::Pins(PinReason::BackendPid)),
     // currval and lastval speak of what this session last drew. From their first use on the session keeps
     // its backend, so that later pairs of nextval and lastval meet there.
-    ("setseed pg_export_snapshot currval lastval", Special::Pins(PinReason::Other)),
+    ("currval lastval", Special::Pins(PinReason::Other)),
+    // dblink is an extension; who gives another function that name has a backend kept for nothing.
     (
-        "pg_replication_origin_session_setup pg_replication_origin_session_reset",
-        Special::Pins(PinReason::Other),
+        "setseed pg_replication_origin_session_setup pg_replication_origin_session_reset \
+         dblink_connect dblink_connect_u",
+        Special::Pins(PinReason::Process),
     ),
+    // An exported snapshot ends with its transaction.
     (
-        "pg_advisory_unlock_all pg_advisory_xact_lock pg_advisory_xact_lock_shared \
+        "pg_export_snapshot pg_advisory_unlock_all pg_advisory_xact_lock pg_advisory_xact_lock_shared \
          pg_try_advisory_xact_lock pg_try_advisory_xact_lock_shared nextval setval pg_notify \
          txid_current txid_current_if_assigned txid_current_snapshot txid_status pg_current_xact_id \
          pg_current_xact_id_if_assigned pg_current_snapshot pg_xact_status pg_last_committed_xact \

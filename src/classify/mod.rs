@@ -434,7 +434,7 @@ impl Leaves {
             Leaves::DeallocatesAll => 1,
             Leaves::DiscardsAll => 2,
             Leaves::Unproven => 3,
-            Leaves::Pins(_) => 4,
+            Leaves::Pins(reason) => 4 + reason.staying_power(),
         };
         if rank(other) > rank(self) { other } else { self }
     }
@@ -457,17 +457,35 @@ pub enum PinReason {
     AdvisoryLock,
     /// pg_backend_pid().
     BackendPid,
-    /// setseed, LOAD, pg_export_snapshot and others.
+    /// currval and lastval.
     Other,
     /// Code that is not understood left state behind.
     FunctionState,
     /// A statement text too long to be prepared again elsewhere.
     LargeStatement,
+    /// State of the server process that no command takes away: setseed, LOAD, connections of dblink, a
+    /// replication origin. The backend is closed after its session.
+    Process,
 }
 
 impl PinReason {
+    /// All of them.
+    pub const ALL: [PinReason; 11] = [
+        PinReason::Setting,
+        PinReason::TemporaryTable,
+        PinReason::Listen,
+        PinReason::SqlPrepare,
+        PinReason::HoldCursor,
+        PinReason::AdvisoryLock,
+        PinReason::BackendPid,
+        PinReason::Other,
+        PinReason::FunctionState,
+        PinReason::LargeStatement,
+        PinReason::Process,
+    ];
+
     /// All labels.
-    pub const LABELS: [&'static str; 10] = [
+    pub const LABELS: [&'static str; 11] = [
         PinReason::Setting.label(),
         PinReason::TemporaryTable.label(),
         PinReason::Listen.label(),
@@ -478,7 +496,26 @@ impl PinReason {
         PinReason::Other.label(),
         PinReason::FunctionState.label(),
         PinReason::LargeStatement.label(),
+        PinReason::Process.label(),
     ];
+
+    /// Of several reasons the one that ends last is to be known: what the server's views show is found
+    /// there anyway when another one ends.
+    const fn staying_power(self) -> u8 {
+        match self {
+            PinReason::TemporaryTable
+            | PinReason::Listen
+            | PinReason::SqlPrepare
+            | PinReason::HoldCursor
+            | PinReason::AdvisoryLock => 0,
+            PinReason::Setting
+            | PinReason::BackendPid
+            | PinReason::Other
+            | PinReason::FunctionState
+            | PinReason::LargeStatement => 1,
+            PinReason::Process => 2,
+        }
+    }
 
     /// One word for a metric label or a log field.
     pub const fn label(self) -> &'static str {
@@ -493,6 +530,7 @@ impl PinReason {
             PinReason::Other => "other",
             PinReason::FunctionState => "function_state",
             PinReason::LargeStatement => "large_statement",
+            PinReason::Process => "process",
         }
     }
 }

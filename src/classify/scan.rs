@@ -411,6 +411,9 @@ impl Scan<'_> {
             if !pending.after_into {
                 statement.leave(Leaves::Unproven);
             }
+            if let Some(Special::Pins(reason)) = word.special {
+                statement.leave(Leaves::Pins(reason));
+            }
             return;
         }
         if pending.is_operator_word {
@@ -639,7 +642,7 @@ impl Scan<'_> {
                 (Kind::Session, ClassReason::Session, Leaves::Pins(PinReason::SqlPrepare))
             }
             Lead::Listen => (Kind::Session, ClassReason::Session, Leaves::Pins(PinReason::Listen)),
-            Lead::Load => (Kind::Session, ClassReason::Session, Leaves::Pins(PinReason::Other)),
+            Lead::Load => (Kind::Session, ClassReason::Session, Leaves::Pins(PinReason::Process)),
             Lead::Unknown => (Kind::Write, ClassReason::Unclear, Leaves::Unproven),
         };
         statement.refuse(kind, reason);

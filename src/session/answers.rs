@@ -1,6 +1,7 @@
 //! From the node to the client: what each answer is to, and which of them the client is to see.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::{Buf, BufMut, BytesMut};
 
@@ -8,10 +9,12 @@ use super::exchange::{
     Again, Exchange, Expect, HELD_BACK, Intake, NameOnServer, Outcome, Purpose, Refused, Step, WHOLE_MESSAGE,
     put_report,
 };
+use super::pins::{self, PinSet};
 use super::prepared::{Found, SqlCommand};
 use super::translate::{put_cstr, put_length};
 use super::{End, Role, Session};
 use crate::backend::{Applied, Backend, Dirt, Parameters, SharedName, parameter_status};
+use crate::classify::PinReason;
 use crate::classify::refusal::{self, Refusal};
 use crate::wire::{self, HEADER, TransactionStatus};
 
@@ -126,7 +129,8 @@ impl Exchange<'_> {
             }
             b'A' => {
                 self.commit();
-                self.session.notification(self.backend, header.len);
+                let message = self.backend.input.split_to(header.len);
+                self.session.notification(self.backend, message);
                 Ok(Step::On)
             }
             b'N' => {
@@ -259,6 +263,8 @@ impl Exchange<'_> {
             Some(Expect::Close(NameOnServer::Unnamed) | Expect::InjectedClose(NameOnServer::Unnamed, _)) => {
                 self.unit.unnamed = None
             }
+            // A cursor WITH HOLD is a portal, too.
+            Some(Expect::ClosePortal) => self.unit.ends |= PinSet::of(PinReason::HoldCursor),
             _ => {}
         }
         Ok(for_client)
@@ -280,8 +286,16 @@ impl Exchange<'_> {
         if tag == b'C' && self.session.settings.in_flux() {
             self.session.settings.command(&self.backend.input[HEADER..len - 1]);
         }
-        if tag == b'C' && self.session.sql.is_some() {
-            self.completed_by_name(len);
+        if tag == b'C' {
+            let tag = &self.backend.input[HEADER..len];
+            self.unit.commands += 1;
+            self.unit.rollback = tag == b"ROLLBACK\0";
+            if self.session.pins.hold() {
+                self.unit.ends |= pins::ended_by(tag, self.unit.writes);
+            }
+            if self.session.sql.is_some() {
+                self.completed_by_name(len);
+            }
         }
         if matches!(&self.backend.input[HEADER..len], b"DEALLOCATE ALL\0" | b"DISCARD ALL\0") {
             self.session.statements.clear();
@@ -762,21 +776,28 @@ impl Session {
         }
     }
 
-    /// A notification: its sender's process id is the client's own if it is the session's backend.
-    pub(super) fn notification(&mut self, backend: &mut Backend, len: usize) {
-        let own = backend.cancel.pid.to_be_bytes();
-        let mut message = backend.input.split_to(len);
-        if let Some(pid) = message.get_mut(HEADER..HEADER + 4)
-            && *pid == own
-        {
-            pid.copy_from_slice(&self.handle.pid.to_be_bytes());
+    /// A notification: its sender's process id becomes the one that the sending session was given, if it is
+    /// known which that is. (The listener is on the primary, and its next statement runs after this: it
+    /// sees what the sender has committed.)
+    pub(super) fn notification(&mut self, backend: &Backend, mut message: BytesMut) {
+        if let Some(pid) = message[HEADER..].first_chunk::<4>() {
+            let pid = i32::from_be_bytes(*pid);
+            let sender = if pid == backend.cancel.pid {
+                Some(self.handle.pid)
+            } else {
+                let deaf_since = self.deaf_since.unwrap_or_else(Instant::now);
+                self.shared.sessions.senders.sender(backend.node, pid, deaf_since)
+            };
+            if let Some(sender) = sender {
+                message[HEADER..HEADER + 4].copy_from_slice(&sender.to_be_bytes());
+            }
         }
         self.client.output.put_slice(&message);
     }
 
     /// Whether statements have the client's own names on the leased backend.
     pub(super) fn uses_own_names(&self) -> bool {
-        self.pin.is_some()
+        self.pins.hold()
     }
 }
 

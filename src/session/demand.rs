@@ -345,7 +345,7 @@ impl Session {
     /// know the name.
     fn deallocated(&mut self, text: &[u8], class: StatementClass, len: usize) -> bool {
         if class.kind != Kind::Session
-            || self.pin.is_some()
+            || self.pins.hold()
             || self.statements.is_empty()
             || self.status == TransactionStatus::Failed
         {

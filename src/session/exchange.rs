@@ -22,12 +22,13 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use super::messages::ShapeReader;
+use super::pins::PinSet;
 use super::prepared::Statement;
 use super::{End, Session};
 use crate::backend::{Backend, Prepared, SharedName, poll_drain, poll_fill};
 use crate::classify::Leaves;
 use crate::classify::setting::{Change, Effects};
-use crate::wire::ErrorReport;
+use crate::wire::{ErrorReport, TransactionStatus};
 
 /// Bytes waiting for a socket above which no more are taken from the other side.
 pub(super) const HIGH_WATER: usize = 256 * 1024;
@@ -216,6 +217,18 @@ pub struct Unit {
     pub(super) binding: Option<Arc<Statement>>,
     /// The strongest of what its statements may leave behind.
     pub leaves: Leaves,
+    /// All reasons among what they may leave behind.
+    pub pins: PinSet,
+    /// Code runs in it that is not understood.
+    pub unproven: bool,
+    /// What its commands may have ended.
+    pub ends: PinSet,
+    /// Commands that were completed.
+    pub commands: u32,
+    /// The last of them was ROLLBACK.
+    pub rollback: bool,
+    /// The transaction status before it.
+    pub before: TransactionStatus,
     /// It contains data definition.
     pub ddl: bool,
     /// It may change what logins give.
@@ -313,9 +326,25 @@ impl Unit {
             quiet_query: false,
             binding: None,
             leaves: Leaves::Nothing,
+            pins: PinSet::NONE,
+            unproven: false,
+            ends: PinSet::NONE,
+            commands: 0,
+            rollback: false,
+            before: TransactionStatus::Idle,
             ddl: false,
             login_settings: false,
             writes: false,
+        }
+    }
+
+    /// Counts in what a statement of it may leave behind.
+    pub fn leave(&mut self, leaves: Leaves) {
+        self.leaves = self.leaves.or_stronger(leaves);
+        match leaves {
+            Leaves::Pins(reason) => self.pins |= PinSet::of(reason),
+            Leaves::Unproven => self.unproven = true,
+            Leaves::Nothing | Leaves::DiscardsAll | Leaves::DeallocatesAll => {}
         }
     }
 

@@ -5,13 +5,15 @@
 //! backend that runs the session's statement *now*, or to none.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
 
+use super::pins::PinSet;
 use crate::backend::CancelTarget;
+use crate::backend::senders::Senders;
 
 /// Process ids that we give out are at least this: PostgreSQL's own are far below, so a client that
 /// passes one to `pg_terminate_backend` can never hit a real process.
@@ -35,6 +37,7 @@ pub struct SessionHandle {
     pub key: Vec<u8>,
     activity: Mutex<Activity>,
     cancelled: AtomicBool,
+    pins: AtomicU16,
     ending: AtomicU8,
     waker: AtomicWaker,
 }
@@ -106,6 +109,16 @@ impl SessionHandle {
         *self.activity() = Activity::Idle;
     }
 
+    /// Why the session is bound to its backend.
+    pub fn pins(&self) -> PinSet {
+        PinSet::from_bits(self.pins.load(Ordering::Relaxed))
+    }
+
+    /// Shows why the session is bound to its backend from now on.
+    pub fn show_pins(&self, pins: PinSet) {
+        self.pins.store(pins.bits(), Ordering::Relaxed);
+    }
+
     /// Whether a cancel arrived while the session was waiting.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
@@ -147,6 +160,8 @@ impl SessionHandle {
 pub struct Sessions {
     by_pid: Mutex<HashMap<u32, Arc<SessionHandle>>>,
     next: AtomicU32,
+    /// Whose notifications those are that sessions hear.
+    pub senders: Senders,
     /// What all sessions are asked to do, those that are yet to come included.
     ending: AtomicU8,
 }
@@ -172,6 +187,7 @@ impl Sessions {
             key,
             activity: Mutex::new(Activity::Idle),
             cancelled: AtomicBool::new(false),
+            pins: AtomicU16::new(0),
             ending: AtomicU8::new(self.ending.load(Ordering::SeqCst)),
             waker: AtomicWaker::new(),
         });

@@ -13,6 +13,7 @@ pub mod handle;
 pub mod mark;
 mod messages;
 pub mod own;
+pub mod pins;
 mod place;
 pub mod prepared;
 pub mod promise;
@@ -32,6 +33,7 @@ use self::demand::Demand;
 use self::exchange::{Again, HIGH_WATER, Outcome, Purpose, Unit, put_report};
 use self::handle::{Ending, SessionHandle, Sessions};
 use self::mark::{Freshness, Mark, Survival};
+use self::pins::{Done, Next, PinSet, Pins};
 use self::place::Placed;
 use self::prepared::{Names, SqlCommand, Statements};
 use self::promise::{OwnState, PrimaryReads, take_own};
@@ -243,9 +245,9 @@ pub struct Session {
     role: Role,
     /// The sampler connection of the replica that `lease` is on when the session was let there.
     incarnation: Incarnation,
-    pin: Option<PinReason>,
-    /// In this transaction code ran that is not understood: the backend is looked at when it ends.
-    unproven: bool,
+    pins: Pins,
+    /// Since when notifications may be waiting that the session has not heard.
+    deaf_since: Option<Instant>,
     /// In this transaction data definition ran: the catalog facts are read again when it ends.
     ddl: bool,
     /// In this transaction ALTER ROLE or DATABASE ran, which may change what logins give.
@@ -320,8 +322,8 @@ impl Session {
             lease: None,
             role: Role::Primary,
             incarnation: Incarnation::default(),
-            pin: None,
-            unproven: false,
+            pins: Pins::default(),
+            deaf_since: None,
             ddl: false,
             login_settings: false,
             statements: Statements::new(shared.names.number()),
@@ -443,6 +445,7 @@ impl Session {
                     Ending::No | Ending::WhenIdle => {}
                 }
                 self.hear_backend(cx)?;
+                let not_all_heard = self.client.output.len() >= HIGH_WATER;
                 if !self.client.output.is_empty()
                     && let Poll::Ready(Err(_)) =
                         poll_drain(&mut self.client.stream, &mut self.client.output, cx)
@@ -452,6 +455,10 @@ impl Session {
                 if self.client.output.len() >= HIGH_WATER {
                     // It asks (or listens) and does not read.
                     return Poll::Pending;
+                }
+                if not_all_heard {
+                    // There is room again, and nobody but us would ask the backend for more.
+                    continue;
                 }
                 if self.client.at_end {
                     // It said nothing more; what it is owed is still written.
@@ -500,16 +507,25 @@ impl Session {
                 _ => match poll_fill(&mut backend.stream, &mut backend.input, cx) {
                     Poll::Ready(Ok(n)) if n > 0 => {}
                     Poll::Ready(_) => return Err(lost()),
-                    Poll::Pending => return Ok(()),
+                    Poll::Pending => {
+                        if self.status == TransactionStatus::Idle {
+                            self.deaf_since = None;
+                        }
+                        return Ok(());
+                    }
                 },
             }
         }
+        self.deaf_since.get_or_insert_with(Instant::now);
         Ok(())
     }
 
     fn heard(&mut self, backend: &mut Backend, header: wire::Header) -> Result<(), End> {
         match header.tag {
-            b'A' => self.notification(backend, header.len),
+            b'A' => {
+                let message = backend.input.split_to(header.len);
+                self.notification(backend, message);
+            }
             b'S' => {
                 let message = backend.input.split_to(header.len);
                 backend.report(&message[HEADER..]);
@@ -565,6 +581,11 @@ impl Session {
     /// Runs the unit that begins at the start of the client's input.
     async fn unit(&mut self) -> Result<(), End> {
         self.started = Instant::now();
+        // The server keeps them until the transaction is over.
+        match self.lease {
+            Some(_) => _ = self.deaf_since.get_or_insert(self.started),
+            None => self.deaf_since = Some(self.started),
+        }
         self.handle.begin();
         self.forget_own();
         self.sql = None;
@@ -646,6 +667,7 @@ impl Session {
     /// The unit starts on a backend that was found for it.
     fn begin_on(&mut self, placed: Placed, demand: &Demand) {
         self.unit = Unit::new(demand.is_read(), demand.vetted());
+        self.unit.before = self.status;
         self.count_demand(demand);
         self.output_before = self.client.output.len();
         self.role = placed.role;
@@ -661,6 +683,9 @@ impl Session {
         }
         self.give_own(&mut lease);
         self.lease = Some(lease);
+        if !demand.is_read() {
+            self.may_notify();
+        }
     }
 
     /// If the unit shows Highwater's own settings, the backend is given what they are.
@@ -696,9 +721,16 @@ impl Session {
         self.portals.iter().find(|(name, _)| name == portal).map(|(_, changes)| changes.clone())
     }
 
+    /// A unit begins that is not shown to be all reads.
+    fn may_notify(&self) {
+        if let Some(lease) = &self.lease {
+            self.shared.sessions.senders.begins(&lease.cancel, self.handle.pid, self.started);
+        }
+    }
+
     /// What is known of a unit from how it was routed.
     fn count_demand(&mut self, demand: &Demand) {
-        self.unit.leaves = demand.leaves();
+        self.unit.leave(demand.leaves());
         self.unit.writes = !demand.is_read();
         self.unit.ddl = demand.is_ddl();
         if (demand.sets() || demand.is_ddl())
@@ -746,8 +778,9 @@ impl Session {
         if let Some((text, class)) = self.first_text() {
             self.look_for_own(&text, class).await?;
         }
-        let reason = if self.pin.is_some() { RouteReason::Pinned } else { RouteReason::InTransaction };
+        let reason = if self.pins.hold() { RouteReason::Pinned } else { RouteReason::InTransaction };
         self.unit = Unit::new(false, 0);
+        self.unit.before = self.status;
         if let Some(demand) = &demand {
             self.count_demand(demand);
         }
@@ -763,6 +796,9 @@ impl Session {
         {
             self.give_settings(&mut lease);
             self.lease = Some(lease);
+        }
+        if !demand.as_ref().is_some_and(Demand::is_read) {
+            self.may_notify();
         }
         match self.exchange().await {
             // Nothing moves off a primary; a session held on a replica would try for ever.
@@ -788,11 +824,35 @@ impl Session {
 
     /// The leased backend is the session's from now on.
     fn pin_now(&mut self, reason: PinReason) {
-        if self.pin.is_none() {
-            self.pin = Some(reason);
-            self.shared.metrics.pins.inc(reason.label());
-            self.shared.metrics.pinned_sessions.inc();
+        self.pins.add(reason);
+        self.show_pins();
+    }
+
+    /// Brings metrics and handle up to what the session is pinned by.
+    fn show_pins(&self) {
+        let (before, now) = (self.handle.pins(), self.pins.now());
+        if before == now {
+            return;
         }
+        let metrics = &self.shared.metrics;
+        for reason in now.without(before).iter() {
+            metrics.pins.inc(reason.label());
+            metrics.pinned_by.inc(reason.label());
+        }
+        for reason in before.without(now).iter() {
+            metrics.pinned_by.dec(reason.label());
+        }
+        match (before.has(PinReason::Listen), now.has(PinReason::Listen)) {
+            (false, true) => self.shared.sessions.senders.listens(),
+            (true, false) => self.shared.sessions.senders.listens_no_more(),
+            _ => {}
+        }
+        match (before.is_empty(), now.is_empty()) {
+            (true, false) => metrics.pinned_sessions.inc(),
+            (false, true) => metrics.pinned_sessions.dec(),
+            _ => {}
+        }
+        self.handle.show_pins(now);
     }
 
     fn count(&self, node: NodeId, class: ClassLabel, reason: RouteReason) {
@@ -838,30 +898,36 @@ impl Session {
         {
             // Nothing of it has run; the backend is closed, and what a pinned session had on it is gone.
             self.handle.idle();
-            return if self.pin.is_some() { Err(End::StateLost { node: lease.node }) } else { Ok(()) };
+            return if self.pins.hold() { Err(End::StateLost { node: lease.node }) } else { Ok(()) };
         }
         if !self.unit.is_quiet() {
             self.note();
         }
-        let failed = self.unit.failed();
         self.ddl |= self.unit.ddl;
         self.login_settings |= self.unit.login_settings;
-        match self.unit.leaves {
-            Leaves::Nothing => {}
-            Leaves::Pins(reason) => self.pin_now(reason),
-            Leaves::Unproven => self.unproven = true,
-            Leaves::DiscardsAll if !failed => {
-                if let Some(lease) = &mut self.lease {
-                    lease.unnamed = None;
-                    lease.applied = Arc::default();
-                    lease.dirt = Dirt::Clean;
-                }
-                if self.pin.take().is_some() {
-                    self.shared.metrics.pinned_sessions.dec();
-                }
+        let senders = &self.shared.sessions.senders;
+        if senders.are_heard()
+            && let Some(lease) = &self.lease
+        {
+            if self.unit.writes {
+                // It may have begun with reads alone.
+                senders.begins(&lease.cancel, self.handle.pid, Instant::now());
             }
-            // What they do to the statements was taken into account when they completed.
-            Leaves::DiscardsAll | Leaves::DeallocatesAll => {}
+            senders.ends(&lease.cancel, self.handle.pid, Instant::now());
+        }
+        let done = self.done();
+        let next = self.pins.after(&done);
+        self.show_pins();
+        if let Some(lease) = &mut self.lease {
+            if done.discards_all && !done.failed {
+                lease.unnamed = None;
+                lease.applied = Arc::default();
+                lease.dirt = Dirt::Clean;
+            }
+            if self.pins.now().has(PinReason::Process) {
+                // No command takes it away: it ends with the connection.
+                lease.dirt = Dirt::Unknown;
+            }
         }
         if self.settings.in_flux() || !self.unit.settings.is_empty() {
             self.settle_settings().await?;
@@ -876,17 +942,18 @@ impl Session {
         if std::mem::take(&mut self.ddl) {
             self.catalog.invalidate();
         }
-        if self.pin.is_none() && std::mem::take(&mut self.unproven) {
+        if next == Next::Look {
             self.look_at_backend().await?;
         }
-        if self.role == Role::Replica && self.pin.take().is_some() {
+        if self.role == Role::Replica && self.pins.hold() {
             // What was taken for a read has left state: a session is never held on a replica, where
             // its writes could not run. The state goes with the backend.
-            self.shared.metrics.pinned_sessions.dec();
+            self.pins = Pins::default();
+            self.show_pins();
             self.lease = None;
             self.handle.idle();
         }
-        if self.pin.is_none() {
+        if !self.pins.hold() {
             self.give_back();
         }
         Ok(())
@@ -915,7 +982,8 @@ impl Session {
         let too_much = self.settings.wanted().size() > self.shared.config.limits.session_settings;
         if outcome == AtReady::Untracked || too_much {
             lease.dirt = lease.dirt.max(Dirt::State);
-            self.pin_now(PinReason::Setting);
+            self.pins.keep(PinReason::Setting);
+            self.show_pins();
         }
         let applied = self.settings.left_behind();
         if let Some(lease) = &mut self.lease {
@@ -943,20 +1011,61 @@ impl Session {
         clean::read_settings(lease, names).await.map_err(|clean::Broken| End::StateLost { node })
     }
 
-    /// Code that is not understood has run: if it left session state, the session keeps the backend.
+    /// What the unit has done, as far as it concerns pins.
+    fn done(&self) -> Done {
+        Done {
+            leaves: self.unit.pins,
+            unproven: self.unit.unproven,
+            discards_all: self.unit.leaves == Leaves::DiscardsAll,
+            ends: self.unit.ends,
+            commands: self.unit.commands,
+            rollback: self.unit.rollback,
+            failed: self.unit.failed(),
+            large_statements: self.pins.now().has(PinReason::LargeStatement)
+                && self.statements.any_on_backend(),
+            before: self.unit.before,
+            after: self.status,
+        }
+    }
+
+    /// What the session has on its backend cannot be told from its statements: the server is asked.
     async fn look_at_backend(&mut self) -> Result<(), End> {
         self.flush_client().await?;
         self.handle.idle();
         let Some(lease) = &mut self.lease else { return Ok(()) };
         let node = lease.node;
-        match clean::look(lease).await {
-            Ok(clean::Left::Nothing) => Ok(()),
-            Ok(clean::Left::State) => {
-                self.pin_now(PinReason::FunctionState);
-                Ok(())
+        // The client has its answer, but what it may have left is gone with the backend.
+        let lost = |clean::Broken| End::StateLost { node };
+        let look = clean::look(lease).await.map_err(lost)?;
+        let had = std::mem::take(&mut lease.own_names);
+        if !had.is_empty() {
+            // SQL's DEALLOCATE may have taken some of them.
+            match clean::statement_names(lease).await.map_err(lost)? {
+                Some(has) => {
+                    self.statements.keep_only(&had, &has);
+                    lease.own_names = had.intersection(&has).cloned().collect();
+                }
+                None => lease.own_names = had,
             }
-            // The client has its answer, but what it may have left is gone with the backend.
-            Err(clean::Broken) => Err(End::StateLost { node }),
+        }
+        for message in look.notifications {
+            self.notification_heard(message);
+        }
+        match look.shown {
+            Some(shown) => self.pins.seen(reasons(shown, self.pins.now())),
+            // Whatever is there, the session keeps it.
+            None if !self.pins.hold() => self.pins.add(PinReason::FunctionState),
+            None => {}
+        }
+        self.show_pins();
+        Ok(())
+    }
+
+    /// A notification that came while the backend was asked something.
+    fn notification_heard(&mut self, message: BytesMut) {
+        if let Some(lease) = self.lease.take() {
+            self.notification(&lease, message);
+            self.lease = Some(lease);
         }
     }
 
@@ -1037,8 +1146,7 @@ impl Session {
         if !between_units && self.unit.writes {
             self.shared.metrics.unknown_outcomes.inc();
         }
-        if state_lost || self.pin.is_some() || in_transaction || !self.unit.was_sent_whole() || between_units
-        {
+        if state_lost || self.pins.hold() || in_transaction || !self.unit.was_sent_whole() || between_units {
             return Err(End::fatal(
                 ErrorReport::fatal(
                     "57P01",
@@ -1106,9 +1214,8 @@ impl Session {
     /// Says a last word, if one is due, and lets go of the backend.
     async fn close(&mut self, end: End) {
         self.handle.idle();
-        if self.pin.is_some() {
-            self.shared.metrics.pinned_sessions.dec();
-        }
+        self.pins = Pins::default();
+        self.show_pins();
         if let Some(lease) = self.lease.take() {
             self.part_from(lease, &end);
         }
@@ -1170,6 +1277,22 @@ impl Session {
             freshness.absorb(&*self.shared.positions, topology);
         }
     }
+}
+
+/// The reasons for which what was seen on a backend binds its session, which is bound by `now`.
+fn reasons(shown: clean::Shown, now: PinSet) -> PinSet {
+    let set = shown.setting && !now.has(PinReason::Setting);
+    [
+        (shown.temporary, PinReason::TemporaryTable),
+        (shown.listening, PinReason::Listen),
+        (shown.prepared, PinReason::SqlPrepare),
+        (shown.hold_cursor, PinReason::HoldCursor),
+        (shown.advisory_lock, PinReason::AdvisoryLock),
+        (set, PinReason::FunctionState),
+    ]
+    .into_iter()
+    .filter(|(is_there, _)| *is_there)
+    .fold(PinSet::NONE, |all, (_, reason)| all | PinSet::of(reason))
 }
 
 /// PostgreSQL's words for a cancelled statement.

@@ -5,7 +5,7 @@
 //! next has it or is given it. While a session is pinned its backend knows the client's own names, so
 //! that SQL's EXECUTE and DEALLOCATE see the same names as the protocol.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::Hasher;
 use std::num::NonZeroU64;
 use std::ops::Range;
@@ -320,6 +320,17 @@ impl Statements {
             Found::Statement(statement) => Some((name, statement)),
             Found::OnBackend | Found::Nothing => None,
         })
+    }
+
+    /// Whether there is a statement whose text was too long to be kept.
+    pub fn any_on_backend(&self) -> bool {
+        self.named.values().chain(&self.unnamed).any(|found| matches!(found, Found::OnBackend))
+    }
+
+    /// Forgets those named statements that the backend does not have any more: SQL's DEALLOCATE took them.
+    /// `had`: those it was given; `has`: of these it has still.
+    pub fn keep_only(&mut self, had: &HashSet<Vec<u8>>, has: &HashSet<Vec<u8>>) {
+        self.named.retain(|name, _| !had.contains(name) || has.contains(name));
     }
 
     /// A name of the client's for a shared statement.

@@ -400,7 +400,7 @@ impl Exchange<'_> {
         if leaves == Leaves::Nothing {
             return;
         }
-        self.unit.leaves = self.unit.leaves.or_stronger(leaves);
+        self.unit.leave(leaves);
         self.backend.dirt = self.backend.dirt.max(Dirt::State);
         self.materialize(leaves);
     }
