@@ -45,6 +45,27 @@ impl PoolContext {
         login::cancel(&self.target(target.node), target.pid, &target.key).await
     }
 
+    /// Has the node cancel what `target` runs, which was announced. Should that not arrive, the backend
+    /// serves nobody else.
+    pub async fn stop(&self, target: &CancelTarget) {
+        let underway = target.underway();
+        if self.cancel(target).await.is_ok() {
+            underway.arrived();
+        }
+    }
+
+    /// A connection of its own, in no pool, for a client that has authenticated.
+    pub async fn log_in_apart(
+        &self,
+        node: NodeId,
+        user: &str,
+        database: &str,
+        parameters: &[(String, String)],
+        keys: &LoginKeys,
+    ) -> Result<login::LoggedIn, AcquireError> {
+        login::log_in(&self.target(node), user, database, parameters, keys).await.map_err(refusal)
+    }
+
     fn target(&self, node: NodeId) -> LoginTarget<'_> {
         let address = &self.config.nodes[node.index()];
         LoginTarget {
@@ -165,6 +186,8 @@ pub struct Pool {
     node: NodeId,
     database: Arc<str>,
     user: Arc<str>,
+    /// Connections at most.
+    size: usize,
     /// The keys of the latest login: after a change of password the new ones serve.
     keys: Mutex<LoginKeys>,
     state: Mutex<State>,
@@ -258,7 +281,7 @@ impl Pool {
     /// Opens connections for those who wait, as far as the pool's size allows. A full pool gives up an
     /// idle backend whose startup parameters nobody who waits can use.
     fn open_more(self: &Arc<Pool>, state: &mut State) {
-        let size = self.context.config.pool.size;
+        let size = self.size;
         while let Some(next) = state.waiters.iter().position(|w| !w.coming && !w.grant.is_closed()) {
             if state.open >= size {
                 if state.idle.is_empty() {
@@ -318,8 +341,9 @@ impl Pool {
         let target = self.context.target(self.node);
         let keys = self.keys.lock().unwrap_or_else(|p| p.into_inner()).clone();
         let epoch = self.context.topology.load().epoch;
-        let logged_in =
-            login::log_in(&target, &self.user, &self.database, &startup.0, &keys).await.map_err(refusal)?;
+        let logged_in = login::log_in(&target, &self.user, &self.database, &super::exempt(startup), &keys)
+            .await
+            .map_err(refusal)?;
         let cancel = Arc::new(CancelTarget::new(self.node, logged_in.pid, logged_in.key.clone()));
         self.context.metrics.backend_opened(self.node);
         Ok(Box::new(Backend::new(
@@ -330,8 +354,16 @@ impl Pool {
             self.context.positions.node(self.node).counter(),
             epoch,
             worker,
-            Instant::now(),
+            self.birth(),
         )))
+    }
+
+    /// When a connection that is made now counts as opened: up to a tenth of `server_lifetime` earlier, so
+    /// that those which a burst has opened do not all end in one moment.
+    fn birth(&self) -> Instant {
+        let now = Instant::now();
+        let lifetime = self.context.config.pool.server_lifetime;
+        now.checked_sub(lifetime.mul_f64(rand::random_range(0.0..0.1))).unwrap_or(now)
     }
 
     /// Gives a clean backend to who has waited longest of those whom it fits, or keeps it.
@@ -521,9 +553,7 @@ impl Lease {
         let context = self.pool.context.clone();
         tokio::spawn(async move {
             // Should it not arrive, the node finds out when it answers.
-            if context.cancel(&target).await.is_ok() {
-                target.underway().arrived();
-            }
+            context.stop(&target).await;
             drop(self);
         });
     }
@@ -563,7 +593,16 @@ pub struct UserPools {
     /// By node.
     pub nodes: Box<[Arc<Pool>]>,
     /// What a server reports at login, by startup parameters.
-    welcomes: Mutex<HashMap<Arc<StartupParameters>, Arc<super::Parameters>>>,
+    welcomes: Mutex<HashMap<Arc<StartupParameters>, Welcome>>,
+}
+
+/// What a login is told, and what holds for its session.
+#[derive(Clone)]
+pub struct Welcome {
+    /// What the server reported.
+    pub parameters: Arc<super::Parameters>,
+    /// The server's `idle_session_timeout` for this role and database; zero: none.
+    pub idle_session_timeout: Duration,
 }
 
 /// Startup parameter sets whose reports are remembered per database and user.
@@ -578,17 +617,17 @@ impl UserPools {
     }
 
     /// What a server reported to an earlier login with these startup parameters.
-    pub fn welcome(&self, startup: &StartupParameters) -> Option<Arc<super::Parameters>> {
+    pub fn welcome(&self, startup: &StartupParameters) -> Option<Welcome> {
         self.welcomes.lock().unwrap_or_else(|p| p.into_inner()).get(startup).cloned()
     }
 
     /// Remembers what a server reported.
-    pub fn remember_welcome(&self, startup: &Arc<StartupParameters>, parameters: &Arc<super::Parameters>) {
+    pub fn remember_welcome(&self, startup: &Arc<StartupParameters>, welcome: &Welcome) {
         let mut welcomes = self.welcomes.lock().unwrap_or_else(|p| p.into_inner());
         if welcomes.len() >= MAX_WELCOMES {
             welcomes.clear();
         }
-        welcomes.insert(startup.clone(), parameters.clone());
+        welcomes.insert(startup.clone(), welcome.clone());
     }
 }
 
@@ -624,6 +663,7 @@ impl Pools {
                     node: NodeId(u16::try_from(i).unwrap_or(u16::MAX)),
                     database: key.0.clone(),
                     user: key.1.clone(),
+                    size: self.context.config.pool.size_of(database, user),
                     keys: Mutex::new(keys.clone()),
                     state: Mutex::new(State::default()),
                 })

@@ -401,11 +401,13 @@ pub enum PinReason {
     FunctionState,
     /// A statement text too long to be prepared again elsewhere.
     LargeStatement,
+    /// `pool.mode: session`.
+    SessionPooling,
 }
 
 impl PinReason {
     /// All labels.
-    pub const LABELS: [&'static str; 10] = [
+    pub const LABELS: [&'static str; 11] = [
         PinReason::Setting.label(),
         PinReason::TemporaryTable.label(),
         PinReason::Listen.label(),
@@ -416,6 +418,7 @@ impl PinReason {
         PinReason::Other.label(),
         PinReason::FunctionState.label(),
         PinReason::LargeStatement.label(),
+        PinReason::SessionPooling.label(),
     ];
 
     /// One word for a metric label or a log field.
@@ -431,6 +434,7 @@ impl PinReason {
             PinReason::Other => "other",
             PinReason::FunctionState => "function_state",
             PinReason::LargeStatement => "large_statement",
+            PinReason::SessionPooling => "session_pooling",
         }
     }
 }

@@ -323,7 +323,7 @@ impl Exchange<'_> {
         let again = match refusal::of(&fields) {
             _ if final_word => None,
             Refusal::Shutdown if fatal => Some(Again::NodeLost),
-            _ if self.session.role == Role::Primary => None,
+            _ if self.session.role != Role::Replica => None,
             Refusal::NotAReadAfterAll => Some(Again::NotARead),
             Refusal::LateReplica => Some(Again::LateReplica),
             Refusal::RecoveryConflict => Some(Again::Conflict),
@@ -422,7 +422,7 @@ impl Exchange<'_> {
             }
         }
         // Never a late answer of an earlier epoch's primary.
-        if self.session.role == Role::Primary
+        if self.session.role != Role::Replica
             && self.backend.epoch != self.session.shared.topology.load().epoch
         {
             return Err(End::NodeLost { node });

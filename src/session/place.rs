@@ -47,7 +47,11 @@ impl Session {
         demand: &Demand,
         avoid: &[NodeId],
     ) -> Result<Result<Placed, ErrorReport>, End> {
+        if self.read_only {
+            return self.place_on_standby(avoid).await;
+        }
         let reason = match demand {
+            Demand::Read { .. } if self.keeps_backend => RouteReason::Pinned,
             Demand::Read { redone: true, .. } => RouteReason::Redone,
             Demand::Read { .. } if !self.shared.config.routing.split => RouteReason::SplitOff,
             Demand::Read { .. } => match self.place_on_replica(avoid).await? {
@@ -119,6 +123,37 @@ impl Session {
             self.want_samples(&avoid);
             if !self.wait(changed, wait_until).await? {
                 return Ok(Tried::Failed(canceled()));
+            }
+        }
+    }
+
+    /// A replica, for a session of the read-only port: there is no other place, so one is waited for.
+    async fn place_on_standby(&mut self, avoid: &[NodeId]) -> Result<Result<Placed, ErrorReport>, End> {
+        let pause = self.shared.config.failover.pause_timeout;
+        let until = Instant::now() + pause;
+        loop {
+            let shared = self.shared.clone();
+            let changed = shared.positions.changed();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            match self.place_on_replica(avoid).await? {
+                Tried::Placed(placed) => return Ok(Ok(Placed { role: Role::Standby, ..placed })),
+                Tried::Failed(report) => return Ok(Err(report)),
+                Tried::Primary(_) if Instant::now() >= until => {
+                    let report = ErrorReport::error(
+                        "57P03",
+                        "no replica has reached what this session has seen",
+                    )
+                    .detail(format!(
+                        "Waited {pause:?} (failover.pause_timeout). The statement was not sent to any node."
+                    ));
+                    return Ok(Err(report));
+                }
+                Tried::Primary(_) => {}
+            }
+            self.want_samples(avoid);
+            if !self.wait(changed, until.min(Instant::now() + RETRY)).await? {
+                return Ok(Err(canceled()));
             }
         }
     }
@@ -373,7 +408,8 @@ impl Session {
         let topology = self.shared.topology.load_full();
         let replicas: Vec<NodeId> = topology.serving_replicas().map(|v| v.id).collect();
         let mut last = None;
-        for node in topology.primary.into_iter().chain(replicas) {
+        let primary = topology.primary.filter(|_| !self.read_only);
+        for node in primary.into_iter().chain(replicas) {
             match self.lease_from(node).await? {
                 Ok(lease) => return Ok(lease),
                 Err(AcquireError::Refused { message, sqlstate }) if sqlstate != *b"57P03" => {
@@ -407,12 +443,12 @@ enum Hope {
     Soon,
 }
 
-fn no_primary(pause: Duration) -> ErrorReport {
+pub(super) fn no_primary(pause: Duration) -> ErrorReport {
     ErrorReport::error("57P03", "no primary is available")
         .detail(format!("Waited {pause:?} (failover.pause_timeout). The statement was not sent to any node."))
 }
 
-fn unfit(why: &str) -> ErrorReport {
+pub(super) fn unfit(why: &str) -> ErrorReport {
     ErrorReport::error("08006", "cannot log in to the node in this user's place")
         .detail(why.to_owned())
         .hint("Run highwater check.")
