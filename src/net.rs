@@ -483,3 +483,30 @@ fn still_valid(certificate: &CertificateDer<'_>, now: UnixTime) -> Result<(), ru
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_clients_socket_gets_what_is_configured() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let tcp = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let second = Duration::from_secs(1);
+        let config = |user_timeout| ClientTcpConfig {
+            keepalives_idle: 7 * second,
+            keepalives_interval: 5 * second,
+            keepalives_count: 9,
+            user_timeout,
+        };
+        let socket = SockRef::from(&tcp);
+        set_client_options(&tcp, &config(Duration::ZERO)).unwrap();
+        assert_eq!(socket.tcp_user_timeout().unwrap(), None);
+        set_client_options(&tcp, &config(11 * second)).unwrap();
+        assert!(socket.keepalive().unwrap() && tcp.nodelay().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), 7 * second);
+        assert_eq!(socket.tcp_keepalive_interval().unwrap(), 5 * second);
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), 9);
+        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(11 * second));
+    }
+}

@@ -319,6 +319,9 @@ impl Parts {
                 },
             ));
         }
+        if let Some(address) = &config.listen_read_only {
+            info!(address, "accepting clients that only read");
+        }
         info!(address = %self.address, workers = config.workers, nodes = config.nodes.len(), "accepting clients");
 
         // An error means that the handle is gone: as good as a stop.

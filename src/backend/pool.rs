@@ -362,8 +362,7 @@ impl Pool {
     /// that those which a burst has opened do not all end in one moment.
     fn birth(&self) -> Instant {
         let now = Instant::now();
-        let lifetime = self.context.config.pool.server_lifetime;
-        now.checked_sub(lifetime.mul_f64(rand::random_range(0.0..0.1))).unwrap_or(now)
+        now.checked_sub(head_start(self.context.config.pool.server_lifetime, rand::random())).unwrap_or(now)
     }
 
     /// Gives a clean backend to who has waited longest of those whom it fits, or keeps it.
@@ -506,6 +505,11 @@ impl Drop for Waiting<'_> {
             self.pool.lock().waiters.retain(|w| !w.grant.is_closed());
         }
     }
+}
+
+/// By how much sooner than `lifetime` one connection of many ends; `chance`: any number.
+fn head_start(lifetime: Duration, chance: u32) -> Duration {
+    lifetime.mul_f64(f64::from(chance) / f64::from(u32::MAX) / 10.0)
 }
 
 fn fail_first(state: &mut State, error: &AcquireError) -> bool {
@@ -709,5 +713,18 @@ impl Pools {
                 Arc::strong_count(pools) > 1 || pools.nodes.iter().any(|p| p.lock().open > 0)
             });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_end_within_the_last_tenth_of_their_lifetime() {
+        let hour = Duration::from_secs(3600);
+        assert_eq!(head_start(hour, 0), Duration::ZERO);
+        assert_eq!(head_start(hour, u32::MAX), hour / 10);
+        assert!((hour / 21..hour / 19).contains(&head_start(hour, u32::MAX / 2)));
     }
 }

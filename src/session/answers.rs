@@ -422,7 +422,7 @@ impl Exchange<'_> {
             }
         }
         // Never a late answer of an earlier epoch's primary.
-        if self.session.role != Role::Replica
+        if self.session.role == Role::Primary
             && self.backend.epoch != self.session.shared.topology.load().epoch
         {
             return Err(End::NodeLost { node });

@@ -796,8 +796,25 @@ impl Session {
         }
         if self.pin.is_none() {
             self.give_back();
+        } else if self.keeps_backend && self.unit.leaves == Leaves::DiscardsAll && !failed {
+            self.name_backend_again().await?;
         }
         Ok(())
+    }
+
+    /// DISCARD ALL has taken the session's `application_name` from the backend that it keeps; to one server
+    /// that is the value it goes back to.
+    async fn name_backend_again(&mut self) -> Result<(), End> {
+        if self.application_name.is_none() {
+            return Ok(());
+        }
+        self.flush_client().await?;
+        let Some(mut lease) = self.lease.take() else { return Ok(()) };
+        let node = lease.node;
+        let named = clean::name(&mut lease, self.application_name.as_ref()).await;
+        self.tell_differences(&lease.parameters);
+        self.lease = Some(lease);
+        named.map_err(|_| End::StateLost { node })
     }
 
     /// Code that is not understood has run: if it left session state, the session keeps the backend.

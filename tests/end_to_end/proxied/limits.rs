@@ -31,7 +31,7 @@ async fn timed_out(proxy: &Proxy, reason: &str) -> f64 {
 #[tokio::test]
 async fn a_client_that_says_nothing_is_ended_and_one_that_works_or_is_in_a_transaction_is_not() {
     let cluster = Cluster::start(0).await;
-    let proxy = proxy_with(&cluster, "timeouts: { idle_session: 500ms }").await;
+    let proxy = proxy_with(&cluster, "timeouts: { idle_session: 1s }").await;
     let (mut idle, mut busy, mut open) =
         (proxy.raw_login().await, proxy.raw_login().await, proxy.raw_login().await);
     open.ask(&query("BEGIN")).await;
@@ -68,7 +68,7 @@ async fn who_leaves_a_transaction_open_is_ended_and_its_locks_are_free() {
 async fn a_transaction_that_takes_too_long_is_stopped_wherever_it_is() {
     let cluster = Cluster::start(0).await;
     cluster.set_up("CREATE TABLE t (x int)").await;
-    let proxy = proxy_with(&cluster, "timeouts: { transaction: 600ms }").await;
+    let proxy = proxy_with(&cluster, "timeouts: { transaction: 1s }").await;
     // In a statement, alone or in a transaction; between two; and busy all the time.
     for begun in ["SELECT pg_sleep(3600)", "BEGIN; INSERT INTO t VALUES (1); SELECT pg_sleep(3600)"] {
         let mut client = proxy.raw_login().await;
@@ -98,7 +98,7 @@ async fn a_transaction_that_takes_too_long_is_stopped_wherever_it_is() {
     // Many short ones one after the other are not one long one.
     let mut short = proxy.raw_login().await;
     let begin = std::time::Instant::now();
-    while begin.elapsed() < std::time::Duration::from_millis(1500) {
+    while begin.elapsed() < std::time::Duration::from_millis(2500) {
         assert_eq!(tags(&short.ask(&query("BEGIN; SELECT pg_sleep(0.02); COMMIT")).await), "CTDCCZ");
     }
     assert_eq!(cluster.primary().query_text("SELECT count(*) FROM t").await.unwrap(), "0");
@@ -129,6 +129,27 @@ async fn the_idle_session_timeout_of_a_role_ends_its_idle_clients_and_no_pooled_
     let mut elsewhere = proxy.raw().await;
     elsewhere.login("postgres", proxy.app()).await.unwrap();
     assert_eq!(tags(&elsewhere.ask(&query("SELECT 1")).await), "TDCZ");
+}
+
+#[tokio::test]
+async fn what_a_role_or_session_has_set_for_idle_transactions_the_server_sees_to() {
+    let cluster = Cluster::start(0).await;
+    let proxy = Proxy::start(&cluster).await;
+    let mut own = proxy.raw_login().await;
+    own.ask(&query("BEGIN; SET LOCAL idle_in_transaction_session_timeout = '200ms'")).await;
+    assert_eq!(code(&own.read_to_end().await).as_deref(), Some("25P03"));
+    cluster
+        .primary()
+        .execute("ALTER ROLE app SET idle_in_transaction_session_timeout = '200ms'")
+        .await
+        .unwrap();
+    let fresh = Proxy::start(&cluster).await;
+    let mut client = fresh.raw_login().await;
+    client.ask(&query("BEGIN")).await;
+    assert_eq!(code(&client.read_to_end().await).as_deref(), Some("25P03"));
+    // And whoever comes next is not told of it.
+    let mut next = fresh.raw_login().await;
+    assert_eq!(tags(&next.ask(&query("SELECT 1")).await), "TDCZ");
 }
 
 #[tokio::test]

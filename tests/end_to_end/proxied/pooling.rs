@@ -15,7 +15,10 @@ async fn a_session_keeps_one_backend_of_the_primary_whatever_it_does() {
     let cluster = Cluster::start(1).await;
     cluster.set_up("CREATE TABLE t (x int)").await;
     let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides: SESSION, ..Default::default() }).await;
-    let mut client = proxy.raw_login().await;
+    let app = proxy.app().clone();
+    let parameters = [("user", app.user.as_str()), ("database", "app"), ("application_name", "books")];
+    let mut client = proxy.raw().await;
+    client.login_with(&parameters, &app.password).await.unwrap();
     assert_eq!(tags(&client.ask(&query("SELECT x FROM t")).await), "TCZ");
     let pid = cell(&mut client, "SELECT pg_backend_pid()").await;
     // Nothing here is a reason to be pinned in the other mode; DISCARD ALL would even end a pin.
@@ -25,6 +28,7 @@ async fn a_session_keeps_one_backend_of_the_primary_whatever_it_does() {
         client.ask(&query(sql)).await;
         assert_eq!(cell(&mut client, "SELECT pg_backend_pid()").await, pid, "{sql}");
     }
+    assert_eq!(cell(&mut client, "SHOW application_name").await.as_deref(), Some("books"));
     client
         .ask(&query("SET work_mem = '7MB'; CREATE TEMP TABLE mine AS SELECT 42 AS x; PREPARE p AS SELECT 7"))
         .await;
