@@ -105,7 +105,7 @@ fn columns(body: &[u8]) -> Option<Vec<Option<Vec<u8>>>> {
 
 /// Lets the cancel requests pass that were sent to an idle backend, which PostgreSQL ignores then.
 /// `Err`: one may still arrive.
-async fn fence(backend: &mut Backend) -> Result<(), Broken> {
+pub async fn fence(backend: &mut Backend) -> Result<(), Broken> {
     if !backend.cancel.was_sent() {
         return Ok(());
     }

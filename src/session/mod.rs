@@ -543,14 +543,24 @@ impl Session {
             self.handle.idle();
         }
         self.timeouts.unit_ended(self.status);
-        if self.timeouts.take_stopped()
-            && result.is_ok()
-            && (self.status != TransactionStatus::Idle || self.unit.failed())
-        {
-            // It was stopped, or its transaction is still open. (A commit that came first has happened.)
-            return Err(self.overdue());
+        if self.timeouts.take_stopped() && result.is_ok() {
+            if self.status != TransactionStatus::Idle || self.unit.failed() {
+                // It was stopped, or its transaction is still open.
+                return Err(self.overdue());
+            }
+            // Its commit came first, and has happened.
+            self.let_cancel_pass().await?;
         }
         result
+    }
+
+    /// The backend that the session keeps was sent a cancel that came too late: it must not hit the next
+    /// statement, which the client has done nothing to have cancelled.
+    async fn let_cancel_pass(&mut self) -> Result<(), End> {
+        self.flush_client().await?;
+        let Some(lease) = &mut self.lease else { return Ok(()) };
+        let node = lease.node;
+        clean::fence(lease).await.map_err(|_| End::StateLost { node })
     }
 
     /// The session's transaction has taken too long.
