@@ -4,7 +4,7 @@
 //! Each has a connection to the primary of its own, logged in as the client; from then on bytes are passed
 //! on both ways as they come. What they ask (slots, WAL positions, a backup) is about one server: nothing
 //! of it is pooled, moved or run again. Promises: at most `replication.max_connections`; at most
-//! [`HIGH_WATER`] bytes wait for either side; it ends with the epoch of its primary, and when the proxy is
+//! `HIGH_WATER` bytes wait for either side; it ends with the epoch of its primary, and when the proxy is
 //! asked to stop, between two messages wherever that comes in time.
 //!
 //! Deliberately not here: what the messages mean.
