@@ -30,12 +30,16 @@ impl std::fmt::Debug for Secret {
 pub struct Config {
     /// Address and port for clients.
     pub listen: String,
+    /// Address and port for clients that only read, on replicas; `None`: no such port.
+    pub listen_read_only: Option<String>,
     /// Address and port for /metrics, /healthz and /readyz; `None`: no HTTP.
     pub http: Option<String>,
     /// I/O threads.
     pub workers: usize,
     /// Client connections at most.
     pub max_clients: usize,
+    /// Of these, places that only `auth.admins` may take.
+    pub reserved_clients: usize,
     /// The nodes, without roles.
     pub nodes: Vec<NodeConfig>,
     /// How the proxy itself logs in to the nodes.
@@ -44,6 +48,8 @@ pub struct Config {
     pub auth: AuthConfig,
     /// TLS towards clients.
     pub client_tls: ClientTlsConfig,
+    /// Sockets of clients.
+    pub client_tcp: ClientTcpConfig,
     /// TLS towards nodes.
     pub node_tls: NodeTlsConfig,
     /// Backends.
@@ -54,6 +60,10 @@ pub struct Config {
     pub routing: RoutingConfig,
     /// Bounds of memory and time per session.
     pub limits: LimitsConfig,
+    /// When clients that do nothing, or too much, are ended.
+    pub timeouts: TimeoutsConfig,
+    /// Connections that speak the replication protocol.
+    pub replication: ReplicationConfig,
     /// How nodes are watched and a lost primary is replaced.
     pub failover: FailoverConfig,
     /// Log lines.
@@ -104,7 +114,7 @@ pub struct AuthConfig {
     pub source: AuthSource,
     /// The users of source `list`.
     pub users: Vec<UserConfig>,
-    /// Who may use the admin console.
+    /// Who may take the reserved places.
     pub admins: Vec<String>,
     /// Source `query`: the SQL that answers one row for user `$1` and database `$2`:
     /// (verifier text, may log in boolean, valid until timestamptz, may connect boolean).
@@ -146,6 +156,19 @@ pub struct ClientTlsConfig {
     pub ca: Option<PathBuf>,
 }
 
+/// Sockets of clients, in the words of PostgreSQL's `tcp_keepalives_*` and `tcp_user_timeout`.
+#[derive(Clone, Debug)]
+pub struct ClientTcpConfig {
+    /// An idle connection is probed after this.
+    pub keepalives_idle: Duration,
+    /// And again each time after this.
+    pub keepalives_interval: Duration,
+    /// So many probes without an answer end it.
+    pub keepalives_count: u32,
+    /// Unacknowledged data ends it after this; zero: the system's default.
+    pub user_timeout: Duration,
+}
+
 /// libpq's sslmode words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeTlsMode {
@@ -172,11 +195,39 @@ pub struct NodeTlsConfig {
     pub ca: Option<PathBuf>,
 }
 
+/// For how long a session keeps a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PoolMode {
+    /// For a transaction, or while it has left something on it.
+    Transaction,
+    /// From its first statement to its end, on the primary.
+    Session,
+}
+
+/// What is set apart for one user or database.
+#[derive(Clone, Debug)]
+pub struct PoolOverride {
+    /// The user's or database's name.
+    pub name: String,
+    /// In place of `pool.mode`.
+    pub mode: Option<PoolMode>,
+    /// In place of `pool.size`.
+    pub size: Option<usize>,
+    /// Sessions at most.
+    pub max_clients: Option<usize>,
+}
+
 /// Backends.
 #[derive(Clone, Debug)]
 pub struct PoolConfig {
+    /// For how long a session keeps a backend.
+    pub mode: PoolMode,
     /// Backends at most per (node, database, user).
     pub size: usize,
+    /// What is set apart for users; it goes before what is for databases.
+    pub users: Vec<PoolOverride>,
+    /// What is set apart for databases.
+    pub databases: Vec<PoolOverride>,
     /// How long a statement waits for a backend before it fails.
     pub query_wait_timeout: Duration,
     /// How long a connection attempt to a node may take.
@@ -187,6 +238,44 @@ pub struct PoolConfig {
     pub server_lifetime: Duration,
     /// Prepared statements at most per backend; the least recently used is closed.
     pub max_prepared: usize,
+}
+
+impl PoolConfig {
+    /// What is said of this user, then of this database.
+    fn overrides(&self, database: &str, user: &str) -> impl Iterator<Item = &PoolOverride> {
+        let of = |list: &'_ [PoolOverride], name: &str| list.iter().position(|o| o.name == name);
+        let users = of(&self.users, user).map(|at| &self.users[at]);
+        let databases = of(&self.databases, database).map(|at| &self.databases[at]);
+        users.into_iter().chain(databases)
+    }
+
+    /// The mode of `user`'s sessions in `database`.
+    pub fn mode_of(&self, database: &str, user: &str) -> PoolMode {
+        self.overrides(database, user).find_map(|o| o.mode).unwrap_or(self.mode)
+    }
+
+    /// The size of `user`'s pools in `database`.
+    pub fn size_of(&self, database: &str, user: &str) -> usize {
+        self.overrides(database, user).find_map(|o| o.size).unwrap_or(self.size)
+    }
+}
+
+/// When clients are ended that do nothing, or hold a transaction too long; zero: never.
+#[derive(Clone, Copy, Debug)]
+pub struct TimeoutsConfig {
+    /// Outside a transaction without a statement for so long (57P05).
+    pub idle_session: Duration,
+    /// Inside a transaction without a statement for so long (25P03).
+    pub idle_in_transaction: Duration,
+    /// A transaction open for so long (25P04).
+    pub transaction: Duration,
+}
+
+/// Connections that speak the replication protocol.
+#[derive(Clone, Copy, Debug)]
+pub struct ReplicationConfig {
+    /// At most; 0: none.
+    pub max_connections: usize,
 }
 
 /// What the sessions of a user, of a database, or of a user in a database are promised.
@@ -316,18 +405,23 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
         "",
         &[
             "listen",
+            "listen_read_only",
             "http",
             "workers",
             "max_clients",
+            "reserved_clients",
             "nodes",
             "control",
             "auth",
             "client_tls",
+            "client_tcp",
             "node_tls",
             "pool",
             "consistency",
             "routing",
             "limits",
+            "timeouts",
+            "replication",
             "failover",
             "log",
             "drain_timeout",
@@ -338,6 +432,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
     ("auth", &["source", "users", "admins", "query", "login_timeout"]),
     ("auth.users[]", &["name", "password", "password_env", "password_file"]),
     ("client_tls", &["mode", "cert", "key", "ca"]),
+    ("client_tcp", &["keepalives_idle", "keepalives_interval", "keepalives_count", "user_timeout"]),
     ("node_tls", &["mode", "ca"]),
     (
         "pool",
@@ -349,8 +444,12 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "server_idle_timeout",
             "server_lifetime",
             "max_prepared",
+            "users",
+            "databases",
         ],
     ),
+    ("pool.users[]", &["name", "mode", "size", "max_clients"]),
+    ("pool.databases[]", &["name", "mode", "size", "max_clients"]),
     (
         "consistency",
         &[
@@ -382,6 +481,8 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "parser_deadline",
         ],
     ),
+    ("timeouts", &["idle_session", "idle_in_transaction", "transaction"]),
+    ("replication", &["max_connections"]),
     (
         "failover",
         &[
@@ -398,6 +499,9 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
     ),
     ("log", &["format", "level"]),
 ];
+
+const POOL_MODES: [(&str, PoolMode); 2] =
+    [("transaction", PoolMode::Transaction), ("session", PoolMode::Session)];
 
 const MAX_FILE: u64 = 1 << 20;
 /// Values in a file at most, aliases expanded: bounds what a YAML bomb can cost.
@@ -1035,6 +1139,26 @@ impl Reader<'_> {
             Some((Tree::Null, _)) => None,
             _ => Some(self.address(&top, "http", "127.0.0.1:9632")),
         };
+        let listen_read_only = match top.get("listen_read_only") {
+            None | Some((Tree::Null, _)) => None,
+            Some(_) => Some(self.address(&top, "listen_read_only", "")),
+        };
+        if let Some((_, trail)) = top.get("listen_read_only")
+            && listen_read_only.is_some()
+            && (listen_read_only.as_ref() == Some(&listen) || listen_read_only == http)
+            && !listen_read_only.as_ref().is_some_and(|address| address.ends_with(":0"))
+        {
+            self.wrong(&trail, "the same address as `listen` or `http`");
+        }
+        let max_clients = self.number(&top, "max_clients", 1..=1_000_000, 1000) as usize;
+        let reserved_clients = self.number(&top, "reserved_clients", 0..=1_000_000, 0) as usize;
+        if let Some((_, trail)) = top.get("reserved_clients") {
+            if reserved_clients >= max_clients {
+                self.wrong(&trail, "must be less than max_clients");
+            } else if reserved_clients > 0 && auth.as_ref().is_some_and(|auth| auth.admins.is_empty()) {
+                self.wrong(&trail, "reserved for nobody: `auth.admins` is empty");
+            }
+        }
         if let Some((_, trail)) = top.get("http")
             && http.as_ref() == Some(&listen)
             && !listen.ends_with(":0")
@@ -1043,16 +1167,21 @@ impl Reader<'_> {
         }
         Some(Config {
             listen,
+            listen_read_only,
             http,
             workers: self.number(&top, "workers", 1..=1024, cores as u64) as usize,
-            max_clients: self.number(&top, "max_clients", 1..=1_000_000, 1000) as usize,
+            max_clients,
+            reserved_clients,
             nodes,
             client_tls: self.client_tls(&top),
+            client_tcp: self.client_tcp(&top),
             node_tls: self.node_tls(&top),
             pool: self.pool(&top),
             consistency: self.consistency(&top),
             routing: self.routing(&top),
             limits: self.limits(&top),
+            timeouts: self.timeouts(&top),
+            replication: self.replication(&top),
             failover: self.failover(&top),
             log: self.log(&top),
             drain_timeout: self.time(&top, "drain_timeout", Duration::from_secs(30), Duration::ZERO),
@@ -1196,6 +1325,17 @@ impl Reader<'_> {
         tls
     }
 
+    fn client_tcp(&mut self, top: &Section<'_>) -> ClientTcpConfig {
+        let section = self.child(top, "client_tcp");
+        let second = Duration::from_secs(1);
+        ClientTcpConfig {
+            keepalives_idle: self.time(&section, "keepalives_idle", Duration::from_secs(30), second),
+            keepalives_interval: self.time(&section, "keepalives_interval", Duration::from_secs(10), second),
+            keepalives_count: self.number(&section, "keepalives_count", 1..=127, 3) as u32,
+            user_timeout: self.time(&section, "user_timeout", Duration::ZERO, Duration::ZERO),
+        }
+    }
+
     fn node_tls(&mut self, top: &Section<'_>) -> NodeTlsConfig {
         let section = self.child(top, "node_tls");
         let words = [
@@ -1214,15 +1354,54 @@ impl Reader<'_> {
 
     fn pool(&mut self, top: &Section<'_>) -> PoolConfig {
         let section = self.child(top, "pool");
-        self.choice(&section, "mode", &[("transaction", ())], &["session"], ());
         let least = Duration::from_millis(1);
         PoolConfig {
+            mode: self.choice(&section, "mode", &POOL_MODES, &[], PoolMode::Transaction),
             size: self.number(&section, "size", 1..=100_000, 20) as usize,
             query_wait_timeout: self.time(&section, "query_wait_timeout", Duration::from_secs(30), least),
             connect_timeout: self.time(&section, "connect_timeout", Duration::from_secs(5), least),
             server_idle_timeout: self.time(&section, "server_idle_timeout", Duration::from_secs(600), least),
             server_lifetime: self.time(&section, "server_lifetime", Duration::from_secs(3600), least),
             max_prepared: self.number(&section, "max_prepared", 1..=100_000, 200) as usize,
+            users: self.pool_overrides(&section, "users", "pool.users[]"),
+            databases: self.pool_overrides(&section, "databases", "pool.databases[]"),
+        }
+    }
+
+    fn pool_overrides(&mut self, pool: &Section<'_>, key: &str, name: &str) -> Vec<PoolOverride> {
+        let mut found: Vec<PoolOverride> = Vec::new();
+        for (tree, trail) in self.list(pool, key) {
+            let section = self.section(name, tree, trail);
+            let Some(name) = self.needed(&section, "name") else { continue };
+            if found.iter().any(|other| other.name == name) {
+                let at = section.get("name").map_or(section.trail.clone(), |(_, t)| t);
+                self.wrong(&at, "listed twice");
+            }
+            let mut number =
+                |key: &str| section.has(key).then(|| self.number(&section, key, 1..=1_000_000, 1) as usize);
+            let (size, max_clients) = (number("size"), number("max_clients"));
+            let mode = section
+                .has("mode")
+                .then(|| self.choice(&section, "mode", &POOL_MODES, &[], PoolMode::Transaction));
+            found.push(PoolOverride { name, mode, size, max_clients });
+        }
+        found
+    }
+
+    fn timeouts(&mut self, top: &Section<'_>) -> TimeoutsConfig {
+        let section = self.child(top, "timeouts");
+        let mut time = |key| self.time(&section, key, Duration::ZERO, Duration::ZERO);
+        TimeoutsConfig {
+            idle_session: time("idle_session"),
+            idle_in_transaction: time("idle_in_transaction"),
+            transaction: time("transaction"),
+        }
+    }
+
+    fn replication(&mut self, top: &Section<'_>) -> ReplicationConfig {
+        let section = self.child(top, "replication");
+        ReplicationConfig {
+            max_connections: self.number(&section, "max_connections", 0..=100_000, 10) as usize,
         }
     }
 
@@ -1435,12 +1614,22 @@ mod tests {
         check("listen: nowhere", "f.yaml:3:9: listen: expected host:port");
         check("http: 127.0.0.1:6432", "f.yaml:3:7: http: the same address");
         check("log: { level: 'a=b=c' }", "f.yaml:3:15: log.level: expected error");
+        check("pool: { mode: statement }", "f.yaml:3:15: pool.mode: expected one of transaction, session");
+        check("pool: { users: [ { size: 3 } ] }", "f.yaml:3:18: pool.users[0]: `name` is missing");
         check(
-            "pool: { mode: session }",
-            "f.yaml:3:15: pool.mode: `session` is not available in this version",
+            "pool: { databases: [ { name: x }, { name: x, size: 1 } ] }",
+            "f.yaml:3:43: pool.databases[1].name: listed twice",
         );
         check("consistency: { level: best }", "f.yaml:3:23: consistency.level: expected one of eventual,");
         check("consistency: { on_stale: fail }", "f.yaml:3:26: consistency.on_stale: expected one of wait,");
+        check(
+            "pool: { users: [ { name: x, max_clients: 0 } ] }",
+            "f.yaml:3:42: pool.users[0].max_clients: exp",
+        );
+        check("reserved_clients: 1000", "f.yaml:3:19: reserved_clients: must be less than max_clients");
+        check("reserved_clients: 1", "f.yaml:3:19: reserved_clients: reserved for nobody");
+        check("listen_read_only: 127.0.0.1:6432", "f.yaml:3:19: listen_read_only: the same address");
+        check("timeouts: { idle: 1s }", "f.yaml:3:13: timeouts.idle: unknown key");
         check(
             "consistency: { rules: [ { level: strong } ] }",
             "f.yaml:3:25: consistency.rules[0]: a rule is for",
@@ -1466,6 +1655,17 @@ mod tests {
             "auth: { source: list, users: [ { name: x, password: a, password_env: PW } ] }",
             "f.yaml:3:70: auth.users[0].password_env: give only one",
         );
+    }
+
+    #[test]
+    fn what_is_said_of_a_user_goes_before_what_is_said_of_a_database() {
+        let text = "pool: { size: 7, users: [ { name: etl, mode: session }, { name: app, size: 3 } ], \
+                    databases: [ { name: shop, mode: transaction, size: 5, max_clients: 9 } ] }";
+        let pool = parse(&format!("{MINIMAL}{text}")).unwrap().pool;
+        assert_eq!((pool.mode_of("shop", "etl"), pool.size_of("shop", "etl")), (PoolMode::Session, 5));
+        assert_eq!((pool.mode_of("shop", "app"), pool.size_of("shop", "app")), (PoolMode::Transaction, 3));
+        assert_eq!((pool.mode_of("else", "who"), pool.size_of("else", "who")), (PoolMode::Transaction, 7));
+        assert_eq!(pool.databases[0].max_clients, Some(9));
     }
 
     #[test]

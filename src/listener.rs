@@ -4,10 +4,11 @@
 //! reads, writes and wake-ups stay on one core. Accepting happens on one thread, which deals clients
 //! out to the workers in turn.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
@@ -18,19 +19,31 @@ use tracing::{debug, info, warn};
 
 use crate::backend::StartupParameters;
 use crate::client::auth::{self, AuthFailure};
-use crate::client::startup::{self, GreetError, Greeting};
+use crate::client::startup::{self, GreetError, Greeting, Startup};
 use crate::client::verifiers::Verifiers;
+use crate::config::{Config, PoolOverride};
 use crate::net::{self, ClientTls};
 use crate::session::handle::{CancelOutcome, Ending};
-use crate::session::{Arrival, Session, Shared};
+use crate::session::{Arrival, Session, Shared, replication};
 use crate::wire::ErrorReport;
 
 /// Accepted clients on their way to one worker.
 const HANDOVER: usize = 1024;
 
 /// Why connections are refused before their login, as the metric labels it.
-pub const REFUSED_LABELS: [&str; 7] =
-    ["timeout", "tls", "gone", "protocol", "draining", "too_many", "replication"];
+pub const REFUSED_LABELS: [&str; 11] = [
+    "timeout",
+    "tls",
+    "gone",
+    "protocol",
+    "draining",
+    "too_many",
+    "reserved",
+    "too_many_of_user",
+    "too_many_in_database",
+    "replication",
+    "no_replica",
+];
 
 /// What becomes of cancel requests, as the metric labels it.
 pub const CANCEL_LABELS: [&str; 4] = ["nothing", "while_waiting", "forwarded", "failed"];
@@ -45,6 +58,8 @@ pub struct Door {
     pub verifiers: Verifiers,
     /// Counts clients and ends them.
     pub drain: Arc<Drain>,
+    /// Counts those whose number is limited apart.
+    pub census: Arc<Census>,
 }
 
 /// How many clients there are, and whether new ones are welcome.
@@ -76,12 +91,18 @@ impl Drain {
         Present(self.clone())
     }
 
-    /// No new clients; those who are there end when they are idle, and at `deadline` in any case.
-    pub async fn drain(&self, shared: &Shared, deadline: Instant) {
+    /// No new clients; those who are there end when they are idle, and at `deadline` in any case; or at
+    /// once, when `hurry` resolves.
+    pub async fn drain(&self, shared: &Shared, deadline: Instant, hurry: impl Future<Output = ()>) {
         self.draining.store(true, Ordering::SeqCst);
         shared.sessions.end_all(Ending::WhenIdle);
-        if !self.empty_by(deadline).await {
-            warn!(clients = self.clients(), "drain_timeout has passed: ending the sessions that are left");
+        let empty = tokio::select! {
+            biased;
+            () = hurry => false,
+            empty = self.empty_by(deadline) => empty,
+        };
+        if !empty {
+            warn!(clients = self.clients(), "ending the sessions that are left");
             shared.sessions.end_all(Ending::Now);
             self.empty_by(Instant::now() + Duration::from_secs(2)).await;
         }
@@ -112,16 +133,83 @@ impl Drop for Present {
     }
 }
 
+/// Sessions of users and in databases whose number is limited apart, and replication connections.
+#[derive(Default)]
+pub struct Census(Mutex<HashMap<Counted, usize>>);
+
+/// What is counted: the index of its entry in the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Counted {
+    User(usize),
+    Database(usize),
+    Replication,
+}
+
+/// Places in the census that are taken as long as this lives.
+struct Places {
+    census: Arc<Census>,
+    taken: Vec<Counted>,
+}
+
+impl Drop for Places {
+    fn drop(&mut self) {
+        let mut counts = self.census.0.lock().unwrap_or_else(|p| p.into_inner());
+        for counted in &self.taken {
+            if let Some(count) = counts.get_mut(counted) {
+                *count -= 1;
+            }
+        }
+    }
+}
+
+impl Census {
+    /// Counts one more of each of `wanted`, or of none: then the first that is full is given.
+    fn enter(self: &Arc<Census>, wanted: &[(Counted, usize)]) -> Result<Places, Counted> {
+        let mut counts = self.0.lock().unwrap_or_else(|p| p.into_inner());
+        let full = |(counted, most): &&(Counted, usize)| counts.get(counted).is_some_and(|n| n >= most);
+        // Nothing is in the table that has not been let in once, so no place at all is looked for apart.
+        if let Some((counted, _)) = wanted.iter().find(|limit| limit.1 == 0 || full(limit)) {
+            return Err(*counted);
+        }
+        for (counted, _) in wanted {
+            *counts.entry(*counted).or_default() += 1;
+        }
+        Ok(Places { census: self.clone(), taken: wanted.iter().map(|(counted, _)| *counted).collect() })
+    }
+}
+
+/// The limits that hold for a client apart from `max_clients`.
+fn limits_of(config: &Config, user: &str, database: &str, replication: bool) -> Vec<(Counted, usize)> {
+    let limit = |list: &[PoolOverride], name: &str| {
+        let at = list.iter().position(|o| o.name == name)?;
+        Some((at, list[at].max_clients?))
+    };
+    let mut limits = Vec::new();
+    if replication {
+        limits.push((Counted::Replication, config.replication.max_connections));
+    }
+    limits.extend(limit(&config.pool.users, user).map(|(at, most)| (Counted::User(at), most)));
+    limits.extend(limit(&config.pool.databases, database).map(|(at, most)| (Counted::Database(at), most)));
+    limits
+}
+
+/// A client on its way to a worker.
+pub struct Accepted {
+    tcp: std::net::TcpStream,
+    read_only: bool,
+}
+
 /// One worker's end of the handover.
-pub type Handover = mpsc::Receiver<std::net::TcpStream>;
+pub type Handover = mpsc::Receiver<Accepted>;
 
 /// The workers' ends, to be given to as many threads, and the acceptor's.
-pub fn handover(workers: usize) -> (Vec<mpsc::Sender<std::net::TcpStream>>, Vec<Handover>) {
+pub fn handover(workers: usize) -> (Vec<mpsc::Sender<Accepted>>, Vec<Handover>) {
     (0..workers).map(|_| mpsc::channel(HANDOVER)).unzip()
 }
 
-/// Accepts for ever, and deals clients out to the workers in turn.
-pub async fn accept(listener: TcpListener, workers: Vec<mpsc::Sender<std::net::TcpStream>>) {
+/// Accepts for ever, and deals clients out to the workers in turn. `read_only`: they have come by the
+/// port of that name.
+pub async fn accept(listener: TcpListener, workers: Vec<mpsc::Sender<Accepted>>, read_only: bool) {
     let mut next = 0;
     loop {
         let tcp = match listener.accept().await {
@@ -136,7 +224,7 @@ pub async fn accept(listener: TcpListener, workers: Vec<mpsc::Sender<std::net::T
         };
         let Ok(tcp) = tcp.into_std() else { continue };
         next = (next + 1) % workers.len();
-        if workers[next].send(tcp).await.is_err() {
+        if workers[next].send(Accepted { tcp, read_only }).await.is_err() {
             return;
         }
     }
@@ -144,11 +232,11 @@ pub async fn accept(listener: TcpListener, workers: Vec<mpsc::Sender<std::net::T
 
 /// One worker: serves the clients it is handed, each as a task of its own.
 pub async fn work(door: Arc<Door>, mut handed: Handover, worker: usize) {
-    while let Some(tcp) = handed.recv().await {
+    while let Some(Accepted { tcp, read_only }) = handed.recv().await {
         match TcpStream::from_std(tcp) {
             Ok(tcp) => {
                 let door = door.clone();
-                tokio::spawn(async move { door.serve(tcp, worker).await });
+                tokio::spawn(async move { door.serve(tcp, worker, read_only).await });
             }
             Err(error) => warn!(%error, "could not take over a client"),
         }
@@ -156,20 +244,20 @@ pub async fn work(door: Arc<Door>, mut handed: Handover, worker: usize) {
 }
 
 impl Door {
-    async fn serve(self: Arc<Door>, tcp: TcpStream, worker: usize) {
+    async fn serve(self: Arc<Door>, tcp: TcpStream, worker: usize, read_only: bool) {
         let peer = tcp.peer_addr().ok();
         let present = self.drain.enter();
         self.shared.metrics.clients.inc();
         self.shared.metrics.clients_total.inc();
-        self.serve_counted(tcp, peer, worker).await;
+        self.serve_counted(tcp, peer, worker, read_only).await;
         self.shared.metrics.clients.dec();
         drop(present);
     }
 
-    async fn serve_counted(&self, tcp: TcpStream, peer: Option<SocketAddr>, worker: usize) {
+    async fn serve_counted(&self, tcp: TcpStream, peer: Option<SocketAddr>, worker: usize, read_only: bool) {
         let metrics = &self.shared.metrics;
         let deadline = Instant::now() + self.shared.config.auth.login_timeout;
-        if let Err(error) = net::set_client_options(&tcp) {
+        if let Err(error) = net::set_client_options(&tcp, &self.shared.config.client_tcp) {
             debug!(%error, "could not set socket options");
         }
         let mut connection = match startup::greet(tcp, &self.tls, deadline).await {
@@ -192,21 +280,8 @@ impl Door {
                 return;
             }
         };
-        if self.drain.is_draining() {
-            metrics.client_refused.inc("draining");
-            let report = ErrorReport::fatal("57P03", "the database system is shutting down");
-            return say_last(&mut connection.stream, &report).await;
-        }
-        if self.drain.clients() > self.shared.config.max_clients {
-            metrics.client_refused.inc("too_many");
-            let report = ErrorReport::fatal("53300", "sorry, too many clients already");
-            return say_last(&mut connection.stream, &report).await;
-        }
-        if connection.startup.replication.is_some() {
-            metrics.client_refused.inc("replication");
-            let report =
-                ErrorReport::fatal("0A000", "replication connections are not supported by highwater")
-                    .hint("Connect to the node itself.");
+        if let Err((label, report)) = self.admit(&connection.startup, read_only) {
+            metrics.client_refused.inc(label);
             return say_last(&mut connection.stream, &report).await;
         }
         let keys = match auth::authenticate(&mut connection, &self.verifiers, deadline).await {
@@ -221,18 +296,89 @@ impl Door {
                 return;
             }
         };
-        let startup = connection.startup;
+        let (mut stream, startup) = (connection.stream, connection.startup);
+        // Only now: who cannot log in must not take another's place.
+        let _places = match self.count(&startup) {
+            Ok(places) => places,
+            Err((label, report)) => {
+                metrics.client_refused.inc(label);
+                return say_last(&mut stream, &report).await;
+            }
+        };
         let mut parameters = startup.parameters;
-        parameters.sort();
+        if read_only {
+            parameters.retain(|(name, _)| name != READ_ONLY);
+            parameters.push((READ_ONLY.to_owned(), "on".to_owned()));
+        }
+        // Sessions share backends whatever the order; but of one name, the last value counts.
+        parameters.sort_by_key(|(name, _)| name.to_ascii_lowercase());
         let arrival = Arrival {
-            stream: connection.stream,
+            stream,
             user: startup.user,
             database: startup.database,
             startup: StartupParameters(parameters),
             minor: startup.minor,
             keys,
+            read_only,
         };
-        Session::run(self.shared.clone(), arrival, worker).await;
+        match startup.replication {
+            None => Session::run(self.shared.clone(), arrival, worker).await,
+            Some(mode) => {
+                metrics.replication_connections.inc();
+                replication::run(self.shared.clone(), arrival, mode).await;
+                metrics.replication_connections.dec();
+            }
+        }
+    }
+
+    /// Whether there is room for a client that has not logged in yet; else the metric's label and what it
+    /// is told.
+    fn admit(&self, startup: &Startup, read_only: bool) -> Result<(), Refusal> {
+        if self.drain.is_draining() {
+            return Err(("draining", ErrorReport::fatal("57P03", "the database system is shutting down")));
+        }
+        let config = &self.shared.config;
+        let clients = self.drain.clients();
+        if clients > config.max_clients {
+            return Err(("too_many", ErrorReport::fatal("53300", "sorry, too many clients already")));
+        }
+        // It only says who it is. Should it be a lie, it has the place until its login fails.
+        let reserved = config.max_clients - config.reserved_clients;
+        if clients > reserved && !config.auth.admins.contains(&startup.user) {
+            let words = "remaining connection slots are reserved for roles in auth.admins";
+            return Err(("reserved", ErrorReport::fatal("53300", words)));
+        }
+        if read_only && self.shared.topology.load().serving_replicas().next().is_none() {
+            // Before the login: only then does libpq try the next of several addresses.
+            return Err(("no_replica", ErrorReport::fatal("57P03", "no replica is in service")));
+        }
+        if startup.replication.is_some() && read_only {
+            let words = "replication connections are served by the primary only";
+            let report =
+                ErrorReport::fatal("0A000", words).hint("Connect to the port for reading and writing.");
+            return Err(("replication", report));
+        }
+        Ok(())
+    }
+
+    /// Counts a client that has logged in, in PostgreSQL's words where it is one too many.
+    fn count(&self, startup: &Startup) -> Result<Places, Refusal> {
+        let (user, database) = (&startup.user, &startup.database);
+        let limits = limits_of(&self.shared.config, user, database, startup.replication.is_some());
+        let report = |words| ErrorReport::fatal("53300", words);
+        self.census.enter(&limits).map_err(|full| match full {
+            Counted::User(_) => {
+                ("too_many_of_user", report(format!("too many connections for role \"{user}\"")))
+            }
+            Counted::Database(_) => {
+                ("too_many_in_database", report(format!("too many connections for database \"{database}\"")))
+            }
+            Counted::Replication => {
+                let most = self.shared.config.replication.max_connections;
+                let words = format!("number of requested replication connections exceeds {most}");
+                ("replication", report(words).hint("Raise replication.max_connections."))
+            }
+        })
     }
 
     async fn cancel(&self, pid: i32, key: &[u8]) {
@@ -250,6 +396,13 @@ impl Door {
     }
 }
 
+/// The metric's label of a refusal, and what the client is told.
+type Refusal = (&'static str, ErrorReport);
+
+/// The startup parameter by which sessions of the read-only port are what they say they are: on their own
+/// backends, even should a replica be promoted under one of them.
+const READ_ONLY: &str = "default_transaction_read_only";
+
 /// Tells a client why it is not served.
 async fn say_last(stream: &mut net::Stream, report: &ErrorReport) {
     let mut out = Vec::new();
@@ -259,4 +412,24 @@ async fn say_last(stream: &mut net::Stream, report: &ErrorReport) {
         stream.shutdown().await
     };
     let _: Result<io::Result<()>, _> = tokio::time::timeout(Duration::from_secs(1), said).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_counted_all_or_none_and_given_back() {
+        let census = Arc::new(Census::default());
+        let (user, database) = ((Counted::User(0), 2), (Counted::Database(0), 1));
+        let both = census.enter(&[user, database]).ok();
+        assert_eq!(census.enter(&[user, database]).err(), Some(Counted::Database(0)));
+        let second = census.enter(&[user]).ok();
+        assert_eq!(census.enter(&[user]).err(), Some(Counted::User(0)));
+        drop(both);
+        assert!(census.enter(&[user, database]).is_ok());
+        assert!(census.enter(&[]).is_ok());
+        drop(second);
+        assert_eq!(census.enter(&[(Counted::Replication, 0)]).err(), Some(Counted::Replication));
+    }
 }

@@ -89,6 +89,8 @@ pub struct Labels {
     pub login_failures: &'static [&'static str],
     /// What becomes of cancel requests.
     pub cancels: &'static [&'static str],
+    /// What takes too long.
+    pub timeouts: &'static [&'static str],
     /// Why backends are closed.
     pub backends_closed: &'static [&'static str],
 }
@@ -157,6 +159,10 @@ pub struct Metrics {
     pub login_failures: ReasonCounter,
     /// Cancel requests, by what came of them.
     pub cancels: ReasonCounter,
+    /// Clients ended for taking too long, by what for.
+    pub timeouts: ReasonCounter,
+    /// Connections that speak the replication protocol now.
+    pub replication_connections: IntGauge,
     /// Client connections ended for breaking the protocol.
     pub protocol_errors: IntCounter,
     /// Statements whose outcome could not be learned.
@@ -305,6 +311,17 @@ impl Metrics {
                 "Cancel requests, by outcome.",
                 "outcome",
                 labels.cancels,
+            ),
+            timeouts: by_reason(
+                "highwater_timeouts_total",
+                "Clients ended for taking too long.",
+                "reason",
+                labels.timeouts,
+            ),
+            replication_connections: gauge(
+                r,
+                "highwater_replication_connections",
+                "Connections that speak the replication protocol now.",
             ),
             protocol_errors: counter(
                 r,

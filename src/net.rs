@@ -29,7 +29,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use crate::config::{ClientTlsConfig, ClientTlsMode, NodeTlsConfig, NodeTlsMode};
+use crate::config::{ClientTcpConfig, ClientTlsConfig, ClientTlsMode, NodeTlsConfig, NodeTlsMode};
 
 mod certificate;
 
@@ -38,7 +38,7 @@ pub use certificate::end_point_hash;
 /// The ALPN name of the PostgreSQL protocol.
 pub const ALPN: &[u8] = b"postgresql";
 
-/// An idle connection is probed after this...
+/// An idle connection to a node is probed after this...
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 /// ...each time after this...
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -140,14 +140,22 @@ impl AsyncWrite for Stream {
     }
 }
 
-/// What every socket gets: no delay for small messages, and keepalive.
-pub fn set_client_options(tcp: &TcpStream) -> io::Result<()> {
+/// What a client's socket gets: no delay for small messages, and keepalive as configured.
+pub fn set_client_options(tcp: &TcpStream, config: &ClientTcpConfig) -> io::Result<()> {
     tcp.set_nodelay(true)?;
     let keepalive = TcpKeepalive::new()
-        .with_time(KEEPALIVE_IDLE)
-        .with_interval(KEEPALIVE_INTERVAL)
-        .with_retries(KEEPALIVE_PROBES);
-    SockRef::from(tcp).set_tcp_keepalive(&keepalive)
+        .with_time(config.keepalives_idle)
+        .with_interval(config.keepalives_interval)
+        .with_retries(config.keepalives_count);
+    SockRef::from(tcp).set_tcp_keepalive(&keepalive)?;
+    set_user_timeout(tcp, config.user_timeout)
+}
+
+fn set_user_timeout(tcp: &TcpStream, timeout: Duration) -> io::Result<()> {
+    match timeout.is_zero() {
+        true => Ok(()),
+        false => SockRef::from(tcp).set_tcp_user_timeout(Some(timeout)),
+    }
 }
 
 /// Connects to a node. Names are resolved now, and each address is tried in turn; `connect_timeout`
@@ -172,10 +180,13 @@ pub async fn dial(
     let tcp = tokio::time::timeout(connect_timeout, attempt)
         .await
         .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "connection attempt timed out"))??;
-    set_client_options(&tcp)?;
-    if !tcp_user_timeout.is_zero() {
-        SockRef::from(&tcp).set_tcp_user_timeout(Some(tcp_user_timeout))?;
-    }
+    tcp.set_nodelay(true)?;
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE_IDLE)
+        .with_interval(KEEPALIVE_INTERVAL)
+        .with_retries(KEEPALIVE_PROBES);
+    SockRef::from(&tcp).set_tcp_keepalive(&keepalive)?;
+    set_user_timeout(&tcp, tcp_user_timeout)?;
     Ok(tcp)
 }
 
@@ -471,4 +482,31 @@ fn still_valid(certificate: &CertificateDer<'_>, now: UnixTime) -> Result<(), ru
         return Err(CertificateError::Expired.into());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_clients_socket_gets_what_is_configured() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let tcp = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let second = Duration::from_secs(1);
+        let config = |user_timeout| ClientTcpConfig {
+            keepalives_idle: 7 * second,
+            keepalives_interval: 5 * second,
+            keepalives_count: 9,
+            user_timeout,
+        };
+        let socket = SockRef::from(&tcp);
+        set_client_options(&tcp, &config(Duration::ZERO)).unwrap();
+        assert_eq!(socket.tcp_user_timeout().unwrap(), None);
+        set_client_options(&tcp, &config(11 * second)).unwrap();
+        assert!(socket.keepalive().unwrap() && tcp.nodelay().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), 7 * second);
+        assert_eq!(socket.tcp_keepalive_interval().unwrap(), 5 * second);
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), 9);
+        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(11 * second));
+    }
 }

@@ -23,7 +23,7 @@ use crate::client::auth::AuthFailure;
 use crate::client::verifiers::Verifiers;
 use crate::config::Config;
 use crate::control;
-use crate::listener::{self, Door, Drain};
+use crate::listener::{self, Door};
 use crate::metrics::{ClassCacheFigures, Labels, Metrics, PoolFigure};
 use crate::net::{ClientTls, NodeTls};
 use crate::node::Nodes;
@@ -33,6 +33,7 @@ use crate::session::handle::Sessions;
 use crate::session::prepared::Names;
 use crate::session::promise::PrimaryReads;
 use crate::session::shared_mark::{GlobalMark, NamedMarks};
+use crate::session::timeouts::Overdue;
 use crate::session::{REDONE_LABELS, Shared};
 use crate::topology::{NodeId, Topology, TopologyHandle};
 
@@ -58,6 +59,16 @@ fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> StartError {
     move |cause| StartError { what, cause: cause.to_string() }
 }
 
+/// Whether the proxy is to end, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stop {
+    Run,
+    /// Those in a transaction may finish it, within `drain_timeout`.
+    Drain,
+    /// Nobody is waited for.
+    Fast,
+}
+
 /// A running proxy; dropping it is [`shutdown`](Self::shutdown).
 pub struct ServerHandle {
     /// Where clients connect.
@@ -68,7 +79,7 @@ pub struct ServerHandle {
     pub topology: Arc<TopologyHandle>,
     /// Counts.
     pub metrics: Arc<Metrics>,
-    stop: watch::Sender<bool>,
+    stop: watch::Sender<Stop>,
     main: Option<JoinHandle<()>>,
 }
 
@@ -81,7 +92,13 @@ impl ServerHandle {
 
 impl Drop for ServerHandle {
     fn drop(&mut self) {
-        self.stop.send_replace(true);
+        // Not a step back, where it is in a hurry already.
+        self.stop.send_if_modified(|stop| {
+            *stop == Stop::Run && {
+                *stop = Stop::Drain;
+                true
+            }
+        });
         if let Some(main) = self.main.take() {
             // A panic of the main thread has been printed by its hook.
             let _ = main.join();
@@ -92,7 +109,7 @@ impl Drop for ServerHandle {
 /// Starts the proxy and returns once it accepts clients; the nodes may still be unknown then.
 pub fn start(config: Config) -> Result<ServerHandle, StartError> {
     let config = Arc::new(config);
-    let (stop, stopped) = watch::channel(false);
+    let (stop, stopped) = watch::channel(Stop::Run);
     let (ready, started) = oneshot::channel();
     let main = std::thread::Builder::new()
         .name("hw-main".to_owned())
@@ -114,7 +131,8 @@ pub fn start(config: Config) -> Result<ServerHandle, StartError> {
     }
 }
 
-/// Runs the proxy until SIGTERM or SIGINT.
+/// Runs the proxy until a signal. SIGTERM drains; SIGINT, or a second signal, ends all sessions at once, as
+/// PostgreSQL's fast shutdown does; SIGQUIT ends the process with no words, as its immediate one.
 pub fn run(config: Config) -> Result<(), StartError> {
     let server = start(config)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -125,11 +143,19 @@ pub fn run(config: Config) -> Result<(), StartError> {
         use tokio::signal::unix::{SignalKind, signal};
         let mut terminate = signal(SignalKind::terminate()).map_err(failed("listen for SIGTERM"))?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("listen for SIGINT"))?;
-        tokio::select! {
-            _ = terminate.recv() => info!("SIGTERM: draining"),
-            _ = interrupt.recv() => info!("SIGINT: draining"),
+        loop {
+            let running = *server.stop.borrow() == Stop::Run;
+            let stop = tokio::select! {
+                _ = terminate.recv() => if running { Stop::Drain } else { Stop::Fast },
+                _ = interrupt.recv() => Stop::Fast,
+                () = server.stop.closed() => return Ok::<(), StartError>(()),
+            };
+            match stop {
+                Stop::Drain => info!("SIGTERM: draining"),
+                _ => info!("ending all sessions"),
+            }
+            server.stop.send_replace(stop);
         }
-        Ok::<(), StartError>(())
     })?;
     server.shutdown();
     info!("stopped");
@@ -145,7 +171,7 @@ struct Started {
 
 fn run_main(
     config: Arc<Config>,
-    stopped: watch::Receiver<bool>,
+    stopped: watch::Receiver<Stop>,
     ready: oneshot::Sender<Result<Started, StartError>>,
 ) {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -172,6 +198,7 @@ fn run_main(
 
 struct Parts {
     listener: TcpListener,
+    listener_read_only: Option<TcpListener>,
     address: SocketAddr,
     http: Option<(TcpListener, SocketAddr)>,
     door: Arc<Door>,
@@ -192,6 +219,10 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
     let client_tls = ClientTls::new(&config.client_tls).map_err(tls)?;
     let node_tls = Arc::new(NodeTls::new(&config.node_tls).map_err(tls)?);
     let (listener, address) = bind(&config.listen).await?;
+    let listener_read_only = match &config.listen_read_only {
+        Some(address) => Some(bind(address).await?.0),
+        None => None,
+    };
     let http = match &config.http {
         Some(address) => Some(bind(address).await?),
         None => None,
@@ -240,8 +271,9 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
     });
     let verifiers = Verifiers::new(config.clone(), nodes, topology)
         .map_err(|error| StartError { what: "set up the login".to_owned(), cause: error.to_string() })?;
-    let door = Arc::new(Door { shared, tls: client_tls, verifiers, drain: Arc::new(Drain::default()) });
-    Ok(Parts { listener, address, http, door, _control: control })
+    let door =
+        Arc::new(Door { shared, tls: client_tls, verifiers, drain: Arc::default(), census: Arc::default() });
+    Ok(Parts { listener, listener_read_only, address, http, door, _control: control })
 }
 
 impl Parts {
@@ -254,7 +286,7 @@ impl Parts {
         }
     }
 
-    async fn run(self, config: &Arc<Config>, mut stopped: watch::Receiver<bool>) {
+    async fn run(self, config: &Arc<Config>, mut stopped: watch::Receiver<Stop>) {
         let (senders, receivers) = listener::handover(config.workers);
         let mut threads = Vec::new();
         let (quit, quitting) = watch::channel(false);
@@ -269,7 +301,11 @@ impl Parts {
                 Err(error) => tracing::error!(%error, "could not start a worker"),
             }
         }
-        let accepting = tokio::spawn(listener::accept(self.listener, senders));
+        let mut accepting = Vec::new();
+        if let Some(listener) = self.listener_read_only {
+            accepting.push(tokio::spawn(listener::accept(listener, senders.clone(), true)));
+        }
+        accepting.push(tokio::spawn(listener::accept(self.listener, senders, false)));
         let pools = self.door.shared.pools.clone();
         tokio::spawn(async move { pools.reap().await });
         if let Some((listener, _)) = self.http {
@@ -292,13 +328,23 @@ impl Parts {
                 },
             ));
         }
+        if let Some(address) = &config.listen_read_only {
+            info!(address, "accepting clients that only read");
+        }
         info!(address = %self.address, workers = config.workers, nodes = config.nodes.len(), "accepting clients");
 
         // An error means that the handle is gone: as good as a stop.
-        let _ = stopped.wait_for(|stop| *stop).await;
+        let _ = stopped.wait_for(|stop| *stop != Stop::Run).await;
         // New clients are still accepted, to be told why they are not served.
-        self.door.drain.drain(&self.door.shared, Instant::now() + config.drain_timeout).await;
-        accepting.abort();
+        let hurry = async {
+            if stopped.wait_for(|stop| *stop == Stop::Fast).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        self.door.drain.drain(&self.door.shared, Instant::now() + config.drain_timeout, hurry).await;
+        for accepting in accepting {
+            accepting.abort();
+        }
         quit.send_replace(true);
         for thread in threads {
             let _ = tokio::task::spawn_blocking(move || thread.join()).await;
@@ -335,6 +381,7 @@ fn labels() -> Labels {
         client_refused: &listener::REFUSED_LABELS,
         login_failures: &AuthFailure::LABELS,
         cancels: &listener::CANCEL_LABELS,
+        timeouts: &Overdue::LABELS,
         backends_closed: &CloseReason::LABELS,
     }
 }

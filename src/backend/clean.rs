@@ -136,7 +136,7 @@ fn columns(body: &[u8]) -> Option<Vec<Option<Vec<u8>>>> {
 
 /// Lets the cancel requests pass that were sent to an idle backend, which PostgreSQL ignores then.
 /// `Err`: one may still arrive.
-async fn fence(backend: &mut Backend) -> Result<(), Broken> {
+pub async fn fence(backend: &mut Backend) -> Result<(), Broken> {
     if !backend.cancel.was_sent() {
         return Ok(());
     }
@@ -183,6 +183,34 @@ pub struct Shown {
     pub advisory_lock: bool,
     /// A changed setting.
     pub setting: bool,
+}
+
+/// The `idle_session_timeout` that the server would apply to a session like this one, if our connections
+/// to it were not exempt ([`super::exempt`]): what the role, the database or the client has set.
+pub async fn idle_session_timeout(backend: &mut Backend) -> Result<Duration, Broken> {
+    const NAME: &str = "idle_session_timeout";
+    let asked = backend.startup.0.iter().rfind(|(name, _)| name == NAME);
+    let value = match asked {
+        Some((_, value)) => setting::literal(value.as_bytes(), false).ok_or(Broken)?,
+        // In the order in which the server looks.
+        None => "(SELECT pg_catalog.substr(s, 22) FROM pg_catalog.pg_db_role_setting, pg_catalog.unnest(setconfig) AS s \
+             WHERE pg_catalog.starts_with(s, 'idle_session_timeout=') \
+             AND setrole OPERATOR(pg_catalog.=) ANY (ARRAY[0, (SELECT oid FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) SESSION_USER)]::oid[]) \
+             AND setdatabase OPERATOR(pg_catalog.=) ANY (ARRAY[0, (SELECT oid FROM pg_catalog.pg_database WHERE datname OPERATOR(pg_catalog.=) pg_catalog.current_database())]::oid[]) \
+             ORDER BY setrole OPERATOR(pg_catalog.=) 0::oid, setdatabase OPERATOR(pg_catalog.=) 0::oid LIMIT 1)"
+            .to_owned(),
+    };
+    // The server reads its own units. The setting lasts to the end of the message: one transaction.
+    let question = format!(
+        "SELECT pg_catalog.set_config('{NAME}', {value}, true); \
+         SELECT setting FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) '{NAME}'"
+    );
+    let answer = ask(backend, &question).await?;
+    let millis = answer.rows.last().and_then(|row| row.first()?.as_deref());
+    // No row: a server older than the setting.
+    let Some(millis) = millis else { return Ok(Duration::ZERO) };
+    let millis = std::str::from_utf8(millis).ok().and_then(|text| text.parse().ok());
+    Ok(Duration::from_millis(millis.unwrap_or(0)))
 }
 
 /// What a look at a backend gives.

@@ -145,13 +145,29 @@ impl StartupParameters {
     /// A value that the server would not keep as it is (too long, not printable ASCII) stays in, as
     /// does one whose quoting depends on `standard_conforming_strings`.
     pub fn take_application_name(&mut self) -> Option<Arc<str>> {
-        let at = self.0.iter().position(|(name, value)| {
-            name == "application_name"
-                && value.len() < 64
-                && value.bytes().all(|b| (b' '..=b'~').contains(&b) && b != b'\\')
-        })?;
-        Some(Arc::from(self.0.remove(at).1))
+        // Of several, the last counts.
+        let at = self.0.iter().rposition(|(name, _)| name == "application_name")?;
+        let value = &self.0[at].1;
+        if value.len() >= 64 || !value.bytes().all(|b| (b' '..=b'~').contains(&b) && b != b'\\') {
+            return None;
+        }
+        let value = Arc::from(value.as_str());
+        self.0.retain(|(name, _)| name != "application_name");
+        Some(value)
     }
+}
+
+/// The startup parameters with which a pooled connection is opened for a session that asks for `startup`.
+///
+/// `idle_session_timeout` (of a role, a database or the server) is meant for clients. Between two of its
+/// sessions a pooled connection idles without anybody's fault, and one that the server ends just as a
+/// statement is sent would cost a client that statement. The proxy applies the timeout itself.
+pub fn exempt(startup: &StartupParameters) -> Vec<(String, String)> {
+    let mut parameters = startup.0.clone();
+    parameters.retain(|(name, _)| name != "idle_session_timeout");
+    // Behind `options`, of which the server thinks first.
+    parameters.push(("idle_session_timeout".to_owned(), "0".to_owned()));
+    parameters
 }
 
 /// Bytes a read may take at once when results are large.

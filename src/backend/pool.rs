@@ -47,6 +47,27 @@ impl PoolContext {
         login::cancel(&self.target(target.node), target.pid, &target.key).await
     }
 
+    /// Has the node cancel what `target` runs, which was announced. Should that not arrive, the backend
+    /// serves nobody else.
+    pub async fn stop(&self, target: &CancelTarget) {
+        let underway = target.underway();
+        if self.cancel(target).await.is_ok() {
+            underway.arrived();
+        }
+    }
+
+    /// A connection of its own, in no pool, for a client that has authenticated.
+    pub async fn log_in_apart(
+        &self,
+        node: NodeId,
+        user: &str,
+        database: &str,
+        parameters: &[(String, String)],
+        keys: &LoginKeys,
+    ) -> Result<login::LoggedIn, AcquireError> {
+        login::log_in(&self.target(node), user, database, parameters, keys).await.map_err(refusal)
+    }
+
     fn target(&self, node: NodeId) -> LoginTarget<'_> {
         let address = &self.config.nodes[node.index()];
         LoginTarget {
@@ -171,6 +192,8 @@ pub struct Pool {
     node: NodeId,
     database: Arc<str>,
     user: Arc<str>,
+    /// Connections at most.
+    size: usize,
     /// The keys of the latest login: after a change of password the new ones serve.
     keys: Mutex<LoginKeys>,
     state: Mutex<State>,
@@ -266,7 +289,7 @@ impl Pool {
     /// Opens connections for those who wait, as far as the pool's size allows. A full pool gives up an
     /// idle backend whose startup parameters nobody who waits can use.
     fn open_more(self: &Arc<Pool>, state: &mut State) {
-        let size = self.context.config.pool.size;
+        let size = self.size;
         while let Some(next) = state.waiters.iter().position(|w| !w.coming && !w.grant.is_closed()) {
             if state.open >= size {
                 if state.idle.is_empty() {
@@ -334,8 +357,9 @@ impl Pool {
         let generation = settings.generation();
         let max_lag = self.context.config.consistency.max_lag;
         let valid = primary == Some(self.node) || !settings.changed_within(max_lag);
-        let logged_in =
-            login::log_in(&target, &self.user, &self.database, &startup.0, &keys).await.map_err(refusal)?;
+        let logged_in = login::log_in(&target, &self.user, &self.database, &super::exempt(startup), &keys)
+            .await
+            .map_err(refusal)?;
         let cancel = Arc::new(CancelTarget::new(self.node, logged_in.pid, logged_in.key.clone()));
         self.context.metrics.backend_opened(self.node);
         let mut backend = Box::new(Backend::new(
@@ -346,10 +370,17 @@ impl Pool {
             self.context.positions.node(self.node).counter(),
             epoch,
             worker,
-            Instant::now(),
+            self.birth(),
         ));
         backend.login_settings = valid.then_some(generation);
         Ok(backend)
+    }
+
+    /// When a connection that is made now counts as opened: up to a tenth of `server_lifetime` earlier, so
+    /// that those which a burst has opened do not all end in one moment.
+    fn birth(&self) -> Instant {
+        let now = Instant::now();
+        now.checked_sub(head_start(self.context.config.pool.server_lifetime, rand::random())).unwrap_or(now)
     }
 
     /// Gives a clean backend to who has waited longest of those whom it fits, or keeps it.
@@ -499,6 +530,11 @@ impl Drop for Waiting<'_> {
     }
 }
 
+/// By how much sooner than `lifetime` one connection of many ends; `chance`: any number.
+fn head_start(lifetime: Duration, chance: u32) -> Duration {
+    lifetime.mul_f64(f64::from(chance) / f64::from(u32::MAX) / 10.0)
+}
+
 fn fail_first(state: &mut State, error: &AcquireError) -> bool {
     while let Some(waiter) = state.waiters.pop_front() {
         if waiter.grant.send(Grant::Failed(error.clone())).is_ok() {
@@ -544,9 +580,7 @@ impl Lease {
         let context = self.pool.context.clone();
         tokio::spawn(async move {
             // Should it not arrive, the node finds out when it answers.
-            if context.cancel(&target).await.is_ok() {
-                target.underway().arrived();
-            }
+            context.stop(&target).await;
             drop(self);
         });
     }
@@ -586,11 +620,17 @@ pub struct UserPools {
     /// By node.
     pub nodes: Box<[Arc<Pool>]>,
     /// What a server reports at login, by startup parameters, and under which settings of logins.
-    welcomes: Mutex<HashMap<Arc<StartupParameters>, Welcome>>,
+    welcomes: Mutex<HashMap<Arc<StartupParameters>, (u64, Welcome)>>,
 }
 
-/// What was reported, and how many changes of what logins give there had been.
-type Welcome = (u64, Arc<super::Parameters>);
+/// What a login is told, and what holds for its session.
+#[derive(Clone)]
+pub struct Welcome {
+    /// What the server reported.
+    pub parameters: Arc<super::Parameters>,
+    /// The server's `idle_session_timeout` for this role and database; zero: none.
+    pub idle_session_timeout: Duration,
+}
 
 /// Startup parameter sets whose reports are remembered per database and user.
 const MAX_WELCOMES: usize = 64;
@@ -604,20 +644,20 @@ impl UserPools {
     }
 
     /// What a server reported to an earlier login with these startup parameters.
-    pub fn welcome(&self, startup: &StartupParameters) -> Option<Arc<super::Parameters>> {
+    pub fn welcome(&self, startup: &StartupParameters) -> Option<Welcome> {
         let generation = self.nodes.first()?.context.login_settings.generation();
         let welcomes = self.welcomes.lock().unwrap_or_else(|p| p.into_inner());
         welcomes.get(startup).filter(|(valid, _)| *valid == generation).map(|(_, told)| told.clone())
     }
 
     /// Remembers what a server reported to a login, if that is still what it would report.
-    pub fn remember_welcome(&self, backend: &Backend) {
+    pub fn remember_welcome(&self, backend: &Backend, welcome: &Welcome) {
         let Some(generation) = backend.login_settings else { return };
         let mut welcomes = self.welcomes.lock().unwrap_or_else(|p| p.into_inner());
         if welcomes.len() >= MAX_WELCOMES {
             welcomes.clear();
         }
-        welcomes.insert(backend.startup.clone(), (generation, backend.login_parameters.clone()));
+        welcomes.insert(backend.startup.clone(), (generation, welcome.clone()));
     }
 }
 
@@ -653,6 +693,7 @@ impl Pools {
                     node: NodeId(u16::try_from(i).unwrap_or(u16::MAX)),
                     database: key.0.clone(),
                     user: key.1.clone(),
+                    size: self.context.config.pool.size_of(database, user),
                     keys: Mutex::new(keys.clone()),
                     state: Mutex::new(State::default()),
                 })
@@ -698,5 +739,18 @@ impl Pools {
                 Arc::strong_count(pools) > 1 || pools.nodes.iter().any(|p| p.lock().open > 0)
             });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_end_within_the_last_tenth_of_their_lifetime() {
+        let hour = Duration::from_secs(3600);
+        assert_eq!(head_start(hour, 0), Duration::ZERO);
+        assert_eq!(head_start(hour, u32::MAX), hour / 10);
+        assert!((hour / 21..hour / 19).contains(&head_start(hour, u32::MAX / 2)));
     }
 }

@@ -466,11 +466,13 @@ pub enum PinReason {
     /// State of the server process that no command takes away: setseed, LOAD, connections of dblink, a
     /// replication origin. The backend is closed after its session.
     Process,
+    /// `pool.mode: session`.
+    SessionPooling,
 }
 
 impl PinReason {
     /// All of them.
-    pub const ALL: [PinReason; 11] = [
+    pub const ALL: [PinReason; 12] = [
         PinReason::Setting,
         PinReason::TemporaryTable,
         PinReason::Listen,
@@ -482,10 +484,11 @@ impl PinReason {
         PinReason::FunctionState,
         PinReason::LargeStatement,
         PinReason::Process,
+        PinReason::SessionPooling,
     ];
 
     /// All labels.
-    pub const LABELS: [&'static str; 11] = [
+    pub const LABELS: [&'static str; 12] = [
         PinReason::Setting.label(),
         PinReason::TemporaryTable.label(),
         PinReason::Listen.label(),
@@ -497,6 +500,7 @@ impl PinReason {
         PinReason::FunctionState.label(),
         PinReason::LargeStatement.label(),
         PinReason::Process.label(),
+        PinReason::SessionPooling.label(),
     ];
 
     /// Of several reasons the one that ends last is to be known: what the server's views show is found
@@ -513,7 +517,7 @@ impl PinReason {
             | PinReason::Other
             | PinReason::FunctionState
             | PinReason::LargeStatement => 1,
-            PinReason::Process => 2,
+            PinReason::Process | PinReason::SessionPooling => 2,
         }
     }
 
@@ -531,6 +535,7 @@ impl PinReason {
             PinReason::FunctionState => "function_state",
             PinReason::LargeStatement => "large_statement",
             PinReason::Process => "process",
+            PinReason::SessionPooling => "session_pooling",
         }
     }
 }

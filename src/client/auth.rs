@@ -159,7 +159,9 @@ async fn log_in(client: &mut ClientConnection, verifiers: &Verifiers) -> Result<
     // As in PostgreSQL: AuthenticationOk means that the client is who it says, and a refusal of what it
     // asked for comes after it.
     send(client, &out).await?;
-    check_rights(&account, &user, &database)?;
+    // A physical replication connection is to no database.
+    let physical = client.startup.replication.as_ref().is_some_and(|value| value != "database");
+    check_rights(&account, &user, (!physical).then_some(database.as_str()))?;
     Ok(account.known_keys.unwrap_or(proved.keys))
 }
 
@@ -178,11 +180,12 @@ fn check_encryption(client: &ClientConnection) -> Result<(), AuthFailure> {
     )))
 }
 
-fn check_rights(account: &Account, user: &str, database: &str) -> Result<(), AuthFailure> {
+fn check_rights(account: &Account, user: &str, database: Option<&str>) -> Result<(), AuthFailure> {
     let refuse = |report| Err(AuthFailure::Refused(report));
     if !account.may_log_in {
         return refuse(ErrorReport::fatal("28000", format!("role \"{user}\" is not permitted to log in")));
     }
+    let Some(database) = database else { return Ok(()) };
     match account.database {
         DatabaseAccess::Granted => Ok(()),
         DatabaseAccess::Unknown => {

@@ -452,7 +452,7 @@ impl Exchange<'_> {
             _ if final_word => None,
             _ if stale => Some(Again::StaleStatement),
             Refusal::Shutdown if fatal => Some(Again::NodeLost),
-            _ if self.session.role == Role::Primary => None,
+            _ if self.session.role != Role::Replica => None,
             Refusal::NotAReadAfterAll => Some(Again::NotARead),
             Refusal::LateReplica => Some(Again::LateReplica),
             Refusal::RecoveryConflict => Some(Again::Conflict),

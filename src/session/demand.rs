@@ -49,6 +49,21 @@ impl Demand {
         matches!(self, Demand::Read { .. })
     }
 
+    /// The same for a session that has only replicas to go to: it is sent where it is sent, without a
+    /// second try elsewhere.
+    pub fn unvetted(self) -> Demand {
+        match self {
+            Demand::Read { .. } => Demand::Primary {
+                reason: RouteReason::Read,
+                label: ClassLabel::Read,
+                leaves: Leaves::Nothing,
+                ddl: false,
+                settings: false,
+            },
+            other => other,
+        }
+    }
+
     /// Bytes that were looked at, if all of it is reads.
     pub fn vetted(&self) -> usize {
         match self {

@@ -24,6 +24,7 @@ use std::time::Duration;
 use super::messages::ShapeReader;
 use super::pins::PinSet;
 use super::prepared::Statement;
+use super::timeouts::Measure;
 use super::{End, Session};
 use crate::backend::{Backend, Prepared, SharedName, poll_drain, poll_fill};
 use crate::classify::Leaves;
@@ -433,12 +434,23 @@ impl Session {
         unit.number = self.statements.begin(unit.redoable);
         unit.unnamed = lease.unnamed;
         self.client.patience = None;
+        self.timeouts.unit_runs(self.status);
         let outcome =
             poll_fn(|cx| Exchange { session: &mut *self, unit: &mut unit, backend: &mut lease }.poll(cx))
                 .await;
         self.unit = unit;
         self.lease = Some(lease);
         outcome
+    }
+}
+
+impl Session {
+    /// Has the node cancel what runs there, as a client would. Its answer decides what became of it.
+    fn stop_statement(&self, target: &std::sync::Arc<crate::backend::CancelTarget>) {
+        // Before the session can give the backend back.
+        target.announce();
+        let (target, context) = (target.clone(), self.shared.pools.context.clone());
+        tokio::spawn(async move { context.stop(&target).await });
     }
 }
 
@@ -474,7 +486,11 @@ impl Exchange<'_> {
                 Err(end) => return Poll::Ready(Err(end)),
             }
             if !moved {
-                return Poll::Pending;
+                match self.session.timeouts.poll_running(cx) {
+                    Poll::Ready(Measure::Stop) => self.session.stop_statement(&self.backend.cancel),
+                    Poll::Ready(Measure::End) => return Poll::Ready(Err(self.session.overdue())),
+                    Poll::Pending => return Poll::Pending,
+                }
             }
         }
     }

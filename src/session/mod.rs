@@ -17,8 +17,10 @@ pub mod pins;
 mod place;
 pub mod prepared;
 pub mod promise;
+pub mod replication;
 pub mod settings;
 pub mod shared_mark;
+pub mod timeouts;
 mod translate;
 
 use std::future::poll_fn;
@@ -39,12 +41,13 @@ use self::prepared::{Names, SqlCommand, Statements};
 use self::promise::{OwnState, PrimaryReads, take_own};
 use self::settings::{AtReady, Settings};
 use self::shared_mark::{GlobalMark, NamedMarks, SharedMark};
-use crate::backend::pool::{Lease, Pools, UserPools};
+use self::timeouts::{Overdue, Timeouts};
+use crate::backend::pool::{Lease, Pools, UserPools, Welcome};
 use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
 use crate::catalogs::{Catalogs, DatabaseCatalog};
 use crate::classify::setting::{self, Change};
 use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
-use crate::config::Config;
+use crate::config::{Config, PoolMode};
 use crate::consistency::Promise;
 use crate::metrics::Metrics;
 use crate::net::Stream;
@@ -131,13 +134,18 @@ pub struct Arrival {
     pub minor: u16,
     /// What logs in to the nodes in its place.
     pub keys: crate::scram::LoginKeys,
+    /// It came by the read-only port: replicas serve it, and nobody else.
+    pub read_only: bool,
 }
 
 /// The role that the leased backend's node has for this session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     Primary,
+    /// A replica that serves reads in the primary's place: what is not a read leaves it.
     Replica,
+    /// A replica, for a session of the read-only port: all stays there, refusals included.
+    Standby,
 }
 
 /// The client's side of a session.
@@ -212,6 +220,9 @@ impl Drop for Outstanding<'_> {
     }
 }
 
+/// How long a session that is told to end waits for the node to be told.
+const STOPPING: Duration = Duration::from_secs(1);
+
 /// One client's session.
 pub struct Session {
     shared: Arc<Shared>,
@@ -231,6 +242,11 @@ pub struct Session {
     /// The parameters as the client was told them last.
     reported: Arc<Parameters>,
     lexing: Lexing,
+    /// It came by the read-only port.
+    read_only: bool,
+    /// `pool.mode: session`: it keeps the first backend it gets.
+    keeps_backend: bool,
+    timeouts: Timeouts,
     status: TransactionStatus,
     mark: Mark,
     /// What it is promised.
@@ -286,6 +302,7 @@ impl Session {
     ) {
         let application_name = arrival.startup.take_application_name();
         let own = take_own(&mut arrival.startup);
+        let mode = shared.config.pool.mode_of(&arrival.database, &arrival.user);
         let pools = shared.pools.of(&arrival.database, &arrival.user, &arrival.keys);
         let topology = shared.topology.load();
         let promise = shared.config.consistency.promise_for(&arrival.user, &arrival.database);
@@ -313,6 +330,10 @@ impl Session {
             database: arrival.database.into(),
             reported: Arc::default(),
             lexing: Lexing::Unsafe,
+            read_only: arrival.read_only,
+            // On a replica there is nothing to keep: the session's backends are alike, and lost with it.
+            keeps_backend: mode == PoolMode::Session && !arrival.read_only,
+            timeouts: Timeouts::new(shared.config.timeouts),
             status: TransactionStatus::Idle,
             mark: Mark::new(&*shared.positions, &topology),
             promise: own_state.promise(),
@@ -360,22 +381,27 @@ impl Session {
     /// ParameterStatus, BackendKeyData, ReadyForQuery. What a server reports comes from a real login
     /// with the same startup parameters, which also lets the node refuse the client in its own words.
     async fn welcome(&mut self, application_name: Option<&str>) -> Result<(), End> {
-        let mut parameters = match self.pools.welcome(&self.startup) {
-            Some(parameters) => parameters,
+        let welcome = match self.pools.welcome(&self.startup) {
+            Some(welcome) => welcome,
             None => {
-                let lease = self.lease_for_login().await?;
-                let parameters = lease.login_parameters.clone();
-                self.pools.remember_welcome(&lease);
+                let broken = || End::fatal(ErrorReport::fatal("08006", "the connection to the node broke"));
+                let mut lease = self.lease_for_login().await?;
+                let idle_session_timeout =
+                    clean::idle_session_timeout(&mut lease).await.map_err(|_| broken())?;
+                let welcome = Welcome { parameters: lease.login_parameters.clone(), idle_session_timeout };
+                self.pools.remember_welcome(&lease, &welcome);
                 lease.give_back();
-                parameters
+                welcome
             }
         };
+        self.timeouts.also_idle_session(welcome.idle_session_timeout);
+        let mut parameters = welcome.parameters;
         if let Some(name) = application_name {
             Arc::make_mut(&mut parameters).insert(b"application_name".to_vec(), name.as_bytes().to_vec());
         }
         let mut out = Vec::with_capacity(512);
         for (name, value) in parameters.iter() {
-            let value = if name == b"in_hot_standby" { b"off" } else { value.as_slice() };
+            let value = if name == b"in_hot_standby" && !self.read_only { b"off" } else { value.as_slice() };
             wire::put(&mut out, b'S', |out| {
                 wire::put_cstr(out, name);
                 wire::put_cstr(out, value);
@@ -423,60 +449,67 @@ impl Session {
     /// Waits until the client has sent the header of a message; meanwhile passes on what a held
     /// backend says by itself.
     async fn await_message(&mut self) -> Result<(), End> {
-        poll_fn(|cx| {
-            loop {
-                if self.drop_rest > 0 {
-                    let n = self.drop_rest.min(self.client.input.len());
-                    self.client.input.advance(n);
-                    self.drop_rest -= n;
-                }
-                if self.drop_rest == 0 {
-                    match wire::header(&self.client.input) {
-                        Ok(Some(_)) => return Poll::Ready(Ok(())),
-                        Ok(None) => {}
-                        Err(error) => return Poll::Ready(Err(End::length(error))),
-                    }
-                }
-                match self.handle.poll_ending(cx) {
-                    Ending::Now => return Poll::Ready(Err(End::shutdown())),
-                    Ending::WhenIdle if self.status == TransactionStatus::Idle => {
-                        return Poll::Ready(Err(End::shutdown()));
-                    }
-                    Ending::No | Ending::WhenIdle => {}
-                }
-                self.hear_backend(cx)?;
-                let not_all_heard = self.client.output.len() >= HIGH_WATER;
-                if !self.client.output.is_empty()
-                    && let Poll::Ready(Err(_)) =
-                        poll_drain(&mut self.client.stream, &mut self.client.output, cx)
-                {
-                    return Poll::Ready(Err(End::ClientGone));
-                }
-                if self.client.output.len() >= HIGH_WATER {
-                    // It asks (or listens) and does not read.
-                    return Poll::Pending;
-                }
-                if not_all_heard {
-                    // There is room again, and nobody but us would ask the backend for more.
-                    continue;
-                }
-                if self.client.at_end {
-                    // It said nothing more; what it is owed is still written.
-                    if self.client.output.is_empty() {
-                        return Poll::Ready(Err(End::ClientGone));
-                    }
-                    return Poll::Pending;
-                }
-                self.shrink();
-                match poll_fill(&mut self.client.stream, &mut self.client.input, cx) {
-                    Poll::Ready(Ok(n)) if n > 0 => {}
-                    Poll::Ready(Ok(_)) if !self.client.output.is_empty() => self.client.at_end = true,
-                    Poll::Ready(_) => return Poll::Ready(Err(End::ClientGone)),
-                    Poll::Pending => return Poll::Pending,
-                }
-            }
+        poll_fn(|cx| match self.poll_message(cx) {
+            Poll::Pending => self.timeouts.poll_waiting(self.status, cx).map(|what| {
+                self.shared.metrics.timeouts.inc(what.label());
+                Err(End::fatal(what.report()))
+            }),
+            ready => ready,
         })
         .await
+    }
+
+    fn poll_message(&mut self, cx: &mut std::task::Context<'_>) -> Poll<Result<(), End>> {
+        loop {
+            if self.drop_rest > 0 {
+                let n = self.drop_rest.min(self.client.input.len());
+                self.client.input.advance(n);
+                self.drop_rest -= n;
+            }
+            if self.drop_rest == 0 {
+                match wire::header(&self.client.input) {
+                    Ok(Some(_)) => return Poll::Ready(Ok(())),
+                    Ok(None) => {}
+                    Err(error) => return Poll::Ready(Err(End::length(error))),
+                }
+            }
+            match self.handle.poll_ending(cx) {
+                Ending::Now => return Poll::Ready(Err(End::shutdown())),
+                Ending::WhenIdle if self.status == TransactionStatus::Idle => {
+                    return Poll::Ready(Err(End::shutdown()));
+                }
+                Ending::No | Ending::WhenIdle => {}
+            }
+            self.hear_backend(cx)?;
+            let not_all_heard = self.client.output.len() >= HIGH_WATER;
+            if !self.client.output.is_empty()
+                && let Poll::Ready(Err(_)) = poll_drain(&mut self.client.stream, &mut self.client.output, cx)
+            {
+                return Poll::Ready(Err(End::ClientGone));
+            }
+            if self.client.output.len() >= HIGH_WATER {
+                // It asks (or listens) and does not read.
+                return Poll::Pending;
+            }
+            if not_all_heard {
+                // There is room again, and nobody but us would ask the backend for more.
+                continue;
+            }
+            if self.client.at_end {
+                // It said nothing more; what it is owed is still written.
+                if self.client.output.is_empty() {
+                    return Poll::Ready(Err(End::ClientGone));
+                }
+                return Poll::Pending;
+            }
+            self.shrink();
+            match poll_fill(&mut self.client.stream, &mut self.client.input, cx) {
+                Poll::Ready(Ok(n)) if n > 0 => {}
+                Poll::Ready(Ok(_)) if !self.client.output.is_empty() => self.client.at_end = true,
+                Poll::Ready(_) => return Poll::Ready(Err(End::ClientGone)),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
     }
 
     /// Gives buffers back that a large message or result has grown.
@@ -594,13 +627,39 @@ impl Session {
             self.handle.idle();
         }
         self.follow_own();
+        self.timeouts.unit_ended(self.status);
+        if self.timeouts.take_stopped() && result.is_ok() {
+            if self.status != TransactionStatus::Idle || self.unit.failed() {
+                // It was stopped, or its transaction is still open.
+                return Err(self.overdue());
+            }
+            // Its commit came first, and has happened.
+            self.let_cancel_pass().await?;
+        }
         result
+    }
+
+    /// The backend that the session keeps was sent a cancel that came too late: it must not hit the next
+    /// statement, which the client has done nothing to have cancelled.
+    async fn let_cancel_pass(&mut self) -> Result<(), End> {
+        self.flush_client().await?;
+        let Some(lease) = &mut self.lease else { return Ok(()) };
+        let node = lease.node;
+        clean::fence(lease).await.map_err(|_| End::StateLost { node })
+    }
+
+    /// The session's transaction has taken too long.
+    fn overdue(&self) -> End {
+        self.shared.metrics.timeouts.inc(Overdue::Transaction.label());
+        End::fatal(Overdue::Transaction.report())
     }
 
     /// A unit of a session that holds no backend: it is routed, and perhaps run again elsewhere.
     async fn free_unit(&mut self) -> Result<(), End> {
         let mut demand = match self.demand().await? {
             Demand::Ours => return Ok(()),
+            // Nowhere else to go: what the replica says of it, the client hears.
+            demand if self.read_only => demand.unvetted(),
             demand => demand,
         };
         let mut avoid: Vec<NodeId> = Vec::new();
@@ -731,7 +790,7 @@ impl Session {
     /// What is known of a unit from how it was routed.
     fn count_demand(&mut self, demand: &Demand) {
         self.unit.leave(demand.leaves());
-        self.unit.writes = !demand.is_read();
+        self.unit.writes = !demand.is_read() && !self.read_only;
         self.unit.ddl = demand.is_ddl();
         if (demand.sets() || demand.is_ddl())
             && let Ok(Some(header)) = wire::header(&self.client.input)
@@ -762,8 +821,8 @@ impl Session {
         }
         let Some(lease) = &self.lease else { return Ok(()) };
         let node = lease.node;
-        if self.role == Role::Primary && lease.epoch != self.shared.topology.load().epoch {
-            // Whatever it is, it is the primary no more: not one byte of a statement for it.
+        if self.role != Role::Replica && lease.epoch != self.shared.topology.load().epoch {
+            // Whatever it is, it is no more what it was: not one byte of a statement for it.
             return Err(End::NodeLost { node });
         }
         if !self.handle.running(&lease.cancel) {
@@ -917,6 +976,13 @@ impl Session {
         }
         let done = self.done();
         let next = self.pins.after(&done);
+        if self.keeps_backend
+            && let Some(lease) = &mut self.lease
+        {
+            // Not looked at what it has done there: whoever is next finds it cleaned.
+            lease.dirt = lease.dirt.max(Dirt::State);
+            self.pins.keep(PinReason::SessionPooling);
+        }
         self.show_pins();
         if let Some(lease) = &mut self.lease {
             if done.discards_all && !done.failed {
@@ -931,6 +997,13 @@ impl Session {
         }
         if self.settings.in_flux() || !self.unit.settings.is_empty() {
             self.settle_settings().await?;
+        }
+        if self.keeps_backend
+            && let Some(lease) = &mut self.lease
+        {
+            // Not looked at what it has done there: whoever is next finds it cleaned.
+            lease.dirt = lease.dirt.max(Dirt::State);
+            self.pin_now(PinReason::SessionPooling);
         }
         if self.status != TransactionStatus::Idle {
             return Ok(());
@@ -1108,7 +1181,7 @@ impl Session {
         let note = self.shared.positions.note(node, epoch);
         match self.role {
             Role::Primary => self.mark.primary_showed(note),
-            Role::Replica => self.mark.replica_showed(note, self.incarnation),
+            Role::Replica | Role::Standby => self.mark.replica_showed(note, self.incarnation),
         }
     }
 
@@ -1217,7 +1290,7 @@ impl Session {
         self.pins = Pins::default();
         self.show_pins();
         if let Some(lease) = self.lease.take() {
-            self.part_from(lease, &end);
+            self.part_from(lease, &end).await;
         }
         if let End::Fatal(report) = &end {
             if report.sqlstate == "08P01" {
@@ -1236,8 +1309,17 @@ impl Session {
     }
 
     /// What becomes of the backend of a session that ends.
-    fn part_from(&self, lease: Lease, end: &End) {
+    async fn part_from(&self, lease: Lease, end: &End) {
         if !matches!(end, End::ClientGone | End::Fatal(_)) {
+            return;
+        }
+        if !self.unit.is_over()
+            && matches!(end, End::Fatal(report) if matches!(report.sqlstate, "57P01" | "25P04"))
+        {
+            // As a server would, we stop what runs; and before we are gone ourselves.
+            lease.cancel.announce();
+            let stopped = self.shared.pools.context.stop(&lease.cancel);
+            let _ = tokio::time::timeout(STOPPING, stopped).await;
             return;
         }
         if !self.unit.is_over() {

@@ -49,7 +49,11 @@ impl Session {
         avoid: &[NodeId],
     ) -> Result<Result<Placed, ErrorReport>, End> {
         self.ask_freshness();
+        if self.read_only {
+            return self.place_on_standby(avoid).await;
+        }
         let reason = match demand {
+            Demand::Read { .. } if self.keeps_backend => RouteReason::Pinned,
             Demand::Read { redone: true, .. } => RouteReason::Redone,
             Demand::Read { .. } if !self.shared.config.routing.split => RouteReason::SplitOff,
             Demand::Read { .. } if self.settings.keeps_on_primary() => RouteReason::Settings,
@@ -220,6 +224,37 @@ impl Session {
             _ => None,
         };
         limit.allows(Some(behind), behind_bytes)
+    }
+
+    /// A replica, for a session of the read-only port: there is no other place, so one is waited for.
+    async fn place_on_standby(&mut self, avoid: &[NodeId]) -> Result<Result<Placed, ErrorReport>, End> {
+        let pause = self.shared.config.failover.pause_timeout;
+        let until = Instant::now() + pause;
+        loop {
+            let shared = self.shared.clone();
+            let changed = shared.positions.changed();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            match self.place_on_replica(avoid).await? {
+                Tried::Placed(placed) => return Ok(Ok(Placed { role: Role::Standby, ..placed })),
+                Tried::Failed(report) => return Ok(Err(report)),
+                Tried::Primary(_) if Instant::now() >= until => {
+                    let report = ErrorReport::error(
+                        "57P03",
+                        "no replica has reached what this session has seen",
+                    )
+                    .detail(format!(
+                        "Waited {pause:?} (failover.pause_timeout). The statement was not sent to any node."
+                    ));
+                    return Ok(Err(report));
+                }
+                Tried::Primary(_) => {}
+            }
+            self.want_samples(avoid);
+            if !self.wait(changed, until.min(Instant::now() + RETRY)).await? {
+                return Ok(Err(canceled()));
+            }
+        }
     }
 
     /// The replicas that may serve this session now; when there is none, whether one soon may.
@@ -505,7 +540,8 @@ impl Session {
         let topology = self.shared.topology.load_full();
         let replicas: Vec<NodeId> = topology.serving_replicas().map(|v| v.id).collect();
         let mut last = None;
-        for node in topology.primary.into_iter().chain(replicas) {
+        let primary = topology.primary.filter(|_| !self.read_only);
+        for node in primary.into_iter().chain(replicas) {
             match self.lease_from(node).await? {
                 Ok(lease) => return Ok(lease),
                 Err(AcquireError::Refused { message, sqlstate }) if sqlstate != *b"57P03" => {
@@ -539,12 +575,12 @@ enum Hope {
     Soon,
 }
 
-fn no_primary(pause: Duration) -> ErrorReport {
+pub(super) fn no_primary(pause: Duration) -> ErrorReport {
     ErrorReport::error("57P03", "no primary is available")
         .detail(format!("Waited {pause:?} (failover.pause_timeout). The statement was not sent to any node."))
 }
 
-fn unfit(why: &str) -> ErrorReport {
+pub(super) fn unfit(why: &str) -> ErrorReport {
     ErrorReport::error("08006", "cannot log in to the node in this user's place")
         .detail(why.to_owned())
         .hint("Run highwater check.")

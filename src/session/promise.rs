@@ -430,7 +430,9 @@ impl Session {
         let Some(own) = &self.shared_mark else { return false };
         match self.role {
             Role::Primary => own.primary_showed(note, &*positions, &topology),
-            Role::Replica => own.replica_showed(note, self.incarnation, &*positions, &topology),
+            Role::Replica | Role::Standby => {
+                own.replica_showed(note, self.incarnation, &*positions, &topology)
+            }
         }
         self.mark = own.bring_forward(&*positions, &topology);
         true

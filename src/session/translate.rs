@@ -841,7 +841,7 @@ impl Exchange<'_> {
     /// SQL's EXECUTE and DEALLOCATE see the protocol's names: before such a statement the backend is
     /// given all of the session's. In a Query this is done ahead, closed by a Sync of its own.
     fn materialize(&mut self, leaves: Leaves) {
-        if leaves != Leaves::Pins(PinReason::SqlPrepare) || self.session.role != Role::Primary {
+        if leaves != Leaves::Pins(PinReason::SqlPrepare) || self.session.role == Role::Replica {
             return;
         }
         let missing: Vec<(Vec<u8>, Arc<Statement>)> = self

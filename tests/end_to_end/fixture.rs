@@ -468,15 +468,20 @@ impl Proxy {
     }
 
     /// SIGTERM, and how it ended.
-    pub async fn stop(mut self) -> ExitStatus {
+    pub async fn stop(self) -> ExitStatus {
         self.signal(nix::sys::signal::Signal::SIGTERM);
+        self.ended().await
+    }
+
+    /// How it has ended, after a signal.
+    pub async fn ended(mut self) -> ExitStatus {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.process.try_wait().unwrap() {
                 self.settled = true;
                 return status;
             }
-            assert!(Instant::now() < deadline, "the proxy did not end on SIGTERM");
+            assert!(Instant::now() < deadline, "the proxy did not end on its signal");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
@@ -702,7 +707,12 @@ pub fn flush() -> Vec<u8> {
 }
 
 pub fn startup(parameters: &[(&str, &str)]) -> Vec<u8> {
-    let mut body = 196_608_u32.to_be_bytes().to_vec();
+    startup_of(3 << 16, parameters)
+}
+
+/// A startup packet of this protocol version.
+pub fn startup_of(version: u32, parameters: &[(&str, &str)]) -> Vec<u8> {
+    let mut body = version.to_be_bytes().to_vec();
     for (name, value) in parameters {
         body.extend_from_slice(&[name.as_bytes(), b"\0", value.as_bytes(), b"\0"].concat());
     }
@@ -718,13 +728,15 @@ pub struct RawClient {
     pub key: Vec<u8>,
     /// From ParameterStatus.
     pub parameters: BTreeMap<String, String>,
+    /// NegotiateProtocolVersion, if it came.
+    pub negotiated: Option<Message>,
 }
 
 impl RawClient {
     pub async fn connect(port: u16) -> RawClient {
         let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.unwrap();
         stream.set_nodelay(true).unwrap();
-        RawClient { stream, port, key: Vec::new(), parameters: BTreeMap::new() }
+        RawClient { stream, port, key: Vec::new(), parameters: BTreeMap::new(), negotiated: None }
     }
 
     /// Logs in by SCRAM-SHA-256, up to the first ReadyForQuery; the ErrorResponse when refused.
@@ -733,8 +745,13 @@ impl RawClient {
     }
 
     pub async fn login_with(&mut self, parameters: &[(&str, &str)], password: &str) -> Result<(), Message> {
+        self.login_by(&startup(parameters), password).await
+    }
+
+    /// The same with a startup packet as it is.
+    pub async fn login_by(&mut self, packet: &[u8], password: &str) -> Result<(), Message> {
         use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256};
-        self.send(&startup(parameters)).await;
+        self.send(packet).await;
         let mut scram = ScramSha256::new(password.as_bytes(), ChannelBinding::unsupported());
         loop {
             let got = self.read().await.expect("closed during login");
@@ -761,6 +778,7 @@ impl RawClient {
                 b'K' => self.key = got.body,
                 b'Z' => return Ok(()),
                 b'N' => {}
+                b'v' => self.negotiated = Some(got),
                 _ => panic!("unexpected during login: {got:?}"),
             }
         }

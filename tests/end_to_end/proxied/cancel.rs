@@ -53,6 +53,79 @@ async fn a_cancel_with_a_wrong_key_or_for_an_idle_session_does_nothing() {
 }
 
 #[tokio::test]
+async fn a_cancel_reaches_a_session_that_waits_and_nobody_else() {
+    let cluster = Cluster::start(1).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    let overrides = "pool: { size: 1, query_wait_timeout: 1h }\n\
+        consistency: { catch_up_wait: 1h, max_lag: 1h }\nfailover: { pause_timeout: 1h }";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    let (mut holder, mut client) = (proxy.raw_login().await, proxy.raw_login().await);
+    let cancelled = |outcome: &'static str| {
+        let proxy = &proxy;
+        async move { proxy.metrics().await.sum("highwater_cancels_total", &[("outcome", outcome)]) }
+    };
+    // For a backend.
+    holder.ask(&query("BEGIN; INSERT INTO t VALUES (1)")).await;
+    client.send(&query("INSERT INTO t VALUES (2)")).await;
+    eventually("it waits for a backend", || async {
+        let figures = proxy.metrics().await;
+        figures.sum("highwater_pool_backends", &[("state", "waiting")]) == 1.0
+    })
+    .await;
+    client.cancel().await;
+    assert_eq!(code(&client.read_ready().await).as_deref(), Some("57014"));
+    assert_eq!(tags(&holder.ask(&query("COMMIT")).await), "CZ");
+    // For a replica. (Until the catalog facts have been read, there are no reads.)
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while proxy.metrics().await.sum("highwater_statements_total", &[("node", "b")]) == 0.0 {
+        assert!(std::time::Instant::now() < deadline, "no read reaches the replica");
+        assert_eq!(tags(&client.ask(&query("SELECT x FROM t")).await), "TDCZ");
+    }
+    cluster.node(1).pause_replay().await.unwrap();
+    assert_eq!(tags(&client.ask(&query("INSERT INTO t VALUES (3)")).await), "CZ");
+    client.send(&query("SELECT x FROM t")).await;
+    assert!(client.silent_for(std::time::Duration::from_millis(200)).await);
+    client.cancel().await;
+    assert_eq!(code(&client.read_ready().await).as_deref(), Some("57014"));
+    cluster.node(1).resume_replay().await.unwrap();
+    // For a primary.
+    cluster.link(0).cut();
+    eventually("its loss is seen", || async { proxy.log().contains("primary lost") }).await;
+    client.send(&query("INSERT INTO t VALUES (4)")).await;
+    assert!(client.silent_for(std::time::Duration::from_millis(200)).await);
+    client.cancel().await;
+    assert_eq!(code(&client.read_ready().await).as_deref(), Some("57014"));
+    assert_eq!(cancelled("while_waiting").await, 3.0);
+    assert_eq!(cancelled("forwarded").await, 0.0);
+    cluster.link(0).heal();
+    assert_eq!(tags(&client.ask(&query("INSERT INTO t VALUES (5)")).await), "CZ");
+    assert_eq!(
+        cluster.primary().query_text("SELECT string_agg(x::text, ' ' ORDER BY x) FROM t").await.unwrap(),
+        "1 3 5"
+    );
+}
+
+#[tokio::test]
+async fn a_cancel_between_two_statements_or_for_a_session_that_has_ended_does_nothing() {
+    let cluster = Cluster::start(0).await;
+    let proxy = Proxy::start(&cluster).await;
+    let (mut open, mut pinned, mut ended) =
+        (proxy.raw_login().await, proxy.raw_login().await, proxy.raw_login().await);
+    let key = ended.key.clone();
+    ended.send(&message(b'X', b"")).await;
+    ended.read_to_end().await;
+    open.ask(&query("BEGIN")).await;
+    pinned.ask(&query("CREATE TEMP TABLE mine (x int)")).await;
+    for _ in 0..100 {
+        cancel(proxy.port(), &key).await;
+        open.cancel().await;
+        pinned.cancel().await;
+        assert_eq!(tags(&open.ask(&query("SELECT 1")).await), "TDCZ");
+        assert_eq!(tags(&pinned.ask(&query("TABLE mine")).await), "TCZ");
+    }
+}
+
+#[tokio::test]
 async fn of_300_cancels_that_race_with_the_end_of_their_statement_none_hits_another_session() {
     let cluster = Cluster::start(1).await;
     // One backend a node: whoever comes next gets the one that was just cancelled.
