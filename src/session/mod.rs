@@ -771,7 +771,9 @@ impl Session {
     /// What a portal's execution does to settings.
     fn keep_portal(&mut self, portal: &[u8], changes: Vec<Change>) {
         self.portals.retain(|(name, _)| name != portal);
-        if !changes.is_empty() {
+        if self.portals.len() >= settings::MOST_PENDING {
+            self.settings.perhaps(vec![Change::Untracked]);
+        } else if !changes.is_empty() {
             self.portals.push((portal.to_vec(), changes));
         }
     }

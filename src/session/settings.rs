@@ -43,6 +43,9 @@ pub enum AtReady {
     Untracked,
 }
 
+/// Changes that one transaction may make before they are no longer tracked.
+pub const MOST_PENDING: usize = 1000;
+
 const APPLICATION_NAME: &str = "application_name";
 
 impl Settings {
@@ -98,12 +101,16 @@ impl Settings {
     /// A statement has completed.
     pub fn completed(&mut self, changes: Vec<Change>) {
         self.pending.extend(changes);
+        if self.pending.len() > MOST_PENDING {
+            // More than is worth keeping: if the transaction commits, the session stays where it is.
+            self.pending = vec![Change::Untracked];
+        }
     }
 
     /// It cannot be told which of these have happened.
     pub fn perhaps(&mut self, changes: Vec<Change>) {
         self.uncertain |= !changes.is_empty();
-        self.pending.extend(changes);
+        self.completed(changes);
     }
 
     /// A command has completed while something is pending.
@@ -406,6 +413,17 @@ mod tests {
         assert_eq!(asked, AtReady::ReadBack(vec!["a".to_owned()]));
         settings.read_back(&[("a".to_owned(), Some(b"7".to_vec()))], true);
         assert_eq!(shown(&settings), ["SELECT pg_catalog.set_config(E'a', E'7', false)"]);
+    }
+
+    #[test]
+    fn a_transaction_that_sets_without_end_is_not_tracked() {
+        let mut settings = Settings::default();
+        for _ in 0..3 * MOST_PENDING {
+            run(&mut settings, set("a", "1"), "SET", TransactionStatus::InTransaction);
+            assert!(settings.pending.len() <= MOST_PENDING);
+        }
+        assert_eq!(run(&mut settings, vec![], "COMMIT", IDLE), AtReady::Untracked);
+        assert!(!settings.in_flux());
     }
 
     #[test]
