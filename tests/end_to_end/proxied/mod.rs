@@ -10,5 +10,6 @@ mod operator;
 mod protocol;
 mod relay;
 mod routing;
+mod sizes;
 mod tools;
 mod traps;
