@@ -153,6 +153,20 @@ pub async fn name(backend: &mut Backend, application_name: Option<&Arc<str>>) ->
     Ok(())
 }
 
+/// Makes the backend forget what was drawn from sequences on it, unless `session` was the last to write there:
+/// `currval` and `lastval` are then an error, as for a session that has drawn nothing, and never another's value.
+pub async fn forget_sequences(backend: &mut Backend, session: u32) -> Result<(), Broken> {
+    if backend.last_writer.is_none_or(|writer| writer == session) {
+        return Ok(());
+    }
+    let answer = ask(backend, "DISCARD SEQUENCES").await?;
+    if !matches!(answer.tags.as_slice(), [tag] if tag == b"DISCARD SEQUENCES") {
+        return Err(Broken);
+    }
+    backend.last_writer = None;
+    Ok(())
+}
+
 /// `text` as a literal that means the same whatever `standard_conforming_strings` is.
 fn literal(text: &str) -> String {
     format!("E'{}'", text.replace('\\', "\\\\").replace('\'', "''"))

@@ -102,6 +102,9 @@ pub struct Backend {
     pub dirt: Dirt,
     /// The `application_name` that we have set; none: the server's own choice.
     pub application_name: Option<Arc<str>>,
+    /// The session (by the process id it shows) that last ran on it what is not a read: what it may have
+    /// drawn from sequences is what `currval` and `lastval` speak of. None: nobody.
+    pub last_writer: Option<u32>,
     /// The worker on whose reactor its socket is registered.
     pub worker: usize,
 }
@@ -205,6 +208,7 @@ impl Backend {
             own_names: HashSet::new(),
             dirt: Dirt::Clean,
             application_name: None,
+            last_writer: None,
             worker,
         }
     }

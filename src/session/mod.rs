@@ -529,7 +529,7 @@ impl Session {
                 Ok(placed) => placed,
                 Err(report) => return self.fail_unit(report),
             };
-            if clean::name(&mut placed.lease, self.application_name.as_ref()).await.is_err() {
+            if self.make_ready(&mut placed.lease, &demand).await.is_err() {
                 self.shared.reports.report_failure(placed.node, NodeFailure::Broken);
                 if avoid.contains(&placed.node) {
                     let report = ErrorReport::error("08006", "the connection to the node broke")
@@ -585,6 +585,15 @@ impl Session {
                 Err(end) => return Err(self.ended(end)),
             }
         }
+    }
+
+    /// What a backend needs before a unit of this session may run on it.
+    async fn make_ready(&self, backend: &mut Backend, demand: &Demand) -> Result<(), clean::Broken> {
+        clean::name(backend, self.application_name.as_ref()).await?;
+        if demand.leaves() == Leaves::Pins(PinReason::Other) {
+            clean::forget_sequences(backend, self.handle.pid).await?;
+        }
+        Ok(())
     }
 
     /// The unit starts on a backend that was found for it.
@@ -707,6 +716,11 @@ impl Session {
         self.note();
         let failed = self.unit.failed();
         self.ddl |= self.unit.ddl;
+        if self.unit.writes
+            && let Some(lease) = &mut self.lease
+        {
+            lease.last_writer = Some(self.handle.pid);
+        }
         match self.unit.leaves {
             Leaves::Nothing => {}
             Leaves::Pins(reason) => self.pin_now(reason),
