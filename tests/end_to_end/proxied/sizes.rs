@@ -108,7 +108,7 @@ async fn a_large_value_passes_both_ways_in_text_and_binary() {
     let cluster = Cluster::start(1).await;
     let proxy = Proxy::start(&cluster).await;
     let peak = Peak::watch(&proxy);
-    let value: Vec<u8> = (0..mib(32, 100)).map(|n| (n * 31 >> 3) as u8).collect();
+    let value: Vec<u8> = (0..mib(32, 100)).map(|n| ((n * 31) >> 3) as u8).collect();
 
     let client = proxy.connect().await;
     let back = in_time(client.query_one("SELECT $1::bytea", &[&value])).await.unwrap();
