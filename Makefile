@@ -19,7 +19,7 @@ LEAKS_SECONDS ?= 60
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test consistency soak-consistency leaks drivers regress corpus lint fmt clippy doc bench audit
+.PHONY: help setup demo test matrix sizes consistency soak-consistency leaks drivers suites regress corpus lint fmt clippy doc bench audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,14 @@ demo: setup ## a private primary and two replicas, the proxy over them, live tra
 
 test: setup ## all tests, on real servers of their own
 	$(CARGO) test --locked --no-fail-fast
+
+matrix: setup ## all tests on PostgreSQL 15, 16 and 18 (fetches the latter two; MAJORS='16 18': only these)
+	@CARGO=$(CARGO) tests/matrix $(MAJORS)
+
+sizes: setup ## COPY of 1 GiB, values of 100 MiB and their like, with a release build; its memory stays small
+	$(CARGO) build --locked --release
+	HIGHWATER_SIZES=full HIGHWATER_BINARY=$(CURDIR)/target/release/highwater \
+		$(CARGO) test --locked --test end_to_end sizes:: -- --nocapture --test-threads=1
 
 soak-consistency: setup ## SOAK_READS reads per fault, by a debug and a release build; no stale one, none backward
 	$(CARGO) build --locked --release
@@ -78,7 +86,12 @@ drivers: setup ## real drivers (Python, Node) against PostgreSQL and through the
 	@$(CARGO) build --locked --quiet
 	@tests/drivers/run
 
-# Needs PostgreSQL's source (`apt-get source postgresql-15`, ./configure) with src/test/regress/regress.so.
-regress: setup ## PostgreSQL's regression suite through the proxy; SOURCE=its source tree
+suites: setup ## the drivers' and ORMs' own test suites, directly and through the proxy (an hour; SUITES='asyncpg django')
 	@$(CARGO) build --locked --quiet
-	@tests/drivers/run regress $(SOURCE)
+	@tests/drivers/run suites $(SUITES)
+
+# The source package of the distribution is fetched and what is needed of it built (Debian, network, a
+# C compiler), unless SOURCE names an unpacked source tree of the same version.
+regress: setup ## PostgreSQL's own regression suite, directly and through the proxy (minutes)
+	@$(CARGO) build --locked --quiet
+	@SOURCE=$(SOURCE) tests/drivers/run regress

@@ -129,6 +129,9 @@ pub struct Backend {
     pub applied: Arc<Applied>,
     /// What it reported at its login.
     pub login_parameters: Arc<Parameters>,
+    /// The session (by the process id it shows) that last ran on it what is not a read: what it may have
+    /// drawn from sequences is what `currval` and `lastval` speak of. None: nobody.
+    pub last_writer: Option<u32>,
     /// The worker on whose reactor its socket is registered.
     pub worker: usize,
 }
@@ -251,6 +254,7 @@ impl Backend {
             names_of: (0, 0),
             dirt: Dirt::Clean,
             applied: Arc::default(),
+            last_writer: None,
             worker,
         }
     }

@@ -228,9 +228,10 @@ impl Pool {
         self: &Arc<Pool>,
         startup: &Arc<StartupParameters>,
         worker: usize,
+        last_written_by: Option<u32>,
         deadline: Instant,
     ) -> Result<Lease, AcquireError> {
-        if let Some(backend) = self.take_idle(startup, worker) {
+        if let Some(backend) = self.take_idle(startup, worker, last_written_by) {
             return Ok(self.lend(backend));
         }
         let begun = Instant::now();
@@ -256,7 +257,12 @@ impl Pool {
         }
     }
 
-    fn take_idle(self: &Arc<Pool>, startup: &StartupParameters, worker: usize) -> Option<Box<Backend>> {
+    fn take_idle(
+        self: &Arc<Pool>,
+        startup: &StartupParameters,
+        worker: usize,
+        last_written_by: Option<u32>,
+    ) -> Option<Box<Backend>> {
         let epoch = self.context.topology.load().epoch;
         let mut state = self.lock();
         if state.waiters.iter().any(|w| !w.coming) {
@@ -266,10 +272,10 @@ impl Pool {
         }
         loop {
             let fits = |b: &Backend| *b.startup == *startup;
-            let at = state
-                .idle
-                .iter()
-                .rposition(|b| b.worker == worker && fits(b))
+            let wanted = |b: &Backend| b.last_writer == last_written_by && fits(b);
+            let at = last_written_by
+                .and_then(|_| state.idle.iter().rposition(|b| wanted(b)))
+                .or_else(|| state.idle.iter().rposition(|b| b.worker == worker && fits(b)))
                 .or_else(|| state.idle.iter().rposition(|b| fits(b)))?;
             let mut backend = state.idle.remove(at);
             let valid = backend.login_settings == Some(self.context.login_settings.generation());

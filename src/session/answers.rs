@@ -117,6 +117,12 @@ impl Exchange<'_> {
                 self.forward(header.len);
                 Ok(Step::On)
             }
+            b'E' if !whole && header.len > WHOLE_MESSAGE && !self.is_ours() => self.long_error(header.len),
+            b'N' if !whole && header.len > WHOLE_MESSAGE => {
+                self.commit();
+                self.forward(header.len);
+                Ok(Step::On)
+            }
             _ if !whole && header.len > WHOLE_MESSAGE => Err(End::NodeLost { node }),
             _ if !whole => Ok(Step::Wait),
             b'Z' => self.ready(header.len),
@@ -536,6 +542,24 @@ impl Exchange<'_> {
         }
     }
 
+    /// An error that is too long to be looked at whole is passed on as it comes: it is none of the refusals
+    /// after which a unit runs again, nor one that names a statement, for those are short.
+    fn long_error(&mut self, len: usize) -> Result<Step, End> {
+        // Severity and SQLSTATE come first.
+        let fatal = matches!(wire::error_fields(&self.backend.input[HEADER..]).severity, b"FATAL" | b"PANIC");
+        if fatal {
+            return Err(End::NodeLost { node: self.backend.node });
+        }
+        self.commit();
+        if matches!(self.unit.expects.front(), Some(Expect::Query)) {
+            self.unit.intake = Intake::Closed;
+        }
+        self.unit.failed = true;
+        self.forward(len);
+        self.skip_expected();
+        Ok(Step::On)
+    }
+
     /// Passes an error on as it is; but a statement's name that only we and the server know is the
     /// client's own.
     fn forward_error(&mut self, len: usize) {
@@ -663,6 +687,7 @@ impl Exchange<'_> {
                 let parameters = self.backend.parameters.clone();
                 self.session.tell_differences(&parameters);
             }
+            Purpose::Sequences => {}
             Purpose::Own => {
                 let mut applied = Applied::clone(&self.backend.applied);
                 for name in super::own::NAMES {

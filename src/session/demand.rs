@@ -181,6 +181,7 @@ impl Session {
                     names.insert(parse.name.to_vec(), Some(statement.clone()));
                     let class = self.class_of(&statement).await;
                     if !matches!(class.kind, Kind::Read | Kind::Empty) {
+                        self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
                         self.look_for_own(statement.text(), class).await?;
                         return Ok(Demand::not_a_read(ClassLabel::of(class.kind)));
                     }
@@ -202,6 +203,7 @@ impl Session {
                     if let Some(statement) = found {
                         let class = self.class_of(&statement).await;
                         if !matches!(class.kind, Kind::Read | Kind::Empty) {
+                            self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
                             self.look_for_own(statement.text(), class).await?;
                             return Ok(Demand::not_a_read(ClassLabel::of(class.kind)));
                         }
@@ -251,6 +253,7 @@ impl Session {
         if at == 0 && matches!(class.kind, Kind::Read | Kind::Empty) {
             return Ok(Demand::Read { vetted: len, redone: false });
         }
+        self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
         self.look_for_own(&text, class).await?;
         // In the middle of an open unit even a read goes where the rest of it goes.
         Ok(Demand::of_query(class))

@@ -112,6 +112,8 @@ pub enum Purpose {
     Settings,
     /// The backend gets what Highwater's own settings are for the session, to be shown.
     Own,
+    /// The backend forgets what another session has drawn from sequences.
+    Sequences,
 }
 
 /// A Query of ours has failed: what is to be said to the client in place of the unit's answer.

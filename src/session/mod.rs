@@ -269,6 +269,8 @@ pub struct Session {
     /// In this transaction ALTER ROLE or DATABASE ran, which may change what logins give.
     login_settings: bool,
     statements: Statements,
+    /// The unit calls `currval` or `lastval`.
+    asks_sequences: bool,
     /// The unit is a Query that is about one name.
     sql: Option<SqlCommand>,
     /// The unit is to run again because a shared statement was out of date.
@@ -348,6 +350,7 @@ impl Session {
             ddl: false,
             login_settings: false,
             statements: Statements::new(shared.names.number()),
+            asks_sequences: false,
             sql: None,
             prepare_anew: false,
             unit: Unit::none(),
@@ -622,6 +625,7 @@ impl Session {
         self.handle.begin();
         self.forget_own();
         self.sql = None;
+        self.asks_sequences = false;
         let result = if self.lease.is_some() { self.held_unit().await } else { self.free_unit().await };
         if self.lease.is_none() {
             self.handle.idle();
@@ -741,9 +745,19 @@ impl Session {
             self.tell_differences(&lease.parameters);
         }
         self.give_own(&mut lease);
+        self.forget_sequences(&mut lease);
         self.lease = Some(lease);
         if !demand.is_read() {
             self.may_notify();
+        }
+    }
+
+    /// `currval` and `lastval` speak of what this session has drawn, or are an error as on one server; never of
+    /// what another has drawn on the same backend.
+    fn forget_sequences(&mut self, backend: &mut Backend) {
+        if self.asks_sequences && backend.last_writer.is_some_and(|writer| writer != self.handle.pid) {
+            self.unit.put_ahead(backend, b"DISCARD SEQUENCES", Purpose::Sequences);
+            backend.last_writer = None;
         }
     }
 
@@ -965,6 +979,11 @@ impl Session {
             self.note();
         }
         self.ddl |= self.unit.ddl;
+        if self.unit.writes
+            && let Some(lease) = &mut self.lease
+        {
+            lease.last_writer = Some(self.handle.pid);
+        }
         self.login_settings |= self.unit.login_settings;
         let senders = &self.shared.sessions.senders;
         if senders.are_heard()

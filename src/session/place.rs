@@ -522,9 +522,10 @@ impl Session {
     async fn lease_from(&self, node: NodeId) -> Result<Result<Lease, AcquireError>, End> {
         let begun = Instant::now();
         let deadline = begun + self.patience();
+        let last_written_by = self.asks_sequences.then_some(self.handle.pid);
         let lease = tokio::select! {
             biased;
-            lease = self.pools.nodes[node.index()].acquire(&self.startup, self.worker, deadline) => lease,
+            lease = self.pools.nodes[node.index()].acquire(&self.startup, self.worker, last_written_by, deadline) => lease,
             () = self.handle.interrupted() => {
                 if self.handle.ending() == super::handle::Ending::Now {
                     return Err(End::shutdown());

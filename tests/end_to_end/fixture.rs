@@ -830,6 +830,27 @@ impl RawClient {
         self.read_ready().await
     }
 
+    /// Sends `bytes` and reads at the same time, as long as `each` wants more: for what is too much for
+    /// the buffers on the way.
+    pub async fn send_and_read(&mut self, bytes: &[u8], mut each: impl FnMut(Message) -> bool) {
+        let (reader, mut writer) = self.stream.split();
+        let mut reader = tokio::io::BufReader::with_capacity(64 * 1024, reader);
+        let reading = async {
+            loop {
+                let mut head = [0; 5];
+                reader.read_exact(&mut head).await.unwrap();
+                let length = u32::from_be_bytes(*head.last_chunk().unwrap()) as usize;
+                let mut body = vec![0; length.checked_sub(4).expect("a length below 4")];
+                reader.read_exact(&mut body).await.unwrap();
+                if !each(Message { tag: head[0], body }) {
+                    break;
+                }
+            }
+        };
+        let ((), sent) = tokio::join!(reading, writer.write_all(bytes));
+        sent.unwrap();
+    }
+
     /// The rest until the connection ends; panics if it stays open.
     pub async fn read_to_end(&mut self) -> Vec<Message> {
         let mut messages = Vec::new();

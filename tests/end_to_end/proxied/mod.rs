@@ -21,6 +21,7 @@ mod relay;
 mod replication;
 mod routing;
 mod settings;
+mod sizes;
 mod startup;
 mod tools;
 mod traps;

@@ -237,3 +237,33 @@ async fn what_becomes_dangerous_later_is_noticed_however_it_was_made() {
     }
     assert_eq!(cluster.ran("changed"), [before[0] + 5, before[1]]);
 }
+
+#[tokio::test]
+async fn lastval_never_shows_what_another_session_has_drawn() {
+    let cluster = Cluster::start(0).await;
+    cluster.set_up("CREATE TABLE t (id serial)").await;
+    let options = ProxyOptions { overrides: "pool: { size: 1 }", ..ProxyOptions::default() };
+    let proxy = Proxy::start_with(&cluster, options).await;
+    let insert = query("INSERT INTO t DEFAULT VALUES");
+    for ask in ["SELECT lastval()", "SELECT currval('t_id_seq')"] {
+        let mut one = proxy.raw_login().await;
+        let mut other = proxy.raw_login().await;
+        for _ in 0..3 {
+            assert_eq!(tags(&one.ask(&insert).await), "CZ");
+            assert_eq!(tags(&other.ask(&insert).await), "CZ");
+        }
+        // The only backend is the one on which the other has drawn after it.
+        let refused = one.ask(&query(ask)).await;
+        assert_eq!(tags(&refused), "TEZ", "{ask}");
+        assert_eq!(refused[1].field(b'C').as_deref(), Some("55000"), "{ask}");
+        // From now on the backend is its own.
+        one.ask(&insert).await;
+        let drawn = cluster.primary().query_text("SELECT max(id) FROM t").await.unwrap();
+        assert_eq!(one.ask(&query(ask)).await[1].columns(), [Some(drawn)], "{ask}");
+    }
+    // Nobody in between: right at once.
+    let mut one = proxy.raw_login().await;
+    one.ask(&insert).await;
+    let drawn = cluster.primary().query_text("SELECT max(id) FROM t").await.unwrap();
+    assert_eq!(one.ask(&query("SELECT lastval()")).await[1].columns(), [Some(drawn)]);
+}
