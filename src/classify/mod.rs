@@ -1,7 +1,8 @@
 //! SQL text + catalog facts -> what a statement may do. Fail closed: what is not understood is not a read.
 //!
 //! The stages: a token scan of the text (`scan`, over `lexer`), built-in functions by allow-list
-//! (`builtin`), the database's unsafe names (`catalog`), the second opinion of `sqlparser` on a thread of its own
+//! (`builtin`), the database's unsafe names and proven functions (`catalog`, with `tree` for stored expressions, `body`
+//! for functions' texts and `extension` for compiled code), the second opinion of `sqlparser` on a thread of its own
 //! (`opinion`), and a cache of verdicts (`cache`), once by the whole text and once by the scan's skeleton.
 //! `refusal` reads what a replica's error says about all of that.
 //!
@@ -14,13 +15,16 @@
 //! `currval` and `lastval` are right within the same transaction or once the session is pinned (their first
 //! use pins it).
 
+mod body;
 mod builtin;
 mod cache;
 pub mod catalog;
+mod extension;
 mod lexer;
 mod opinion;
 pub mod refusal;
 mod scan;
+pub mod tree;
 
 use std::hash::Hasher;
 use std::sync::Arc;
@@ -236,7 +240,7 @@ impl Classifier {
                 ..StatementClass::write(ClassReason::CatalogUnknown)
             };
         }
-        if statement.catalog.casts_everywhere() {
+        if statement.catalog.unsafe_anywhere() {
             return StatementClass {
                 leaves: Leaves::Unproven,
                 ..StatementClass::write(ClassReason::UnsafeName)

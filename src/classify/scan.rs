@@ -443,6 +443,7 @@ impl Scan<'_> {
             None => {
                 let accounted = (statement.lead == Some(Lead::Copy) && statement.depth == 0)
                     || word.safe_function
+                    || pending.flags.proven
                     || pending.alias
                     || (word.before_paren && !pending.quoted && !pending.dotted);
                 if !accounted {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::catalog::{CatalogRows, Mark, Object};
+use super::catalog::{CatalogRows, FunctionRow, Mark, Object, OperatorRow, TypeRow};
 use super::*;
 
 fn classifier() -> Classifier {
@@ -24,14 +24,27 @@ fn catalog() -> Catalog {
         7,
         CatalogRows {
             server_major: 15,
-            functions: vec![("fx".into(), true, true), ("nextval".into(), false, true)],
-            objects: vec![
-                (Object::Relation(1), "seq".into(), Mark::Elsewhere),
-                (Object::Type(2), "ct".into(), Mark::Code),
+            attributes: vec!["nextval".into()],
+            functions: vec![FunctionRow {
+                oid: 20_001,
+                name: "fx".into(),
+                language: "c".into(),
+                kind: "f".into(),
+                one_argument: true,
+                ..FunctionRow::default()
+            }],
+            types: vec![TypeRow { oid: 20_002, name: "ct".into() }],
+            marks: vec![
+                (Object::Relation(1), Mark::Elsewhere),
+                (Object::Type(20_002), Mark::Code),
+                (Object::Operator(1), Mark::Code),
+                (Object::Operator(2), Mark::Code),
             ],
-            edges: vec![],
-            operators: vec!["#*#".into(), "~~*".into()],
-            casts_everywhere: false,
+            relations: vec![(1, "seq".into())],
+            operators: [(1, "#*#"), (2, "~~*")]
+                .map(|(oid, token)| OperatorRow { oid, token: token.into(), ..OperatorRow::default() })
+                .into(),
+            ..CatalogRows::default()
         },
     )
 }
