@@ -116,72 +116,110 @@ pub(super) fn is_one_read(text: &[u8]) -> bool {
     }
 }
 
-/// The text without forms that the parser does not know, and that the scan has accounted for:
-/// `OPERATOR(pg_catalog.~)` becomes the operator, and `COLLATE pg_catalog.default` goes, both being how psql
-/// writes its queries; SYMMETRIC goes behind BETWEEN; a leading TABLE becomes what it stands for. Found by
-/// tokens, so not inside strings or comments.
+/// The text without forms that the parser does not know, and that the scan has accounted for: `OPERATOR(pg_catalog.~)`
+/// becomes the operator, and `COLLATE pg_catalog.default` goes, both being how psql writes its queries; an
+/// operator that is not among the usual ones becomes `+`, which stands wherever an operator may; SYMMETRIC goes
+/// behind BETWEEN, VARIADIC before an argument, NAME in XMLELEMENT and XMLPI; SUBSTRING's SIMILAR and ESCAPE become
+/// commas; a leading TABLE becomes what it stands for. Found by tokens, so not inside strings or comments.
 fn as_it_reads(text: &str) -> std::borrow::Cow<'_, str> {
     use super::lexer::{Lexer, Token};
     let mut lexer = Lexer::new(text.as_bytes());
     let leading_table = lexer.next_token() == Token::Word && lexer.name() == b"table";
-    if !leading_table
-        && !text.contains("OPERATOR(pg_catalog.")
-        && !text.contains("COLLATE pg_catalog.default")
-        && !text.contains("SYMMETRIC")
-        && !text.contains("symmetric")
-    {
-        return text.into();
-    }
-    let mut out = String::with_capacity(text.len() + 16);
+    let mut out = String::with_capacity(text.len() + text.len() / 4);
+    let mut changed = leading_table;
     if leading_table {
         out.push_str("SELECT * FROM ");
     } else {
         lexer = Lexer::new(text.as_bytes());
     }
-    let mut behind_between = false;
+    // The depth of the parentheses, that of the innermost SUBSTRING's, and the last two tokens.
+    let (mut depth, mut substring) = (0u32, None);
+    let (mut before, mut before_that) = (Before::Other, Before::Other);
     loop {
         let token = lexer.next_token();
-        let is_word = token == Token::Word;
-        if is_word && behind_between && matches!(lexer.name(), b"symmetric" | b"asymmetric") {
-            continue;
-        }
-        behind_between = is_word && lexer.name() == b"between";
-        match token {
-            Token::End | Token::Unclear => return out.into(),
-            Token::Word if lexer.raw() == b"OPERATOR" || lexer.raw() == b"COLLATE" => {
-                let collate = lexer.raw() == b"COLLATE";
+        let mut part = lexer.raw();
+        let name = if token == Token::Word { lexer.name() } else { b"" };
+        let mut this = Before::Other;
+        match (token, name) {
+            (Token::End, _) => return if changed { out.into() } else { text.into() },
+            (Token::Unclear, _) => return text.into(),
+            (Token::Punctuation(b'('), _) => {
+                depth += 1;
+                this = Before::Open;
+                if before == Before::Substring {
+                    substring = Some(depth);
+                }
+            }
+            (Token::Punctuation(b')'), _) => {
+                if substring == Some(depth) {
+                    substring = None;
+                }
+                depth = depth.saturating_sub(1);
+            }
+            (Token::Punctuation(b','), _) => this = Before::Comma,
+            (Token::Operator, _) if !USUAL_OPERATORS.contains(&part) => part = b"+",
+            (_, b"symmetric" | b"asymmetric") if before == Before::Between => part = b"",
+            (_, b"variadic") if matches!(before, Before::Open | Before::Comma) => part = b"",
+            (_, b"name") if before == Before::Open && before_that == Before::Xml => part = b"",
+            (_, b"similar" | b"escape") if substring == Some(depth) => part = b",",
+            (_, b"between") => this = Before::Between,
+            (_, b"substring") => this = Before::Substring,
+            (_, b"xmlelement" | b"xmlpi") => this = Before::Xml,
+            (_, b"operator") => {
                 let mut ahead = lexer.clone();
                 let mut next = |expected: Token, raw: &[u8]| {
                     ahead.next_token() == expected && (raw.is_empty() || ahead.raw() == raw)
                 };
-                if collate {
-                    if next(Token::Word, b"pg_catalog")
-                        && next(Token::Punctuation(b'.'), b"")
-                        && next(Token::Word, b"default")
-                    {
-                        lexer = ahead;
-                        continue;
-                    }
-                } else if next(Token::Punctuation(b'('), b"")
+                if next(Token::Punctuation(b'('), b"")
                     && next(Token::Word, b"pg_catalog")
                     && next(Token::Punctuation(b'.'), b"")
                     && next(Token::Operator, b"")
                 {
                     let operator = ahead.raw();
                     if ahead.next_token() == Token::Punctuation(b')') {
-                        out.push_str(&String::from_utf8_lossy(operator));
-                        out.push(' ');
                         lexer = ahead;
-                        continue;
+                        part = if USUAL_OPERATORS.contains(&operator) { operator } else { b"+" };
                     }
                 }
-                out.push_str(&String::from_utf8_lossy(lexer.raw()));
             }
-            _ => out.push_str(&String::from_utf8_lossy(lexer.raw())),
+            (_, b"collate") => {
+                let mut ahead = lexer.clone();
+                let mut next = |expected: Token, raw: &[u8]| {
+                    ahead.next_token() == expected && (raw.is_empty() || ahead.raw() == raw)
+                };
+                if next(Token::Word, b"pg_catalog")
+                    && next(Token::Punctuation(b'.'), b"")
+                    && next(Token::Word, b"default")
+                {
+                    lexer = ahead;
+                    part = b"";
+                }
+            }
+            _ => {}
         }
+        changed |= part != lexer.raw();
+        out.push_str(&String::from_utf8_lossy(part));
         out.push(' ');
+        (before_that, before) = (before, this);
     }
 }
+
+/// What the token before was, as far as it matters to [`as_it_reads`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Before {
+    Open,
+    Comma,
+    Between,
+    Substring,
+    Xml,
+    Other,
+}
+
+/// What the parser knows, and where its knowing more than a `+` is wanted: `*` and `=` are more than operators.
+const USUAL_OPERATORS: &[&[u8]] = &[
+    b"=", b"<>", b"!=", b"<", b">", b"<=", b">=", b"+", b"-", b"*", b"/", b"%", b"||", b"~", b"!~", b"->",
+    b"->>", b"=>",
+];
 
 fn statement_reads(statement: &Statement) -> bool {
     match statement {
