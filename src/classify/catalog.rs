@@ -518,25 +518,28 @@ SELECT c.oid FROM pg_catalog.pg_class c \
 /// Rows: users' functions as [`FunctionRow`], then their stored body and defaults. `$1`: the safe built-in
 /// functions. Functions that only a trigger can call are left out.
 pub const FUNCTIONS_SQL: &str = "\
+WITH io AS MATERIALIZED ( \
+  SELECT DISTINCT f FROM pg_catalog.pg_type t, \
+         LATERAL (VALUES (t.typinput::pg_catalog.oid), (t.typoutput), (t.typreceive), (t.typsend)) v (f) WHERE t.oid < 16384), \
+code AS MATERIALIZED ( \
+  SELECT b.prosrc, bool_and(b.provolatile = 'i' OR b.proname::text = ANY ($1::text[]) OR b.oid IN (SELECT io.f FROM io)) \
+           AS harmless \
+    FROM pg_catalog.pg_proc b JOIN pg_catalog.pg_language l ON l.oid = b.prolang \
+   WHERE b.oid < 16384 AND l.lanname = 'internal' GROUP BY b.prosrc), \
+unsafe AS MATERIALIZED ( \
+  SELECT DISTINCT b.proname FROM pg_catalog.pg_proc b WHERE b.oid < 16384 AND NOT b.proname::text = ANY ($1::text[])), \
+member AS MATERIALIZED ( \
+  SELECT d.objid, e.extname::text AS name FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid \
+   WHERE d.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass AND d.deptype = 'e' \
+     AND d.refclassid = 'pg_catalog.pg_extension'::pg_catalog.regclass) \
 SELECT p.oid, p.proname::text, l.lanname::text, p.prokind::text, p.provolatile = 'v', \
        p.pronargs >= 1 AND p.pronargs - p.pronargdefaults <= 1, \
        EXISTS (SELECT FROM pg_catalog.unnest(p.proconfig) s WHERE s NOT LIKE 'search\\_path=%'), \
-       p.prosrc, coalesce(p.probin, ''), \
-       coalesce((SELECT e.extname::text FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid \
-          WHERE d.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass AND d.objid = p.oid AND d.deptype = 'e' \
-            AND d.refclassid = 'pg_catalog.pg_extension'::pg_catalog.regclass), ''), \
-       p.prosqlbody IS NOT NULL, \
-       l.lanname = 'internal' AND EXISTS (SELECT FROM pg_catalog.pg_proc b \
-          WHERE b.oid < 16384 AND b.prolang = p.prolang AND b.prosrc = p.prosrc) \
-        AND NOT EXISTS (SELECT FROM pg_catalog.pg_proc b \
-          WHERE b.oid < 16384 AND b.prolang = p.prolang AND b.prosrc = p.prosrc \
-            AND NOT (b.provolatile = 'i' OR b.proname::text = ANY ($1::text[]) \
-              OR EXISTS (SELECT FROM pg_catalog.pg_type t WHERE t.oid < 16384 \
-                   AND b.oid IN (t.typinput, t.typoutput, t.typreceive, t.typsend)))), \
-       EXISTS (SELECT FROM pg_catalog.pg_proc b \
-          WHERE b.oid < 16384 AND b.proname = p.proname AND NOT b.proname::text = ANY ($1::text[])), \
+       p.prosrc, coalesce(p.probin, ''), coalesce(m.name, ''), p.prosqlbody IS NOT NULL, \
+       l.lanname = 'internal' AND coalesce(c.harmless, false), u.proname IS NOT NULL, \
        p.prosqlbody::text, p.proargdefaults::text \
   FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_language l ON l.oid = p.prolang \
+  LEFT JOIN member m ON m.objid = p.oid LEFT JOIN code c ON c.prosrc = p.prosrc LEFT JOIN unsafe u ON u.proname = p.proname \
  WHERE p.oid >= 16384 AND p.prorettype NOT IN (2279, 3838)";
 
 /// Rows (oid, token, left and right operand's type, outdone).
@@ -582,6 +585,18 @@ SELECT 't', t.oid, 'c' FROM pg_catalog.pg_type t WHERE t.oid >= 16384 AND NOT t.
 /// Rows (letter, oid, letter, oid), each for [`CatalogRows::edge`]: what is unsafe on the left makes the right unsafe.
 /// A built-in function is on the left only where its being immutable, or its place, does not speak for it.
 pub const EDGES_SQL: &str = "\
+WITH member AS MATERIALIZED ( \
+  SELECT 'f' AS kind, a.amproc::pg_catalog.oid AS oid, a.amprocfamily AS family, a.amproclefttype AS lefttype, \
+         a.amprocrighttype AS righttype \
+    FROM pg_catalog.pg_amproc a WHERE a.amproc::pg_catalog.oid >= 16384 OR a.amprocfamily >= 16384 \
+     AND a.amproc::pg_catalog.oid IN (SELECT b.oid FROM pg_catalog.pg_proc b WHERE b.oid < 16384 AND b.provolatile <> 'i') \
+  UNION ALL \
+  SELECT 'o', a.amopopr, a.amopfamily, a.amoplefttype, a.amoprighttype FROM pg_catalog.pg_amop a WHERE a.amopopr >= 16384), \
+used AS MATERIALIZED ( \
+  SELECT DISTINCT i.indrelid AS rel, k.opcfamily AS family \
+    FROM pg_catalog.pg_index i, LATERAL pg_catalog.unnest(i.indclass::pg_catalog.oid[]) c (oid) \
+    JOIN pg_catalog.pg_opclass k ON k.oid = c.oid \
+   WHERE i.indrelid >= 16384 AND c.oid >= 16384) \
 SELECT 'r', i.inhrelid, 'r', i.inhparent FROM pg_catalog.pg_inherits i \
 UNION ALL \
 SELECT DISTINCT 't', a.atttypid, 'r', a.attrelid \
@@ -635,20 +650,18 @@ UNION ALL \
 SELECT 'o', o.oid, 't', t FROM pg_catalog.pg_operator o, \
        LATERAL (VALUES (o.oprleft), (o.oprright)) v (t) WHERE o.oid >= 16384 AND t >= 16384 \
 UNION ALL \
-SELECT m.kind, m.member, u.kind, u.oid FROM ( \
-   SELECT 'f' AS kind, a.amproc::pg_catalog.oid AS member, a.amprocfamily AS family, a.amproclefttype AS lefttype, \
-          a.amprocrighttype AS righttype FROM pg_catalog.pg_amproc a WHERE a.amproc::pg_catalog.oid >= 16384 OR a.amprocfamily >= 16384 \
-      AND a.amproc::pg_catalog.oid IN (SELECT b.oid FROM pg_catalog.pg_proc b WHERE b.oid < 16384 AND b.provolatile <> 'i') \
-   UNION ALL \
-   SELECT 'o', a.amopopr, a.amopfamily, a.amoplefttype, a.amoprighttype FROM pg_catalog.pg_amop a \
-    WHERE a.amopopr >= 16384) m, \
-  LATERAL ( \
-   SELECT 't', t FROM (VALUES (m.lefttype), (m.righttype)) v (t) WHERE t >= 16384 \
-   UNION ALL SELECT 't', k.opcintype FROM pg_catalog.pg_opclass k WHERE k.opcfamily = m.family AND k.opcintype >= 16384 \
-   UNION ALL SELECT '*', 0::pg_catalog.oid WHERE m.lefttype < 16384 AND m.righttype < 16384 AND (m.family < 16384 \
-     OR EXISTS (SELECT FROM pg_catalog.pg_opclass k WHERE k.opcfamily = m.family AND k.opcdefault AND k.opcintype < 16384)) \
-   UNION ALL SELECT 'r', i.indrelid FROM pg_catalog.pg_opclass k JOIN pg_catalog.pg_index i ON k.oid = ANY (i.indclass) \
-     WHERE k.opcfamily = m.family AND k.oid >= 16384) u (kind, oid) \
+SELECT m.kind, m.oid, 't', m.lefttype FROM member m WHERE m.lefttype >= 16384 \
+UNION ALL \
+SELECT m.kind, m.oid, 't', m.righttype FROM member m WHERE m.righttype >= 16384 \
+UNION ALL \
+SELECT DISTINCT m.kind, m.oid, 't', k.opcintype FROM member m JOIN pg_catalog.pg_opclass k ON k.opcfamily = m.family \
+ WHERE k.opcintype >= 16384 \
+UNION ALL \
+SELECT DISTINCT m.kind, m.oid, '*', 0::pg_catalog.oid FROM member m \
+ WHERE m.lefttype < 16384 AND m.righttype < 16384 AND (m.family < 16384 \
+    OR m.family IN (SELECT k.opcfamily FROM pg_catalog.pg_opclass k WHERE k.opcdefault AND k.opcintype < 16384)) \
+UNION ALL \
+SELECT m.kind, m.oid, 'r', u.rel FROM member m JOIN used u ON u.family = m.family \
 UNION ALL \
 SELECT 'f', a.amhandler::pg_catalog.oid, 'r', r FROM pg_catalog.pg_am a JOIN pg_catalog.pg_class c ON c.relam = a.oid \
   LEFT JOIN pg_catalog.pg_index i ON i.indexrelid = c.oid, LATERAL (VALUES (coalesce(i.indrelid, c.oid))) v (r) \
