@@ -244,7 +244,8 @@ async fn refresh(
         return Ok(basis);
     }
     let major = u16::try_from(version / 10_000).unwrap_or_default();
-    let rows = load(&mut client, major).await.map_err(|error| error.to_string())?;
+    let mut rows = load(&mut client, major).await.map_err(|error| error.to_string())?;
+    rows.overrides = nodes.functions().clone();
     Ok(database.publish(generation, rows).then_some(next))
 }
 
@@ -322,6 +323,7 @@ async fn read_objects(
             stored: row.try_get(10)?,
             internal: row.try_get(11)?,
             shadows: row.try_get(12)?,
+            schema: row.try_get(15)?,
         };
         for column in [13, 14] {
             if let Some(tree) = row.try_get::<_, Option<&str>>(column)? {

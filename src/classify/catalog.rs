@@ -23,6 +23,7 @@ use hashbrown::{HashMap, HashSet};
 use super::builtin::Vocabulary;
 use super::tree::{self, Reference, Use};
 use super::{body, extension};
+use crate::config::FunctionOverrides;
 
 /// The first object identifier that PostgreSQL gives to users' objects.
 pub const FIRST_USER_OID: u32 = 16_384;
@@ -68,6 +69,8 @@ pub struct Flags {
 pub struct CatalogRows {
     /// The server's major version, for example 15.
     pub server_major: u16,
+    /// What the operator says of functions.
+    pub overrides: FunctionOverrides,
     /// [`SAFE_FUNCTIONS_SQL`]
     pub safe_functions: HashSet<u32>,
     /// [`ATTRIBUTES_SQL`]
@@ -99,6 +102,8 @@ pub struct FunctionRow {
     pub oid: u32,
     /// Its name.
     pub name: String,
+    /// The name of its schema.
+    pub schema: String,
     /// `pg_language.lanname`
     pub language: String,
     /// `pg_proc.prokind`
@@ -298,10 +303,18 @@ impl CatalogRows {
         for (from, to) in &self.edges {
             next.entry(self.resolved(*from)).or_default().push(self.resolved(*to));
         }
+        let known_safe: HashSet<u32> = self
+            .functions
+            .iter()
+            .filter(|row| row.is_named(&self.overrides.safe))
+            .map(|row| row.oid)
+            .collect();
         let functions = self
             .functions
             .iter()
-            .filter(|row| !(row.is_harmless() || proven.contains(&row.oid)))
+            .filter(|row| {
+                row.is_named(&self.overrides.primary) || !(row.is_harmless() || proven.contains(&row.oid))
+            })
             .map(|row| (Object::Function(row.oid), Mark::Code));
         let seeds: Vec<(Object, Mark)> = self
             .marks
@@ -314,6 +327,9 @@ impl CatalogRows {
             let mut pending: Vec<Object> =
                 seeds.iter().filter(|(_, own)| *own == mark).map(|(object, _)| *object).collect();
             while let Some(object) = pending.pop() {
+                if matches!(object, Object::Function(oid) if known_safe.contains(&oid)) {
+                    continue;
+                }
                 if reached.insert(object, mark) != Some(mark) {
                     pending.extend(next.get(&object).into_iter().flatten());
                 }
@@ -352,6 +368,13 @@ impl CatalogRows {
                 set(facts.names.entry(name.as_bytes().into()).or_default());
             }
         };
+        for name in &self.overrides.primary {
+            // Built-in ones have no row; PostgreSQL's own are named without their schema.
+            let name = name.strip_prefix("pg_catalog.").unwrap_or(name);
+            if !name.contains('.') {
+                flag(name, &|flags| (flags.called, flags.attribute) = (true, true));
+            }
+        }
         for name in &self.attributes {
             flag(name, &|flags| flags.attribute = true);
         }
@@ -395,6 +418,15 @@ impl CatalogRows {
 }
 
 impl FunctionRow {
+    /// Whether one of the names, with a schema or without, is its own.
+    fn is_named(&self, names: &[String]) -> bool {
+        names.iter().any(|name| {
+            *name == self.name
+                || name.strip_suffix(&*self.name).and_then(|rest| rest.strip_suffix('.'))
+                    == Some(&self.schema)
+        })
+    }
+
     /// Harmless by itself; what it consists of is among the edges.
     fn is_harmless(&self) -> bool {
         if self.settings || self.kind == "p" {
@@ -537,8 +569,9 @@ SELECT p.oid, p.proname::text, l.lanname::text, p.prokind::text, p.provolatile =
        EXISTS (SELECT FROM pg_catalog.unnest(p.proconfig) s WHERE s NOT LIKE 'search\\_path=%'), \
        p.prosrc, coalesce(p.probin, ''), coalesce(m.name, ''), p.prosqlbody IS NOT NULL, \
        l.lanname = 'internal' AND coalesce(c.harmless, false), u.proname IS NOT NULL, \
-       p.prosqlbody::text, p.proargdefaults::text \
+       p.prosqlbody::text, p.proargdefaults::text, n.nspname::text \
   FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_language l ON l.oid = p.prolang \
+  JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace \
   LEFT JOIN member m ON m.objid = p.oid LEFT JOIN code c ON c.prosrc = p.prosrc LEFT JOIN unsafe u ON u.proname = p.proname \
  WHERE p.oid >= 16384 AND p.prorettype NOT IN (2279, 3838)";
 
@@ -819,6 +852,28 @@ mod tests {
         }
         // Beside a built-in function that is not safe, a safe one of a user's proves nothing of the name.
         assert!(!catalog.name(b"nextval").proven);
+    }
+
+    #[test]
+    fn the_operator_knows_better() {
+        let with = |safe: &[&str], primary: &[&str]| {
+            let list = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+            let mut rows = rows();
+            rows.overrides = FunctionOverrides { safe: list(safe), primary: list(primary) };
+            for row in &mut rows.functions {
+                row.schema = "app".into();
+            }
+            Catalog::from_rows(1, rows)
+        };
+        let safe = with(&["locks", "app.perl", "other.changes"], &[]);
+        for name in ["locks", "calls_that", "stored_lock", "perl", "both"] {
+            assert!(safe.name(name.as_bytes()).proven, "{name}");
+        }
+        assert!(!safe.operator_is_unsafe(b"#*#") && safe.name(b"changes").called);
+        let primary = with(&[], &["app.reads", "lower", "pg_catalog.upper"]);
+        for name in ["reads", "calls_it", "lower", "upper"] {
+            assert!(primary.name(name.as_bytes()).called, "{name}");
+        }
     }
 
     #[test]
