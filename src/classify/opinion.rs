@@ -194,8 +194,8 @@ pub(super) fn is_one_read(text: &[u8]) -> bool {
 /// The text without forms that the parser does not know, and that the scan has accounted for: `OPERATOR(pg_catalog.~)`
 /// becomes the operator, and `COLLATE pg_catalog.default` goes, both being how psql writes its queries; an
 /// operator that is not among the usual ones becomes `+`, which stands wherever an operator may; SYMMETRIC goes
-/// behind BETWEEN, VARIADIC before an argument, NAME in XMLELEMENT and XMLPI; SUBSTRING's SIMILAR and ESCAPE become
-/// commas; a leading TABLE becomes what it stands for. Found by tokens, so not inside strings or comments.
+/// behind BETWEEN, VARIADIC before an argument, NAME in XMLELEMENT and XMLPI and before a string, a FROM with nothing
+/// to trim before it, the star behind a parent table; SUBSTRING's SIMILAR and ESCAPE become commas; a leading TABLE becomes what it stands for. Found by tokens, so not inside strings or comments.
 fn as_it_reads(text: &str) -> std::borrow::Cow<'_, str> {
     use super::lexer::{Lexer, Token};
     let mut lexer = Lexer::new(text.as_bytes());
@@ -237,7 +237,15 @@ fn as_it_reads(text: &str) -> std::borrow::Cow<'_, str> {
             (_, b"variadic") if matches!(before, Before::Open | Before::Comma) => part = b"",
             (_, b"name") if before == Before::Open && before_that == Before::Xml => part = b"",
             (_, b"similar" | b"escape") if substring == Some(depth) => part = b",",
+            (_, b"from") if before == Before::TrimSide => part = b"",
+            // `FROM parent *`: with its children, as without the star.
+            (Token::Operator, _) if before == Before::Relation && part == b"*" => part = b"",
+            // `name 'x'`
+            (_, b"name") if matches!(lexer.clone().next_token(), Token::Text(_)) => part = b"",
             (_, b"between") => this = Before::Between,
+            (_, b"leading" | b"trailing" | b"both") => this = Before::TrimSide,
+            (_, b"from") => this = Before::From,
+            (Token::Word | Token::Quoted, _) if before == Before::From => this = Before::Relation,
             (_, b"substring") => this = Before::Substring,
             (_, b"xmlelement" | b"xmlpi") => this = Before::Xml,
             (_, b"operator") => {
@@ -287,6 +295,9 @@ enum Before {
     Between,
     Substring,
     Xml,
+    TrimSide,
+    From,
+    Relation,
     Other,
 }
 
@@ -386,6 +397,9 @@ mod tests {
             ("select a similar to b", "select a similar to b"),
             ("select a between symmetric b and c", "select a between  b and c "),
             ("table t", "SELECT * FROM t "),
+            ("select a * b from t * x", "select a * b from t  x "),
+            ("select trim(leading from a)", "select trim ( leading  a ) "),
+            ("select name 'x'", "select  'x' "),
             ("select xmlelement(name a, name)", "select xmlelement (  a , name ) "),
             ("select a collate pg_catalog.default", "select a  "),
         ] {

@@ -455,7 +455,8 @@ fn long_texts_end() {
 #[test]
 fn a_nul_and_broken_utf8_are_no_reads() {
     let (classifier, catalog) = (classifier(), catalog());
-    for text in [&b"select 1\0, nextval('s')"[..], b"select \xff(1)", b"select '\xc3", b"\0", b"select\x001"] {
+    for text in [&b"select 1\0, nextval('s')"[..], b"select \xff(1)", b"select '\xc3", b"\0", b"select\x001"]
+    {
         assert_ne!(class_and_key(&classifier, &catalog, text).0.kind, Kind::Read, "{text:?}");
     }
 }

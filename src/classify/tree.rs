@@ -59,21 +59,9 @@ pub fn references(tree: &str, used: Use, mut found: impl FnMut(Reference)) {
                 }
             }
             b"relid" => tokens.peek_oid().into_iter().for_each(|oid| found(Reference::Relation(oid))),
-            b"hasForUpdate" => {
-                if tokens.clone().next() == Some(b"true") {
-                    found(Reference::Writes);
-                }
-            }
-            b"commandType" => {
-                if tokens.clone().next() != Some(b"1") {
-                    found(Reference::Writes);
-                }
-            }
-            b"utilityStmt" => {
-                if tokens.clone().next() != Some(b"<>") {
-                    found(Reference::Writes);
-                }
-            }
+            b"hasForUpdate" if tokens.clone().next() == Some(b"true") => found(Reference::Writes),
+            b"commandType" if tokens.clone().next() != Some(b"1") => found(Reference::Writes),
+            b"utilityStmt" if tokens.clone().next() != Some(b"<>") => found(Reference::Writes),
             _ if is_function_field(field) => {
                 let Some(oid) = tokens.peek_oid() else { continue };
                 if CURRENT_SETTING.contains(&oid) && tokens.first_argument_is_an_own_setting() {

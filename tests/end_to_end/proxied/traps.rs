@@ -299,6 +299,42 @@ async fn a_users_own_functions_types_and_policies_that_only_read_run_on_replicas
     }
 }
 
+#[tokio::test]
+async fn the_operator_may_know_better_and_a_comment_may_ask_for_the_primary() {
+    let cluster = Cluster::start_logging(1).await;
+    cluster
+        .set_up(
+            "CREATE TABLE plain (id int, x text); INSERT INTO plain VALUES (1, 'a');
+             CREATE FUNCTION dynamic() RETURNS int LANGUAGE plpgsql
+                 AS $$ DECLARE r int; BEGIN EXECUTE 'SELECT 1' INTO r; RETURN r; END $$;
+             CREATE FUNCTION slow() RETURNS int LANGUAGE sql STABLE AS 'SELECT 1'",
+        )
+        .await;
+    let overrides = "routing: { functions: { safe: [public.dynamic], primary: [slow, initcap] } }";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    let client = proxy.connect().await;
+    eventually("plain reads reach the replica", || async {
+        client.simple_query("SELECT x AS loaded FROM plain").await.unwrap();
+        cluster.ran("loaded")[1] > 0
+    })
+    .await;
+    for (marker, statement, ran) in [
+        ("safe.", "/* safe. */ SELECT dynamic()", [0, 1]),
+        ("listed.", "/* listed. */ SELECT slow()", [1, 0]),
+        ("built_in.", "/* built_in. */ SELECT initcap('a')", [1, 0]),
+        ("hinted.", "SELECT x AS \"hinted.\" FROM plain /* highwater.route=primary */", [1, 0]),
+    ] {
+        client.simple_query(statement).await.unwrap();
+        assert_eq!(cluster.ran(marker), ran, "{statement}");
+    }
+    // No comment makes a read of a write: it runs, on the primary.
+    client
+        .simple_query("INSERT INTO plain VALUES (2, 'written') /* highwater.route=replica */")
+        .await
+        .unwrap();
+    assert_eq!(cluster.ran("written"), [1, 0]);
+}
+
 /// Operators that PostgreSQL chooses for constants and rows of built-in types although an operand is a user's
 /// type: nothing in the text shows them but the token.
 #[tokio::test]
