@@ -6,15 +6,18 @@
 //! catalog is unknown, and so no statement of that database is a read.
 
 use std::collections::HashMap;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use futures_util::TryStreamExt as _;
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
-use crate::classify::catalog::{self, Catalog, CatalogRows, Mark, Object};
+use crate::classify::catalog::{self, Catalog, CatalogRows, FunctionRow, Mark, Object, OperatorRow, TypeRow};
+use crate::classify::tree::Use;
 use crate::classify::{safe_function_names, safe_system_names};
 use crate::node::Nodes;
 use crate::topology::{Epoch, NodeId, TopologyHandle};
@@ -24,6 +27,9 @@ const POLL: Duration = Duration::from_secs(1);
 
 /// How long one look or one load may take before the catalog counts as unknown.
 const QUESTION: Duration = Duration::from_secs(20);
+
+/// For `query_raw`, which wants a type for no parameters.
+const NO_PARAMETERS: [&(dyn tokio_postgres::types::ToSql + Sync); 0] = [];
 
 /// The catalogs of all databases.
 pub struct Catalogs {
@@ -239,7 +245,8 @@ async fn refresh(
         return Ok(basis);
     }
     let major = u16::try_from(version / 10_000).unwrap_or_default();
-    let rows = load(&mut client, major).await.map_err(|error| error.to_string())?;
+    let mut rows = load(&mut client, major).await.map_err(|error| error.to_string())?;
+    rows.overrides = nodes.functions().clone();
     Ok(database.publish(generation, rows).then_some(next))
 }
 
@@ -256,25 +263,99 @@ pub async fn load(
         .await?;
     let (functions, names) = (safe_function_names(), safe_system_names());
     let mut rows = CatalogRows { server_major, ..CatalogRows::default() };
-    for row in transaction.query(catalog::FUNCTIONS_SQL, &[&functions]).await? {
-        rows.functions.push((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?));
+    for row in transaction.query(catalog::SETTERS_SQL, &[]).await? {
+        rows.setters.push(row.try_get(0)?);
     }
-    for row in transaction.query(catalog::OBJECTS_SQL, &[&functions, &names]).await? {
-        if let Some(object) = Object::from_columns(row.try_get(0)?, row.try_get(1)?) {
-            rows.objects.push((object, row.try_get(2)?, Mark::from_letter(row.try_get(3)?)));
-        }
+    for row in transaction.query(catalog::SAFE_FUNCTIONS_SQL, &[&functions]).await? {
+        rows.safe_functions.insert(row.try_get(0)?);
     }
-    for row in transaction.query(catalog::EDGES_SQL, &[]).await? {
+    for row in transaction.query(catalog::UNSAFE_RELATIONS_SQL, &[&names]).await? {
+        rows.unsafe_relations.insert(row.try_get(0)?);
+    }
+    for row in transaction.query(catalog::ATTRIBUTES_SQL, &[&functions]).await? {
+        rows.attributes.push(row.try_get(0)?);
+    }
+    read_objects(&transaction, &mut rows, &functions).await?;
+    let mut found = pin!(transaction.query_raw(catalog::EDGES_SQL, NO_PARAMETERS).await?);
+    while let Some(row) = found.try_next().await? {
         let from = Object::from_columns(row.try_get(0)?, row.try_get(1)?);
         let to = Object::from_columns(row.try_get(2)?, row.try_get(3)?);
-        rows.edges.extend(from.zip(to));
+        if let Some((from, to)) = from.zip(to) {
+            rows.edge(from, to);
+        }
     }
-    for row in transaction.query(catalog::OPERATORS_SQL, &[]).await? {
-        rows.operators.push(row.try_get(0)?);
+    // One at a time: views can be large, and many.
+    let mut found = pin!(transaction.query_raw(catalog::TREES_SQL, NO_PARAMETERS).await?);
+    while let Some(row) = found.try_next().await? {
+        let used = if row.try_get(3)? { Use::Folded } else { Use::Evaluated };
+        if let Some(owner) = Object::from_columns(row.try_get(0)?, row.try_get(1)?) {
+            rows.tree(owner, row.try_get(2)?, used);
+        }
     }
-    rows.casts_everywhere = transaction.query_one(catalog::CASTS_SQL, &[]).await?.try_get(0)?;
+    let types = rows.mentioned_types();
+    for row in transaction.query(catalog::ALIASES_SQL, &[&types]).await? {
+        if let Some(object) = Object::from_columns(row.try_get(1)?, row.try_get(2)?) {
+            rows.aliases.insert(row.try_get(0)?, object);
+        }
+    }
+    let relations = rows.unsafe_relations();
+    for row in transaction.query(catalog::NAMES_SQL, &[&relations]).await? {
+        rows.relations.push((row.try_get(0)?, row.try_get(1)?));
+    }
     transaction.commit().await?;
     Ok(rows)
+}
+
+/// What users made, but for relations.
+async fn read_objects(
+    transaction: &tokio_postgres::Transaction<'_>,
+    rows: &mut CatalogRows,
+    functions: &[&str],
+) -> Result<(), tokio_postgres::Error> {
+    for row in transaction.query(catalog::FUNCTIONS_SQL, &[&functions]).await? {
+        let function = FunctionRow {
+            oid: row.try_get(0)?,
+            name: row.try_get(1)?,
+            language: row.try_get(2)?,
+            kind: row.try_get(3)?,
+            volatile: row.try_get(4)?,
+            one_argument: row.try_get(5)?,
+            settings: row.try_get(6)?,
+            source: row.try_get(7)?,
+            library: row.try_get(8)?,
+            extension: row.try_get(9)?,
+            stored: row.try_get(10)?,
+            internal: row.try_get(11)?,
+            shadows: row.try_get(12)?,
+            schema: row.try_get(15)?,
+        };
+        for column in [13, 14] {
+            if let Some(tree) = row.try_get::<_, Option<&str>>(column)? {
+                rows.tree(Object::Function(function.oid), tree, Use::Evaluated);
+            }
+        }
+        rows.functions.push(function);
+    }
+    for row in transaction.query(catalog::OPERATORS_SQL, &[]).await? {
+        rows.operators.push(OperatorRow {
+            oid: row.try_get(0)?,
+            token: row.try_get(1)?,
+            operands: [row.try_get(2)?, row.try_get(3)?],
+            outdone: row.try_get::<_, Option<bool>>(4)?.unwrap_or(false),
+        });
+    }
+    for row in transaction.query(catalog::TYPES_SQL, &[]).await? {
+        rows.types.push(TypeRow { oid: row.try_get(0)?, name: row.try_get(1)? });
+    }
+    for row in transaction.query(catalog::CASTS_SQL, &[]).await? {
+        rows.cast(row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?);
+    }
+    for row in transaction.query(catalog::MARKS_SQL, &[]).await? {
+        if let Some(object) = Object::from_columns(row.try_get(0)?, row.try_get(1)?) {
+            rows.marks.push((object, Mark::from_letter(row.try_get(2)?)));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

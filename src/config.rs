@@ -319,6 +319,17 @@ pub struct ConsistencyConfig {
 pub struct RoutingConfig {
     /// `false`: everything runs on the primary.
     pub split: bool,
+    /// What the operator knows of functions.
+    pub functions: FunctionOverrides,
+}
+
+/// What the operator says of functions, as `schema.name` or `name`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FunctionOverrides {
+    /// Users' functions that do nothing but read, whatever they look like.
+    pub safe: Vec<String>,
+    /// Functions that belong on the primary; built-in ones too.
+    pub primary: Vec<String>,
 }
 
 /// Bounds of memory and time per session.
@@ -467,7 +478,8 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
         ],
     ),
     ("consistency.rules[]", &["user", "database", "level", "max_lag", "on_stale"]),
-    ("routing", &["split", "transactions"]),
+    ("routing", &["split", "transactions", "functions"]),
+    ("routing.functions", &["safe", "primary"]),
     (
         "limits",
         &[
@@ -1482,7 +1494,25 @@ impl Reader<'_> {
     fn routing(&mut self, top: &Section<'_>) -> RoutingConfig {
         let section = self.child(top, "routing");
         self.choice(&section, "transactions", &[("primary", ())], &["split"], ());
-        RoutingConfig { split: self.flag(&section, "split", true) }
+        let functions = match section.get("functions") {
+            Some((tree, trail)) => self.section("routing.functions", tree, trail),
+            None => Section { trail: section.trail.clone(), entries: &[] },
+        };
+        let functions = FunctionOverrides {
+            safe: self.names(&functions, "safe"),
+            primary: self.names(&functions, "primary"),
+        };
+        if let Some(both) = functions.safe.iter().find(|name| functions.primary.contains(name)) {
+            let message = format!("{both} is safe and belongs on the primary");
+            self.found.push((section.trail.clone(), message));
+        }
+        RoutingConfig { split: self.flag(&section, "split", true), functions }
+    }
+
+    /// A list of texts.
+    fn names(&mut self, section: &Section<'_>, key: &str) -> Vec<String> {
+        let items = self.list(section, key);
+        items.into_iter().filter_map(|(tree, trail)| self.text_of(tree, &trail)).collect()
     }
 
     fn limits(&mut self, top: &Section<'_>) -> LimitsConfig {

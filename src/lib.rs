@@ -30,4 +30,5 @@ pub mod topology;
 pub mod admin;
 pub mod check;
 pub mod demo;
+pub mod explain;
 pub mod server;

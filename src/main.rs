@@ -11,6 +11,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use highwater::config::{Config, LogConfig, LogFormat};
 use highwater::demo::DemoOptions;
+use highwater::explain::Explanation;
 use tracing_subscriber::EnvFilter;
 
 /// A transparent PostgreSQL replication proxy.
@@ -27,6 +28,17 @@ enum Command {
     Run(ConfigFile),
     /// Validate the configuration, try the nodes, and say where statements would go.
     Check(ConfigFile),
+    /// Say where a statement would go, and why. It is not run.
+    Route {
+        /// The statement, as a client would send it.
+        sql: String,
+        /// With the catalog facts of a live database, of these nodes.
+        #[arg(short = 'c', long = "config", value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// The database; default: the control user's.
+        #[arg(short = 'd', long = "database", value_name = "NAME", requires = "config")]
+        database: Option<String>,
+    },
     /// Start a private primary and two replicas, the proxy over them and live traffic; Ctrl-C ends it.
     Demo {
         /// End by itself after this time, for example `10s` or `2m`.
@@ -47,6 +59,19 @@ fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Run(file) => with_config(file, run),
         Command::Check(file) => with_config(file, check),
+        Command::Route { sql, config: None, .. } => {
+            route(async move { highwater::explain::built_in(&sql).await })
+        }
+        Command::Route { sql, config: Some(config), database } => match Config::load(&config) {
+            Ok(config) => route(async move {
+                let database = database.unwrap_or_else(|| config.control.database.clone());
+                highwater::explain::live(&sql, config, &database).await
+            }),
+            Err(e) => {
+                eprintln!("{e}");
+                ExitCode::from(2)
+            }
+        },
         Command::Demo { exit_after } => demo(exit_after),
     }
 }
@@ -86,6 +111,26 @@ fn demo(exit_after: Option<Duration>) -> ExitCode {
     };
     match highwater::demo::run(&DemoOptions { exit_after }, start_proxy) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("highwater: {e}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn route(question: impl Future<Output = Result<Explanation, String>>) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            eprintln!("highwater: the runtime cannot be started: {e}");
+            return ExitCode::from(1);
+        }
+    };
+    match runtime.block_on(question) {
+        Ok(explanation) => {
+            print!("{explanation}");
+            ExitCode::SUCCESS
+        }
         Err(e) => {
             eprintln!("highwater: {e}");
             ExitCode::from(1)

@@ -56,6 +56,8 @@ pub struct ClassCacheFigures {
     pub hits: u64,
     /// Look-ups that did not.
     pub misses: u64,
+    /// Threads of the second parser that hung and were replaced.
+    pub replaced_parsers: u64,
 }
 
 /// Everything a scrape reads from elsewhere.
@@ -398,6 +400,8 @@ impl Metrics {
         counter(&now, "highwater_class_cache_hits_total", "Look-ups that found their statement.")
             .inc_by(cache.hits);
         counter(&now, "highwater_class_cache_misses_total", "Look-ups that did not.").inc_by(cache.misses);
+        counter(&now, "highwater_parsers_replaced_total", "Threads of the second parser that hung.")
+            .inc_by(cache.replaced_parsers);
         let samples =
             counters(&now, "highwater_samples_total", "Samples of a node's WAL position.", &["node"]);
         for (node, count) in self.node_names.iter().zip(scrape.samples) {
@@ -561,7 +565,7 @@ pub(crate) mod tests {
                 backends: 2,
             })
             .collect();
-        let class_cache = ClassCacheFigures { hits: 5, misses: 1 };
+        let class_cache = ClassCacheFigures { hits: 5, misses: 1, replaced_parsers: 0 };
         let samples = [4, 5, 6];
         let text = metrics.render(&Scrape {
             topology: &topology,

@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Row, Statement};
 
-use crate::config::Config;
+use crate::config::{Config, FunctionOverrides};
 use crate::net::NodeTls;
 use crate::topology::NodeId;
 use crate::wal::{Lsn, TimelineHistory, TimelineId, round_down_page_header};
@@ -313,6 +313,11 @@ impl Nodes {
         let (connector, mode) = tls.postgres_connector();
         let dialer = Dialer { connector, mode };
         Arc::new(Nodes { login_settings: Arc::default(), config, dialer, pools: Mutex::new(HashMap::new()) })
+    }
+
+    /// What the configuration says of functions, for those who read the databases' catalogs.
+    pub fn functions(&self) -> &FunctionOverrides {
+        &self.config.routing.functions
     }
 
     /// A connection of its own to `database` on `node` as the control user. Its task is spawned on the

@@ -322,7 +322,8 @@ impl Parts {
                     pools: Arc::new(move || pool_figures(&pools)),
                     class_cache: Arc::new(move || {
                         let (hits, misses) = classifier.hits_and_misses();
-                        ClassCacheFigures { hits, misses }
+                        let replaced_parsers = classifier.replaced_parsers();
+                        ClassCacheFigures { hits, misses, replaced_parsers }
                     }),
                     samples: Arc::new(move || ids.iter().map(|id| positions.node(*id).counter()).collect()),
                 },

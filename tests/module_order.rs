@@ -39,13 +39,14 @@ const MAY_USE: &[(&str, &str)] = &[
     // The way of the operator.
     ("admin", "config metrics positions topology wal"),
     ("check", "config monitor net node topology wal"),
+    ("explain", "catalogs classify config net node topology"),
     (
         "server",
         "admin backend catalogs classify client config control listener metrics monitor net node positions \
          route session topology wal",
     ),
     ("demo", "config metrics server topology"),
-    ("main", "check config demo server classify route"),
+    ("main", "check config demo explain server classify route"),
 ];
 
 /// Files (or folders) of pure code: no I/O, clock, chance, logging, metrics.

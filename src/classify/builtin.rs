@@ -442,7 +442,7 @@ const BEFORE_PAREN: &str = "\
     partition passing path position precision prepare primary range references repeatable returning \
     right rollup row rows select separator set sets similar some substring symmetric table then time \
     timestamp timestamptz timetz to treat trim true union unique update using values varbit varchar \
-    varying verbose when where window with within without xmlconcat xmlelement xmlexists xmlforest \
+    varying verbose when where window with within without xmlattributes xmlconcat xmlelement xmlexists xmlforest \
     xmlnamespaces xmlparse xmlpi xmlroot xmlserialize xmltable";
 
 /// IMMUTABLE in all overloads, and the bodies do what they promise.
@@ -642,7 +642,13 @@ const OTHER_FUNCTIONS: &str = "\
     to_regproc to_regprocedure to_regrole to_regtype to_timestamp to_tsquery to_tsvector \
     transaction_timestamp ts_headline ts_parse ts_token_type websearch_to_tsquery xml xml_is_well_formed \
     _pg_expandarray array_reverse array_sort casefold crc32 crc32c gamma lgamma to_bin to_oct xmltext \
-    unicode_assigned uuid_extract_timestamp uuid_extract_version uuidv4 uuidv7 any_value array_sample array_shuffle date_add date_subtract erf erfc random_normal bit_count";
+    unicode_assigned uuid_extract_timestamp uuid_extract_version uuidv4 uuidv7 any_value array_sample array_shuffle date_add date_subtract erf erfc random_normal bit_count \
+    hash_aclitem_extended hash_array_extended hash_multirange_extended hash_numeric_extended hash_range_extended \
+    hash_record_extended hashbpcharextended hashcharextended hashenumextended hashfloat4extended hashfloat8extended \
+    hashinetextended hashint2extended hashint4extended hashint8extended hashmacaddr8extended hashmacaddrextended \
+    hashnameextended hashoidextended hashoidvectorextended hashtextextended hashtidextended jsonb_hash_extended \
+    float8_accum float8_combine float8_regr_accum float8_regr_combine pg_column_compression \
+    regclass regcollation regnamespace regoper regoperator regproc regprocedure regrole regtype inet";
 
 /// Names that begin with `pg_` and are safe to mention: relations that hold the same on every node,
 /// and a few types, schemas and roles. Absent: views over a server's own state (pg_settings, pg_locks,

@@ -1,23 +1,35 @@
 //! What a database's catalog says about names: which functions, relations, types and operators make a
-//! statement unsafe on a replica. A value; pure. `catalogs` reads it from the primary.
+//! statement unsafe on a replica, and which of a user's functions are proven harmless. A value; pure.
+//! `catalogs` reads the rows from the primary.
 //!
-//! Coarse and closed: every user-defined function is unsafe, whatever its volatility says, and so is
-//! what reaches one: views and their views, domains with checks, tables with row security, columns of a
-//! type with code of its own, parents of such children. `pg_depend` does not record built-in
-//! functions, so what a view reaches is read from its node tree.
+//! Closed: an object is unsafe until what it consists of is known, and what reaches an unsafe one is unsafe: a
+//! function with an unsafe default or type, an operator or cast over it, a type with such a cast, check or operator
+//! class, a table with a column of that type, a policy or folded expression over it, its parents, views and their
+//! views. `pg_depend` does not record built-in functions, so stored expressions are read (`tree`).
 //!
-//! An operator is unsafe by its token when it may be chosen for operands of built-in types. One whose
-//! operands are of a user's type needs such an operand, which only an unsafe relation, function, type
-//! name or parameter can bring along.
+//! A user's function is harmless when it is not declared volatile and its body is known: a stored query, a text
+//! that the scan calls a read (`body`), a built-in or a known extension's code (`extension`), an aggregate of such. A
+//! name is taken for all functions that bear it, in whatever schema.
 //!
-//! Deliberately not looked at: temporary relations (a session that made one is pinned), triggers and
-//! defaults (they run for writes only), and support functions of a user's operator class on a
-//! built-in type.
+//! An unsafe operator makes its token unsafe, unless both operands are of users' types to which nothing built-in
+//! is cast implicitly and a built-in operator of that token wins over it for constants: then only an unsafe
+//! relation, function, type name or parameter can bring such an operand along.
+//!
+//! Deliberately not looked at: temporary relations (a session that made one is pinned), and triggers, defaults and
+//! rules for writes.
 
 use hashbrown::{HashMap, HashSet};
 
+use super::builtin::Vocabulary;
+use super::tree::{self, Reference, Use};
+use super::{body, extension};
+use crate::config::FunctionOverrides;
+
 /// The first object identifier that PostgreSQL gives to users' objects.
 pub const FIRST_USER_OID: u32 = 16_384;
+
+/// What one function is found to do spreads to those that call it so many times; then all are taken for unsafe.
+const MAX_ROUNDS: usize = 32;
 
 /// Facts about one database at one moment.
 #[derive(Debug)]
@@ -32,14 +44,15 @@ struct Facts {
     names: HashMap<Box<[u8]>, Flags>,
     operators: HashSet<Box<[u8]>>,
     safe_types: HashSet<u32>,
-    /// A user-defined cast between built-in types, or from one, can be chosen where no name shows it.
-    casts_everywhere: bool,
+    /// Code that is not known can be reached where no name shows it: a cast between built-in types, an
+    /// operator class of one.
+    anywhere: bool,
 }
 
-/// Why a name is unsafe.
+/// What is known of a name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flags {
-    /// A user's function: unsafe where it is called.
+    /// A function that is not known to be harmless: unsafe where it is called.
     pub called: bool,
     /// A function of one argument: unsafe after a dot too, as `t.f` may mean `f(t)`.
     pub attribute: bool,
@@ -49,6 +62,8 @@ pub struct Flags {
     pub code: bool,
     /// A user's function whose body may change settings, of which those of applications do not show afterwards.
     pub sets: bool,
+    /// All functions of this name are harmless.
+    pub proven: bool,
 }
 
 /// The rows of the catalog queries, as they come.
@@ -56,60 +71,389 @@ pub struct Flags {
 pub struct CatalogRows {
     /// The server's major version, for example 15.
     pub server_major: u16,
-    /// [`FUNCTIONS_SQL`]: name, is a user's, takes one argument, may change settings.
-    pub functions: Vec<(String, bool, bool, bool)>,
-    /// [`OBJECTS_SQL`]: object, name, mark.
-    pub objects: Vec<(Object, String, Mark)>,
-    /// [`EDGES_SQL`]: what is unsafe on the left makes the right unsafe.
+    /// What the operator says of functions.
+    pub overrides: FunctionOverrides,
+    /// [`SAFE_FUNCTIONS_SQL`]
+    pub safe_functions: HashSet<u32>,
+    /// [`ATTRIBUTES_SQL`]
+    pub attributes: Vec<String>,
+    /// [`UNSAFE_RELATIONS_SQL`]
+    pub unsafe_relations: HashSet<u32>,
+    /// [`FUNCTIONS_SQL`]
+    pub functions: Vec<FunctionRow>,
+    /// [`SETTERS_SQL`]
+    pub setters: Vec<String>,
+    /// [`OPERATORS_SQL`]
+    pub operators: Vec<OperatorRow>,
+    /// [`TYPES_SQL`]
+    pub types: Vec<TypeRow>,
+    /// [`MARKS_SQL`], and what [`CatalogRows::tree`] and [`CatalogRows::cast`] add.
+    pub marks: Vec<(Object, Mark)>,
+    /// [`EDGES_SQL`], and what the other rows add: what is unsafe on the left makes the right unsafe.
     pub edges: Vec<(Object, Object)>,
-    /// [`OPERATORS_SQL`]: tokens.
-    pub operators: Vec<String>,
-    /// [`CASTS_SQL`].
-    pub casts_everywhere: bool,
+    /// Types that are reached from built-in types by implicit casts, with what they are reached from.
+    pub implicit: Vec<(u32, u32)>,
+    /// [`ALIASES_SQL`]: types that stand for another object: a row type for its relation, an array for its element.
+    pub aliases: HashMap<u32, Object>,
+    /// [`NAMES_SQL`]: names of relations and of their arrays' types.
+    pub relations: Vec<(u32, String)>,
 }
 
-/// A relation or a type.
+/// A user's function.
+#[derive(Debug, Default)]
+pub struct FunctionRow {
+    /// `pg_proc.oid`
+    pub oid: u32,
+    /// Its name.
+    pub name: String,
+    /// The name of its schema.
+    pub schema: String,
+    /// `pg_language.lanname`
+    pub language: String,
+    /// `pg_proc.prokind`
+    pub kind: String,
+    /// Declared (or by default) VOLATILE.
+    pub volatile: bool,
+    /// May be called with one argument.
+    pub one_argument: bool,
+    /// SET clauses other than search_path.
+    pub settings: bool,
+    /// `prosrc`; of compiled code the symbol.
+    pub source: String,
+    /// `probin`
+    pub library: String,
+    /// The extension it belongs to, or nothing.
+    pub extension: String,
+    /// Its body is stored as a tree, which is among the edges.
+    pub stored: bool,
+    /// In language internal, and all built-in functions with the same code are immutable, on the
+    /// allow-list, or read and write values of a built-in type.
+    pub internal: bool,
+    /// A built-in function of the same name is not on the allow-list.
+    pub shadows: bool,
+}
+
+/// A user's operator.
+#[derive(Debug, Default)]
+pub struct OperatorRow {
+    /// `pg_operator.oid`
+    pub oid: u32,
+    /// Its token.
+    pub token: String,
+    /// Types of the operands; 0 where there is none.
+    pub operands: [u32; 2],
+    /// For operands that are constants or built-in a built-in operator is chosen before it: see [`OPERATORS_SQL`].
+    pub outdone: bool,
+}
+
+/// A user's type, row types of tables and their arrays left out.
+#[derive(Debug, Default)]
+pub struct TypeRow {
+    /// `pg_type.oid`
+    pub oid: u32,
+    /// Its name.
+    pub name: String,
+}
+
+/// What an edge joins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Object {
     /// `pg_class.oid`
     Relation(u32),
     /// `pg_type.oid`
     Type(u32),
+    /// `pg_proc.oid`
+    Function(u32),
+    /// `pg_operator.oid`
+    Operator(u32),
+    /// Every statement.
+    Anywhere,
 }
 
 impl Object {
-    /// From the queries' letter (`r` or `t`) and oid.
+    /// From the queries' letter and oid.
     pub fn from_columns(letter: &str, oid: u32) -> Option<Object> {
         match letter {
             "r" => Some(Object::Relation(oid)),
             "t" => Some(Object::Type(oid)),
+            "f" => Some(Object::Function(oid)),
+            "o" => Some(Object::Operator(oid)),
+            "*" => Some(Object::Anywhere),
             _ => None,
         }
     }
 }
 
-/// What the queries say about an object by itself.
+/// Why an object is unsafe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mark {
-    /// Safe as far as it shows by itself.
-    Plain,
     /// Its rows are not those of the primary.
     Elsewhere,
     /// It runs code that is not known.
     Code,
-    /// An enum, or an array of one: safe, and as a parameter's type too.
-    Enum,
 }
 
 impl Mark {
     /// From the queries' letter; what is not known counts as code.
     pub fn from_letter(letter: &str) -> Mark {
-        match letter {
-            "p" => Mark::Plain,
-            "e" => Mark::Elsewhere,
-            "n" => Mark::Enum,
-            _ => Mark::Code,
+        if letter == "e" { Mark::Elsewhere } else { Mark::Code }
+    }
+}
+
+impl CatalogRows {
+    /// A stored expression of `owner`: what it mentions makes the owner unsafe. Needs the system's rows.
+    pub fn tree(&mut self, owner: Object, tree: &str, used: Use) {
+        let CatalogRows { safe_functions, unsafe_relations, marks, edges, .. } = self;
+        tree::references(tree, used, |reference| {
+            let from = match reference {
+                Reference::OwnSetting => return,
+                Reference::Writes => return marks.push((owner, Mark::Code)),
+                Reference::Function(oid) if oid < FIRST_USER_OID => {
+                    if !safe_functions.contains(&oid) {
+                        marks.push((owner, Mark::Code));
+                    }
+                    return;
+                }
+                Reference::Relation(oid) if oid < FIRST_USER_OID => {
+                    if unsafe_relations.contains(&oid) {
+                        marks.push((owner, Mark::Code));
+                    }
+                    return;
+                }
+                Reference::Operator(oid) | Reference::Type(oid) if oid < FIRST_USER_OID => return,
+                Reference::Function(oid) => Object::Function(oid),
+                Reference::Relation(oid) => Object::Relation(oid),
+                Reference::Operator(oid) => Object::Operator(oid),
+                Reference::Type(oid) => Object::Type(oid),
+            };
+            if from != owner && edges.last() != Some(&(from, owner)) {
+                edges.push((from, owner));
+            }
+        });
+    }
+
+    /// One row of [`EDGES_SQL`]. Needs the system's rows.
+    pub fn edge(&mut self, from: Object, to: Object) {
+        match from {
+            Object::Function(oid) if oid < FIRST_USER_OID => {
+                if !self.safe_functions.contains(&oid) {
+                    self.marks.push((to, Mark::Code));
+                }
+            }
+            _ => self.edges.push((from, to)),
         }
+    }
+
+    /// A user's cast, by a function or (0) by none: [`CASTS_SQL`].
+    pub fn cast(&mut self, source: u32, target: u32, function: u32, implicit: bool) {
+        if implicit {
+            self.implicit.push((source, target));
+        }
+        if function == 0 {
+            return;
+        }
+        let users: Vec<u32> = [source, target].into_iter().filter(|oid| *oid >= FIRST_USER_OID).collect();
+        for oid in &users {
+            self.edge(Object::Function(function), Object::Type(*oid));
+        }
+        if users.is_empty() {
+            self.edge(Object::Function(function), Object::Anywhere);
+        }
+    }
+
+    /// The types among the edges whose alias is not known yet: `$1` of [`ALIASES_SQL`].
+    pub fn mentioned_types(&self) -> Vec<u32> {
+        let known: HashSet<u32> = self.types.iter().map(|row| row.oid).collect();
+        let mut oids: Vec<u32> = self
+            .edges
+            .iter()
+            .flat_map(|(from, to)| [*from, *to])
+            .chain(self.marks.iter().map(|(object, _)| *object))
+            .filter_map(|object| match object {
+                Object::Type(oid) if !known.contains(&oid) => Some(oid),
+                _ => None,
+            })
+            .collect();
+        oids.sort_unstable();
+        oids.dedup();
+        oids
+    }
+
+    /// The relations that are unsafe as long as no body is proven: `$1` of [`NAMES_SQL`].
+    pub fn unsafe_relations(&self) -> Vec<u32> {
+        let mut oids: Vec<u32> = self
+            .reached(&HashSet::new())
+            .into_keys()
+            .filter_map(|object| match object {
+                Object::Relation(oid) => Some(oid),
+                _ => None,
+            })
+            .collect();
+        oids.sort_unstable();
+        oids
+    }
+
+    /// What an edge's end stands for.
+    fn resolved(&self, object: Object) -> Object {
+        match object {
+            Object::Type(oid) => self.aliases.get(&oid).copied().unwrap_or(object),
+            _ => object,
+        }
+    }
+
+    /// Spreads the marks along the edges; each object is visited at most twice (elsewhere, then code).
+    fn reached(&self, proven: &HashSet<u32>) -> HashMap<Object, Mark> {
+        let mut next: HashMap<Object, Vec<Object>> = HashMap::with_capacity(self.edges.len());
+        for (from, to) in &self.edges {
+            next.entry(self.resolved(*from)).or_default().push(self.resolved(*to));
+        }
+        let known_safe: HashSet<u32> = self
+            .functions
+            .iter()
+            .filter(|row| row.is_named(&self.overrides.safe))
+            .map(|row| row.oid)
+            .collect();
+        let functions = self
+            .functions
+            .iter()
+            .filter(|row| {
+                row.is_named(&self.overrides.primary) || !(row.is_harmless() || proven.contains(&row.oid))
+            })
+            .map(|row| (Object::Function(row.oid), Mark::Code));
+        let seeds: Vec<(Object, Mark)> = self
+            .marks
+            .iter()
+            .map(|(object, mark)| (self.resolved(*object), *mark))
+            .chain(functions)
+            .collect();
+        let mut reached: HashMap<Object, Mark> = HashMap::new();
+        for mark in [Mark::Elsewhere, Mark::Code] {
+            let mut pending: Vec<Object> =
+                seeds.iter().filter(|(_, own)| *own == mark).map(|(object, _)| *object).collect();
+            while let Some(object) = pending.pop() {
+                if matches!(object, Object::Function(oid) if known_safe.contains(&oid)) {
+                    continue;
+                }
+                if reached.insert(object, mark) != Some(mark) {
+                    pending.extend(next.get(&object).into_iter().flatten());
+                }
+            }
+        }
+        reached
+    }
+
+    /// The users' types to which a value of a built-in type is cast without a word.
+    fn implicitly_reached(&self) -> HashSet<u32> {
+        let mut reached = HashSet::new();
+        loop {
+            let before = reached.len();
+            for (from, to) in &self.implicit {
+                if *to >= FIRST_USER_OID && (*from < FIRST_USER_OID || reached.contains(from)) {
+                    reached.insert(*to);
+                }
+            }
+            if reached.len() == before {
+                return reached;
+            }
+        }
+    }
+
+    fn facts(&self, proven: &HashSet<u32>, implicit: &HashSet<u32>) -> Facts {
+        let reached = self.reached(proven);
+        let mut facts = Facts {
+            server_major: self.server_major,
+            anywhere: reached.contains_key(&Object::Anywhere),
+            ..Facts::default()
+        };
+        let mut flag = |name: &str, set: &dyn Fn(&mut Flags)| {
+            if let Some(flags) = facts.names.get_mut(name.as_bytes()) {
+                set(flags);
+            } else {
+                set(facts.names.entry(name.as_bytes().into()).or_default());
+            }
+        };
+        for name in &self.overrides.primary {
+            // Built-in ones have no row; PostgreSQL's own are named without their schema.
+            let name = name.strip_prefix("pg_catalog.").unwrap_or(name);
+            if !name.contains('.') {
+                flag(name, &|flags| (flags.called, flags.attribute) = (true, true));
+            }
+        }
+        for name in &self.attributes {
+            flag(name, &|flags| flags.attribute = true);
+        }
+        for row in &self.functions {
+            match reached.get(&Object::Function(row.oid)) {
+                None => flag(&row.name, &|flags| flags.proven |= !row.shadows),
+                Some(_) => flag(&row.name, &|flags| {
+                    flags.called = true;
+                    flags.attribute |= row.one_argument;
+                }),
+            }
+        }
+        for name in &self.setters {
+            flag(name, &|flags| flags.sets = true);
+        }
+        let mut unsafe_object = |name: &str, mark: Mark| {
+            flag(name, &|flags| {
+                flags.code |= mark == Mark::Code;
+                flags.elsewhere |= mark == Mark::Elsewhere;
+            });
+        };
+        for (oid, name) in &self.relations {
+            if let Some(mark) = reached.get(&Object::Relation(*oid)) {
+                unsafe_object(name, *mark);
+            }
+        }
+        for row in &self.types {
+            match reached.get(&self.resolved(Object::Type(row.oid))) {
+                Some(mark) => unsafe_object(&row.name, *mark),
+                None => {
+                    facts.safe_types.insert(row.oid);
+                }
+            }
+        }
+        facts.operators = self
+            .operators
+            .iter()
+            .filter(|row| reached.contains_key(&Object::Operator(row.oid)))
+            .filter(|row| !row.outdone || row.operands.iter().any(|operand| implicit.contains(operand)))
+            .map(|row| row.token.as_bytes().into())
+            .collect();
+        facts
+    }
+}
+
+impl FunctionRow {
+    /// Whether one of the names, with a schema or without, is its own.
+    fn is_named(&self, names: &[String]) -> bool {
+        names.iter().any(|name| {
+            *name == self.name
+                || name.strip_suffix(&*self.name).and_then(|rest| rest.strip_suffix('.'))
+                    == Some(&self.schema)
+        })
+    }
+
+    /// Harmless by itself; what it consists of is among the edges.
+    fn is_harmless(&self) -> bool {
+        if self.settings || self.kind == "p" {
+            return false;
+        }
+        match &*self.language {
+            "internal" if self.kind == "a" => true,
+            "internal" => self.internal && !self.volatile,
+            "c" => extension::is_harmless(&self.extension, &self.library, &self.name, self.volatile),
+            "sql" => self.stored && !self.volatile,
+            _ => false,
+        }
+    }
+
+    /// Its body is a text that may prove it harmless.
+    fn has_a_text(&self) -> bool {
+        !self.settings
+            && !self.volatile
+            && self.kind == "f"
+            && (self.language == "sql" && !self.stored || self.language == "plpgsql")
     }
 }
 
@@ -120,41 +464,32 @@ impl Catalog {
         Catalog { identity, facts: None }
     }
 
-    /// From the queries' rows.
+    /// From the queries' rows. Functions whose bodies are texts count as harmless until one of them is seen to be
+    /// more than calls of harmless ones: what is left in the end does nothing itself and calls nothing that does,
+    /// be it in a circle.
     pub fn from_rows(identity: u64, rows: CatalogRows) -> Catalog {
-        let mut facts = Facts {
-            server_major: rows.server_major,
-            casts_everywhere: rows.casts_everywhere,
-            operators: rows
-                .operators
-                .into_iter()
-                .map(|token| token.into_bytes().into_boxed_slice())
-                .collect(),
-            ..Facts::default()
-        };
-        for (name, user, attribute, sets) in rows.functions {
-            let flags = facts.names.entry(name.into_bytes().into_boxed_slice()).or_default();
-            flags.called |= user;
-            flags.attribute |= attribute;
-            flags.sets |= sets;
-        }
-        let unsafe_objects = closure(&rows.objects, &rows.edges);
-        for (object, name, mark) in rows.objects {
-            match unsafe_objects.get(&object) {
-                Some(reached) => {
-                    let flags = facts.names.entry(name.into_bytes().into_boxed_slice()).or_default();
-                    flags.code |= *reached == Mark::Code;
-                    flags.elsewhere |= *reached == Mark::Elsewhere;
-                }
-                None => {
-                    if let (Object::Type(oid), Mark::Enum) = (object, mark) {
-                        facts.safe_types.insert(oid);
-                    }
-                }
+        let vocabulary = Vocabulary::new();
+        let implicit = rows.implicitly_reached();
+        let mut texts: Vec<&FunctionRow> = rows.functions.iter().filter(|row| row.has_a_text()).collect();
+        let mut rounds = 0;
+        let facts = loop {
+            let proven: HashSet<u32> = texts.iter().map(|row| row.oid).collect();
+            let catalog = Catalog { identity, facts: Some(rows.facts(&proven, &implicit)) };
+            let before = texts.len();
+            texts.retain(|row| body::only_reads(&row.language, row.source.as_bytes(), &vocabulary, &catalog));
+            if texts.len() == before {
+                break catalog.facts;
             }
+            rounds += 1;
+            if rounds == MAX_ROUNDS {
+                texts.clear();
+            }
+        };
+        let mut catalog = Catalog { identity, facts };
+        if let Some(facts) = &mut catalog.facts {
+            facts.names.shrink_to_fit();
         }
-        facts.names.shrink_to_fit();
-        Catalog { identity, facts: Some(facts) }
+        catalog
     }
 
     /// A number that no other catalog of this process has: it keys caches.
@@ -167,9 +502,9 @@ impl Catalog {
         self.facts.is_some()
     }
 
-    /// Whether any statement of this database may call a user's function without naming anything.
-    pub fn casts_everywhere(&self) -> bool {
-        self.facts.as_ref().is_none_or(|facts| facts.casts_everywhere)
+    /// Whether any statement of this database may run code that is not known, without naming anything.
+    pub fn unsafe_anywhere(&self) -> bool {
+        self.facts.as_ref().is_none_or(|facts| facts.anywhere)
     }
 
     /// The server's major version; 0 while it is not known.
@@ -177,7 +512,7 @@ impl Catalog {
         self.facts.as_ref().map_or(0, |facts| facts.server_major)
     }
 
-    /// What is wrong with a name (decoded and folded).
+    /// What is known of a name (decoded and folded).
     #[inline]
     pub fn name(&self, name: &[u8]) -> Flags {
         match &self.facts {
@@ -202,31 +537,14 @@ impl Catalog {
     }
 }
 
-/// Spreads the marks along the edges; each object is visited at most twice (elsewhere, then code).
-fn closure(objects: &[(Object, String, Mark)], edges: &[(Object, Object)]) -> HashMap<Object, Mark> {
-    let mut next: HashMap<Object, Vec<Object>> = HashMap::new();
-    for (from, to) in edges {
-        next.entry(*from).or_default().push(*to);
-    }
-    let mut reached: HashMap<Object, Mark> = HashMap::new();
-    for mark in [Mark::Elsewhere, Mark::Code] {
-        let mut pending: Vec<Object> =
-            objects.iter().filter(|(_, _, own)| *own == mark).map(|(object, ..)| *object).collect();
-        while let Some(object) = pending.pop() {
-            if reached.insert(object, mark) != Some(mark) {
-                pending.extend(next.get(&object).into_iter().flatten());
-            }
-        }
-    }
-    reached
-}
+/// Rows (oid): the built-in functions on the allow-list, `$1`.
+pub const SAFE_FUNCTIONS_SQL: &str = "\
+SELECT p.oid FROM pg_catalog.pg_proc p WHERE p.oid < 16384 AND p.proname::text = ANY ($1::text[])";
 
-/// Rows (name, is a user's, may be called with one argument, may change settings). `$1`: the safe built-in
-/// functions. Functions that only a trigger can call are left out.
-///
-/// `setters`: bodies that mention set_config, RESET or DISCARD, or SET where a statement begins (not that of
-/// UPDATE); those in languages that nobody reads here; and those that mention the name of such a function.
-pub const FUNCTIONS_SQL: &str = "\
+/// Rows (name): users' functions that may change settings. Bodies that mention set_config, RESET or DISCARD, or SET
+/// where a statement begins (not that of UPDATE); those in languages that nobody reads here; and those that
+/// mention the name of such a function.
+pub const SETTERS_SQL: &str = "\
 WITH RECURSIVE setters AS ( \
   SELECT p.oid, p.proname FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_language l ON l.oid = p.prolang \
    WHERE p.oid >= 16384 AND l.lanname NOT IN ('internal', 'c') \
@@ -237,113 +555,215 @@ WITH RECURSIVE setters AS ( \
   UNION SELECT p.oid, p.proname FROM pg_catalog.pg_proc p, setters s \
    WHERE p.oid >= 16384 AND p.oid <> s.oid \
      AND pg_catalog.strpos(pg_catalog.lower(p.prosrc), pg_catalog.lower(s.proname::text)) > 0) \
-SELECT p.proname::text, bool_or(p.oid >= 16384), \
-       bool_or(p.pronargs >= 1 AND p.pronargs - p.pronargdefaults <= 1), \
-       bool_or(p.oid IN (SELECT s.oid FROM setters s)) \
-  FROM pg_catalog.pg_proc p \
- WHERE (p.oid >= 16384 OR NOT p.proname::text = ANY ($1::text[])) \
+SELECT DISTINCT s.proname::text FROM setters s";
+
+/// Rows (name): built-in functions that are not on the allow-list (`$1`) and may be called with one argument, as in
+/// `t.f`. Those of other than safe name that only a trigger can call are left out.
+pub const ATTRIBUTES_SQL: &str = "\
+SELECT DISTINCT p.proname::text FROM pg_catalog.pg_proc p \
+ WHERE p.oid < 16384 AND NOT p.proname::text = ANY ($1::text[]) \
    AND p.prorettype NOT IN (2279, 3838) \
- GROUP BY p.proname \
-HAVING bool_or(p.oid >= 16384) OR bool_or(p.pronargs >= 1 AND p.pronargs - p.pronargdefaults <= 1)";
+   AND p.pronargs >= 1 AND p.pronargs - p.pronargdefaults <= 1";
 
-/// Rows (letter of the kind, oid, name, letter of the mark). `$1`: the safe built-in functions, `$2`: the
-/// safe system names.
+/// Rows (oid): system relations that are not on the list `$1`.
+pub const UNSAFE_RELATIONS_SQL: &str = "\
+SELECT c.oid FROM pg_catalog.pg_class c \
+ WHERE c.oid < 16384 AND c.relnamespace = 'pg_catalog'::pg_catalog.regnamespace AND NOT c.relname::text = ANY ($1::text[])";
+
+/// Rows: users' functions as [`FunctionRow`], then their stored body and defaults. `$1`: the safe built-in
+/// functions. Functions that only a trigger can call are left out.
+pub const FUNCTIONS_SQL: &str = "\
+WITH io AS MATERIALIZED ( \
+  SELECT DISTINCT f FROM pg_catalog.pg_type t, \
+         LATERAL (VALUES (t.typinput::pg_catalog.oid), (t.typoutput), (t.typreceive), (t.typsend)) v (f) WHERE t.oid < 16384), \
+code AS MATERIALIZED ( \
+  SELECT b.prosrc, bool_and(b.provolatile = 'i' OR b.proname::text = ANY ($1::text[]) OR b.oid IN (SELECT io.f FROM io)) \
+           AS harmless \
+    FROM pg_catalog.pg_proc b JOIN pg_catalog.pg_language l ON l.oid = b.prolang \
+   WHERE b.oid < 16384 AND l.lanname = 'internal' GROUP BY b.prosrc), \
+unsafe AS MATERIALIZED ( \
+  SELECT DISTINCT b.proname FROM pg_catalog.pg_proc b WHERE b.oid < 16384 AND NOT b.proname::text = ANY ($1::text[])), \
+member AS MATERIALIZED ( \
+  SELECT d.objid, e.extname::text AS name FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid \
+   WHERE d.classid = 'pg_catalog.pg_proc'::pg_catalog.regclass AND d.deptype = 'e' \
+     AND d.refclassid = 'pg_catalog.pg_extension'::pg_catalog.regclass) \
+SELECT p.oid, p.proname::text, l.lanname::text, p.prokind::text, p.provolatile = 'v', \
+       p.pronargs >= 1 AND p.pronargs - p.pronargdefaults <= 1, \
+       EXISTS (SELECT FROM pg_catalog.unnest(p.proconfig) s WHERE s NOT LIKE 'search\\_path=%'), \
+       p.prosrc, coalesce(p.probin, ''), coalesce(m.name, ''), p.prosqlbody IS NOT NULL, \
+       l.lanname = 'internal' AND coalesce(c.harmless, false), u.proname IS NOT NULL, \
+       p.prosqlbody::text, p.proargdefaults::text, n.nspname::text \
+  FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_language l ON l.oid = p.prolang \
+  JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace \
+  LEFT JOIN member m ON m.objid = p.oid LEFT JOIN code c ON c.prosrc = p.prosrc LEFT JOIN unsafe u ON u.proname = p.proname \
+ WHERE p.oid >= 16384 AND p.prorettype NOT IN (2279, 3838)";
+
+/// Rows (oid, token, left and right operand's type, outdone).
 ///
-/// `folded`: the planner folds constant calls in the expressions of a table's indexes, checks, partition
-/// key and statistics, and so runs them for any SELECT from the table (measured: an index on `((f(1)))`
-/// took f's advisory lock on a standby at `SELECT count(*)`). A user's function or operator whose first argument is
-/// a column is not folded; any other use marks the table.
-///
-/// A table's row type is left out: it has the table's name, and what reaches one reaches the other.
-pub const OBJECTS_SQL: &str = "\
-WITH view_refs AS MATERIALIZED ( \
-  SELECT DISTINCT r.ev_class AS rel, m[1] AS what, m[2]::pg_catalog.oid AS ref \
-    FROM pg_catalog.pg_rewrite r, \
-         LATERAL pg_catalog.regexp_matches(r.ev_action::text, \
-           ':(funcid|aggfnoid|winfnoid|tsmhandler|opno|eqop|sortop|relid) ([0-9]+)', 'g') m \
-   WHERE r.oid >= 16384), \
-bad_views AS ( \
-  SELECT v.rel FROM view_refs v LEFT JOIN pg_catalog.pg_proc p ON p.oid = v.ref \
-   WHERE v.what IN ('funcid', 'aggfnoid', 'winfnoid', 'tsmhandler') \
-     AND (v.ref >= 16384 OR p.proname IS NULL OR NOT p.proname::text = ANY ($1::text[])) \
-  UNION SELECT v.rel FROM view_refs v WHERE v.what IN ('opno', 'eqop', 'sortop') AND v.ref >= 16384 \
-  UNION SELECT v.rel FROM view_refs v JOIN pg_catalog.pg_class s ON s.oid = v.ref \
-   WHERE v.what = 'relid' AND v.ref < 16384 \
-     AND s.relnamespace = 'pg_catalog'::pg_catalog.regnamespace AND NOT s.relname::text = ANY ($2::text[]) \
-  UNION SELECT r.ev_class FROM pg_catalog.pg_rewrite r \
-   WHERE r.oid >= 16384 AND (r.ev_type <> '1' OR r.ev_action::text LIKE '%:hasForUpdate true%')), \
-folded AS ( \
-  SELECT e.rel FROM ( \
-    SELECT i.indrelid AS rel, i.indexprs::text AS tree FROM pg_catalog.pg_index i WHERE i.indexprs IS NOT NULL \
-    UNION ALL SELECT i.indrelid, i.indpred::text FROM pg_catalog.pg_index i WHERE i.indpred IS NOT NULL \
-    UNION ALL SELECT k.conrelid, k.conbin::text FROM pg_catalog.pg_constraint k WHERE k.contype = 'c' AND k.conrelid <> 0 \
-    UNION ALL SELECT p.partrelid, p.partexprs::text FROM pg_catalog.pg_partitioned_table p WHERE p.partexprs IS NOT NULL \
-    UNION ALL SELECT s.stxrelid, s.stxexprs::text FROM pg_catalog.pg_statistic_ext s WHERE s.stxexprs IS NOT NULL) e \
-   WHERE e.tree ~ ':(funcid|opno) [0-9]{5,} [^{}]*:args (?!\\(\\{(VAR|RELABELTYPE :arg \\{VAR) )'), \
-touched AS ( \
-  SELECT c.castsource AS typ FROM pg_catalog.pg_cast c WHERE c.oid >= 16384 \
-  UNION SELECT c.casttarget FROM pg_catalog.pg_cast c WHERE c.oid >= 16384 \
-  UNION SELECT o.oprleft FROM pg_catalog.pg_operator o WHERE o.oid >= 16384 \
-  UNION SELECT o.oprright FROM pg_catalog.pg_operator o WHERE o.oid >= 16384 \
-  UNION SELECT o.opcintype FROM pg_catalog.pg_opclass o WHERE o.oid >= 16384) \
-SELECT 'r', c.oid, c.relname::text, \
-       CASE WHEN c.relrowsecurity THEN 'c' \
-            WHEN b.rel IS NOT NULL OR c.oid IN (SELECT f.rel FROM folded f) THEN 'c' \
-            WHEN c.relkind IN ('S', 'f') OR c.relpersistence = 'u' THEN 'e' \
-            ELSE 'p' END \
-  FROM pg_catalog.pg_class c LEFT JOIN bad_views b ON b.rel = c.oid \
- WHERE c.oid >= 16384 AND c.relkind IN ('r', 'p', 'v', 'm', 'S', 'f') AND c.relpersistence <> 't' \
-   AND c.relnamespace <> 'pg_toast'::pg_catalog.regnamespace \
+/// Outdone: a constant without a type takes the type of the other operand or becomes text, so with a built-in
+/// operator of the same token that takes a text on each side where this one takes a user's type (and the same
+/// type on the other), that one is chosen. ROW(..) fits every composite type: those need a built-in operator on
+/// records, which is an exact match; for arrays of them there is none.
+pub const OPERATORS_SQL: &str = "\
+SELECT o.oid, o.oprname::text, o.oprleft, o.oprright, \
+       o.oprleft <> 0 AND (o.oprleft < 16384 OR lt.typcategory <> 'S') \
+   AND o.oprright <> 0 AND (o.oprright < 16384 OR rt.typcategory <> 'S') \
+   AND (o.oprleft >= 16384 OR o.oprright >= 16384) \
+   AND EXISTS (SELECT FROM pg_catalog.pg_operator b \
+          JOIN pg_catalog.pg_type bl ON bl.oid = b.oprleft JOIN pg_catalog.pg_type br ON br.oid = b.oprright \
+         WHERE b.oid < 16384 AND b.oprname = o.oprname \
+           AND CASE WHEN o.oprleft < 16384 THEN b.oprleft = o.oprleft ELSE bl.typcategory = 'S' END \
+           AND CASE WHEN o.oprright < 16384 THEN b.oprright = o.oprright ELSE br.typcategory = 'S' END) \
+   AND (NOT 'c' = ANY (ARRAY[lt.typtype, le.typtype, rt.typtype, re.typtype]) \
+     OR lt.typtype = 'c' AND rt.typtype = 'c' AND EXISTS (SELECT FROM pg_catalog.pg_operator b \
+         WHERE b.oid < 16384 AND b.oprname = o.oprname AND b.oprleft = 2249 AND b.oprright = 2249)) \
+  FROM pg_catalog.pg_operator o \
+  LEFT JOIN pg_catalog.pg_type lt ON lt.oid = o.oprleft LEFT JOIN pg_catalog.pg_type rt ON rt.oid = o.oprright \
+  LEFT JOIN pg_catalog.pg_type le ON le.oid = lt.typelem LEFT JOIN pg_catalog.pg_type re ON re.oid = rt.typelem \
+ WHERE o.oid >= 16384";
+
+/// Rows (oid, name): users' types, but for the row types of tables and views and arrays of them, which go by
+/// their relation.
+pub const TYPES_SQL: &str = "\
+SELECT t.oid, t.typname::text FROM pg_catalog.pg_type t \
+  LEFT JOIN pg_catalog.pg_type e ON e.oid = t.typelem AND t.typcategory = 'A' \
+  LEFT JOIN pg_catalog.pg_class c ON c.oid = coalesce(e.typrelid, t.typrelid) AND c.oid <> 0 \
+ WHERE t.oid >= 16384 AND (c.oid IS NULL OR c.relkind = 'c')";
+
+/// Rows (letter, oid, letter of the mark): what is unsafe by itself: sequences, foreign and unlogged relations
+/// (`e`), types that are only announced (`c`).
+pub const MARKS_SQL: &str = "\
+SELECT 'r', c.oid, 'e' FROM pg_catalog.pg_class c \
+ WHERE c.oid >= 16384 AND (c.relkind IN ('S', 'f') OR c.relkind IN ('r', 'p', 'm') AND c.relpersistence = 'u') \
 UNION ALL \
-SELECT 't', t.oid, t.typname::text, \
-       CASE WHEN u.typ IS NOT NULL THEN 'c' \
-            WHEN t.typtype = 'e' THEN 'n' \
-            WHEN e.typtype = 'e' AND t.typcategory = 'A' THEN 'n' \
-            WHEN t.typtype = 'c' OR t.typcategory = 'A' AND t.typelem <> 0 THEN 'p' \
-            WHEN t.typtype = 'd' AND NOT EXISTS ( \
-                   SELECT FROM pg_catalog.pg_constraint k WHERE k.contypid = t.oid AND k.contype = 'c') THEN 'p' \
-            ELSE 'c' END \
-  FROM pg_catalog.pg_type t LEFT JOIN touched u ON u.typ = t.oid LEFT JOIN pg_catalog.pg_type e ON e.oid = t.typelem \
- WHERE t.oid >= 16384 AND t.typisdefined \
-   AND (t.typtype <> 'c' OR u.typ IS NOT NULL \
-        OR EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = t.typrelid AND c.relkind = 'c'))";
+SELECT 't', t.oid, 'c' FROM pg_catalog.pg_type t WHERE t.oid >= 16384 AND NOT t.typisdefined";
 
-/// Rows (letter, oid, letter, oid): what is unsafe on the left makes the right unsafe: children and their
-/// parents, relations and the views over them, types and the columns, arrays and domains made of them.
+/// Rows (letter, oid, letter, oid), each for [`CatalogRows::edge`]: what is unsafe on the left makes the right unsafe.
+/// A built-in function is on the left only where its being immutable, or its place, does not speak for it.
 pub const EDGES_SQL: &str = "\
+WITH member AS MATERIALIZED ( \
+  SELECT 'f' AS kind, a.amproc::pg_catalog.oid AS oid, a.amprocfamily AS family, a.amproclefttype AS lefttype, \
+         a.amprocrighttype AS righttype \
+    FROM pg_catalog.pg_amproc a WHERE a.amproc::pg_catalog.oid >= 16384 OR a.amprocfamily >= 16384 \
+     AND a.amproc::pg_catalog.oid IN (SELECT b.oid FROM pg_catalog.pg_proc b WHERE b.oid < 16384 AND b.provolatile <> 'i') \
+  UNION ALL \
+  SELECT 'o', a.amopopr, a.amopfamily, a.amoplefttype, a.amoprighttype FROM pg_catalog.pg_amop a WHERE a.amopopr >= 16384), \
+used AS MATERIALIZED ( \
+  SELECT DISTINCT i.indrelid AS rel, k.opcfamily AS family \
+    FROM pg_catalog.pg_index i, LATERAL pg_catalog.unnest(i.indclass::pg_catalog.oid[]) c (oid) \
+    JOIN pg_catalog.pg_opclass k ON k.oid = c.oid \
+   WHERE i.indrelid >= 16384 AND c.oid >= 16384) \
 SELECT 'r', i.inhrelid, 'r', i.inhparent FROM pg_catalog.pg_inherits i \
-UNION ALL \
-SELECT DISTINCT CASE m[1] WHEN 'relid' THEN 'r' ELSE 't' END, m[2]::pg_catalog.oid, 'r', r.ev_class \
-  FROM pg_catalog.pg_rewrite r, \
-       LATERAL pg_catalog.regexp_matches(r.ev_action::text, ':(relid|resulttype) ([0-9]{5,10})', 'g') m \
- WHERE r.oid >= 16384 \
 UNION ALL \
 SELECT DISTINCT 't', a.atttypid, 'r', a.attrelid \
   FROM pg_catalog.pg_attribute a WHERE a.atttypid >= 16384 AND a.attnum > 0 AND NOT a.attisdropped \
 UNION ALL \
-SELECT 'r', c.oid, 't', c.reltype FROM pg_catalog.pg_class c WHERE c.oid >= 16384 AND c.reltype <> 0 \
-UNION ALL \
-SELECT 't', c.reltype, 'r', c.oid FROM pg_catalog.pg_class c WHERE c.oid >= 16384 AND c.reltype <> 0 \
-UNION ALL \
 SELECT 't', t.typbasetype, 't', t.oid FROM pg_catalog.pg_type t WHERE t.typbasetype >= 16384 \
 UNION ALL \
-SELECT 't', t.typelem, 't', t.oid FROM pg_catalog.pg_type t WHERE t.typelem >= 16384";
+SELECT 't', t.typelem, 't', t.oid FROM pg_catalog.pg_type t \
+  JOIN pg_catalog.pg_type e ON e.oid = t.typelem LEFT JOIN pg_catalog.pg_class c ON c.oid = e.typrelid \
+ WHERE t.typelem >= 16384 AND (c.oid IS NULL OR c.relkind = 'c') \
+UNION ALL \
+SELECT 'r', c.oid, 't', t.oid FROM pg_catalog.pg_type t JOIN pg_catalog.pg_class c ON c.oid = t.typrelid \
+ WHERE t.oid >= 16384 AND c.relkind = 'c' \
+UNION ALL \
+SELECT 'f', f, 't', t.oid FROM pg_catalog.pg_type t, \
+       LATERAL (VALUES (t.typinput::pg_catalog.oid), (t.typoutput), (t.typreceive), (t.typsend), (t.typmodin), \
+         (t.typmodout), (t.typanalyze), (t.typsubscript)) v (f) \
+ WHERE t.oid >= 16384 AND f >= 16384 \
+UNION ALL \
+SELECT 'f', f, 't', t FROM pg_catalog.pg_range r, \
+       LATERAL (VALUES (r.rngcanonical::pg_catalog.oid), (r.rngsubdiff)) v (f), \
+       LATERAL (VALUES (r.rngtypid), (r.rngmultitypid)) w (t) WHERE f >= 16384 \
+UNION ALL \
+SELECT 't', r.rngsubtype, 't', t FROM pg_catalog.pg_range r, \
+       LATERAL (VALUES (r.rngtypid), (r.rngmultitypid)) w (t) WHERE r.rngsubtype >= 16384 \
+UNION ALL \
+SELECT 't', r.rngtypid, 't', r.rngmultitypid FROM pg_catalog.pg_range r WHERE r.rngtypid >= 16384 \
+UNION ALL \
+SELECT DISTINCT 't', t, 'f', p.oid FROM pg_catalog.pg_proc p, \
+       LATERAL pg_catalog.unnest(coalesce(p.proallargtypes, p.proargtypes::pg_catalog.oid[]) || p.prorettype) t \
+ WHERE p.oid >= 16384 AND t >= 16384 \
+UNION ALL \
+SELECT 'f', p.prosupport::pg_catalog.oid, 'f', p.oid FROM pg_catalog.pg_proc p WHERE p.prosupport::pg_catalog.oid >= 16384 \
+UNION ALL \
+SELECT 'f', f, 'f', a.aggfnoid::pg_catalog.oid FROM pg_catalog.pg_aggregate a, \
+       LATERAL (VALUES (a.aggtransfn::pg_catalog.oid), (a.aggfinalfn), (a.aggcombinefn), (a.aggserialfn), \
+         (a.aggdeserialfn), (a.aggmtransfn), (a.aggminvtransfn), (a.aggmfinalfn)) v (f) \
+ WHERE a.aggfnoid >= 16384 AND (f >= 16384 \
+    OR f IN (SELECT b.oid FROM pg_catalog.pg_proc b WHERE b.oid < 16384 AND b.provolatile <> 'i')) \
+UNION ALL \
+SELECT 'o', a.aggsortop, 'f', a.aggfnoid::pg_catalog.oid FROM pg_catalog.pg_aggregate a WHERE a.aggsortop >= 16384 \
+UNION ALL \
+SELECT 'f', o.oprcode::pg_catalog.oid, 'o', o.oid FROM pg_catalog.pg_operator o WHERE o.oid >= 16384 \
+UNION ALL \
+SELECT 'f', f, 'o', o.oid FROM pg_catalog.pg_operator o, \
+       LATERAL (VALUES (o.oprrest::pg_catalog.oid), (o.oprjoin)) v (f) WHERE o.oid >= 16384 AND f >= 16384 \
+UNION ALL \
+SELECT 't', t, 'o', o.oid FROM pg_catalog.pg_operator o, \
+       LATERAL (VALUES (o.oprleft), (o.oprright), (o.oprresult)) v (t) WHERE o.oid >= 16384 AND t >= 16384 \
+UNION ALL \
+SELECT 'o', o.oid, 't', t FROM pg_catalog.pg_operator o, \
+       LATERAL (VALUES (o.oprleft), (o.oprright)) v (t) WHERE o.oid >= 16384 AND t >= 16384 \
+UNION ALL \
+SELECT m.kind, m.oid, 't', m.lefttype FROM member m WHERE m.lefttype >= 16384 \
+UNION ALL \
+SELECT m.kind, m.oid, 't', m.righttype FROM member m WHERE m.righttype >= 16384 \
+UNION ALL \
+SELECT DISTINCT m.kind, m.oid, 't', k.opcintype FROM member m JOIN pg_catalog.pg_opclass k ON k.opcfamily = m.family \
+ WHERE k.opcintype >= 16384 \
+UNION ALL \
+SELECT DISTINCT m.kind, m.oid, '*', 0::pg_catalog.oid FROM member m \
+ WHERE m.lefttype < 16384 AND m.righttype < 16384 AND (m.family < 16384 \
+    OR m.family IN (SELECT k.opcfamily FROM pg_catalog.pg_opclass k WHERE k.opcdefault AND k.opcintype < 16384)) \
+UNION ALL \
+SELECT m.kind, m.oid, 'r', u.rel FROM member m JOIN used u ON u.family = m.family \
+UNION ALL \
+SELECT 'f', a.amhandler::pg_catalog.oid, 'r', r FROM pg_catalog.pg_am a JOIN pg_catalog.pg_class c ON c.relam = a.oid \
+  LEFT JOIN pg_catalog.pg_index i ON i.indexrelid = c.oid, LATERAL (VALUES (coalesce(i.indrelid, c.oid))) v (r) \
+ WHERE a.amhandler::pg_catalog.oid >= 16384";
 
-/// Rows (token): the operators that may mean a user's function on operands of built-in types, or that
-/// have no built-in of the same token, or any of a user's when a user's implicit cast from a built-in
-/// type exists.
-pub const OPERATORS_SQL: &str = "\
-SELECT DISTINCT o.oprname::text FROM pg_catalog.pg_operator o \
- WHERE o.oid >= 16384 AND ( \
-       (o.oprleft < 16384 AND o.oprright < 16384) \
-    OR NOT EXISTS (SELECT FROM pg_catalog.pg_operator b WHERE b.oid < 16384 AND b.oprname = o.oprname) \
-    OR EXISTS (SELECT FROM pg_catalog.pg_cast c \
-                WHERE c.oid >= 16384 AND c.castcontext = 'i' AND c.castsource < 16384))";
+/// Rows (letter, oid, stored expression, is folded): views, policies for reading, domains' checks; and of tables
+/// what the planner folds: see [`Use::Folded`].
+pub const TREES_SQL: &str = "\
+SELECT 'r', r.ev_class, r.ev_action::text, false FROM pg_catalog.pg_rewrite r WHERE r.oid >= 16384 AND r.ev_type = '1' \
+UNION ALL \
+SELECT 'r', p.polrelid, p.polqual::text, false FROM pg_catalog.pg_policy p \
+  JOIN pg_catalog.pg_class c ON c.oid = p.polrelid AND c.relrowsecurity \
+ WHERE p.polcmd IN ('r', '*') AND p.polqual IS NOT NULL \
+UNION ALL \
+SELECT 't', k.contypid, k.conbin::text, false FROM pg_catalog.pg_constraint k WHERE k.contypid <> 0 AND k.contype = 'c' \
+UNION ALL \
+SELECT 'r', k.conrelid, k.conbin::text, true FROM pg_catalog.pg_constraint k WHERE k.contype = 'c' AND k.conrelid >= 16384 \
+UNION ALL \
+SELECT 'r', i.indrelid, e::text, true FROM pg_catalog.pg_index i, LATERAL (VALUES (i.indexprs), (i.indpred)) v (e) \
+ WHERE e IS NOT NULL AND i.indrelid >= 16384 \
+UNION ALL \
+SELECT 'r', p.partrelid, p.partexprs::text, true FROM pg_catalog.pg_partitioned_table p WHERE p.partexprs IS NOT NULL \
+UNION ALL \
+SELECT 'r', s.stxrelid, s.stxexprs::text, true FROM pg_catalog.pg_statistic_ext s WHERE s.stxexprs IS NOT NULL";
 
-/// One row (boolean): a user-defined cast between built-in types exists.
+/// Rows (source, target, function or 0, implicit): users' casts, and from a domain's base to the domain, which
+/// needs no cast.
 pub const CASTS_SQL: &str = "\
-SELECT EXISTS (SELECT FROM pg_catalog.pg_cast c \
- WHERE c.oid >= 16384 AND c.castsource < 16384 AND c.casttarget < 16384 AND c.castmethod <> 'b')";
+SELECT c.castsource, c.casttarget, c.castfunc, c.castcontext = 'i' FROM pg_catalog.pg_cast c WHERE c.oid >= 16384 \
+UNION ALL \
+SELECT t.typbasetype, t.oid, 0::pg_catalog.oid, true FROM pg_catalog.pg_type t WHERE t.oid >= 16384 AND t.typtype = 'd'";
+
+/// Rows (oid of a type, letter, oid): what each type of `$1` stands for, where it stands for something else.
+pub const ALIASES_SQL: &str = "\
+SELECT t.oid, CASE WHEN c.oid IS NULL THEN 't' ELSE 'r' END, coalesce(c.oid, e.oid) FROM pg_catalog.pg_type t \
+  LEFT JOIN pg_catalog.pg_type e ON e.oid = t.typelem AND t.typcategory = 'A' \
+  LEFT JOIN pg_catalog.pg_class c ON c.oid = coalesce(e.typrelid, t.typrelid) AND c.oid <> 0 AND c.relkind <> 'c' \
+ WHERE t.oid = ANY ($1::pg_catalog.oid[]) AND (c.oid IS NOT NULL OR e.oid IS NOT NULL)";
+
+/// Rows (oid, name): the relations of `$1`, each by its own name and by that of its row type's array.
+pub const NAMES_SQL: &str = "\
+SELECT c.oid, c.relname::text FROM pg_catalog.pg_class c WHERE c.oid = ANY ($1::pg_catalog.oid[]) \
+UNION ALL \
+SELECT c.oid, a.typname::text FROM pg_catalog.pg_class c \
+  JOIN pg_catalog.pg_type t ON t.oid = c.reltype JOIN pg_catalog.pg_type a ON a.oid = t.typarray \
+ WHERE c.oid = ANY ($1::pg_catalog.oid[])";
 
 /// One row (sum, server version, hash of what logins are given): the sum moves with every change of a catalog that the facts are made of; the counts of another
 /// session's transaction arrive within about a second of its commit. DML on users' tables does not move it.
@@ -368,59 +788,170 @@ SELECT pg_catalog.sum(pg_catalog.pg_stat_get_tuples_inserted(c.oid) + pg_catalog
 mod tests {
     use super::*;
 
+    fn function(oid: u32, name: &str, language: &str, source: &str) -> FunctionRow {
+        FunctionRow {
+            oid,
+            name: name.into(),
+            language: language.into(),
+            kind: "f".into(),
+            source: source.into(),
+            one_argument: true,
+            ..FunctionRow::default()
+        }
+    }
+
     fn rows() -> CatalogRows {
         CatalogRows {
             server_major: 15,
+            attributes: vec!["nextval".into()],
             functions: vec![
-                ("f".into(), true, false, false),
-                ("g".into(), true, true, true),
-                ("nextval".into(), false, true, false),
+                function(30_001, "reads", "sql", "select lower($1)"),
+                function(30_002, "calls_it", "plpgsql", "begin return reads(a) || 'x'; end"),
+                function(30_003, "locks", "sql", "select pg_advisory_lock(1)"),
+                function(30_004, "calls_that", "sql", "select locks(1)"),
+                function(30_005, "circle", "sql", "select circle($1)"),
+                FunctionRow { volatile: true, ..function(30_006, "changes", "sql", "select 1") },
+                FunctionRow { settings: true, ..function(30_007, "sets", "sql", "select 1") },
+                function(30_008, "both", "sql", "select 1"),
+                function(30_009, "both", "sql", "select locks(1)"),
+                FunctionRow { shadows: true, ..function(30_010, "nextval", "sql", "select 1") },
+                FunctionRow { stored: true, ..function(30_011, "stored", "sql", "") },
+                FunctionRow { stored: true, ..function(30_012, "stored_lock", "sql", "") },
+                function(30_013, "perl", "plperl", "1"),
+                function(30_014, "of_type", "sql", "select 1"),
             ],
-            objects: vec![
-                (Object::Relation(1), "seq".into(), Mark::Elsewhere),
-                (Object::Relation(2), "over_seq".into(), Mark::Plain),
-                (Object::Relation(3), "over_over".into(), Mark::Plain),
-                (Object::Relation(4), "plain".into(), Mark::Plain),
-                (Object::Type(5), "dom".into(), Mark::Code),
-                (Object::Relation(6), "has_dom".into(), Mark::Plain),
-                (Object::Type(20_000), "mood".into(), Mark::Enum),
-                (Object::Type(20_001), "touched".into(), Mark::Code),
-            ],
+            marks: vec![(Object::Relation(1), Mark::Elsewhere), (Object::Type(20_005), Mark::Code)],
             edges: vec![
                 (Object::Relation(1), Object::Relation(2)),
                 (Object::Relation(2), Object::Relation(3)),
                 (Object::Relation(3), Object::Relation(2)),
-                (Object::Type(5), Object::Relation(6)),
+                (Object::Type(20_005), Object::Relation(6)),
+                (Object::Type(20_005), Object::Function(30_014)),
+                (Object::Function(30_001), Object::Relation(7)),
+                (Object::Function(30_003), Object::Function(30_012)),
+                (Object::Function(30_003), Object::Operator(40_001)),
+                (Object::Function(30_003), Object::Operator(40_003)),
+                (Object::Function(30_003), Object::Operator(40_004)),
+                (Object::Function(30_001), Object::Operator(40_002)),
+                (Object::Type(21_000), Object::Relation(8)),
             ],
-            operators: vec!["#*#".into()],
-            casts_everywhere: false,
+            relations: (1..=8).map(|oid| (oid, format!("r{oid}"))).collect(),
+            types: vec![
+                TypeRow { oid: 20_000, name: "mood".into() },
+                TypeRow { oid: 20_005, name: "touched".into() },
+            ],
+            operators: vec![
+                OperatorRow { oid: 40_001, token: "#*#".into(), operands: [20_000, 23], outdone: false },
+                OperatorRow { oid: 40_002, token: "#+#".into(), operands: [23, 23], outdone: false },
+                OperatorRow { oid: 40_003, token: "=".into(), operands: [20_000, 20_000], outdone: true },
+                OperatorRow { oid: 40_004, token: "<".into(), operands: [20_001, 20_001], outdone: true },
+            ],
+            implicit: vec![(20_000, 23), (23, 20_002), (20_002, 20_001)],
+            aliases: [(21_000, Object::Relation(2))].into_iter().collect(),
+            ..CatalogRows::default()
         }
     }
 
     #[test]
     fn unsafety_spreads_and_ends() {
         let catalog = Catalog::from_rows(1, rows());
-        for name in ["seq", "over_seq", "over_over"] {
+        for name in ["r1", "r2", "r3", "r8"] {
             assert!(catalog.name(name.as_bytes()).elsewhere, "{name}");
         }
-        assert!(catalog.name(b"has_dom").code);
-        assert_eq!(catalog.name(b"plain"), Flags::default());
-        assert!(catalog.name(b"f").called && !catalog.name(b"f").attribute);
-        assert!(!catalog.name(b"nextval").called && catalog.name(b"nextval").attribute);
+        assert!(catalog.name(b"r6").code);
+        for name in ["r4", "r5", "r7", "mood"] {
+            assert_eq!(catalog.name(name.as_bytes()), Flags::default(), "{name}");
+        }
+        assert!(catalog.name(b"nextval").attribute);
+    }
+
+    #[test]
+    fn bodies_are_harmless_as_long_as_all_that_they_call_is() {
+        let catalog = Catalog::from_rows(1, rows());
+        for name in ["reads", "calls_it", "stored", "circle"] {
+            let flags = catalog.name(name.as_bytes());
+            assert!(flags.proven && !flags.called && !flags.attribute, "{name}");
+        }
+        for name in ["locks", "calls_that", "changes", "sets", "both", "stored_lock", "perl", "of_type"] {
+            let flags = catalog.name(name.as_bytes());
+            assert!(flags.called && flags.attribute, "{name}");
+        }
+        // Beside a built-in function that is not safe, a safe one of a user's proves nothing of the name.
+        assert!(!catalog.name(b"nextval").proven);
+    }
+
+    #[test]
+    fn the_operator_knows_better() {
+        let with = |safe: &[&str], primary: &[&str]| {
+            let list = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+            let mut rows = rows();
+            rows.overrides = FunctionOverrides { safe: list(safe), primary: list(primary) };
+            for row in &mut rows.functions {
+                row.schema = "app".into();
+            }
+            Catalog::from_rows(1, rows)
+        };
+        let safe = with(&["locks", "app.perl", "other.changes"], &[]);
+        for name in ["locks", "calls_that", "stored_lock", "perl", "both"] {
+            assert!(safe.name(name.as_bytes()).proven, "{name}");
+        }
+        assert!(!safe.operator_is_unsafe(b"#*#") && safe.name(b"changes").called);
+        let primary = with(&[], &["app.reads", "lower", "pg_catalog.upper"]);
+        for name in ["reads", "calls_it", "lower", "upper"] {
+            assert!(primary.name(name.as_bytes()).called, "{name}");
+        }
     }
 
     #[test]
     fn operators_and_types() {
         let catalog = Catalog::from_rows(1, rows());
-        assert!(catalog.operator_is_unsafe(b"#*#") && !catalog.operator_is_unsafe(b"="));
+        assert!(catalog.operator_is_unsafe(b"#*#") && !catalog.operator_is_unsafe(b"#+#"));
+        assert!(!catalog.operator_is_unsafe(b"="));
+        // Its operands can be reached from a built-in type over two implicit casts.
+        assert!(catalog.operator_is_unsafe(b"<"));
         assert!(catalog.type_is_safe(23) && catalog.type_is_safe(20_000));
-        assert!(!catalog.type_is_safe(20_001) && !catalog.type_is_safe(30_000));
+        assert!(!catalog.type_is_safe(20_005) && !catalog.type_is_safe(30_000));
+    }
+
+    #[test]
+    fn casts() {
+        let with = |source, target, function| {
+            let mut rows = rows();
+            rows.safe_functions.insert(100);
+            rows.cast(source, target, function, false);
+            Catalog::from_rows(1, rows)
+        };
+        assert!(!with(23, 25, 100).unsafe_anywhere() && !with(23, 25, 30_001).unsafe_anywhere());
+        assert!(with(23, 25, 101).unsafe_anywhere() && with(23, 25, 30_003).unsafe_anywhere());
+        assert!(with(23, 20_000, 100).type_is_safe(20_000));
+        assert!(
+            !with(23, 20_000, 101).type_is_safe(20_000) && !with(20_000, 23, 30_003).type_is_safe(20_000)
+        );
+    }
+
+    #[test]
+    fn stored_expressions() {
+        let mut rows = rows();
+        rows.safe_functions.insert(870);
+        rows.unsafe_relations.insert(12_000);
+        for (relation, tree, used) in [
+            (5, "{F :funcid 870 :args ({VAR :x 1})}", Use::Evaluated),
+            (6, "{F :funcid 871 :args ({VAR :x 1})}", Use::Evaluated),
+            (7, "{R :relid 12000}", Use::Evaluated),
+            (8, "{F :funcid 30003 :args ({VAR :x 1})}", Use::Folded),
+        ] {
+            rows.edges.retain(|(_, to)| *to != Object::Relation(relation));
+            rows.tree(Object::Relation(relation), tree, used);
+        }
+        let catalog = Catalog::from_rows(1, rows);
+        assert!(catalog.name(b"r6").code && catalog.name(b"r7").code);
+        assert_eq!((catalog.name(b"r5"), catalog.name(b"r8")), (Flags::default(), Flags::default()));
     }
 
     #[test]
     fn nothing_is_safe_while_nothing_is_known() {
         let catalog = Catalog::unknown(1);
-        assert!(!catalog.is_loaded() && catalog.casts_everywhere() && catalog.operator_is_unsafe(b"="));
+        assert!(!catalog.is_loaded() && catalog.unsafe_anywhere() && catalog.operator_is_unsafe(b"="));
         assert!(!catalog.type_is_safe(20_000));
     }
 }

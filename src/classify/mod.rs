@@ -1,7 +1,8 @@
 //! SQL text + catalog facts -> what a statement may do. Fail closed: what is not understood is not a read.
 //!
 //! The stages: a token scan of the text (`scan`, over `lexer`), built-in functions by allow-list
-//! (`builtin`), the database's unsafe names (`catalog`), the second opinion of `sqlparser` on a thread of its own
+//! (`builtin`), the database's unsafe names and proven functions (`catalog`, with `tree` for stored expressions, `body`
+//! for functions' texts and `extension` for compiled code), the second opinion of `sqlparser` on a thread of its own
 //! (`opinion`), and a cache of verdicts (`cache`), once by the whole text and once by the scan's skeleton.
 //! `refusal` reads what a replica's error says about all of that.
 //!
@@ -14,15 +15,18 @@
 //! `currval` and `lastval` are right within the same transaction or once the session is pinned (their first
 //! use pins it).
 
+mod body;
 mod builtin;
 mod cache;
 pub mod catalog;
+mod extension;
 mod lexer;
 mod named;
 mod opinion;
 pub mod refusal;
 mod scan;
 pub mod setting;
+pub mod tree;
 
 use std::hash::Hasher;
 use std::sync::Arc;
@@ -76,6 +80,15 @@ pub struct Statement<'a> {
     pub catalog: &'a Catalog,
     /// How the text is to be read.
     pub lexing: Lexing,
+}
+
+/// A part of a text that keeps it from being a read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Suspect {
+    /// The name (decoded and folded) or operator.
+    pub what: Box<[u8]>,
+    /// What is wrong with it.
+    pub why: &'static str,
 }
 
 /// Names a verdict in the cache.
@@ -152,6 +165,54 @@ impl Classifier {
     /// Look-ups so far that found their statement in the cache, and that did not.
     pub fn hits_and_misses(&self) -> (u64, u64) {
         (self.hits.load(Ordering::Relaxed), self.misses.load(Ordering::Relaxed))
+    }
+
+    /// Threads of the second parser that hung over a text and were replaced, so far.
+    pub fn replaced_parsers(&self) -> u64 {
+        self.opinion.replaced()
+    }
+
+    /// Each name, call and operator of a text that by itself keeps it from being a read, once, in the order of
+    /// the text. For people; the class does not rest on it.
+    pub fn suspects(&self, statement: &Statement<'_>) -> Vec<Suspect> {
+        let mut found: Vec<Suspect> = Vec::new();
+        let mut lexer = Lexer::new(statement.text);
+        loop {
+            let token = lexer.next_token();
+            let suspect = match token {
+                Token::End | Token::Unclear => return found,
+                Token::Operator if statement.catalog.operator_is_unsafe(lexer.raw()) => Suspect {
+                    what: lexer.raw().into(),
+                    why: "an operator that may run code which is not known",
+                },
+                Token::Word | Token::Quoted => {
+                    let flags = statement.catalog.name(lexer.name());
+                    let word = self.vocabulary.get(lexer.name()).copied().unwrap_or_default();
+                    let called = lexer.clone().next_token() == Token::Punctuation(b'(');
+                    let why = if flags.elsewhere {
+                        "its rows are not those of the primary (sequence, unlogged or foreign table)"
+                    } else if flags.code {
+                        "it runs code that is not known"
+                    } else if called && flags.called {
+                        "a function whose body is not shown to do nothing but read"
+                    } else if called && word.special.is_some() {
+                        "a built-in function that reads or changes the state of a server or session"
+                    } else if called
+                        && statement.catalog.is_loaded()
+                        && !(word.safe_function || flags.proven || word.before_paren && token == Token::Word)
+                    {
+                        "a function that is not known (or only an alias)"
+                    } else {
+                        continue;
+                    };
+                    Suspect { what: lexer.name().into(), why }
+                }
+                _ => continue,
+            };
+            if !found.contains(&suspect) {
+                found.push(suspect);
+            }
+        }
     }
 
     /// The class, if it is known or can be told without the second parser. Never blocks; a hit in the
@@ -252,7 +313,7 @@ impl Classifier {
                 ..StatementClass::write(ClassReason::CatalogUnknown)
             };
         }
-        if statement.catalog.casts_everywhere() {
+        if statement.catalog.unsafe_anywhere() {
             return StatementClass {
                 leaves: Leaves::Unproven,
                 ..StatementClass::write(ClassReason::UnsafeName)
@@ -407,8 +468,45 @@ pub enum ClassReason {
     ParameterType,
     /// A replica refused it before.
     Learned,
+    /// A comment in it asks for the primary.
+    Hint,
     /// Nothing but white space and comments.
     Empty,
+}
+
+impl ClassReason {
+    /// What it means, and which stage found it.
+    pub const fn explained(self) -> (&'static str, &'static str) {
+        match self {
+            ClassReason::Read => {
+                ("nothing in it does more than read", "the second parser, which agrees with the token scan")
+            }
+            ClassReason::Command => ("it is a command that writes, locks or defines", "the token scan"),
+            ClassReason::WriteClause => {
+                ("it locks rows, selects INTO a table or has a data-modifying WITH", "the token scan")
+            }
+            ClassReason::Several => ("it is several statements in one message", "the token scan"),
+            ClassReason::Session => ("it is about the session or a transaction", "the token scan"),
+            ClassReason::UnsafeFunction => {
+                ("it calls a function that is not on the allow-list", "the allow-list of built-in functions")
+            }
+            ClassReason::UnsafeName => ("it names something unsafe", "the catalog facts"),
+            ClassReason::CatalogUnknown => {
+                ("the catalog facts of the database are not loaded", "the catalog facts")
+            }
+            ClassReason::Unclear => ("it is not understood", "the token scan"),
+            ClassReason::SecondOpinion => {
+                ("the second parser does not agree that it is a read, or was not asked", "the second parser")
+            }
+            ClassReason::Lexing => {
+                ("client_encoding or standard_conforming_strings make it unsafe to read", "the token scan")
+            }
+            ClassReason::ParameterType => ("a parameter's type is not known to be safe", "the catalog facts"),
+            ClassReason::Learned => ("a replica has refused it before", "the cache"),
+            ClassReason::Hint => ("a comment in it asks for the primary", "the token scan"),
+            ClassReason::Empty => ("it is empty", "the token scan"),
+        }
+    }
 }
 
 /// What a statement may leave on its backend after its transaction.

@@ -3,11 +3,12 @@
 //! It recurses, and a hostile text can exhaust a stack, which would abort the process. So it runs on a
 //! thread with a stack that no text within `limits.parser_text` can exhaust; the scan has sorted out
 //! texts that pile up what the parser recurses over. Answers have a deadline and the queue a bound;
-//! beyond either, the statement is not a read this time.
+//! beyond either, the statement is not a read this time. A thread that answers nobody for a whole deadline is left to
+//! its text and replaced, a bounded number of times.
 //!
 //! What it refuses although the scan was sure goes to the primary.
 
-use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -31,12 +32,37 @@ struct Job {
     reply: oneshot::Sender<StatementClass>,
 }
 
-/// The parser's thread, started on first need and again should it ever end.
+/// Threads that hang over a text and have been left to it. With so many, the parser is given up until one ends.
+const MAX_ABANDONED: usize = 4;
+
+/// What a parser says of a text.
+type Judge = fn(&[u8]) -> bool;
+
+/// The parser's thread: started on first need, and another in its place should it end, or finish nothing within
+/// a deadline.
 #[derive(Debug)]
 pub(super) struct Opinion {
     cache: Arc<Cache>,
     deadline: Duration,
-    jobs: Mutex<Option<SyncSender<Job>>>,
+    judge: Judge,
+    worker: Mutex<Option<Worker>>,
+    abandoned: Arc<AtomicUsize>,
+    replaced: AtomicU64,
+}
+
+/// A thread, as those who ask see it. Dropping it lets the thread end once it has answered what is queued.
+#[derive(Debug)]
+struct Worker {
+    jobs: SyncSender<Job>,
+    state: Arc<WorkerState>,
+}
+
+#[derive(Debug, Default)]
+struct WorkerState {
+    /// Answers so far.
+    done: AtomicU64,
+    /// Another has taken its place.
+    abandoned: AtomicBool,
 }
 
 impl std::fmt::Debug for Job {
@@ -47,63 +73,112 @@ impl std::fmt::Debug for Job {
 
 impl Opinion {
     pub(super) fn new(cache: Arc<Cache>, deadline: Duration) -> Opinion {
-        Opinion { cache, deadline, jobs: Mutex::new(None) }
+        Opinion::with_judge(cache, deadline, is_one_read)
+    }
+
+    fn with_judge(cache: Arc<Cache>, deadline: Duration, judge: Judge) -> Opinion {
+        Opinion {
+            cache,
+            deadline,
+            judge,
+            worker: Mutex::new(None),
+            abandoned: Arc::default(),
+            replaced: AtomicU64::new(0),
+        }
+    }
+
+    /// Threads that were replaced so far.
+    pub(super) fn replaced(&self) -> u64 {
+        self.replaced.load(Ordering::Relaxed)
     }
 
     /// The verdict, or "not a read" when it does not come in time.
     pub(super) async fn ask(&self, question: Question) -> StatementClass {
         let (reply, answer) = oneshot::channel();
-        if self.send(Job { question, reply })
-            && let Ok(Ok(class)) = tokio::time::timeout(self.deadline, answer).await
-        {
-            return class;
+        if let Some((state, done)) = self.send(Job { question, reply }) {
+            match tokio::time::timeout(self.deadline, answer).await {
+                Ok(Ok(class)) => return class,
+                Ok(Err(_gone)) => {}
+                Err(_elapsed) => self.replace_if_stuck(&state, done),
+            }
         }
         StatementClass::write(ClassReason::SecondOpinion)
     }
 
-    /// Whether the job was taken: not when the queue is full or no thread can be had.
-    fn send(&self, job: Job) -> bool {
-        let mut jobs = self.jobs.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let job = match jobs.as_ref() {
-            None => job,
-            Some(sender) => match sender.try_send(job) {
-                Ok(()) => return true,
-                Err(TrySendError::Full(_)) => return false,
-                Err(TrySendError::Disconnected(job)) => job,
-            },
-        };
-        self.start(&mut jobs).is_some_and(|sender| sender.try_send(job).is_ok())
+    fn worker(&self) -> std::sync::MutexGuard<'_, Option<Worker>> {
+        self.worker.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn start<'a>(&self, jobs: &'a mut Option<SyncSender<Job>>) -> Option<&'a SyncSender<Job>> {
-        let (sender, receiver) = sync_channel::<Job>(QUEUE);
-        let cache = Arc::clone(&self.cache);
-        let thread = std::thread::Builder::new().name("second-opinion".into()).stack_size(STACK_BYTES);
-        let started = thread.spawn(move || {
-            // Ends when the sender is dropped, with the classifier.
-            while let Ok(job) = receiver.recv() {
-                if let ControlFlow::Break(()) = answer(job, &cache) {
-                    return;
+    /// To whom the job was given and how much that one had done; nothing when the queue is full or no thread
+    /// can be had.
+    fn send(&self, job: Job) -> Option<(Arc<WorkerState>, u64)> {
+        let mut worker = self.worker();
+        let job = match worker.as_ref() {
+            None => job,
+            Some(found) => {
+                let (state, done) = (Arc::clone(&found.state), found.state.done.load(Ordering::Relaxed));
+                match found.jobs.try_send(job) {
+                    Ok(()) => return Some((state, done)),
+                    Err(TrySendError::Full(_)) => return None,
+                    Err(TrySendError::Disconnected(job)) => job,
                 }
             }
+        };
+        if self.abandoned.load(Ordering::SeqCst) >= MAX_ABANDONED {
+            return None;
+        }
+        let started = self.start()?;
+        let sent = started.jobs.try_send(job).is_ok().then(|| (Arc::clone(&started.state), 0));
+        *worker = Some(started);
+        sent
+    }
+
+    /// Leaves a thread to the text it hangs over: it has answered nobody since `done`, a whole deadline ago.
+    fn replace_if_stuck(&self, state: &Arc<WorkerState>, done: u64) {
+        let mut worker = self.worker();
+        let is_current = worker.as_ref().is_some_and(|current| Arc::ptr_eq(&current.state, state));
+        if is_current && state.done.load(Ordering::Relaxed) == done {
+            state.abandoned.store(true, Ordering::SeqCst);
+            self.abandoned.fetch_add(1, Ordering::SeqCst);
+            self.replaced.fetch_add(1, Ordering::Relaxed);
+            // The next question starts another.
+            *worker = None;
+        }
+    }
+
+    fn start(&self) -> Option<Worker> {
+        let (jobs, receiver) = sync_channel::<Job>(QUEUE);
+        let state = Arc::new(WorkerState::default());
+        let (cache, judge) = (Arc::clone(&self.cache), self.judge);
+        let (abandoned, own) = (Arc::clone(&self.abandoned), Arc::clone(&state));
+        let thread = std::thread::Builder::new().name("second-opinion".into()).stack_size(STACK_BYTES);
+        let started = thread.spawn(move || {
+            // Ends when the sender is dropped: with the classifier, or when it has been replaced.
+            while let Ok(job) = receiver.recv() {
+                let Job { question, reply } = job;
+                let class = answer(question, judge, &cache);
+                // Before the reply: who has it and asks again must not take that for a sign of life.
+                own.done.fetch_add(1, Ordering::Relaxed);
+                let _ = reply.send(class);
+            }
+            if own.abandoned.load(Ordering::SeqCst) {
+                abandoned.fetch_sub(1, Ordering::SeqCst);
+            }
         });
-        *jobs = started.is_ok().then_some(sender);
-        jobs.as_ref()
+        started.is_ok().then_some(Worker { jobs, state })
     }
 }
 
-fn answer(job: Job, cache: &Cache) -> ControlFlow<()> {
-    let Job { question, reply } = job;
+fn answer(question: Question, judge: Judge, cache: &Cache) -> StatementClass {
     // A panic of the parser is a refusal like any other.
-    let agreed = std::panic::catch_unwind(|| is_one_read(&question.text)).unwrap_or(false);
+    let agreed = std::panic::catch_unwind(|| judge(&question.text)).unwrap_or(false);
     let class = if agreed { StatementClass::READ } else { StatementClass::write(ClassReason::SecondOpinion) };
     // What a replica has refused meanwhile stays refused.
     if cache.skeleton(question.key.skeleton).is_none() {
         cache.put_skeleton(question.key.skeleton, class);
         cache.put_whole(question.key, class);
     }
-    let _ = reply.send(class);
-    ControlFlow::Continue(())
+    class
 }
 
 /// Whether the second parser takes the text for one query that does nothing but read.
@@ -116,72 +191,121 @@ pub(super) fn is_one_read(text: &[u8]) -> bool {
     }
 }
 
-/// The text without forms that the parser does not know, and that the scan has accounted for:
-/// `OPERATOR(pg_catalog.~)` becomes the operator, and `COLLATE pg_catalog.default` goes, both being how psql
-/// writes its queries; SYMMETRIC goes behind BETWEEN; a leading TABLE becomes what it stands for. Found by
-/// tokens, so not inside strings or comments.
+/// The text without forms that the parser does not know, and that the scan has accounted for: `OPERATOR(pg_catalog.~)`
+/// becomes the operator, and `COLLATE pg_catalog.default` goes, both being how psql writes its queries; an
+/// operator that is not among the usual ones becomes `+`, which stands wherever an operator may; SYMMETRIC goes
+/// behind BETWEEN, VARIADIC before an argument, NAME in XMLELEMENT and XMLPI and before a string, a FROM with nothing
+/// to trim before it, the star behind a parent table; SUBSTRING's SIMILAR and ESCAPE become commas; a leading TABLE becomes what it stands for. Found by tokens, so not inside strings or comments.
 fn as_it_reads(text: &str) -> std::borrow::Cow<'_, str> {
     use super::lexer::{Lexer, Token};
     let mut lexer = Lexer::new(text.as_bytes());
     let leading_table = lexer.next_token() == Token::Word && lexer.name() == b"table";
-    if !leading_table
-        && !text.contains("OPERATOR(pg_catalog.")
-        && !text.contains("COLLATE pg_catalog.default")
-        && !text.contains("SYMMETRIC")
-        && !text.contains("symmetric")
-    {
-        return text.into();
-    }
-    let mut out = String::with_capacity(text.len() + 16);
+    let mut out = String::with_capacity(text.len() + text.len() / 4);
+    let mut changed = leading_table;
     if leading_table {
         out.push_str("SELECT * FROM ");
     } else {
         lexer = Lexer::new(text.as_bytes());
     }
-    let mut behind_between = false;
+    // The depth of the parentheses, that of the innermost SUBSTRING's, and the last two tokens.
+    let (mut depth, mut substring) = (0u32, None);
+    let (mut before, mut before_that) = (Before::Other, Before::Other);
     loop {
         let token = lexer.next_token();
-        let is_word = token == Token::Word;
-        if is_word && behind_between && matches!(lexer.name(), b"symmetric" | b"asymmetric") {
-            continue;
-        }
-        behind_between = is_word && lexer.name() == b"between";
-        match token {
-            Token::End | Token::Unclear => return out.into(),
-            Token::Word if lexer.raw() == b"OPERATOR" || lexer.raw() == b"COLLATE" => {
-                let collate = lexer.raw() == b"COLLATE";
+        let mut part = lexer.raw();
+        let name = if token == Token::Word { lexer.name() } else { b"" };
+        let mut this = Before::Other;
+        match (token, name) {
+            (Token::End, _) => return if changed { out.into() } else { text.into() },
+            (Token::Unclear, _) => return text.into(),
+            (Token::Punctuation(b'('), _) => {
+                depth += 1;
+                this = Before::Open;
+                if before == Before::Substring {
+                    substring = Some(depth);
+                }
+            }
+            (Token::Punctuation(b')'), _) => {
+                if substring == Some(depth) {
+                    substring = None;
+                }
+                depth = depth.saturating_sub(1);
+            }
+            (Token::Punctuation(b','), _) => this = Before::Comma,
+            (Token::Operator, _) if !USUAL_OPERATORS.contains(&part) => part = b"+",
+            (_, b"symmetric" | b"asymmetric") if before == Before::Between => part = b"",
+            (_, b"variadic") if matches!(before, Before::Open | Before::Comma) => part = b"",
+            (_, b"name") if before == Before::Open && before_that == Before::Xml => part = b"",
+            (_, b"similar" | b"escape") if substring == Some(depth) => part = b",",
+            (_, b"from") if before == Before::TrimSide => part = b"",
+            // `FROM parent *`: with its children, as without the star.
+            (Token::Operator, _) if before == Before::Relation && part == b"*" => part = b"",
+            // `name 'x'`
+            (_, b"name") if matches!(lexer.clone().next_token(), Token::Text(_)) => part = b"",
+            (_, b"between") => this = Before::Between,
+            (_, b"leading" | b"trailing" | b"both") => this = Before::TrimSide,
+            (_, b"from") => this = Before::From,
+            (Token::Word | Token::Quoted, _) if before == Before::From => this = Before::Relation,
+            (_, b"substring") => this = Before::Substring,
+            (_, b"xmlelement" | b"xmlpi") => this = Before::Xml,
+            (_, b"operator") => {
                 let mut ahead = lexer.clone();
                 let mut next = |expected: Token, raw: &[u8]| {
                     ahead.next_token() == expected && (raw.is_empty() || ahead.raw() == raw)
                 };
-                if collate {
-                    if next(Token::Word, b"pg_catalog")
-                        && next(Token::Punctuation(b'.'), b"")
-                        && next(Token::Word, b"default")
-                    {
-                        lexer = ahead;
-                        continue;
-                    }
-                } else if next(Token::Punctuation(b'('), b"")
+                if next(Token::Punctuation(b'('), b"")
                     && next(Token::Word, b"pg_catalog")
                     && next(Token::Punctuation(b'.'), b"")
                     && next(Token::Operator, b"")
                 {
                     let operator = ahead.raw();
                     if ahead.next_token() == Token::Punctuation(b')') {
-                        out.push_str(&String::from_utf8_lossy(operator));
-                        out.push(' ');
                         lexer = ahead;
-                        continue;
+                        part = if USUAL_OPERATORS.contains(&operator) { operator } else { b"+" };
                     }
                 }
-                out.push_str(&String::from_utf8_lossy(lexer.raw()));
             }
-            _ => out.push_str(&String::from_utf8_lossy(lexer.raw())),
+            (_, b"collate") => {
+                let mut ahead = lexer.clone();
+                let mut next = |expected: Token, raw: &[u8]| {
+                    ahead.next_token() == expected && (raw.is_empty() || ahead.raw() == raw)
+                };
+                if next(Token::Word, b"pg_catalog")
+                    && next(Token::Punctuation(b'.'), b"")
+                    && next(Token::Word, b"default")
+                {
+                    lexer = ahead;
+                    part = b"";
+                }
+            }
+            _ => {}
         }
+        changed |= part != lexer.raw();
+        out.push_str(&String::from_utf8_lossy(part));
         out.push(' ');
+        (before_that, before) = (before, this);
     }
 }
+
+/// What the token before was, as far as it matters to [`as_it_reads`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Before {
+    Open,
+    Comma,
+    Between,
+    Substring,
+    Xml,
+    TrimSide,
+    From,
+    Relation,
+    Other,
+}
+
+/// What the parser knows, and where its knowing more than a `+` is wanted: `*` and `=` are more than operators.
+const USUAL_OPERATORS: &[&[u8]] = &[
+    b"=", b"<>", b"!=", b"<", b">", b"<=", b">=", b"+", b"-", b"*", b"/", b"%", b"||", b"~", b"!~", b"->",
+    b"->>", b"=>",
+];
 
 fn statement_reads(statement: &Statement) -> bool {
     match statement {
@@ -218,4 +342,69 @@ fn query_reads(query: &Query) -> bool {
         }
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::classify::ClassKey;
+
+    /// Held while a text that hangs shall hang.
+    static GATE: Mutex<()> = Mutex::new(());
+
+    fn hangs(text: &[u8]) -> bool {
+        if text.starts_with(b"hang") {
+            let _open = GATE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+        true
+    }
+
+    #[test]
+    fn a_thread_that_hangs_is_replaced_a_bounded_number_of_times() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let opinion = Opinion::with_judge(Arc::new(Cache::new(16)), Duration::from_millis(300), hangs);
+        let mut key = 0;
+        let mut ask = |text: &[u8]| {
+            key += 1;
+            let key = ClassKey { whole: key, skeleton: key };
+            runtime.block_on(opinion.ask(Question { text: text.into(), key })) == StatementClass::READ
+        };
+        assert!(ask(b"fine"));
+        let closed = GATE.lock().unwrap();
+        for replaced in 1..=MAX_ABANDONED {
+            assert!(!ask(b"hang"));
+            assert_eq!(opinion.replaced(), replaced as u64);
+            assert_eq!(ask(b"fine"), replaced < MAX_ABANDONED, "{replaced}");
+        }
+        // Given up; once those that hung have ended, not any more.
+        assert!(!ask(b"fine"));
+        drop(closed);
+        while opinion.abandoned.load(Ordering::SeqCst) > 0 {
+            std::thread::yield_now();
+        }
+        assert!(ask(b"fine"));
+    }
+
+    #[test]
+    fn forms_that_the_parser_does_not_know() {
+        for (text, read_as) in [
+            ("select a #>> b", "select a + b "),
+            ("select @ a", "select + a "),
+            ("select a operator(pg_catalog.~) b", "select a ~ b "),
+            ("select f(variadic a)", "select f (  a ) "),
+            ("select 'a #>> b' from c", "select 'a #>> b' from c"),
+            ("select substring(a similar b escape c)", "select substring ( a , b , c ) "),
+            ("select a similar to b", "select a similar to b"),
+            ("select a between symmetric b and c", "select a between  b and c "),
+            ("table t", "SELECT * FROM t "),
+            ("select a * b from t * x", "select a * b from t  x "),
+            ("select trim(leading from a)", "select trim ( leading  a ) "),
+            ("select name 'x'", "select  'x' "),
+            ("select xmlelement(name a, name)", "select xmlelement (  a , name ) "),
+            ("select a collate pg_catalog.default", "select a  "),
+        ] {
+            assert_eq!(as_it_reads(text), read_as);
+            assert!(is_one_read(text.as_bytes()), "{text}");
+        }
+    }
 }

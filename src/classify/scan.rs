@@ -214,6 +214,9 @@ impl Scan<'_> {
             let token = self.lexer.next_token();
             if let Some(hint) = self.lexer.hint() {
                 feed(&mut self.hash, b'h', hint);
+                if asks_for_primary(hint) {
+                    self.statement.refuse(Kind::Write, ClassReason::Hint);
+                }
             }
             match token {
                 Token::End => {
@@ -434,6 +437,7 @@ impl Scan<'_> {
             None => {
                 let accounted = (statement.lead == Some(Lead::Copy) && statement.depth == 0)
                     || word.safe_function
+                    || pending.flags.proven
                     || pending.alias
                     || (word.before_paren && !pending.quoted && !pending.dotted);
                 if !accounted {
@@ -912,6 +916,21 @@ fn names_the_clock(raw: &[u8]) -> bool {
     }
     let has = |word: &[u8]| raw.windows(word.len()).any(|window| window.eq_ignore_ascii_case(word));
     has(b"now") || has(b"today") || has(b"tomorrow") || has(b"yesterday") || raw.contains(&b'\\')
+}
+
+/// `highwater.route = primary` in a comment. What else a comment says decides nothing: none can make a read.
+fn asks_for_primary(hint: &[u8]) -> bool {
+    let mut words = hint
+        .split(|byte| !(byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_')))
+        .filter(|word| !word.is_empty());
+    while let Some(word) = words.next() {
+        if word.eq_ignore_ascii_case(b"highwater.route")
+            && words.clone().next().is_some_and(|value| value.eq_ignore_ascii_case(b"primary"))
+        {
+            return true;
+        }
+    }
+    false
 }
 
 /// A setting of an application's own: its name has a dot, as no setting of the server has.

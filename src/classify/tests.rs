@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::catalog::{CatalogRows, Mark, Object};
+use super::catalog::{CatalogRows, FunctionRow, Mark, Object, OperatorRow, TypeRow};
 use super::*;
 
 fn classifier() -> Classifier {
@@ -25,18 +25,28 @@ fn catalog() -> Catalog {
         7,
         CatalogRows {
             server_major: 15,
-            functions: vec![
-                ("fx".into(), true, true, false),
-                ("set_tenant".into(), true, true, true),
-                ("nextval".into(), false, true, false),
+            attributes: vec!["nextval".into()],
+            setters: vec!["set_tenant".into()],
+            functions: vec![FunctionRow {
+                oid: 20_001,
+                name: "fx".into(),
+                language: "c".into(),
+                kind: "f".into(),
+                one_argument: true,
+                ..FunctionRow::default()
+            }],
+            types: vec![TypeRow { oid: 20_002, name: "ct".into() }],
+            marks: vec![
+                (Object::Relation(1), Mark::Elsewhere),
+                (Object::Type(20_002), Mark::Code),
+                (Object::Operator(1), Mark::Code),
+                (Object::Operator(2), Mark::Code),
             ],
-            objects: vec![
-                (Object::Relation(1), "seq".into(), Mark::Elsewhere),
-                (Object::Type(2), "ct".into(), Mark::Code),
-            ],
-            edges: vec![],
-            operators: vec!["#*#".into(), "~~*".into()],
-            casts_everywhere: false,
+            relations: vec![(1, "seq".into())],
+            operators: [(1, "#*#"), (2, "~~*")]
+                .map(|(oid, token)| OperatorRow { oid, token: token.into(), ..OperatorRow::default() })
+                .into(),
+            ..CatalogRows::default()
         },
     )
 }
@@ -193,6 +203,31 @@ fn not_reads() {
         "with a as (select 1) ((select 1)) order by 1, ts_stat('x')",
     ] {
         assert_ne!(class(text).kind, Kind::Read, "{text}");
+    }
+}
+
+#[test]
+fn hints() {
+    for text in [
+        "/* highwater.route=primary */ select 1",
+        "select 1 /* highwater.route = 'primary' */",
+        "select /* HIGHWATER.ROUTE: Primary */ 1",
+        "select 1 /* highwater.x=1 */ /* highwater.route=primary */",
+    ] {
+        assert_eq!(class(text).reason, ClassReason::Hint, "{text}");
+    }
+    for text in [
+        "select 1 /* highwater.route=replica */",
+        "select 1 /* route=primary */",
+        "select '/* highwater.route=primary */'",
+    ] {
+        assert_eq!(class(text), StatementClass::READ, "{text}");
+    }
+    // No hint makes a read of what is none.
+    for text in
+        ["/* highwater.route=replica */ delete from t", "select nextval('s') /* highwater.route=replica */"]
+    {
+        assert_eq!(class(text).kind, Kind::Write, "{text}");
     }
 }
 
@@ -422,7 +457,62 @@ fn deallocate_targets() {
     }
 }
 
+/// A megabyte of anything ends, and is no read unless the second parser may see it.
+#[test]
+fn long_texts_end() {
+    let (classifier, catalog) = (classifier(), catalog());
+    for unit in [
+        "(",
+        "a.",
+        "'",
+        "\"",
+        "$$",
+        "/*",
+        "--",
+        "\r",
+        "é",
+        "\0",
+        "1",
+        ",",
+        "a(",
+        "E'\\",
+        "x in (1,",
+        "values (1),",
+        ";",
+        "$1",
+    ] {
+        let text = format!("select {}", unit.repeat((1 << 20) / unit.len()));
+        match classifier.lookup(&statement(text.as_bytes(), &catalog)) {
+            Lookup::Known(class, _) => assert_ne!(class.kind, Kind::Read, "{unit}"),
+            Lookup::Ask(_) => panic!("{unit}: longer than the parser may see"),
+        }
+    }
+}
+
+#[test]
+fn a_nul_and_broken_utf8_are_no_reads() {
+    let (classifier, catalog) = (classifier(), catalog());
+    for text in [&b"select 1\0, nextval('s')"[..], b"select \xff(1)", b"select '\xc3", b"\0", b"select\x001"]
+    {
+        assert_ne!(class_and_key(&classifier, &catalog, text).0.kind, Kind::Read, "{text:?}");
+    }
+}
+
 proptest! {
+    /// Whatever is changed in a text with a write, or put around it: it takes a comment, a string or a longer word
+    /// to hide the write's name, and those are not made of these pieces.
+    #[test]
+    fn a_call_of_a_writer_is_seen_among_anything(
+        before in "(a,|b \\+ |lower\\(c\\),|\\$1,|'x',|\\( 1 \\),|case when a then b end,|\"q\",|/\\* c \\*/|é,| ){0,12}",
+        space in "( |\n|\t|\r|/\\* x \\*/|-- y\n){0,3}",
+        name in "(nextval|NextVal|\"nextval\"|pg_catalog.nextval|pg_notify|fx|public.fx|lo_export)",
+        after in "(, 1|,'x'| from t| where true|\\+ 1| ){0,5}",
+    ) {
+        let (classifier, catalog) = (classifier(), catalog());
+        let text = format!("select {before} {name}{space}(1){after}");
+        prop_assert_ne!(class_and_key(&classifier, &catalog, text.as_bytes()).0.kind, Kind::Read);
+    }
+
     #[test]
     fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
         let (classifier, catalog) = (classifier(), catalog());

@@ -228,6 +228,13 @@ impl Cluster {
         self.wait_caught_up(0).await.unwrap();
     }
 
+    /// As [`set_up`](Self::set_up), by the superuser.
+    pub async fn set_up_as_superuser(&self, sql: &str) {
+        let client = self.primary().connect("app", &self.roles().superuser).await.unwrap();
+        client.batch_execute(sql).await.unwrap();
+        self.wait_caught_up(0).await.unwrap();
+    }
+
     /// Runs a program of PostgreSQL's as `app` against `port`.
     pub async fn run_program(&self, name: &str, port: u16, arguments: &[&str], stdin: &str) -> Output {
         let mut command = self.program_command(name, port);

@@ -41,9 +41,6 @@ const OBJECTS: &str = "
     CREATE OPERATOR = (LEFTARG = composite, RIGHTARG = composite, FUNCTION = equal);
     CREATE TABLE composites (c composite);
     INSERT INTO composites VALUES (ROW(1, 'a'));
-    CREATE FUNCTION like_it(composite, text) RETURNS boolean LANGUAGE sql IMMUTABLE
-        AS 'SELECT pg_try_advisory_xact_lock(8)';
-    CREATE OPERATOR ~~ (LEFTARG = composite, RIGHTARG = text, FUNCTION = like_it);
     CREATE TYPE cast_mood AS ENUM ('low', 'high');
     CREATE FUNCTION as_number(cast_mood) RETURNS int LANGUAGE sql IMMUTABLE
         AS 'SELECT CASE WHEN pg_try_advisory_xact_lock(9) THEN 1 ELSE 2 END';
@@ -56,6 +53,30 @@ const OBJECTS: &str = "
     CREATE TABLE parent (id int) PARTITION BY RANGE (id);
     CREATE TABLE child PARTITION OF parent FOR VALUES FROM (0) TO (10);
     ALTER TABLE child ENABLE ROW LEVEL SECURITY;
+    CREATE POLICY guard ON child USING (pg_try_advisory_xact_lock(8));
+    CREATE TABLE far_parent (id int) PARTITION BY RANGE (id);
+    CREATE FOREIGN TABLE far PARTITION OF far_parent FOR VALUES FROM (0) TO (10) SERVER nowhere;
+    CREATE VIEW over_far AS SELECT id FROM far_parent;
+
+    CREATE OPERATOR #! (RIGHTARG = bigint, FUNCTION = pg_try_advisory_xact_lock);
+    CREATE FUNCTION by_default(a boolean DEFAULT pg_try_advisory_xact_lock(13)) RETURNS boolean LANGUAGE sql STABLE
+        AS 'SELECT $1';
+    CREATE FUNCTION dynamic() RETURNS int LANGUAGE plpgsql STABLE
+        AS $$ DECLARE r int; BEGIN EXECUTE 'SELECT 1' INTO r; RETURN r; END $$;
+    CREATE FUNCTION calls_liar() RETURNS boolean LANGUAGE plpgsql STABLE AS $$ BEGIN RETURN liar(); END $$;
+    CREATE FUNCTION in_view() RETURNS boolean LANGUAGE sql STABLE AS 'SELECT got FROM locking_view';
+    CREATE FUNCTION of_domain(with_domain) RETURNS int LANGUAGE sql STABLE AS 'SELECT 1';
+    CREATE FUNCTION configured() RETURNS int LANGUAGE sql STABLE SET standard_conforming_strings = off AS 'SELECT 1';
+    CREATE FUNCTION next_one() RETURNS bigint LANGUAGE plpgsql STABLE AS $$ BEGIN RETURN nextval('counter'); END $$;
+    CREATE FUNCTION row_lock() RETURNS int LANGUAGE plpgsql STABLE
+        AS $$ BEGIN PERFORM 1 FROM plain FOR SHARE; RETURN 1; END $$;
+    CREATE FUNCTION atomic_of_far() RETURNS bigint LANGUAGE sql STABLE BEGIN ATOMIC SELECT count(*) FROM over_far; END;
+    CREATE TABLE tenant_of_server (id int);
+    ALTER TABLE tenant_of_server ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+    CREATE POLICY guard ON tenant_of_server USING (current_setting('transaction_read_only') = 'off');
+    CREATE TABLE tenant_of_column (id int, setting text);
+    ALTER TABLE tenant_of_column ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+    CREATE POLICY guard ON tenant_of_column USING (current_setting(setting) = 'off');
     CREATE TABLE ruled (id int);
 
     CREATE FUNCTION locking_number(int) RETURNS int LANGUAGE plpgsql IMMUTABLE
@@ -71,6 +92,14 @@ const OBJECTS: &str = "
     CREATE INDEX ON column_indexed ((locking_number(id)));
 ";
 
+/// What only a superuser may make.
+const BY_SUPERUSER: &str = "
+    CREATE FOREIGN DATA WRAPPER nowhere;
+    CREATE SERVER nowhere FOREIGN DATA WRAPPER nowhere;
+    GRANT USAGE ON FOREIGN SERVER nowhere TO app;
+    CREATE FUNCTION alias(bigint) RETURNS boolean LANGUAGE internal IMMUTABLE STRICT AS 'pg_try_advisory_xact_lock_int8';
+";
+
 fn objects() -> String {
     // The aggregate's transition function comes before it.
     OBJECTS.replace(
@@ -84,7 +113,7 @@ fn objects() -> String {
 #[tokio::test]
 async fn what_the_catalog_hides_starts_on_the_primary() {
     let cluster = Cluster::start_logging(2).await;
-    cluster.set_up("SET check_function_bodies = off").await;
+    cluster.set_up_as_superuser(BY_SUPERUSER).await;
     cluster.set_up(&objects()).await;
     let proxy = Proxy::start(&cluster).await;
     let client = proxy.connect().await;
@@ -114,7 +143,6 @@ async fn what_the_catalog_hides_starts_on_the_primary() {
         "SELECT c IN (ROW(1, 'a')::composite) FROM composites",
         "SELECT nullif(c, c) FROM composites",
         "SELECT * FROM composites JOIN composites AS other USING (c)",
-        "SELECT c LIKE 'x' FROM composites",
         "SELECT abs(e) FROM cast_moods",
         "SELECT e > 1 FROM cast_moods",
         "SELECT locking_sum(id) FROM plain",
@@ -123,6 +151,21 @@ async fn what_the_catalog_hides_starts_on_the_primary() {
         "SELECT * FROM pg_sequences",
         "SELECT count(*) FROM unlogged",
         "SELECT * FROM parent",
+        "SELECT * FROM far_parent",
+        "SELECT * FROM over_far",
+        "SELECT #! 14::bigint",
+        "SELECT alias(15)",
+        "SELECT by_default()",
+        "SELECT dynamic()",
+        "SELECT calls_liar()",
+        "SELECT in_view()",
+        "SELECT of_domain(NULL)",
+        "SELECT configured()",
+        "SELECT next_one()",
+        "SELECT row_lock()",
+        "SELECT atomic_of_far()",
+        "SELECT * FROM tenant_of_server",
+        "SELECT * FROM tenant_of_column",
         "SELECT * FROM indexed",
         "SELECT * FROM half_indexed",
         "SELECT * FROM heir_parent WHERE id > 1",
@@ -167,10 +210,313 @@ async fn what_the_catalog_hides_starts_on_the_primary() {
     }
 }
 
+/// What is a user's own and still nothing but a read.
+const HARMLESS: &str = "
+    CREATE TABLE plain (id int PRIMARY KEY, x text, tenant text DEFAULT 'a');
+    INSERT INTO plain VALUES (1, 'one');
+    CREATE FUNCTION in_sql(text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT upper($1)';
+    CREATE FUNCTION in_plpgsql(a text) RETURNS text LANGUAGE plpgsql STABLE AS $$
+        DECLARE r record; n int := 0;
+        BEGIN
+            FOR r IN SELECT id FROM plain WHERE x = a LOOP n := n + r.id; END LOOP;
+            IF n > 1 THEN RETURN in_sql(a); ELSE RETURN CASE WHEN n = 1 THEN a ELSE 'none' END; END IF;
+        END $$;
+    CREATE FUNCTION atomic(int) RETURNS int LANGUAGE sql STABLE BEGIN ATOMIC SELECT $1 + 1; END;
+    CREATE FUNCTION two(a int, b int DEFAULT abs(-1)) RETURNS int LANGUAGE sql STABLE AS 'SELECT a + b';
+    CREATE FUNCTION add(bigint, int) RETURNS bigint LANGUAGE sql IMMUTABLE AS 'SELECT $1 + $2';
+    CREATE AGGREGATE total (int) (SFUNC = add, STYPE = bigint, INITCOND = '0');
+    CREATE VIEW over_functions AS SELECT in_sql(x) AS y FROM plain;
+
+    CREATE TABLE tenants (id int, tenant text);
+    INSERT INTO tenants VALUES (1, 'a');
+    ALTER TABLE tenants ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+    CREATE POLICY own ON tenants USING (tenant = coalesce(current_setting('app.tenant', true), 'a') OR current_user = 'nobody');
+    GRANT ALL ON tenants TO public;
+
+    CREATE DOMAIN positive AS int CHECK (VALUE > 0 AND length(VALUE::text) < 5);
+    CREATE TABLE with_domain (d positive);
+    CREATE TYPE pair AS (n int, t text);
+    CREATE FUNCTION pair_equal(pair, pair) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT $1.n = $2.n';
+    CREATE OPERATOR === (LEFTARG = pair, RIGHTARG = pair, FUNCTION = pair_equal);
+    CREATE TABLE pairs (p pair);
+    CREATE FUNCTION as_pair(int) RETURNS pair LANGUAGE sql IMMUTABLE AS $$ SELECT ROW($1, 'x')::pair $$;
+    CREATE CAST (int AS pair) WITH FUNCTION as_pair(int) AS IMPLICIT;
+    CREATE TYPE mood AS ENUM ('sad', 'happy');
+    CREATE TYPE mood_range AS RANGE (SUBTYPE = mood);
+    CREATE TABLE moods (m mood, r mood_range);
+    CREATE TABLE ruled (id int);
+    CREATE RULE log AS ON INSERT TO ruled DO ALSO SELECT 1;
+    CREATE INDEX ON plain (in_sql(x));
+";
+
+#[tokio::test]
+async fn a_users_own_functions_types_and_policies_that_only_read_run_on_replicas() {
+    let cluster = Cluster::start_logging(2).await;
+    cluster.set_up(HARMLESS).await;
+    let proxy = Proxy::start(&cluster).await;
+    let client = proxy.connect().await;
+    eventually("plain reads reach a replica", || async {
+        client.simple_query("SELECT x AS loaded FROM plain").await.unwrap();
+        let ran = cluster.ran("loaded");
+        ran[1] + ran[2] > 0
+    })
+    .await;
+    let harmless = [
+        "SELECT in_sql(x) FROM plain",
+        "SELECT in_plpgsql('one')",
+        "SELECT atomic(1), two(1)",
+        "SELECT total(id) FROM plain",
+        "SELECT * FROM over_functions",
+        "SELECT * FROM tenants",
+        "SELECT d::positive + 1 FROM with_domain",
+        "SELECT p === p FROM pairs",
+        "SELECT 1 + 1, 'a' = 'b' FROM pairs WHERE p = ROW(1, 'x')::pair",
+        "SELECT * FROM moods WHERE m > 'sad' AND NOT isempty(r)",
+        "SELECT mood_range('sad', 'happy')",
+        "SELECT * FROM ruled",
+    ];
+    for (number, statement) in harmless.iter().enumerate() {
+        for _ in 0..10 {
+            client.simple_query(&format!("/* harmless{number}. */ {statement}")).await.unwrap();
+        }
+        let ran = cluster.ran(&format!("harmless{number}."));
+        assert!(ran[1] + ran[2] >= 8, "{statement}: {ran:?}");
+    }
+    // What one of them is made of changes, and with it all that rests on it.
+    client
+        .batch_execute(
+            "CREATE OR REPLACE FUNCTION in_sql(text) RETURNS text LANGUAGE sql IMMUTABLE
+                AS 'SELECT CASE WHEN pg_try_advisory_xact_lock(1) THEN $1 END'",
+        )
+        .await
+        .unwrap();
+    for (number, statement) in
+        ["SELECT in_sql('a')", "SELECT in_plpgsql('one')", "SELECT * FROM over_functions"].iter().enumerate()
+    {
+        client.simple_query(&format!("/* spoilt{number}. */ {statement}")).await.unwrap();
+        let ran = cluster.ran(&format!("spoilt{number}."));
+        assert_eq!(ran, [1, 0, 0], "{statement}");
+    }
+}
+
+#[tokio::test]
+async fn the_operator_may_know_better_and_a_comment_may_ask_for_the_primary() {
+    let cluster = Cluster::start_logging(1).await;
+    cluster
+        .set_up(
+            "CREATE TABLE plain (id int, x text); INSERT INTO plain VALUES (1, 'a');
+             CREATE FUNCTION dynamic() RETURNS int LANGUAGE plpgsql
+                 AS $$ DECLARE r int; BEGIN EXECUTE 'SELECT 1' INTO r; RETURN r; END $$;
+             CREATE FUNCTION slow() RETURNS int LANGUAGE sql STABLE AS 'SELECT 1'",
+        )
+        .await;
+    let overrides = "routing: { functions: { safe: [public.dynamic], primary: [slow, initcap] } }";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    let client = proxy.connect().await;
+    eventually("plain reads reach the replica", || async {
+        client.simple_query("SELECT x AS loaded FROM plain").await.unwrap();
+        cluster.ran("loaded")[1] > 0
+    })
+    .await;
+    for (marker, statement, ran) in [
+        ("safe.", "/* safe. */ SELECT dynamic()", [0, 1]),
+        ("listed.", "/* listed. */ SELECT slow()", [1, 0]),
+        ("built_in.", "/* built_in. */ SELECT initcap('a')", [1, 0]),
+        ("hinted.", "SELECT x AS \"hinted.\" FROM plain /* highwater.route=primary */", [1, 0]),
+    ] {
+        client.simple_query(statement).await.unwrap();
+        assert_eq!(cluster.ran(marker), ran, "{statement}");
+    }
+    // No comment makes a read of a write: it runs, on the primary.
+    client
+        .simple_query("INSERT INTO plain VALUES (2, 'written') /* highwater.route=replica */")
+        .await
+        .unwrap();
+    assert_eq!(cluster.ran("written"), [1, 0]);
+}
+
+/// Operators that PostgreSQL chooses for constants and rows of built-in types although an operand is a user's
+/// type: nothing in the text shows them but the token.
+#[tokio::test]
+async fn an_unsafe_operator_that_constants_reach_makes_its_token_unsafe() {
+    let cluster = Cluster::start_logging(1).await;
+    cluster
+        .set_up(
+            "CREATE TABLE plain (id int, x text); INSERT INTO plain VALUES (1, 'a');
+             CREATE TYPE ct AS (n int, t text);
+             CREATE FUNCTION rows(ct, text) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT pg_try_advisory_xact_lock(1)';
+             CREATE OPERATOR ~~ (LEFTARG = ct, RIGHTARG = text, FUNCTION = rows);
+             CREATE TYPE en AS ENUM ('a', 'b');
+             CREATE FUNCTION question(en, int) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT pg_try_advisory_xact_lock(2)';
+             CREATE OPERATOR ? (LEFTARG = en, RIGHTARG = int, FUNCTION = question);
+             CREATE DOMAIN number AS int;
+             CREATE FUNCTION far(number, number) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT pg_try_advisory_xact_lock(3)';
+             CREATE OPERATOR || (LEFTARG = number, RIGHTARG = number, FUNCTION = far);
+             CREATE TYPE own AS (n int);
+             CREATE FUNCTION same(own, own) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT pg_try_advisory_xact_lock(4)';
+             CREATE OPERATOR = (LEFTARG = own, RIGHTARG = own, FUNCTION = same)",
+        )
+        .await;
+    let proxy = Proxy::start(&cluster).await;
+    let client = proxy.connect().await;
+    eventually("plain reads reach the replica", || async {
+        client.simple_query("SELECT x AS loaded FROM plain WHERE id = 1 AND x = 'a'").await.unwrap();
+        cluster.ran("loaded")[1] > 0
+    })
+    .await;
+    for (number, statement) in [
+        "SELECT ROW(1, 'a') ~~ 'x'::text",
+        "SELECT ROW(1, 'a') LIKE 'x'::text",
+        "SELECT s LIKE 'x'::text FROM (SELECT 1, 'a'::text) s",
+        "SELECT 'a' ? 5",
+        "SELECT 1 || 2",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let _ = client.simple_query(&format!("/* token{number}. */ {statement}")).await;
+        assert_eq!(cluster.ran(&format!("token{number}.")), [1, 0], "{statement}");
+    }
+}
+
+/// Casts and operator classes of built-in types run without a name or a token.
+#[tokio::test]
+async fn what_any_statement_can_reach_sends_all_to_the_primary() {
+    for (objects, hidden) in [
+        (
+            "CREATE FUNCTION to_point(text) RETURNS point LANGUAGE sql IMMUTABLE
+                 AS 'SELECT CASE WHEN pg_try_advisory_xact_lock(1) THEN point(1, 1) END';
+             CREATE CAST (text AS point) WITH FUNCTION to_point(text) AS IMPLICIT",
+            "SELECT circle(x, 1.0) AS hidden FROM plain",
+        ),
+        (
+            "CREATE FUNCTION compare(json, json) RETURNS int LANGUAGE sql IMMUTABLE
+                 AS 'SELECT CASE WHEN pg_try_advisory_xact_lock(1) THEN 0 ELSE 1 END';
+             CREATE FUNCTION lt(json, json) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT false';
+             CREATE OPERATOR #< (LEFTARG = json, RIGHTARG = json, FUNCTION = lt);
+             CREATE OPERATOR #= (LEFTARG = json, RIGHTARG = json, FUNCTION = lt);
+             CREATE OPERATOR CLASS json_order DEFAULT FOR TYPE json USING btree AS
+                 OPERATOR 1 #<, OPERATOR 3 #=, FUNCTION 1 compare(json, json)",
+            "SELECT j AS hidden FROM (VALUES ('1'::json), ('2'::json)) v (j) ORDER BY j",
+        ),
+    ] {
+        let cluster = Cluster::start_logging(1).await;
+        cluster.set_up("CREATE TABLE plain (id int, x text); INSERT INTO plain VALUES (1, 'a')").await;
+        let proxy = Proxy::start(&cluster).await;
+        let client = proxy.connect().await;
+        eventually("plain reads reach the replica", || async {
+            client.simple_query("SELECT x AS loaded FROM plain").await.unwrap();
+            cluster.ran("loaded")[1] > 0
+        })
+        .await;
+        // Past the proxy, as these take a superuser; so it is noticed within moments.
+        cluster.set_up_as_superuser(objects).await;
+        eventually("the objects are known", || async {
+            let before = cluster.ran("noticed");
+            client.simple_query("SELECT x AS noticed FROM plain").await.unwrap();
+            cluster.ran("noticed")[0] > before[0]
+        })
+        .await;
+        let before = cluster.ran("hidden");
+        for _ in 0..3 {
+            client.simple_query(hidden).await.unwrap();
+        }
+        assert_eq!(cluster.ran("hidden"), [before[0] + 3, before[1]], "{hidden}");
+    }
+}
+
+/// Debian's postgresql-15 brings these.
+const EXTENSIONS: &[&str] = &[
+    "hstore",
+    "citext",
+    "pg_trgm",
+    "ltree",
+    "intarray",
+    "btree_gist",
+    "btree_gin",
+    "pgcrypto",
+    "\"uuid-ossp\"",
+    "unaccent",
+    "cube",
+    "earthdistance",
+    "tablefunc",
+    "dblink",
+    "postgres_fdw",
+    "file_fdw",
+    "fuzzystrmatch",
+    "isn",
+    "seg",
+    "tsm_system_rows",
+];
+
+#[tokio::test]
+async fn a_database_full_of_extensions_keeps_its_offload() {
+    let cluster = Cluster::start_logging(2).await;
+    for extension in EXTENSIONS {
+        cluster.set_up_as_superuser(&format!("CREATE EXTENSION {extension}")).await;
+    }
+    cluster
+        .set_up(
+            "CREATE TABLE plain (id int PRIMARY KEY, x text, c citext, h hstore, p ltree, a int[]);
+             INSERT INTO plain VALUES (1, 'one', 'One', 'a=>1', 'a.b', '{1,2}');
+             CREATE INDEX ON plain USING gist (id, x); CREATE INDEX ON plain USING gin (x gin_trgm_ops)",
+        )
+        .await;
+    cluster
+        .set_up_as_superuser(
+            "CREATE FUNCTION hstore_lie(cstring) RETURNS hstore LANGUAGE c IMMUTABLE AS '$libdir/hstore', 'hstore_in'",
+        )
+        .await;
+    let proxy = Proxy::start(&cluster).await;
+    let client = proxy.connect().await;
+    eventually("plain reads reach a replica", || async {
+        client.simple_query("SELECT x AS loaded FROM plain").await.unwrap();
+        let ran = cluster.ran("loaded");
+        ran[1] + ran[2] > 0
+    })
+    .await;
+    let harmless = [
+        "SELECT id + 1, x LIKE 'o%', x = 'a', id BETWEEN 1 AND 2 FROM plain WHERE id IN (1, 2)",
+        "SELECT h -> 'a', h ? 'a', h @> 'a=>1' FROM plain",
+        "SELECT c = 'ONE', c LIKE 'o%', lower(c) FROM plain",
+        "SELECT similarity(x, 'on'), x % 'on' FROM plain ORDER BY x <-> 'on'",
+        "SELECT p <@ 'a', nlevel(p) FROM plain",
+        "SELECT a && '{1}', sort(a) FROM plain",
+        "SELECT digest(x, 'sha256'), encode(hmac(x, 'k', 'md5'), 'hex'), gen_random_uuid() FROM plain",
+        "SELECT uuid_generate_v4(), unaccent(x) FROM plain",
+        "SELECT cube(1, 2), earth_distance(ll_to_earth(1, 1), ll_to_earth(2, 2))",
+        "SELECT levenshtein(x, 'on') FROM plain",
+        "SELECT count(*) FROM plain TABLESAMPLE system_rows(10)",
+        "SELECT count(*) FROM normal_rand(10, 1, 1)",
+    ];
+    for (number, statement) in harmless.iter().enumerate() {
+        for _ in 0..10 {
+            client.simple_query(&format!("/* extension{number}. */ {statement}")).await.unwrap();
+        }
+        let ran = cluster.ran(&format!("extension{number}."));
+        assert!(ran[1] + ran[2] >= 8, "{statement}: {ran:?}");
+    }
+    let dangerous = [
+        "SELECT * FROM dblink('dbname=nowhere', 'SELECT 1') AS t (a int)",
+        "SELECT dblink_exec('dbname=nowhere', 'SELECT 1')",
+        "SELECT * FROM crosstab('SELECT ''a''::text, ''b''::text, pg_try_advisory_xact_lock(1)::int') AS t (a text, b int)",
+        "SELECT * FROM connectby('plain', 'id', 'id', '1', 0) AS t (a int, b int, c int)",
+        "SELECT set_limit(0.5)",
+        "SELECT postgres_fdw_disconnect_all()",
+        "SELECT isn_weak(true)",
+        "SELECT hstore_lie('a=>1'::cstring)",
+    ];
+    for (number, statement) in dangerous.iter().enumerate() {
+        let _ = client.simple_query(&format!("/* dangerous{number}. */ {statement}")).await;
+        let ran = cluster.ran(&format!("dangerous{number}."));
+        assert_eq!(ran, [1, 0, 0], "{statement}");
+    }
+}
+
 #[tokio::test]
 async fn a_parameters_type_can_hide_a_function_too() {
     let cluster = Cluster::start_logging(1).await;
-    cluster.set_up("SET check_function_bodies = off").await;
+    cluster.set_up_as_superuser(BY_SUPERUSER).await;
     cluster.set_up(&objects()).await;
     let proxy = Proxy::start(&cluster).await;
     let client = proxy.connect().await;
@@ -212,6 +558,32 @@ async fn what_becomes_dangerous_later_is_noticed_however_it_was_made() {
     client.simple_query("SELECT lower(x), lower(id) AS shadowed FROM plain").await.unwrap();
     assert_eq!(cluster.ran("shadowed"), [1, 0]);
 
+    // Inside a transaction: from its commit on, in other sessions too; never in between.
+    client.batch_execute("DROP FUNCTION lower(int)").await.unwrap();
+    eventually("lower is safe again", || async {
+        client.simple_query("SELECT lower(x) AS again FROM plain").await.unwrap();
+        cluster.ran("again")[1] > 0
+    })
+    .await;
+    let other = proxy.connect().await;
+    client
+        .batch_execute(
+            "BEGIN; CREATE FUNCTION lower(int) RETURNS boolean LANGUAGE sql AS 'SELECT pg_try_advisory_xact_lock(1)'; COMMIT",
+        )
+        .await
+        .unwrap();
+    other.simple_query("SELECT lower(x), lower(id) AS committed FROM plain").await.unwrap();
+    assert_eq!(cluster.ran("committed"), [1, 0]);
+    client.batch_execute("BEGIN").await.unwrap();
+    client.batch_execute("DROP FUNCTION lower(int)").await.unwrap();
+    client
+        .batch_execute("CREATE FUNCTION upper(int) RETURNS boolean LANGUAGE sql AS 'SELECT pg_try_advisory_xact_lock(1)'")
+        .await
+        .unwrap();
+    client.batch_execute("COMMIT").await.unwrap();
+    other.simple_query("SELECT upper(x), upper(id) AS by_steps FROM plain").await.unwrap();
+    assert_eq!(cluster.ran("by_steps"), [1, 0]);
+
     // Past the proxy: within moments.
     cluster.set_up("CREATE VIEW later AS SELECT 1 AS one").await;
     eventually("the view is read on the replica", || async {
@@ -224,6 +596,7 @@ async fn what_becomes_dangerous_later_is_noticed_however_it_was_made() {
             "CREATE OR REPLACE VIEW later AS SELECT CASE WHEN pg_try_advisory_xact_lock(1) THEN 1 END AS one",
         )
         .await;
+    let replaced = std::time::Instant::now();
     eventually("the view has become unsafe", || async {
         let before = cluster.ran("changed");
         client.simple_query("SELECT one AS changed FROM later").await.unwrap();
@@ -231,6 +604,8 @@ async fn what_becomes_dangerous_later_is_noticed_however_it_was_made() {
         after[0] > before[0]
     })
     .await;
+    // A second for the counts to arrive, one to look at them, and what eight test clusters at once take.
+    assert!(replaced.elapsed() < std::time::Duration::from_secs(5), "{:?}", replaced.elapsed());
     let before = cluster.ran("changed");
     for _ in 0..5 {
         client.simple_query("SELECT one AS changed FROM later").await.unwrap();

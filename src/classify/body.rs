@@ -1,0 +1,275 @@
+//! Whether the body of a user's function only reads. Pure.
+//!
+//! A body in SQL must be one statement that the scan calls a read. A body in PL/pgSQL is cut into its statements; the
+//! leading word of each must be one that only controls the flow, assigns or queries, and what is left is
+//! scanned as one query: the same words, names, calls and operators are refused in it as in a statement of a
+//! client. Dynamic SQL (EXECUTE) is never a read.
+
+use std::hash::Hasher as _;
+
+use siphasher::sip128::SipHasher13;
+
+use super::builtin::Vocabulary;
+use super::catalog::Catalog;
+use super::lexer::{Lexer, Token};
+use super::{Kind, scan};
+
+/// Longer bodies are not looked at.
+const MAX_BYTES: usize = 64 * 1024;
+
+/// Words, beside SELECT, VALUES and WITH, that may begin a statement of PL/pgSQL. Anything else is an assignment or
+/// not a read.
+const LEADS: &[&[u8]] = &[
+    b"assert",
+    b"case",
+    b"close",
+    b"continue",
+    b"elseif",
+    b"elsif",
+    b"end",
+    b"exit",
+    b"fetch",
+    b"for",
+    b"foreach",
+    b"get",
+    b"if",
+    b"loop",
+    b"move",
+    b"null",
+    b"open",
+    b"perform",
+    b"raise",
+    b"return",
+    b"when",
+    b"while",
+];
+
+/// Whether a body in this language does nothing but read, given what the catalog says of the names in it.
+pub fn only_reads(language: &str, text: &[u8], vocabulary: &Vocabulary, catalog: &Catalog) -> bool {
+    if text.len() > MAX_BYTES {
+        return false;
+    }
+    match language {
+        "sql" => scans_as_read(text, vocabulary, catalog),
+        "plpgsql" => as_one_query(text).is_some_and(|query| scans_as_read(&query, vocabulary, catalog)),
+        _ => false,
+    }
+}
+
+fn scans_as_read(text: &[u8], vocabulary: &Vocabulary, catalog: &Catalog) -> bool {
+    // The skeleton is of no use here, so its key need not be secret.
+    let mut prefix = SipHasher13::new();
+    prefix.write(b"B");
+    scan::scan(text, prefix, vocabulary, catalog, false).class.kind == Kind::Read
+}
+
+/// Where in PL/pgSQL the next word stands.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum At {
+    /// It leads a statement.
+    Start,
+    /// In a list of declarations.
+    Declarations,
+    /// Inside a statement.
+    Inside,
+}
+
+/// All expressions and queries of the body behind one SELECT; nothing if it holds a statement that does more.
+fn as_one_query(text: &[u8]) -> Option<Vec<u8>> {
+    let mut lexer = Lexer::new(text);
+    let mut query = b"select ".to_vec();
+    let mut at = At::Start;
+    // CASEs of expressions: their THEN and ELSE begin no statement.
+    let mut cases = 0u32;
+    let mut behind_dot = false;
+    loop {
+        let token = lexer.next_token();
+        let mut part = lexer.raw();
+        // `a.loop` is a column's name.
+        let word = if token == Token::Word && !behind_dot { lexer.name() } else { b"" };
+        behind_dot = token == Token::Punctuation(b'.');
+        match (token, word) {
+            (Token::End, _) => return Some(query),
+            (Token::Unclear, _) => return None,
+            (Token::Punctuation(b';'), _) => {
+                cases = 0;
+                if at == At::Inside {
+                    at = At::Start;
+                }
+                part = b"select";
+            }
+            (_, b"execute" | b"commit" | b"rollback" | b"call" | b"do") => return None,
+            (_, b"declare") if at == At::Start => (at, part) = (At::Declarations, b"select"),
+            (_, b"declare") => return None,
+            (_, b"begin") => (at, part) = (At::Start, b"select"),
+            // INTO names variables here, never a table: that takes CREATE TABLE AS.
+            (_, b"into" | b"strict") => continue,
+            (_, b"then" | b"loop" | b"else") if at == At::Inside && cases == 0 => {
+                (at, part) = (At::Start, b"select");
+            }
+            // By themselves: the next word begins a statement (EXCEPTION's is WHEN).
+            (_, b"else" | b"exception" | b"loop") if at == At::Start => part = b"select",
+            (_, b"case") if at != At::Start => cases += 1,
+            (_, b"end") if at != At::Start => cases = cases.saturating_sub(1),
+            (Token::Word, word) if at == At::Start => {
+                at = At::Inside;
+                // FOR stays, lest FOR SHARE be missed where the cut was wrong.
+                if matches!(word, b"select" | b"values" | b"with" | b"for") {
+                } else if LEADS.contains(&word) {
+                    // Says nothing of what is evaluated, and the scan would trip over it.
+                    part = b"";
+                } else if !assigns(lexer.clone()) {
+                    return None;
+                }
+            }
+            (Token::Quoted, _) if at == At::Start => {
+                at = At::Inside;
+                if !assigns(lexer.clone()) {
+                    return None;
+                }
+            }
+            // A query in parentheses, a label, a directive.
+            _ if at == At::Start => return None,
+            _ => {}
+        }
+        query.extend_from_slice(part);
+        query.push(b' ');
+    }
+}
+
+/// Whether behind a statement's first name an assignment follows: `a := ..`, `a.b[1] = ..`.
+fn assigns(mut lexer: Lexer<'_>) -> bool {
+    let mut brackets = 0u32;
+    let mut behind_dot = false;
+    loop {
+        let token = lexer.next_token();
+        match token {
+            Token::End | Token::Unclear | Token::Punctuation(b';') => return false,
+            Token::Punctuation(b'[') => brackets += 1,
+            Token::Punctuation(b']') => brackets = brackets.saturating_sub(1),
+            _ if brackets > 0 => {}
+            Token::Punctuation(b'A') => return true,
+            Token::Operator => return lexer.raw() == b"=",
+            Token::Punctuation(b'.') => {}
+            Token::Word | Token::Quoted if behind_dot => {}
+            _ => return false,
+        }
+        behind_dot = token == Token::Punctuation(b'.');
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::classify::catalog::CatalogRows;
+
+    fn only_reads(language: &str, text: &str) -> bool {
+        let catalog = Catalog::from_rows(1, CatalogRows { server_major: 15, ..CatalogRows::default() });
+        super::only_reads(language, text.as_bytes(), &Vocabulary::new(), &catalog)
+    }
+
+    #[test]
+    fn bodies_in_sql() {
+        for text in ["select 1", " SELECT upper($1) || name FROM t WHERE id = a; ", "values (1)"] {
+            assert!(only_reads("sql", text), "{text}");
+        }
+        for text in [
+            "",
+            "select 1; select 2",
+            "select pg_advisory_lock(1)",
+            "insert into t values (1)",
+            "select * from t for share",
+            "select unknown($1)",
+            "set search_path = x",
+            "select 'unclosed",
+        ] {
+            assert!(!only_reads("sql", text), "{text}");
+        }
+        assert!(!only_reads("plperl", "select 1"));
+        assert!(!only_reads("sql", &format!("select 1{}", " ".repeat(MAX_BYTES))));
+    }
+
+    #[test]
+    fn bodies_in_plpgsql() {
+        for text in [
+            "begin return 1; end",
+            "BEGIN RETURN upper(a) || 'x'; END;",
+            "declare x int := 5; y t.a%type; begin x := x + length(a); y = 1; r.f[1] := 2; return x; end",
+            "begin if a > 1 then return 1; elsif a > 0 then null; else return 2; end if; return 3; end",
+            "begin return case when a > 1 then lower(b) else upper(b) end; end",
+            "begin case a when 1 then return lower(b); else return 2; end case; end",
+            "declare r record; begin for r in select * from t where id = a loop return next r; end loop; end",
+            "begin return query select id, count(*) from t group by id; end",
+            "begin select id into strict x from t; perform length(x); exit when x > 1; raise notice '%', x; end",
+            "begin return 1; exception when others then return 2; end",
+            "begin while x < 3 loop x := x + 1; continue when x = 2; end loop; return x; end",
+        ] {
+            assert!(only_reads("plpgsql", text), "{text}");
+        }
+        for text in [
+            "begin execute 'select 1'; end",
+            "begin return query execute a; end",
+            "begin for r in execute a loop null; end loop; end",
+            "begin open c for execute a; end",
+            "begin perform pg_advisory_lock(1); end",
+            "begin return pg_advisory_lock(1); end",
+            "begin x := pg_advisory_lock(1); end",
+            "begin x[pg_advisory_lock(1)] := 1; end",
+            "begin if pg_try_advisory_lock(1) then null; end if; end",
+            "declare x bool := pg_try_advisory_lock(1); begin return x; end",
+            "begin insert into t values (1); return 1; end",
+            "begin return case when true then nextval('s') else 1 end; end",
+            "begin if true then update t set a = 1; end if; return 1; end",
+            "begin if true then null; else delete from t; end if; return 1; end",
+            "begin loop truncate t; end loop; end",
+            "begin null; exception when others then drop table t; end",
+            "begin lock table t; end",
+            "begin set x = 1; end",
+            "begin reset x; end",
+            "begin notify x; end",
+            "begin listen x; end",
+            "begin call p(); end",
+            "begin do 'x'; end",
+            "begin commit; end",
+            "begin copy t to '/x'; end",
+            "begin create table x (); end",
+            "begin analyze; end",
+            "begin merge into t using s on true when matched then do nothing; end",
+            "begin for r in select * from t for share loop null; end loop; end",
+            "begin for r in select * from t for no key update loop null; end loop; end",
+            "declare c cursor for select * from t for update; begin open c; end",
+            "begin with x as (delete from t returning 1) select 1 into y from x; end",
+            "begin for r in insert into t values (1) returning 1 loop null; end loop; end",
+            "begin return unknown(1); end",
+            "begin perform 1 from s.loop for share; end",
+            "begin perform 1 from s.begin for share; end",
+            "begin perform a.declare; truncate t; end",
+            "begin perform declare; truncate t; end",
+            "begin perform a.then; truncate t; end",
+            "<<l>> begin truncate t; end",
+            "begin (select 1); end",
+            "begin return 'unclosed; end",
+            "begin \"insert\" into t values (1); end",
+        ] {
+            assert!(!only_reads("plpgsql", text), "{text}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_body_is_survived(text in "[ -~\n]{0,200}") {
+            only_reads("plpgsql", &text);
+            only_reads("sql", &text);
+        }
+
+        #[test]
+        fn a_write_among_statements_is_found(
+            before in "(x := 1;|if a then null; end if;|return next 1;|perform length(b);| ){0,4}",
+            write in "(insert into t values \\(1\\)|delete from t|perform nextval\\('s'\\)|execute 'x'|truncate t);",
+            after in "(x := 1;|return 2;| ){0,3}",
+        ) {
+            let text = format!("begin {before}{write}{after} end");
+            proptest::prop_assert!(!only_reads("plpgsql", &text));
+        }
+    }
+}
