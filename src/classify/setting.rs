@@ -515,7 +515,12 @@ fn calls(tokens: &[Piece<'_>]) -> (Vec<Effect>, bool) {
             _ => Effect::Change(Change::Untracked),
         });
     }
-    (effects, sure)
+    // What is computed may have been read.
+    let constant = effects.iter().all(|effect| {
+        matches!(effect, Effect::Call { name, value, local: Some(_), .. }
+            if *name != Argument::Computed && *value != Argument::Computed)
+    });
+    (effects, sure && constant)
 }
 
 /// The arguments of a call whose parenthesis has been opened before `at`, and what comes behind it.

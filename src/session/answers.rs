@@ -303,6 +303,7 @@ impl Exchange<'_> {
                 self.completed_by_name(len);
             }
         }
+        self.unit.discarded |= &self.backend.input[HEADER..len] == b"DISCARD ALL\0";
         if matches!(&self.backend.input[HEADER..len], b"DEALLOCATE ALL\0" | b"DISCARD ALL\0") {
             self.session.statements.clear();
             self.backend.forget_statements();
@@ -655,8 +656,10 @@ impl Exchange<'_> {
             return Ok(self.discard(again, fatal));
         }
         self.commit();
-        // Whatever it was left with: nobody gets it any more.
-        self.backend.dirt = Dirt::Unknown;
+        if self.unit.before == TransactionStatus::Idle {
+            // Whatever it was left with: nobody gets it any more.
+            self.backend.dirt = Dirt::Unknown;
+        }
         if fatal {
             self.forward(len);
             return Err(End::NodeSaidFatal);
@@ -668,16 +671,27 @@ impl Exchange<'_> {
     }
 
     fn injected_ready(&mut self, len: usize) -> Result<Step, End> {
+        let node = self.backend.node;
+        let status = self.backend.input.get(HEADER).copied().and_then(TransactionStatus::from_byte);
+        let Some(status) = status else { return Err(End::NodeLost { node }) };
         self.backend.input.advance(len);
         self.unit.ahead -= 1;
         self.unit.unnamed = None;
         let purpose = match self.unit.expects.pop_front() {
             Some(Expect::InjectedQuery(purpose)) => purpose,
-            _ => return Err(End::NodeLost { node: self.backend.node }),
+            _ => return Err(End::NodeLost { node }),
         };
         if let Some(refused) = &mut self.unit.refused {
+            if self.unit.begun && self.unit.writes && status == TransactionStatus::Idle {
+                // It has failed before (or without) a transaction of its own, which so does not keep what was sent
+                // behind it from running: nobody knows what becomes of that.
+                return Err(End::NodeLost { node });
+            }
             if self.unit.ahead > 0 || self.unit.begun {
                 return Ok(Step::On);
+            }
+            if self.unit.before != TransactionStatus::Idle {
+                self.session.status = status;
             }
             return Ok(Step::Over(Outcome::Refused(std::mem::take(&mut refused.message))));
         }
@@ -695,6 +709,18 @@ impl Exchange<'_> {
                     applied.put(name, Some(Arc::from("")));
                 }
                 self.backend.applied = Arc::new(applied);
+            }
+        }
+        if self.unit.ahead == 0 && !self.session.handle.running(&self.backend.cancel) {
+            // A cancel has come meanwhile: it was meant for the unit.
+            if !self.unit.begun && self.unit.expects.is_empty() && self.unit.before == TransactionStatus::Idle
+            {
+                return Ok(Step::Over(Outcome::Cancelled));
+            }
+            self.session.handle.begin();
+            let _ = self.session.handle.running(&self.backend.cancel);
+            if self.unit.begun {
+                self.session.stop_statement(&self.backend.cancel);
             }
         }
         self.answer_ourselves();
@@ -735,7 +761,10 @@ impl Exchange<'_> {
             self.backend.input.advance(len);
             self.session.client.output.truncate(refused.output);
             self.session.client.output.put_slice(&refused.message);
-            self.session.status = TransactionStatus::Idle;
+            self.session.status = match self.unit.before {
+                TransactionStatus::Idle => TransactionStatus::Idle,
+                _ => status,
+            };
             self.session.put_ready();
         } else {
             self.forward(len);

@@ -273,8 +273,9 @@ impl Session {
         let text = query_text(&self.client.input[HEADER..header.len])?.to_vec();
         let class = match self.lookup(&text, &[]) {
             Lookup::Known(class, _) => class,
-            // Only what may be a read is worth a second opinion, and a read leaves nothing.
-            Lookup::Ask(_) => return Some(Demand::Read { vetted: 0, redone: false }),
+            // Only what may be a read is worth a second opinion, and a read leaves nothing; but nobody has said
+            // that it is one.
+            Lookup::Ask(_) => return Some(Demand::not_a_read(ClassLabel::Unit)),
         };
         if self.deallocated(&text, class, header.len) {
             return Some(Demand::Ours);

@@ -230,6 +230,8 @@ pub struct Unit {
     pub commands: u32,
     /// The last of them was ROLLBACK.
     pub rollback: bool,
+    /// One of them was DISCARD ALL.
+    pub discarded: bool,
     /// The transaction status before it.
     pub before: TransactionStatus,
     /// It contains data definition.
@@ -288,6 +290,8 @@ pub enum Outcome {
     Move,
     /// A Query of ours ahead of the unit has failed, and nothing of the unit was sent: this error is its answer.
     Refused(Vec<u8>),
+    /// The client has cancelled the unit before anything of it was sent.
+    Cancelled,
 }
 
 impl Unit {
@@ -334,6 +338,7 @@ impl Unit {
             ends: PinSet::NONE,
             commands: 0,
             rollback: false,
+            discarded: false,
             before: TransactionStatus::Idle,
             ddl: false,
             login_settings: false,
@@ -373,9 +378,10 @@ impl Unit {
         !self.failed && (self.quiet_query || (self.binds > 0 && self.binds == self.quiet_binds))
     }
 
-    /// Whether a Query of ours ahead of it has failed, so that it did not run.
+    /// Whether a Query of ours ahead of it has failed, so that it did not run and the backend is of no more use. In a
+    /// transaction of the client's it is that which has failed, as by any other error.
     pub fn was_refused(&self) -> bool {
-        self.refused.is_some()
+        self.refused.is_some() && self.before == TransactionStatus::Idle
     }
 
     /// Counts in what the statements of a Query do to settings.
@@ -448,7 +454,7 @@ impl Session {
 
 impl Session {
     /// Has the node cancel what runs there, as a client would. Its answer decides what became of it.
-    fn stop_statement(&self, target: &std::sync::Arc<crate::backend::CancelTarget>) {
+    pub(super) fn stop_statement(&self, target: &std::sync::Arc<crate::backend::CancelTarget>) {
         // Before the session can give the backend back.
         target.announce();
         let (target, context) = (target.clone(), self.shared.pools.context.clone());

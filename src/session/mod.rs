@@ -676,14 +676,17 @@ impl Session {
                 Err(report) => return self.fail_unit(report),
             };
             self.flush_client().await?;
-            if !self.handle.running(&placed.lease.cancel) {
-                // The cancel came when the backend had just been found.
-                placed.lease.give_back();
-                return self.fail_unit(canceled());
-            }
             let (node, reason) = (placed.node, placed.reason);
             let told_before = self.reported.clone();
             self.begin_on(placed, &demand);
+            if !self.may_be_cancelled() {
+                // The cancel came when the backend had just been found.
+                self.give_back();
+                return self.fail_unit(canceled());
+            }
+            if !demand.is_read() {
+                self.may_notify();
+            }
             let pools = self.shared.pools.clone();
             let outstanding = Outstanding::on(&pools.context.outstanding[node.index()]);
             let outcome = self.exchange().await;
@@ -722,6 +725,10 @@ impl Session {
                     self.lease = None;
                     return self.refuse_unit(&error);
                 }
+                Ok(Outcome::Cancelled) => {
+                    self.give_back();
+                    return self.fail_unit(canceled());
+                }
                 Err(end) => return Err(self.ended(end)),
             }
         }
@@ -747,8 +754,15 @@ impl Session {
         self.give_own(&mut lease);
         self.forget_sequences(&mut lease);
         self.lease = Some(lease);
-        if !demand.is_read() {
-            self.may_notify();
+    }
+
+    /// From now on a cancel goes to the backend, unless a Query of ours is ahead of the unit: that is not what the
+    /// client wants to have cancelled, and must not fail before its transaction has begun. `false`: one has come.
+    fn may_be_cancelled(&self) -> bool {
+        match &self.lease {
+            Some(lease) if self.unit.ahead == 0 => self.handle.running(&lease.cancel),
+            // What has come, or comes, meets the unit when that Query is answered.
+            _ => true,
         }
     }
 
@@ -841,15 +855,6 @@ impl Session {
             // Whatever it is, it is no more what it was: not one byte of a statement for it.
             return Err(End::NodeLost { node });
         }
-        if !self.handle.running(&lease.cancel) {
-            if self.status == TransactionStatus::Idle {
-                return self.fail_unit(canceled());
-            }
-            // In a transaction only the backend could fail it; and one server ignores a cancel that
-            // finds it idle.
-            self.handle.begin();
-            let _ = self.handle.running(&lease.cancel);
-        }
         if let Some((text, class)) = self.first_text() {
             self.look_for_own(&text, class).await?;
         }
@@ -859,18 +864,24 @@ impl Session {
         if let Some(demand) = &demand {
             self.count_demand(demand);
         }
-        if self.status != TransactionStatus::Failed
-            && let Some(mut lease) = self.lease.take()
-        {
-            self.give_own(&mut lease);
+        self.output_before = self.client.output.len();
+        if let Some(mut lease) = self.lease.take() {
+            if self.status == TransactionStatus::Idle {
+                self.give_settings(&mut lease);
+            }
+            if self.status != TransactionStatus::Failed {
+                self.give_own(&mut lease);
+            }
             self.lease = Some(lease);
         }
-        self.output_before = self.client.output.len();
-        if self.status == TransactionStatus::Idle
-            && let Some(mut lease) = self.lease.take()
-        {
-            self.give_settings(&mut lease);
-            self.lease = Some(lease);
+        if !self.may_be_cancelled() {
+            if self.status == TransactionStatus::Idle {
+                return self.fail_unit(canceled());
+            }
+            // In a transaction only the backend could fail it; and one server ignores a cancel that
+            // finds it idle.
+            self.handle.begin();
+            let _ = self.may_be_cancelled();
         }
         if !demand.as_ref().is_some_and(Demand::is_read) {
             self.may_notify();
@@ -879,7 +890,10 @@ impl Session {
             // Nothing moves off a primary; a session held on a replica would try for ever.
             Ok(Outcome::Move | Outcome::Again(_)) => Err(End::NodeLost { node }),
             // What the session has left on it is gone with it.
-            Ok(Outcome::Refused(_)) => Err(End::StateLost { node }),
+            Ok(Outcome::Refused(_)) if self.status == TransactionStatus::Idle => Err(End::StateLost { node }),
+            // The transaction has failed with it.
+            Ok(Outcome::Refused(error)) => self.refuse_unit(&error),
+            Ok(Outcome::Cancelled) => self.fail_unit(canceled()),
             Ok(Outcome::Done) => {
                 self.count(node, demand.map_or(ClassLabel::Unit, |d| d.label()), reason);
                 self.finish().await
@@ -997,11 +1011,7 @@ impl Session {
         }
         let done = self.done();
         let next = self.pins.after(&done);
-        if self.keeps_backend
-            && let Some(lease) = &mut self.lease
-        {
-            // Not looked at what it has done there: whoever is next finds it cleaned.
-            lease.dirt = lease.dirt.max(Dirt::State);
+        if self.keeps_backend && self.lease.is_some() {
             self.pins.keep(PinReason::SessionPooling);
         }
         self.show_pins();
@@ -1011,6 +1021,10 @@ impl Session {
                 lease.applied = Arc::default();
                 lease.dirt = Dirt::Clean;
             }
+            if self.keeps_backend {
+                // Not looked at what it has done there: whoever is next finds it cleaned.
+                lease.dirt = lease.dirt.max(Dirt::State);
+            }
             if self.pins.now().has(PinReason::Process) {
                 // No command takes it away: it ends with the connection.
                 lease.dirt = Dirt::Unknown;
@@ -1018,13 +1032,6 @@ impl Session {
         }
         if self.settings.in_flux() || !self.unit.settings.is_empty() {
             self.settle_settings().await?;
-        }
-        if self.keeps_backend
-            && let Some(lease) = &mut self.lease
-        {
-            // Not looked at what it has done there: whoever is next finds it cleaned.
-            lease.dirt = lease.dirt.max(Dirt::State);
-            self.pin_now(PinReason::SessionPooling);
         }
         if self.status != TransactionStatus::Idle {
             return Ok(());
@@ -1081,7 +1088,7 @@ impl Session {
         }
         let applied = self.settings.left_behind();
         if let Some(lease) = &mut self.lease {
-            lease.applied = applied;
+            lease.applied = promise::with_shown(applied, &lease.applied);
         }
         Ok(())
     }
@@ -1110,7 +1117,7 @@ impl Session {
         Done {
             leaves: self.unit.pins,
             unproven: self.unit.unproven,
-            discards_all: self.unit.leaves == Leaves::DiscardsAll,
+            discards_all: self.unit.leaves == Leaves::DiscardsAll && self.unit.discarded,
             ends: self.unit.ends,
             commands: self.unit.commands,
             rollback: self.unit.rollback,
@@ -1138,6 +1145,8 @@ impl Session {
                 Some(has) => {
                     self.statements.keep_only(&had, &has);
                     lease.own_names = had.intersection(&has).cloned().collect();
+                    // This backend has followed.
+                    lease.names_of = self.statements.version();
                 }
                 None => lease.own_names = had,
             }

@@ -330,7 +330,9 @@ impl Statements {
     /// Forgets those named statements that the backend does not have any more: SQL's DEALLOCATE took them.
     /// `had`: those it was given; `has`: of these it has still.
     pub fn keep_only(&mut self, had: &HashSet<Vec<u8>>, has: &HashSet<Vec<u8>>) {
+        let before = self.named.len();
         self.named.retain(|name, _| !had.contains(name) || has.contains(name));
+        self.version.1 += u64::from(self.named.len() < before);
     }
 
     /// A name of the client's for a shared statement.

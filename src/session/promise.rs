@@ -15,7 +15,7 @@ use crate::classify::{ClassReason, Kind, Lookup, StatementClass};
 use crate::consistency::{Level, Promise, Token};
 use crate::topology::{Epoch, NodeId, Topology};
 use crate::wal::{Lsn, WalPosition};
-use crate::wire::{self, ErrorReport, Severity};
+use crate::wire::{self, ErrorReport, Severity, TransactionStatus};
 
 /// What a session knows of its own `highwater.*` settings.
 pub(super) struct OwnState {
@@ -28,6 +28,10 @@ pub(super) struct OwnState {
     /// The token that was taken last, and the name of the session that is shared.
     token: Option<Token>,
     name: Option<Box<str>>,
+    /// The name that was given at startup: RESET brings it back.
+    login_name: Option<Box<str>>,
+    /// `name` was taken by a SET that may still be rolled back.
+    early: bool,
     /// Said at startup, and not yet taken.
     at_login: Vec<Own>,
     /// The running unit has to do with a token: a sample of the primary was awaited for it.
@@ -44,6 +48,8 @@ impl OwnState {
             seen: Arc::default(),
             token: None,
             name: None,
+            login_name: None,
+            early: false,
             at_login,
             asked: false,
             shows: false,
@@ -152,7 +158,10 @@ impl Session {
                         own::Placed::Unsampled => return Err(fatal(unsampled())),
                     }
                 }
-                Own::Session(name) => self.take_name(name).map_err(fatal)?,
+                Own::Session(name) => {
+                    self.own.login_name = name.clone();
+                    self.take_name(name).map_err(fatal)?;
+                }
                 Own::Level(_) | Own::MaxLag(_) | Own::OnStale(_) => {}
             }
         }
@@ -295,7 +304,8 @@ impl Session {
                 None | Some(Ok(Own::Level(_) | Own::MaxLag(_) | Own::OnStale(_))) => {}
                 Some(Err(report)) => return Some(report),
                 Some(Ok(Own::Session(name))) => {
-                    // Joined early: a rolled-back SET leaves it by the next unit.
+                    // Joined early: if the SET is rolled back, it is left when the transaction is over.
+                    self.own.early = true;
                     if let Err(report) = self.take_name(name) {
                         return Some(report);
                     }
@@ -315,7 +325,8 @@ impl Session {
 
     /// Follows the session's settings, if they have changed.
     pub(super) fn follow_own(&mut self) {
-        if Arc::ptr_eq(self.settings.wanted(), &self.own.seen) {
+        let early = self.status == TransactionStatus::Idle && std::mem::take(&mut self.own.early);
+        if !early && Arc::ptr_eq(self.settings.wanted(), &self.own.seen) {
             return;
         }
         self.own.seen = self.settings.wanted().clone();
@@ -324,7 +335,7 @@ impl Session {
         for entry in self.own.seen.entries() {
             let value = entry.sql.as_deref().and_then(setting::value_of);
             match value.and_then(|value| Own::read(&entry.name, &value)) {
-                Some(Ok(Own::Session(of))) => name = of,
+                Some(Ok(Own::Session(of))) => name = Some(of),
                 Some(Ok(Own::Token(of))) => token = Some(of),
                 Some(Ok(own)) => said.push(own),
                 Some(Err(_)) | None => {}
@@ -333,12 +344,11 @@ impl Session {
         let before = self.promise.level;
         self.promise = own::said(&said).over(self.own.base);
         if self.promise.level != before {
+            self.own.name = None;
             self.leave_shared_mark();
-            let of = self.own.name.take();
-            name = name.or(of);
         }
         // Refused when it was set, if at all.
-        let _ = self.take_name(name);
+        let _ = self.take_name(name.unwrap_or_else(|| self.own.login_name.clone()));
         if let Some(token) = token.filter(|token| self.own.token != Some(*token)) {
             let topology = self.shared.topology.load_full();
             if let own::Placed::At(lsn) = self.place_token(&token, &topology) {
@@ -371,10 +381,12 @@ impl Session {
         ];
         let calls: Vec<String> = values
             .iter()
-            .filter_map(|(name, value)| setting::restate(name, value.as_bytes(), true))
-            .map(|sql| sql.trim_start_matches("SELECT ").to_owned())
+            .filter_map(|(name, value)| {
+                Some(format!("SET {name} TO {}", setting::literal(value.as_bytes(), true)?))
+            })
             .collect();
-        Some(format!("SELECT {}", calls.join(", ")))
+        // No SELECT: in a transaction it would take the snapshot before the client's first statement does.
+        Some(calls.join("; "))
     }
 
     /// Takes the mark that the session's level asks for.
@@ -458,6 +470,18 @@ impl Session {
             self.freshness = None;
         }
     }
+}
+
+/// What a backend was given: `applied`, and what it was given `before` so that Highwater's own settings could be shown.
+pub(super) fn with_shown(applied: Arc<Applied>, before: &Applied) -> Arc<Applied> {
+    let is_shown = |name: &&str| before.entry(name).is_some_and(|entry| entry.sql.as_deref() == Some(""));
+    let mut shown = own::NAMES.into_iter().filter(is_shown).peekable();
+    if shown.peek().is_none() {
+        return applied;
+    }
+    let mut applied = Applied::clone(&applied);
+    shown.for_each(|name| applied.put(name, Some(Arc::from(""))));
+    Arc::new(applied)
 }
 
 /// Whether a text has these letters, all small or all capital.

@@ -503,7 +503,7 @@ impl Exchange<'_> {
             self.pass(len);
             self.unit.expects.push_back(Expect::Parse(NameOnServer::Own(name.to_vec())));
             return self.ask_shape(NameOnServer::Own(name.to_vec()), statement, false);
-        } else if self.is_up_to_date(statement.shared) {
+        } else if self.is_up_to_date(statement.shared) && !self.is_refused_here(&statement) {
             self.take(len);
             Expect::OwnParseComplete
         } else {
@@ -514,6 +514,11 @@ impl Exchange<'_> {
         };
         self.unit.expects.push_back(expect);
         self.answer_ourselves();
+    }
+
+    /// Whether the server refuses to parse the statement because the transaction has failed.
+    fn is_refused_here(&self, statement: &Statement) -> bool {
+        self.session.status == TransactionStatus::Failed && classify::stays_in_transaction(statement.text())
     }
 
     /// Whether a client that prepares the text now may be given the shared statement that is there (or

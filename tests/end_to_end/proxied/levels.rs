@@ -378,3 +378,55 @@ async fn connections_that_name_one_session_read_what_any_of_them_has_written() {
     cluster.node(1).resume_replay().await.unwrap();
     assert_eq!(shown(&first, "session").await, "user-42");
 }
+
+#[tokio::test]
+async fn a_named_session_is_left_by_nothing_but_another_name() {
+    let cluster = with_counter(1).await;
+    let proxy = Proxy::start(&cluster).await;
+    let mut client = proxy.raw().await;
+    let startup = [
+        ("user", "app"),
+        ("database", "app"),
+        ("application_name", "books"),
+        ("options", "-c highwater.session=startup"),
+    ];
+    client.login_with(&startup, &proxy.app().password).await.unwrap();
+    let mut check = async |sql: &str, expected: &str| {
+        client.ask(&query(sql)).await;
+        let answer = client.ask(&query("SHOW highwater.session")).await;
+        let row = answer.iter().find(|m| m.tag == b'D').unwrap();
+        assert_eq!(row.columns()[0].as_deref(), Some(expected), "after {sql}");
+    };
+    check("SELECT 1", "startup").await;
+    check("SET work_mem = '1MB'", "startup").await;
+    check("SET highwater.consistency = 'global'", "startup").await;
+    check("SET highwater.session = 'one'", "one").await;
+    check("BEGIN; SET highwater.session = 'two'; ROLLBACK", "one").await;
+    check("SET highwater.session = 'two'; SELECT 1/0", "one").await;
+    check("BEGIN", "one").await;
+    check("SET highwater.session = 'two'", "two").await;
+    check("ROLLBACK", "one").await;
+    check("RESET ALL", "startup").await;
+    check("SET highwater.session = ''", "").await;
+    check("RESET highwater.session", "startup").await;
+    check("DISCARD ALL", "startup").await;
+}
+
+/// What a `SET` that was rolled back has joined must not be where the session's writes are remembered.
+#[tokio::test]
+async fn writes_after_a_rolled_back_name_are_seen_by_the_name_that_stayed() {
+    let cluster = with_counter(1).await;
+    let proxy = Proxy::start(&cluster).await;
+    let (first, second) = (proxy.connect().await, proxy.connect().await);
+    for client in [&first, &second] {
+        client.batch_execute("SET highwater.session = 'stays'").await.unwrap();
+        warm(&proxy, client).await;
+    }
+    first.batch_execute("BEGIN; SET highwater.session = 'goes'; ROLLBACK").await.unwrap();
+    cluster.wait_caught_up(0).await.unwrap();
+    cluster.node(1).pause_replay().await.unwrap();
+    first.execute("UPDATE counter SET n = 1", &[]).await.unwrap();
+    let n: i64 = second.query_one("SELECT n FROM counter", &[]).await.unwrap().get(0);
+    cluster.node(1).resume_replay().await.unwrap();
+    assert_eq!(n, 1);
+}

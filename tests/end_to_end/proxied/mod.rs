@@ -11,6 +11,7 @@ mod levels;
 mod limits;
 mod login;
 mod notifications;
+mod one_path_and_another;
 mod operator;
 mod pins;
 mod pooling;

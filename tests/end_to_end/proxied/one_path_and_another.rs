@@ -1,0 +1,160 @@
+//! What one way of using a backend leaves on it, every other way knows of: settings, names, pins, cancels and what
+//! Highwater itself puts ahead of a statement, in combinations.
+
+use crate::fixture::*;
+
+const ONE_BACKEND: &str = "pool: { size: 1 }";
+
+async fn start(replicas: usize, overrides: &str) -> (Cluster, Proxy) {
+    let cluster = Cluster::start(replicas).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    (cluster, proxy)
+}
+
+fn code(messages: &[Message]) -> Option<String> {
+    messages.iter().find(|message| message.tag == b'E').and_then(|error| error.field(b'C'))
+}
+
+async fn cell(client: &mut RawClient, sql: &str) -> Option<String> {
+    let answer = client.ask(&query(sql)).await;
+    let row = answer.iter().find(|message| message.tag == b'D');
+    row.unwrap_or_else(|| panic!("{sql}: {answer:?}")).columns()[0].clone()
+}
+
+async fn succeed(client: &mut RawClient, sql: &str) {
+    let answer = client.ask(&query(sql)).await;
+    assert_eq!(code(&answer), None, "{sql}: {answer:?}");
+}
+
+#[tokio::test]
+async fn a_discard_all_that_is_bound_and_never_executed_has_discarded_nothing() {
+    let (_cluster, proxy) = start(0, ONE_BACKEND).await;
+    let (mut one, mut other) = (proxy.raw_login().await, proxy.raw_login().await);
+    let bound = [parse("", "DISCARD ALL"), bind("", &[]), sync()].concat();
+    succeed(&mut one, "SET app.tenant = 'one'; SET work_mem = '7MB'").await;
+    assert_eq!(tags(&one.ask(&bound).await), "12Z");
+    assert_eq!(cell(&mut other, "SHOW work_mem").await.as_deref(), Some("4MB"));
+    assert_ne!(cell(&mut other, "SELECT current_setting('app.tenant', true)").await.as_deref(), Some("one"));
+    assert_eq!(cell(&mut one, "SHOW work_mem").await.as_deref(), Some("7MB"));
+    // What keeps its backend keeps it.
+    succeed(&mut one, "CREATE TEMP TABLE mine AS SELECT 42 AS x").await;
+    assert_eq!(tags(&one.ask(&bound).await), "12Z");
+    assert_eq!(proxy.metrics().await.sum("highwater_pinned_sessions", &[]), 1.0);
+    assert_eq!(cell(&mut one, "SELECT x FROM mine").await.as_deref(), Some("42"));
+    // And once it is executed, all is gone.
+    assert_eq!(tags(&one.ask(&[&bound[..bound.len() - 5], &execute(), &sync()].concat()).await), "12CZ");
+    assert_eq!(cell(&mut other, "SELECT to_regclass('mine')").await, None);
+    assert_eq!(cell(&mut one, "SHOW work_mem").await.as_deref(), Some("4MB"));
+}
+
+#[tokio::test]
+async fn a_name_that_hidden_sql_has_taken_stands_for_the_newer_statement_on_every_backend() {
+    let (_cluster, proxy) = start(1, ONE_BACKEND).await;
+    let on_replica = async || proxy.metrics().await.sum("highwater_statements_total", &[("node", "b")]);
+    // Until the catalog facts have been read, there are no reads.
+    let mut client = proxy.raw_login().await;
+    eventually("reads run on the replica", || async {
+        let mut client = proxy.raw_login().await;
+        cell(&mut client, "SELECT count(*) FROM t").await;
+        on_replica().await > 0.0
+    })
+    .await;
+    for word in ["older", "newer"] {
+        succeed(&mut client, &format!("PREPARE p AS SELECT '{word}', count(*) FROM t")).await;
+        let before = on_replica().await;
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while on_replica().await == before {
+            assert!(std::time::Instant::now() < deadline, "no EXECUTE runs on the replica");
+            assert_eq!(cell(&mut client, "EXECUTE p").await.as_deref(), Some(word));
+        }
+        succeed(&mut client, "DO $$ BEGIN EXECUTE 'DEALLOCATE p'; END $$").await;
+        assert_eq!(code(&client.ask(&query("EXECUTE p")).await).as_deref(), Some("26000"));
+    }
+}
+
+#[tokio::test]
+async fn in_a_failed_transaction_nothing_but_its_end_is_prepared() {
+    let (_cluster, proxy) = start(0, ONE_BACKEND).await;
+    let mut client = proxy.raw_login().await;
+    for sql in ["SELECT 1", "ROLLBACK", ""] {
+        assert_eq!(
+            tags(&client.ask(&[parse("known", sql), close_statement("known"), sync()].concat()).await),
+            "13Z"
+        );
+    }
+    assert_eq!(tags(&client.ask(&query("BEGIN; SELECT 1/0")).await), "CEZ");
+    for (sql, expected) in
+        [("SELECT 1", Some("25P02")), ("SELECT 2", Some("25P02")), ("ROLLBACK", None), ("", None)]
+    {
+        let answer = client.ask(&[parse("s", sql), close_statement("s"), sync()].concat()).await;
+        assert_eq!(code(&answer).as_deref(), expected, "{sql}: {answer:?}");
+        assert_eq!(answer.last().unwrap().body, b"E", "{sql}");
+    }
+    succeed(&mut client, "ROLLBACK").await;
+    // What was refused there is prepared here.
+    assert_eq!(
+        tags(&client.ask(&[parse("s", "SELECT 1"), bind("s", &[]), execute(), sync()].concat()).await),
+        "12DCZ"
+    );
+}
+
+fn close_statement(name: &str) -> Vec<u8> {
+    message(b'C', &[b"S", name.as_bytes(), b"\0"].concat())
+}
+
+/// The statement waits behind what gives its backend the session's settings, and that for a lock.
+#[tokio::test]
+async fn a_cancel_while_settings_are_given_stops_the_statement_and_costs_no_backend() {
+    for sql in
+        ["INSERT INTO t SELECT 1 FROM pg_sleep(3600)", "INSERT INTO t SELECT 1 FROM pg_sleep(3600); COMMIT"]
+    {
+        let (cluster, proxy) = start(0, "pool: { size: 2 }").await;
+        let (mut client, mut holder) = (proxy.raw_login().await, proxy.raw_login().await);
+        succeed(&mut client, "SET default_text_search_config = 'pg_catalog.simple'").await;
+        // The backend on which that was set is taken; another has to look the configuration up.
+        succeed(&mut holder, "BEGIN; INSERT INTO t VALUES (0)").await;
+        let superuser = cluster.primary().connect("app", &cluster.roles().superuser).await.unwrap();
+        let lock = "BEGIN; LOCK TABLE pg_catalog.pg_ts_config IN ACCESS EXCLUSIVE MODE";
+        superuser.batch_execute(lock).await.unwrap();
+        client.send(&query(sql)).await;
+        eventually("its settings wait for the lock", || async {
+            let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' \
+                           AND query LIKE 'BEGIN; %default_text_search_config%'";
+            cluster.primary().query_text(waiting).await.unwrap() == "1"
+        })
+        .await;
+        client.cancel().await;
+        eventually("the session knows of the cancel", || async {
+            let metrics = proxy.metrics().await;
+            metrics.sum("highwater_cancels_total", &[("outcome", "while_waiting")]) == 1.0
+        })
+        .await;
+        superuser.batch_execute("COMMIT").await.unwrap();
+        assert_eq!(code(&client.read_ready().await).as_deref(), Some("57014"), "{sql}");
+        let closed = |metrics: &Metrics| metrics.sum("highwater_backends_closed_total", &[]);
+        assert_eq!(closed(&proxy.metrics().await), 0.0, "{sql}");
+        assert_eq!(cell(&mut client, "SELECT count(*) FROM t").await.as_deref(), Some("0"), "{sql}");
+        assert_eq!(
+            cell(&mut client, "SHOW default_text_search_config").await.as_deref(),
+            Some("pg_catalog.simple")
+        );
+        succeed(&mut holder, "COMMIT").await;
+    }
+}
+
+#[tokio::test]
+async fn what_was_shown_of_a_session_in_its_transaction_no_other_session_sees() {
+    let (_cluster, proxy) = start(0, ONE_BACKEND).await;
+    let (mut one, mut other) = (proxy.raw_login().await, proxy.raw_login().await);
+    succeed(&mut one, "SET highwater.session = 'one'").await;
+    for sql in ["BEGIN", "SHOW highwater.session", "SET app.x = '1'", "COMMIT"] {
+        succeed(&mut one, sql).await;
+    }
+    let hidden = "SELECT current_setting('high' || 'water.session', true)";
+    assert_ne!(cell(&mut other, hidden).await.as_deref(), Some("one"));
+    // It is no query: the transaction may still be given its isolation level.
+    for sql in ["BEGIN", "SHOW highwater.session", "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE", "COMMIT"] {
+        succeed(&mut one, sql).await;
+    }
+}
