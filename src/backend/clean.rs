@@ -63,10 +63,15 @@ async fn round_trip(backend: &mut Backend, message: &[u8]) -> Result<Answer, Bro
     backend.output.put_slice(message);
     // The unnamed statement dies with a Query, and nobody's may outlive this.
     backend.unnamed = None;
-    match tokio::time::timeout(ROUND_TRIP, answer(backend)).await {
+    let answer = match tokio::time::timeout(ROUND_TRIP, answer(backend)).await {
         Ok(result) => result,
         Err(_late) => Err(Broken),
+    };
+    if answer.is_err() {
+        // Its answer may still come: nobody must take that for the answer to something else.
+        backend.dirt = Dirt::Unknown;
     }
+    answer
 }
 
 async fn answer(backend: &mut Backend) -> Result<Answer, Broken> {

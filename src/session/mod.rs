@@ -1383,6 +1383,7 @@ impl Session {
         }
         self.mark.absorb(&*self.shared.positions, topology);
         if let Some(shared) = &self.shared_mark {
+            self.join_global(shared, topology);
             self.mark = shared.bring_forward(&*self.shared.positions, topology);
         }
         if let Some(freshness) = &mut self.freshness {

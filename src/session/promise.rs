@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::mark::{Freshness, Mark};
 use super::own::{self, Own};
-use super::shared_mark::Refused;
+use super::shared_mark::{Refused, SharedMark};
 use super::{End, Role, Session};
 use crate::backend::{Applied, StartupParameters};
 use crate::classify::setting::{self, Change};
@@ -416,6 +416,17 @@ impl Session {
         Ok(())
     }
 
+    /// At level `global` a named session's mark has all that the mark of all has.
+    pub(super) fn join_global(&self, named: &Arc<SharedMark>, topology: &Topology) {
+        if self.promise.level == Level::Global
+            && let Some(global) = self.shared.global_mark.current()
+            && !Arc::ptr_eq(&global, named)
+        {
+            let positions = &*self.shared.positions;
+            named.join(&global.bring_forward(positions, topology), positions, topology);
+        }
+    }
+
     /// From now on the mark is the session's own, at or past the one it shared.
     fn leave_shared_mark(&mut self) {
         self.shared_mark = None;
@@ -425,27 +436,26 @@ impl Session {
     /// Sets the notes on `node` that concern others, too. Whether the session's own mark is among them.
     pub(super) fn note_for_others(&mut self, node: NodeId, epoch: Epoch, writes: bool) -> bool {
         let global = self.shared.global_mark.current();
-        let beside = match (&self.shared_mark, &global) {
-            (Some(own), Some(global)) => writes && !Arc::ptr_eq(own, global),
-            (None, Some(_)) => writes,
-            (_, None) => false,
-        };
-        if self.shared_mark.is_none() && !beside {
+        // A named session at level `global` shares two.
+        let concerns_all = writes || self.promise.level == Level::Global;
+        let beside = global.filter(|global| {
+            concerns_all && self.shared_mark.as_ref().is_none_or(|own| !Arc::ptr_eq(own, global))
+        });
+        if self.shared_mark.is_none() && beside.is_none() {
             return false;
         }
         let topology = self.shared.topology.load_full();
         let positions = self.shared.positions.clone();
         let note = positions.note(node, epoch);
-        if beside && let Some(global) = &global {
-            global.primary_showed(note, &*positions, &topology);
-        }
-        let Some(own) = &self.shared_mark else { return false };
-        match self.role {
-            Role::Primary => own.primary_showed(note, &*positions, &topology),
-            Role::Replica | Role::Standby => {
-                own.replica_showed(note, self.incarnation, &*positions, &topology)
+        for mark in beside.iter().chain(&self.shared_mark) {
+            match self.role {
+                Role::Primary => mark.primary_showed(note, &*positions, &topology),
+                Role::Replica | Role::Standby => {
+                    mark.replica_showed(note, self.incarnation, &*positions, &topology)
+                }
             }
         }
+        let Some(own) = &self.shared_mark else { return false };
         self.mark = own.bring_forward(&*positions, &topology);
         true
     }

@@ -430,3 +430,26 @@ async fn writes_after_a_rolled_back_name_are_seen_by_the_name_that_stayed() {
     cluster.node(1).resume_replay().await.unwrap();
     assert_eq!(n, 1);
 }
+
+#[tokio::test]
+async fn at_level_global_a_named_session_reads_what_all_have_written_and_its_own_too() {
+    let cluster = with_counter(1).await;
+    let proxy = Proxy::start(&cluster).await;
+    let (named, stranger, global) = (proxy.connect().await, proxy.connect().await, proxy.connect().await);
+    named.batch_execute("SET highwater.consistency = 'global'").await.unwrap();
+    named.batch_execute("SET highwater.session = 'one'").await.unwrap();
+    global.batch_execute("SET highwater.consistency = 'global'").await.unwrap();
+    for client in [&named, &stranger, &global] {
+        warm(&proxy, client).await;
+    }
+    cluster.wait_caught_up(0).await.unwrap();
+    cluster.node(1).pause_replay().await.unwrap();
+    let read = async |client: &tokio_postgres::Client| -> i64 {
+        client.query_one("SELECT n FROM counter", &[]).await.unwrap().get(0)
+    };
+    stranger.execute("UPDATE counter SET n = 1", &[]).await.unwrap();
+    assert_eq!(read(&named).await, 1, "another session's write");
+    named.execute("UPDATE counter SET n = 2", &[]).await.unwrap();
+    assert_eq!(read(&global).await, 2, "the named session's write");
+    cluster.node(1).resume_replay().await.unwrap();
+}

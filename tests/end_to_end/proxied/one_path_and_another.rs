@@ -158,3 +158,22 @@ async fn what_was_shown_of_a_session_in_its_transaction_no_other_session_sees() 
         succeed(&mut one, sql).await;
     }
 }
+
+/// What a session has set is read back from its backend, which does not answer in time.
+#[tokio::test]
+async fn an_answer_to_highwater_that_comes_too_late_is_not_the_next_sessions() {
+    let (cluster, proxy) = start(0, ONE_BACKEND).await;
+    let (mut client, mut next) = (proxy.raw_login().await, proxy.raw_login().await);
+    succeed(&mut client, "SET app.x = '1'").await;
+    let superuser = cluster.primary().connect("app", &cluster.roles().superuser).await.unwrap();
+    // It looks functions up.
+    superuser.batch_execute("BEGIN; LOCK TABLE pg_catalog.pg_proc IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    assert_eq!(tags(&client.ask(&query("SET app.x = $$not yours$$")).await), "CZ");
+    let end = client.read_to_end().await;
+    assert_eq!(code(&end).as_deref(), Some("57P01"), "{end:?}");
+    next.send(&query("SELECT 'mine'")).await;
+    superuser.batch_execute("COMMIT").await.unwrap();
+    let answer = next.read_ready().await;
+    assert_eq!(tags(&answer), "TDCZ", "{answer:?}");
+    assert_eq!(answer[1].columns(), [Some("mine".to_owned())]);
+}
