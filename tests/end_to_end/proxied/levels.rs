@@ -422,9 +422,18 @@ async fn writes_after_a_rolled_back_name_are_seen_by_the_name_that_stayed() {
         client.batch_execute("SET highwater.session = 'stays'").await.unwrap();
         warm(&proxy, client).await;
     }
-    first.batch_execute("BEGIN; SET highwater.session = 'goes'; ROLLBACK").await.unwrap();
+    for sql in ["BEGIN", "SET highwater.session = 'goes'", "ROLLBACK"] {
+        first.batch_execute(sql).await.unwrap();
+    }
     cluster.wait_caught_up(0).await.unwrap();
     cluster.node(1).pause_replay().await.unwrap();
+    // Nothing else keeps it from the replica.
+    let before = reads_on_replicas(&proxy).await;
+    eventually("the second reads from the replica", || async {
+        second.query_one("SELECT n FROM counter", &[]).await.unwrap();
+        reads_on_replicas(&proxy).await > before
+    })
+    .await;
     first.execute("UPDATE counter SET n = 1", &[]).await.unwrap();
     let n: i64 = second.query_one("SELECT n FROM counter", &[]).await.unwrap().get(0);
     cluster.node(1).resume_replay().await.unwrap();
