@@ -328,6 +328,25 @@ fn no_file_goes_without_its_head() {
     }
 }
 
+/// A table of promises is worth as much as the tests behind it.
+#[test]
+fn the_compatibility_page_names_tests_that_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = std::fs::read_to_string(root.join("docs/COMPATIBILITY.md")).unwrap();
+    let mut named = 0;
+    let mut wrong = Vec::new();
+    for (file, test) in page.split('`').skip(1).step_by(2).filter_map(|code| code.split_once("::")) {
+        named += 1;
+        let path = format!("tests/end_to_end/proxied/{file}.rs");
+        let text = std::fs::read_to_string(root.join(&path)).unwrap_or_default();
+        if !text.contains(&format!("async fn {test}()")) {
+            wrong.push(format!("{path} has no test {test}"));
+        }
+    }
+    assert!(named > 50, "the tables were not found");
+    assert!(wrong.is_empty(), "\n{}\n", wrong.join("\n"));
+}
+
 #[test]
 fn the_check_sees_what_it_should_see() {
     let source = |code: &str| Source { path: "route/x.rs".into(), code: code_only(code) };
