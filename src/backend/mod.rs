@@ -7,10 +7,11 @@ mod applied;
 pub mod cancel;
 pub mod clean;
 pub mod login;
+mod parameters;
 pub mod pool;
 pub mod senders;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -25,9 +26,7 @@ use crate::topology::{Epoch, NodeId};
 
 pub use applied::{Applied, Setting};
 pub use cancel::CancelTarget;
-
-/// What a server has reported by ParameterStatus.
-pub type Parameters = BTreeMap<Vec<u8>, Vec<u8>>;
+pub use parameters::Parameters;
 
 /// The name under which backends of all sessions share a prepared statement: a keyed hash of text and types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -230,8 +229,7 @@ impl Backend {
         worker: usize,
         now: Instant,
     ) -> Backend {
-        let parameters: Arc<Parameters> =
-            Arc::new(login.parameters.into_iter().map(|(k, v)| (k.into_bytes(), v.into_bytes())).collect());
+        let parameters: Arc<Parameters> = Arc::new(login.parameters.into_iter().collect());
         Backend {
             node,
             stream: login.stream,
@@ -293,9 +291,9 @@ impl Backend {
     /// Takes a ParameterStatus body into account; the name and value it states.
     pub fn report(&mut self, body: &[u8]) {
         if let Some((name, value)) = parameter_status(body)
-            && self.parameters.get(name).map(Vec::as_slice) != Some(value)
+            && self.parameters.get(name) != Some(value)
         {
-            Arc::make_mut(&mut self.parameters).insert(name.to_vec(), value.to_vec());
+            Arc::make_mut(&mut self.parameters).insert(name, value);
         }
     }
 

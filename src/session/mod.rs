@@ -400,11 +400,11 @@ impl Session {
         self.timeouts.also_idle_session(welcome.idle_session_timeout);
         let mut parameters = welcome.parameters;
         if let Some(name) = application_name {
-            Arc::make_mut(&mut parameters).insert(b"application_name".to_vec(), name.as_bytes().to_vec());
+            Arc::make_mut(&mut parameters).insert(b"application_name", name.as_bytes());
         }
         let mut out = Vec::with_capacity(512);
         for (name, value) in parameters.iter() {
-            let value = if name == b"in_hot_standby" && !self.read_only { b"off" } else { value.as_slice() };
+            let value = if name == b"in_hot_standby" && !self.read_only { b"off" } else { value };
             wire::put(&mut out, b'S', |out| {
                 wire::put_cstr(out, name);
                 wire::put_cstr(out, value);
@@ -424,7 +424,7 @@ impl Session {
 
     /// The client was told a parameter that decides how its texts are to be read.
     fn lexing_changed(&mut self) {
-        let value = |name: &[u8]| self.reported.get(name).map(Vec::as_slice);
+        let value = |name: &[u8]| self.reported.get(name);
         let standard_strings = value(b"standard_conforming_strings") == Some(b"on");
         let utf8 = |encoding: Option<&[u8]>| encoding == Some(b"UTF8");
         self.lexing = match value(b"client_encoding") {
@@ -1090,8 +1090,8 @@ impl Session {
     async fn read_settings(&mut self, names: &[String]) -> Result<Vec<Option<Vec<u8>>>, End> {
         let reported = |name: &String| {
             let parameters = self.lease.as_ref().map(|lease| &lease.parameters)?;
-            let is_it = |key: &&Vec<u8>| key.eq_ignore_ascii_case(name.as_bytes());
-            parameters.keys().find(is_it).and_then(|key| parameters.get(key).cloned())
+            let mut all = parameters.iter();
+            all.find(|(key, _)| key.eq_ignore_ascii_case(name.as_bytes())).map(|(_, value)| value.to_vec())
         };
         let known: Vec<_> = names.iter().map_while(reported).map(Some).collect();
         if known.len() == names.len() {
