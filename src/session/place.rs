@@ -87,8 +87,6 @@ impl Session {
         loop {
             let shared = self.shared.clone();
             let changed = shared.positions.changed();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
             let (candidates, hope) = self.candidates(&avoid, patience);
             if let Some(node) = balance::pick(&candidates, rand::random()) {
                 if waited {
@@ -233,8 +231,6 @@ impl Session {
         loop {
             let shared = self.shared.clone();
             let changed = shared.positions.changed();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
             match self.place_on_replica(avoid).await? {
                 Tried::Placed(placed) => return Ok(Ok(Placed { role: Role::Standby, ..placed })),
                 Tried::Failed(report) => return Ok(Err(report)),
@@ -324,8 +320,6 @@ impl Session {
         loop {
             let shared = self.shared.clone();
             let changed = shared.positions.changed();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
             let topology = shared.topology.load_full();
             self.bring_mark_forward(&topology);
             let in_service = topology.node(lease.node).standing == Standing::Replica;
@@ -433,11 +427,7 @@ impl Session {
         loop {
             let shared = self.shared.clone();
             let sampled = shared.positions.changed();
-            tokio::pin!(sampled);
-            sampled.as_mut().enable();
             let reorganised = shared.topology.changed();
-            tokio::pin!(reorganised);
-            reorganised.as_mut().enable();
             let topology = shared.topology.load_full();
             self.bring_mark_forward(&topology);
             let what = match topology.primary {
