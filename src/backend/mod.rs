@@ -32,10 +32,19 @@ pub use parameters::Parameters;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SharedName(pub u128);
 
+const HEX_DIGITS: [u8; 16] = *b"0123456789abcdef";
+
 impl SharedName {
     /// The name as the server sees it.
-    pub fn server_name(self) -> String {
-        format!("{}{:032x}", SharedName::PREFIX, self.0)
+    pub fn server_name(self) -> [u8; SharedName::LENGTH] {
+        let mut name = [0; SharedName::LENGTH];
+        let (prefix, digits) = name.split_at_mut(SharedName::PREFIX.len());
+        prefix.copy_from_slice(SharedName::PREFIX.as_bytes());
+        for (two, byte) in digits.chunks_exact_mut(2).zip(self.0.to_be_bytes()) {
+            two[0] = HEX_DIGITS[usize::from(byte >> 4)];
+            two[1] = HEX_DIGITS[usize::from(byte & 15)];
+        }
+        name
     }
 
     const PREFIX: &str = "__hw_";
@@ -323,9 +332,9 @@ mod tests {
     #[test]
     fn a_shared_name_is_found_where_the_server_says_it() {
         let name = SharedName(0x1234_5678_9abc_def0_0000_0000_0000_0001);
-        let text = format!("prepared statement \"{}\" requires 1", name.server_name());
-        assert_eq!(SharedName::find_in(text.as_bytes()), Some((20, name)));
-        assert_eq!(SharedName::LENGTH, name.server_name().len());
+        assert_eq!(name.server_name(), *b"__hw_123456789abcdef00000000000000001");
+        let text = [b"prepared statement \"", &name.server_name()[..], b"\" requires 1"].concat();
+        assert_eq!(SharedName::find_in(&text), Some((20, name)));
         assert_eq!(SharedName::find_in(b"__hw_ and nothing"), None);
         assert_eq!(SharedName::find_in(b"at its end __hw_00"), None);
     }
