@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use bytes::{Buf, BytesMut};
 use lru::LruCache;
-use tokio::io::AsyncWrite;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::net::Stream;
 use crate::topology::{Epoch, NodeId};
@@ -192,12 +192,36 @@ pub fn poll_fill(
     input: &mut BytesMut,
     cx: &mut Context<'_>,
 ) -> Poll<std::io::Result<usize>> {
-    // A buffer that was filled to its end is likely to be filled again: give the next read more room.
-    let room = if input.len() >= FIRST_READ { BULK_READ } else { FIRST_READ };
-    if input.capacity() - input.len() < FIRST_READ / 2 {
-        input.reserve(room);
+    if input.capacity() - input.len() < FIRST_READ / 2 && !input.try_reclaim(FIRST_READ) {
+        if input.is_empty() {
+            return poll_fill_empty(stream, input, cx);
+        }
+        // A buffer that was filled to its end is likely to be filled again: give the next read more room.
+        input.reserve(if input.len() >= FIRST_READ { BULK_READ } else { FIRST_READ });
     }
     tokio_util::io::poll_read_buf(Pin::new(stream), cx, input)
+}
+
+/// Most connections wait most of the time: no buffer is kept for what they may say, only for what they have said.
+fn poll_fill_empty(
+    stream: &mut Stream,
+    input: &mut BytesMut,
+    cx: &mut Context<'_>,
+) -> Poll<std::io::Result<usize>> {
+    let mut space = [std::mem::MaybeUninit::uninit(); FIRST_READ];
+    let mut read = ReadBuf::uninit(&mut space);
+    match Pin::new(stream).poll_read(cx, &mut read) {
+        Poll::Ready(Ok(())) => {}
+        Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+        Poll::Pending => return Poll::Pending,
+    }
+    let came = read.filled();
+    if came.len() == FIRST_READ {
+        // There is more, which is read into the buffer itself.
+        input.reserve(FIRST_READ + BULK_READ);
+    }
+    input.extend_from_slice(came);
+    Poll::Ready(Ok(came.len()))
 }
 
 /// Writes what `output` holds, as far as the socket takes it. `Ready(Ok(()))`: all of it.

@@ -515,9 +515,9 @@ impl Session {
         }
     }
 
-    /// Gives buffers back that a large message or result has grown.
+    /// Gives buffers back that a large message or result has grown: the session may now idle for long.
     fn shrink(&mut self) {
-        const KEEP: usize = 64 * 1024;
+        const KEEP: usize = 4 * 1024;
         for buffer in [&mut self.client.input, &mut self.client.output] {
             if buffer.is_empty() && buffer.capacity() > KEEP {
                 *buffer = BytesMut::new();
