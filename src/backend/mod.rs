@@ -192,18 +192,17 @@ pub fn poll_fill(
     input: &mut BytesMut,
     cx: &mut Context<'_>,
 ) -> Poll<std::io::Result<usize>> {
-    if input.capacity() - input.len() < FIRST_READ / 2 && !input.try_reclaim(FIRST_READ) {
-        if input.is_empty() {
-            return poll_fill_empty(stream, input, cx);
+    if input.capacity() - input.len() < FIRST_READ / 2 {
+        if input.len() < FIRST_READ {
+            return poll_fill_small(stream, input, cx);
         }
-        // A buffer that was filled to its end is likely to be filled again: give the next read more room.
-        input.reserve(if input.len() >= FIRST_READ { BULK_READ } else { FIRST_READ });
+        input.reserve(BULK_READ);
     }
     tokio_util::io::poll_read_buf(Pin::new(stream), cx, input)
 }
 
 /// Most connections wait most of the time: no buffer is kept for what they may say, only for what they have said.
-fn poll_fill_empty(
+fn poll_fill_small(
     stream: &mut Stream,
     input: &mut BytesMut,
     cx: &mut Context<'_>,
@@ -217,7 +216,7 @@ fn poll_fill_empty(
     }
     let came = read.filled();
     if came.len() == FIRST_READ {
-        // There is more, which is read into the buffer itself.
+        // A read that was filled to its end is likely to be filled again: the next goes into the buffer itself.
         input.reserve(FIRST_READ + BULK_READ);
     }
     input.extend_from_slice(came);

@@ -287,21 +287,34 @@ pub struct Session {
     lost: Option<mark::Fork>,
 }
 
+/// What of its login a session still has to see to.
+struct Beginning {
+    application_name: Option<Arc<str>>,
+    /// One of Highwater's own settings has no such value.
+    invalid: Option<ErrorReport>,
+}
+
 impl Session {
     /// Serves a client from its login to its end.
     pub async fn run(shared: Arc<Shared>, arrival: Arrival, worker: usize) {
         // 3.2 allows long keys; 3.0 has four bytes.
         let handle = shared.sessions.register(if arrival.minor >= 2 { 32 } else { 4 });
         let _registered = Registered { sessions: shared.sessions.clone(), pid: handle.pid };
-        Session::serve_arrival(&shared, arrival, worker, handle).await;
+        // What is needed at the beginning and at the end alone takes no room in between: most sessions wait.
+        let (mut session, beginning) = Session::new(&shared, arrival, worker, handle);
+        let end = match Box::pin(session.begin(beginning)).await {
+            Ok(()) => session.serve().await,
+            Err(end) => end,
+        };
+        Box::pin(session.close(end)).await;
     }
 
-    async fn serve_arrival(
+    fn new(
         shared: &Arc<Shared>,
         mut arrival: Arrival,
         worker: usize,
         handle: Arc<SessionHandle>,
-    ) {
+    ) -> (Box<Session>, Beginning) {
         let application_name = arrival.startup.take_application_name();
         let own = take_own(&mut arrival.startup);
         let mode = shared.config.pool.mode_of(&arrival.database, &arrival.user);
@@ -313,7 +326,7 @@ impl Session {
             Err(report) => (Vec::new(), Some(report)),
         };
         let own_state = OwnState::new(Arc::from(arrival.user.as_str()), promise, at_login);
-        let mut session = Session {
+        let mut session = Box::new(Session {
             worker,
             handle,
             client: ClientEnd {
@@ -360,25 +373,18 @@ impl Session {
             started: Instant::now(),
             lost: None,
             shared: shared.clone(),
-        };
-        drop(topology);
+        });
         session.share_mark();
-        let begun = match invalid {
-            Some(mut report) => {
-                report.severity = wire::Severity::Fatal;
-                Err(End::fatal(report))
-            }
-            None => session.take_startup_settings().await,
-        };
-        let welcome = match begun {
-            Ok(()) => session.welcome(application_name.as_deref()).await,
-            refused => refused,
-        };
-        let end = match welcome {
-            Ok(()) => session.serve().await,
-            Err(end) => end,
-        };
-        session.close(end).await;
+        (session, Beginning { application_name, invalid })
+    }
+
+    async fn begin(&mut self, beginning: Beginning) -> Result<(), End> {
+        if let Some(mut report) = beginning.invalid {
+            report.severity = wire::Severity::Fatal;
+            return Err(End::fatal(report));
+        }
+        self.take_startup_settings().await?;
+        self.welcome(beginning.application_name.as_deref()).await
     }
 
     /// ParameterStatus, BackendKeyData, ReadyForQuery. What a server reports comes from a real login
