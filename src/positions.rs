@@ -200,7 +200,8 @@ impl Positions {
         self.changed.notify_waiters();
     }
 
-    /// Resolves at the next change of any node's samples after the future was created (and enabled).
+    /// Resolves at the next change of any node's samples after the future was created: it need not have been polled,
+    /// and takes no lock unless it is.
     pub fn changed(&self) -> tokio::sync::futures::Notified<'_> {
         self.changed.notified()
     }

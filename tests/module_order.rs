@@ -62,6 +62,7 @@ const PURE: &[&str] = &[
     "session/prepared.rs",
     "session/settings.rs",
     "backend/applied.rs",
+    "backend/parameters.rs",
     "session/pins.rs",
     "monitor/health.rs",
     "monitor/lag.rs",

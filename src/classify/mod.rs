@@ -141,6 +141,11 @@ impl StatementClass {
         settings: false,
     };
 
+    /// Whether it is a read and nothing else: it sets nothing and leaves nothing.
+    pub fn is_mere_read(self) -> bool {
+        matches!(self.kind, Kind::Read | Kind::Empty) && !self.settings && self.leaves == Leaves::Nothing
+    }
+
     fn write(reason: ClassReason) -> StatementClass {
         StatementClass { kind: Kind::Write, reason, leaves: Leaves::Nothing, settings: false }
     }

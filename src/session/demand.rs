@@ -238,9 +238,12 @@ impl Session {
 
     async fn demand_query(&mut self, at: usize, len: usize) -> Result<Demand, End> {
         let text = query_text(&self.client.input[at + HEADER..at + len])
-            .ok_or_else(|| End::protocol("invalid message format"))?
-            .to_vec();
-        let class = self.classify(&text, &[]).await;
+            .ok_or_else(|| End::protocol("invalid message format"))?;
+        let class = self.classify(text, &[]).await;
+        if at == 0 && class.is_mere_read() {
+            return Ok(Demand::Read { vetted: len, redone: false });
+        }
+        let text = text.to_vec();
         if at == 0 && (self.deallocated(&text, class, len) || self.reset(&text, class, len)) {
             return Ok(Demand::Ours);
         }
@@ -270,13 +273,17 @@ impl Session {
             // It is passed on as it comes, so nothing of it is known.
             return Some(too_long());
         }
-        let text = query_text(&self.client.input[HEADER..header.len])?.to_vec();
-        let class = match self.lookup(&text, &[]) {
+        let text = query_text(&self.client.input[HEADER..header.len])?;
+        let class = match self.lookup(text, &[]) {
+            Lookup::Known(class, _) if class.is_mere_read() => {
+                return Some(Demand::Read { vetted: 0, redone: false });
+            }
             Lookup::Known(class, _) => class,
             // Only what may be a read is worth a second opinion, and a read leaves nothing; but nobody has said
             // that it is one.
             Lookup::Ask(_) => return Some(Demand::not_a_read(ClassLabel::Unit)),
         };
+        let text = text.to_vec();
         if self.deallocated(&text, class, header.len) {
             return Some(Demand::Ours);
         }

@@ -287,21 +287,34 @@ pub struct Session {
     lost: Option<mark::Fork>,
 }
 
+/// What of its login a session still has to see to.
+struct Beginning {
+    application_name: Option<Arc<str>>,
+    /// One of Highwater's own settings has no such value.
+    invalid: Option<ErrorReport>,
+}
+
 impl Session {
     /// Serves a client from its login to its end.
     pub async fn run(shared: Arc<Shared>, arrival: Arrival, worker: usize) {
         // 3.2 allows long keys; 3.0 has four bytes.
         let handle = shared.sessions.register(if arrival.minor >= 2 { 32 } else { 4 });
         let _registered = Registered { sessions: shared.sessions.clone(), pid: handle.pid };
-        Session::serve_arrival(&shared, arrival, worker, handle).await;
+        // What is needed at the beginning and at the end alone takes no room in between: most sessions wait.
+        let (mut session, beginning) = Session::new(&shared, arrival, worker, handle);
+        let end = match Box::pin(session.begin(beginning)).await {
+            Ok(()) => session.serve().await,
+            Err(end) => end,
+        };
+        Box::pin(session.close(end)).await;
     }
 
-    async fn serve_arrival(
+    fn new(
         shared: &Arc<Shared>,
         mut arrival: Arrival,
         worker: usize,
         handle: Arc<SessionHandle>,
-    ) {
+    ) -> (Box<Session>, Beginning) {
         let application_name = arrival.startup.take_application_name();
         let own = take_own(&mut arrival.startup);
         let mode = shared.config.pool.mode_of(&arrival.database, &arrival.user);
@@ -313,7 +326,7 @@ impl Session {
             Err(report) => (Vec::new(), Some(report)),
         };
         let own_state = OwnState::new(Arc::from(arrival.user.as_str()), promise, at_login);
-        let mut session = Session {
+        let mut session = Box::new(Session {
             worker,
             handle,
             client: ClientEnd {
@@ -360,25 +373,18 @@ impl Session {
             started: Instant::now(),
             lost: None,
             shared: shared.clone(),
-        };
-        drop(topology);
+        });
         session.share_mark();
-        let begun = match invalid {
-            Some(mut report) => {
-                report.severity = wire::Severity::Fatal;
-                Err(End::fatal(report))
-            }
-            None => session.take_startup_settings().await,
-        };
-        let welcome = match begun {
-            Ok(()) => session.welcome(application_name.as_deref()).await,
-            refused => refused,
-        };
-        let end = match welcome {
-            Ok(()) => session.serve().await,
-            Err(end) => end,
-        };
-        session.close(end).await;
+        (session, Beginning { application_name, invalid })
+    }
+
+    async fn begin(&mut self, beginning: Beginning) -> Result<(), End> {
+        if let Some(mut report) = beginning.invalid {
+            report.severity = wire::Severity::Fatal;
+            return Err(End::fatal(report));
+        }
+        self.take_startup_settings().await?;
+        self.welcome(beginning.application_name.as_deref()).await
     }
 
     /// ParameterStatus, BackendKeyData, ReadyForQuery. What a server reports comes from a real login
@@ -400,11 +406,11 @@ impl Session {
         self.timeouts.also_idle_session(welcome.idle_session_timeout);
         let mut parameters = welcome.parameters;
         if let Some(name) = application_name {
-            Arc::make_mut(&mut parameters).insert(b"application_name".to_vec(), name.as_bytes().to_vec());
+            Arc::make_mut(&mut parameters).insert(b"application_name", name.as_bytes());
         }
         let mut out = Vec::with_capacity(512);
         for (name, value) in parameters.iter() {
-            let value = if name == b"in_hot_standby" && !self.read_only { b"off" } else { value.as_slice() };
+            let value = if name == b"in_hot_standby" && !self.read_only { b"off" } else { value };
             wire::put(&mut out, b'S', |out| {
                 wire::put_cstr(out, name);
                 wire::put_cstr(out, value);
@@ -424,7 +430,7 @@ impl Session {
 
     /// The client was told a parameter that decides how its texts are to be read.
     fn lexing_changed(&mut self) {
-        let value = |name: &[u8]| self.reported.get(name).map(Vec::as_slice);
+        let value = |name: &[u8]| self.reported.get(name);
         let standard_strings = value(b"standard_conforming_strings") == Some(b"on");
         let utf8 = |encoding: Option<&[u8]>| encoding == Some(b"UTF8");
         self.lexing = match value(b"client_encoding") {
@@ -515,9 +521,9 @@ impl Session {
         }
     }
 
-    /// Gives buffers back that a large message or result has grown.
+    /// Gives buffers back that a large message or result has grown: the session may now idle for long.
     fn shrink(&mut self) {
-        const KEEP: usize = 64 * 1024;
+        const KEEP: usize = 4 * 1024;
         for buffer in [&mut self.client.input, &mut self.client.output] {
             if buffer.is_empty() && buffer.capacity() > KEEP {
                 *buffer = BytesMut::new();
@@ -1097,8 +1103,8 @@ impl Session {
     async fn read_settings(&mut self, names: &[String]) -> Result<Vec<Option<Vec<u8>>>, End> {
         let reported = |name: &String| {
             let parameters = self.lease.as_ref().map(|lease| &lease.parameters)?;
-            let is_it = |key: &&Vec<u8>| key.eq_ignore_ascii_case(name.as_bytes());
-            parameters.keys().find(is_it).and_then(|key| parameters.get(key).cloned())
+            let mut all = parameters.iter();
+            all.find(|(key, _)| key.eq_ignore_ascii_case(name.as_bytes())).map(|(_, value)| value.to_vec())
         };
         let known: Vec<_> = names.iter().map_while(reported).map(Some).collect();
         if known.len() == names.len() {

@@ -87,8 +87,6 @@ impl Session {
         loop {
             let shared = self.shared.clone();
             let changed = shared.positions.changed();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
             let (candidates, hope) = self.candidates(&avoid, patience);
             if let Some(node) = balance::pick(&candidates, rand::random()) {
                 if waited {
@@ -97,8 +95,7 @@ impl Session {
                 match self.lease_from(node).await? {
                     Ok(lease) => {
                         // Only samples sent after the backend was connected speak for it.
-                        wait_until = wait_until.max(Instant::now() + patience);
-                        if self.await_fresh_sample(&lease, wait_until).await? {
+                        if self.await_fresh_sample(&lease, &mut wait_until, patience).await? {
                             return Ok(Tried::Placed(Placed {
                                 lease,
                                 node,
@@ -233,8 +230,6 @@ impl Session {
         loop {
             let shared = self.shared.clone();
             let changed = shared.positions.changed();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
             match self.place_on_replica(avoid).await? {
                 Tried::Placed(placed) => return Ok(Ok(Placed { role: Role::Standby, ..placed })),
                 Tried::Failed(report) => return Ok(Err(report)),
@@ -319,13 +314,18 @@ impl Session {
         }
     }
 
-    /// Whether, in time, a sample that speaks for this backend says that its node may serve.
-    async fn await_fresh_sample(&mut self, lease: &Lease, until: Instant) -> Result<bool, End> {
+    /// Whether a sample that speaks for this backend says, until then or within `patience` of now, that its
+    /// node may serve.
+    async fn await_fresh_sample(
+        &mut self,
+        lease: &Lease,
+        until: &mut Instant,
+        patience: Duration,
+    ) -> Result<bool, End> {
+        let mut waited = false;
         loop {
             let shared = self.shared.clone();
             let changed = shared.positions.changed();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
             let topology = shared.topology.load_full();
             self.bring_mark_forward(&topology);
             let in_service = topology.node(lease.node).standing == Standing::Replica;
@@ -336,15 +336,20 @@ impl Session {
                     self.incarnation = incarnation;
                     return Ok(true);
                 }
-                _ if !in_service || lease.epoch != topology.epoch || Instant::now() >= until => {
-                    return Ok(false);
-                }
+                _ if !in_service || lease.epoch != topology.epoch => return Ok(false),
                 _ => {}
+            }
+            let now = Instant::now();
+            if !std::mem::replace(&mut waited, true) {
+                *until = (*until).max(now + patience);
+            }
+            if now >= *until {
+                return Ok(false);
             }
             drop(topology);
             shared.positions.node(lease.node).want();
             self.want_own_samples();
-            if !self.wait(changed, until).await? {
+            if !self.wait(changed, *until).await? {
                 return Ok(false);
             }
         }
@@ -433,11 +438,7 @@ impl Session {
         loop {
             let shared = self.shared.clone();
             let sampled = shared.positions.changed();
-            tokio::pin!(sampled);
-            sampled.as_mut().enable();
             let reorganised = shared.topology.changed();
-            tokio::pin!(reorganised);
-            reorganised.as_mut().enable();
             let topology = shared.topology.load_full();
             self.bring_mark_forward(&topology);
             let what = match topology.primary {
@@ -520,12 +521,11 @@ impl Session {
     }
 
     async fn lease_from(&self, node: NodeId) -> Result<Result<Lease, AcquireError>, End> {
-        let begun = Instant::now();
-        let deadline = begun + self.patience();
+        let patience = self.patience();
         let last_written_by = self.asks_sequences.then_some(self.handle.pid);
         let lease = tokio::select! {
             biased;
-            lease = self.pools.nodes[node.index()].acquire(&self.startup, self.worker, last_written_by, deadline) => lease,
+            lease = self.pools.nodes[node.index()].acquire(&self.startup, self.worker, last_written_by, patience) => lease,
             () = self.handle.interrupted() => {
                 if self.handle.ending() == super::handle::Ending::Now {
                     return Err(End::shutdown());

@@ -215,8 +215,6 @@ impl Session {
         let before = shared.positions.node(primary).counter();
         loop {
             let changed = shared.positions.changed();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
             if shared.positions.node(primary).latest().is_some_and(|sample| sample.number > before) {
                 self.own.asked = true;
                 return Ok(());
@@ -234,8 +232,6 @@ impl Session {
         let shared = self.shared.clone();
         loop {
             let changed = shared.positions.changed();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
             let topology = shared.topology.load_full();
             self.bring_mark_forward(&topology);
             if self.mark.is_resolved() {
