@@ -186,7 +186,8 @@ impl Sampler {
     async fn sample_on(&self, mut client: NodeClient) -> (u64, String) {
         let mut answered = 0;
         let positions = self.positions.node(self.node);
-        let mut state = Known::new(positions.connected());
+        let start = client.start().map(|start| Arc::clone(&start.id));
+        let mut state = Known::new(positions.connected(), start);
         let mut pace = Pace { sent: None, active_until: Instant::now() };
         loop {
             if let Turn::Ended = pace.wait(positions, &mut client, &self.settings).await {
@@ -227,6 +228,13 @@ impl Sampler {
                 self.notice(state, Role::Writes(primary.timeline));
                 let topology = self.topology.load();
                 if topology.primary == Some(self.node) && topology.timeline == Some(primary.timeline) {
+                    let other_start = state.start.is_some() && state.start != topology.start;
+                    if other_start || topology.epoch != epoch {
+                        // A server that has crashed says nothing of what it had shown before, until the control
+                        // loop has seen where its log ended; what was asked before that, neither.
+                        self.probe_start(state, other_start);
+                        return None;
+                    }
                     let first = if state.tracked { FirstSample::No } else { FirstSample::OfConnection };
                     state.tracked = true;
                     self.track.record_sample(epoch, number, primary.insert, asked_at, first);
@@ -244,6 +252,15 @@ impl Sampler {
             }
         };
         Some(Sample { number, incarnation, epoch, timeline, body })
+    }
+
+    /// Asks the control loop, once, to look at a start that it does not know; then samples go on.
+    fn probe_start(&self, state: &mut Known, other: bool) {
+        if other && !std::mem::replace(&mut state.start_told, true) {
+            self.probe.notify_one();
+        } else if !other {
+            self.positions.node(self.node).want();
+        }
     }
 
     /// A promotion or another timeline does not break a connection: the control loop shall hear of it now.
@@ -298,6 +315,9 @@ fn next_backoff(last: Duration) -> Duration {
 /// What one incarnation has learned.
 struct Known {
     incarnation: Incarnation,
+    /// The server's start that the connection is to.
+    start: Option<Arc<str>>,
+    start_told: bool,
     epoch: Option<Epoch>,
     timeline: Option<TimelineId>,
     role: Option<Role>,
@@ -320,9 +340,11 @@ struct Clearing {
 }
 
 impl Known {
-    fn new(incarnation: Incarnation) -> Known {
+    fn new(incarnation: Incarnation, start: Option<Arc<str>>) -> Known {
         Known {
             incarnation,
+            start,
+            start_told: false,
             epoch: None,
             timeline: None,
             role: None,

@@ -153,8 +153,7 @@ pub fn check(history: &[Operation], finals: &BTreeMap<Key, Vec<u32>>, flush: Flu
         })
         .filter(|value| !position.contains_key(value))
         .collect();
-    let mut checker =
-        Checker { history, finals, position, taken, before: HashMap::new(), found: Vec::new() };
+    let mut checker = Checker { history, finals, position, taken, before: HashMap::new(), found: Vec::new() };
     checker.prefixes();
     checker.sessions();
     checker.real_time();
@@ -324,7 +323,9 @@ impl Checker<'_> {
             self.broken(Promise::Causal, index, None);
         }
         let taken = [(due.taken_write, Level::ReadYourWrites), (due.taken_read, Level::Session)];
-        for (value, by) in taken.into_iter().filter(|(_, least)| level >= *least).filter_map(|(taken, _)| taken) {
+        for (value, by) in
+            taken.into_iter().filter(|(_, least)| level >= *least).filter_map(|(taken, _)| taken)
+        {
             if !list.contains(&value) {
                 self.broken(Promise::Told, index, Some(by));
             }
