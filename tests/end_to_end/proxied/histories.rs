@@ -536,6 +536,8 @@ async fn no_level_breaks_its_promise_while_the_next_standby_is_promoted_again_an
             next.promote().await.unwrap();
             *now.lock().unwrap() = next;
             old.rebuild_from(&last).await.unwrap();
+            // The copy has settings of its own.
+            old.set("synchronous_standby_names", "*").await.unwrap();
             chain.rotate_left(1);
             times += 1;
             if *stopped.borrow_and_update() {
