@@ -326,6 +326,7 @@ pub fn decide(
     if let Choice::Take(chosen) = choice {
         take_primary(&mut next, chosen, facts, last_sample);
     }
+    follow_restart(&mut next, facts, last_sample);
     take_history(&mut next, facts);
     for (index, known) in facts.iter().enumerate() {
         let view = view(before, &next, choice, index, known, policy, now);
@@ -390,15 +391,46 @@ fn take_primary(next: &mut Topology, chosen: NodeId, facts: &[NodeFacts], last_s
     };
     if let (Some(old_primary), Some(old_timeline)) = (next.primary, next.timeline) {
         let fork = seen.history.as_ref().and_then(|history| history.fork_of(old_timeline));
-        next.switches.push(Switch { from: next.epoch, old_primary, old_timeline, fork, last_sample });
-        let excess = next.switches.len().saturating_sub(MAX_SWITCHES);
-        next.switches.drain(..excess);
+        push_switch(next, Switch { from: next.epoch, old_primary, old_timeline, fork, last_sample });
     }
     next.epoch = Epoch(next.epoch.0 + 1);
     next.primary = Some(chosen);
     next.timeline = seen.timeline;
+    next.start = seen.start.as_ref().map(|start| Arc::clone(&start.id));
     next.history = None;
     next.system_identifier = Some(seen.answer.system_identifier);
+}
+
+/// A primary that crashed and is back, on the same timeline: a fork at the end of what it recovered. What had
+/// been acknowledged without waiting for the disk may be gone.
+fn follow_restart(next: &mut Topology, facts: &[NodeFacts], last_sample: Option<(u64, Lsn)>) {
+    let Some((primary, timeline)) = next.primary.zip(next.timeline) else { return };
+    let Some(known) = facts.get(primary.index()).filter(|known| is_reachable_primary(next, known)) else {
+        return;
+    };
+    let Some(start) = known.seen.as_ref().and_then(|seen| seen.start.as_ref()) else { return };
+    if next.start.as_ref() == Some(&start.id) {
+        return;
+    }
+    let before = next.start.replace(Arc::clone(&start.id));
+    if before.is_none() || start.clean {
+        return;
+    }
+    let end = Switch {
+        from: next.epoch,
+        old_primary: primary,
+        old_timeline: timeline,
+        fork: start.end,
+        last_sample,
+    };
+    push_switch(next, end);
+    next.epoch = Epoch(next.epoch.0 + 1);
+}
+
+fn push_switch(next: &mut Topology, switch: Switch) {
+    next.switches.push(switch);
+    let excess = next.switches.len().saturating_sub(MAX_SWITCHES);
+    next.switches.drain(..excess);
 }
 
 /// Where the primary's timeline comes from, as soon as that could be read.
@@ -671,6 +703,7 @@ mod tests {
             system_identifier: None,
             primary: None,
             timeline: None,
+            start: None,
             nodes: (0..count).map(view).collect(),
             history: None,
             switches: Vec::new(),
@@ -684,6 +717,7 @@ mod tests {
             answer: ProbeAnswer { system_identifier: 42, server_major: 15, role },
             timeline: timeline.map(TimelineId),
             history: history.map(|text| TimelineHistory::parse(text).unwrap()),
+            start: None,
         };
         NodeFacts { health, seen: Some(seen), replay: None, lag: None }
     }
@@ -810,6 +844,37 @@ mod tests {
         let next = decide(&next, &facts, &FOLLOW, None, now);
         assert_eq!(labels(&next), ["second_primary", "primary", "replica"]);
         assert_eq!(next.epoch, Epoch(2));
+    }
+
+    #[test]
+    fn a_crash_of_the_primary_is_a_fork_and_an_orderly_restart_is_none() {
+        let now = Instant::now();
+        let started = |id: &str, end: Option<u64>, clean: bool| {
+            let mut facts = writer(now, 1, Some(""));
+            let start = crate::node::Start { id: Arc::from(id), end: end.map(Lsn), clean };
+            facts.seen.as_mut().unwrap().start = Some(start);
+            [facts, streaming(now, 1), streaming(now, 1)]
+        };
+        let first = decide(&nodes(3), &started("1", Some(50), true), &FOLLOW, None, now);
+        assert_eq!(first.epoch, Epoch(1));
+        let same = decide(&first, &started("1", None, false), &FOLLOW, Some((7, Lsn(110))), now);
+        assert_eq!((same.epoch, same.switches.len()), (Epoch(1), 0));
+        let clean = decide(&first, &started("2", Some(120), true), &FOLLOW, Some((7, Lsn(110))), now);
+        assert_eq!((clean.epoch, clean.start.as_deref()), (Epoch(1), Some("2")));
+        for end in [Some(100), None] {
+            let next = decide(&first, &started("2", end, false), &FOLLOW, Some((7, Lsn(110))), now);
+            let switch = Switch {
+                from: Epoch(1),
+                old_primary: NodeId(0),
+                old_timeline: TimelineId(1),
+                fork: end.map(Lsn),
+                last_sample: Some((7, Lsn(110))),
+            };
+            assert_eq!(
+                (next.epoch, next.primary, &next.switches),
+                (Epoch(2), Some(NodeId(0)), &vec![switch])
+            );
+        }
     }
 
     #[test]

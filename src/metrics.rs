@@ -527,6 +527,7 @@ pub(crate) mod tests {
             primary: primary.map(|i| NodeId(i as u16)),
             timeline: primary.map(|_| TimelineId(3)),
             nodes: standings.into_iter().enumerate().map(view).collect(),
+            start: None,
             history: None,
             switches: Vec::new(),
         }

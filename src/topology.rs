@@ -24,7 +24,7 @@ impl NodeId {
 }
 
 /// Counts the write targets this proxy has had: raised whenever another node becomes the primary, or
-/// the same one on another timeline. What was known of positions in an earlier epoch is void.
+/// the same one on another timeline, or after a crash, which may have taken the end of its log. What was known of positions in an earlier epoch is void.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Epoch(pub u64);
 
@@ -146,7 +146,7 @@ pub struct Switch {
     pub old_primary: NodeId,
     /// Its timeline.
     pub old_timeline: TimelineId,
-    /// Where the new timeline left it; `None`: could not be learned, so nothing of it can be shown kept.
+    /// Where the new timeline left it, or where the log ended after a crash; `None`: could not be learned, so nothing of it can be shown kept.
     pub fork: Option<Lsn>,
     /// The last sample taken of the old primary: its counter and insert position.
     pub last_sample: Option<(u64, Lsn)>,
@@ -163,6 +163,8 @@ pub struct Topology {
     pub primary: Option<NodeId>,
     /// The primary's timeline.
     pub timeline: Option<TimelineId>,
+    /// The primary's start, crash-restarts included; `None`: it is not known.
+    pub start: Option<Arc<str>>,
     /// The timelines that it descends from; `None`: that could not be learned.
     pub history: Option<Arc<TimelineHistory>>,
     /// All nodes, in the configuration's order.
@@ -190,6 +192,7 @@ impl Topology {
             system_identifier: None,
             primary: None,
             timeline: None,
+            start: None,
             history: None,
             nodes: config.nodes.iter().take(usize::from(u16::MAX)).enumerate().map(view).collect(),
             switches: Vec::new(),

@@ -113,6 +113,8 @@ pub struct Backend {
     pub startup: Arc<StartupParameters>,
     /// The node's sample counter right after the login: only later samples speak for this backend.
     pub connected_at: u64,
+    /// Of the primary: a sample sent later has shown that it belongs to the start of the server that is known.
+    pub vouched_for: bool,
     /// The epoch in which it was opened.
     pub epoch: Epoch,
     /// Changes of what logins give when it was opened; none: it may have been given what was valid before.
@@ -272,6 +274,7 @@ impl Backend {
             parameters,
             startup,
             connected_at,
+            vouched_for: false,
             epoch,
             login_settings: None,
             opened: now,

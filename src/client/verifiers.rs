@@ -353,6 +353,7 @@ mod tests {
                 primary: None,
                 timeline: None,
                 nodes,
+                start: None,
                 history: None,
                 switches: vec![],
             };

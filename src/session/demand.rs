@@ -14,7 +14,7 @@ use crate::backend::SharedName;
 use crate::classify::setting::{self, ResetBatch};
 use crate::classify::{self, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass};
 use crate::route::{ClassLabel, RouteReason};
-use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
+use crate::wire::{self, HEADER, TransactionStatus};
 
 /// What a unit asks for.
 #[derive(Clone, Copy, Debug)]
@@ -146,11 +146,7 @@ impl Session {
             self.bring_mark_forward(&topology);
         }
         if let Some(fork) = self.lost.take() {
-            let report =
-                ErrorReport::error("HW001", "what this session has written or seen was lost in a failover")
-                    .detail(fork.to_string())
-                    .hint("Read again what later work depends on; the session is usable.");
-            self.fail_unit(report)?;
+            self.fail_unit(super::place::lost(&fork))?;
             return Ok(Demand::Ours);
         }
         let mut needs_backend = false;

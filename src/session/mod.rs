@@ -399,7 +399,10 @@ impl Session {
                     clean::idle_session_timeout(&mut lease).await.map_err(|_| broken())?;
                 let welcome = Welcome { parameters: lease.login_parameters.clone(), idle_session_timeout };
                 self.pools.remember_welcome(&lease, &welcome);
-                lease.give_back();
+                // A server that crashes or stops just then has said so behind its answer: that one is closed.
+                if lease.input.is_empty() {
+                    lease.give_back();
+                }
                 welcome
             }
         };
@@ -1372,7 +1375,15 @@ impl Session {
 
     /// Follows the topology into its epoch, and brings the mark up to the samples.
     fn bring_mark_forward(&mut self, topology: &crate::topology::Topology) {
-        match self.mark.follow(&*self.shared.positions, topology) {
+        let before = self.mark.epoch();
+        let mut survival = self.mark.follow(&*self.shared.positions, topology);
+        if before != topology.epoch
+            && let Some(shared) = &self.shared_mark
+        {
+            let theirs = shared.survival_since(before, &*self.shared.positions, topology);
+            survival = mark::worse(survival, theirs);
+        }
+        match survival {
             Survival::Kept => {}
             Survival::Unknown(fork) => {
                 self.shared.metrics.lost_write.inc();

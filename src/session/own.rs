@@ -235,6 +235,7 @@ mod tests {
             system_identifier: Some(7),
             primary: Some(NodeId(0)),
             timeline: Some(TimelineId(3)),
+            start: None,
             history: history.map(|text| Arc::new(TimelineHistory::parse(text).unwrap())),
             nodes: Vec::new(),
             switches: Vec::new(),

@@ -48,10 +48,33 @@ impl Session {
         demand: &Demand,
         avoid: &[NodeId],
     ) -> Result<Result<Placed, ErrorReport>, End> {
-        self.ask_freshness();
-        if self.read_only {
-            return self.place_on_standby(avoid).await;
+        let placed = if self.read_only {
+            self.ask_freshness();
+            self.place_on_standby(avoid).await
+        } else {
+            self.find_place(demand, avoid).await
+        };
+        // A failover was followed while this waited: the session is told before it is shown anything of after it.
+        match (self.lost.take(), placed) {
+            (Some(fork), Ok(placed)) => {
+                if let Ok(placed) = placed {
+                    placed.lease.give_back();
+                }
+                Ok(Err(lost(&fork)))
+            }
+            (fork, placed) => {
+                self.lost = fork;
+                placed
+            }
         }
+    }
+
+    async fn find_place(
+        &mut self,
+        demand: &Demand,
+        avoid: &[NodeId],
+    ) -> Result<Result<Placed, ErrorReport>, End> {
+        self.ask_freshness();
         let reason = match demand {
             Demand::Read { .. } if self.keeps_backend => RouteReason::Pinned,
             Demand::Read { redone: true, .. } => RouteReason::Redone,
@@ -365,7 +388,18 @@ impl Session {
             }
             let Some(node) = self.shared.topology.load().primary else { continue };
             match self.lease_from(node).await? {
-                Ok(lease) => {
+                Ok(mut lease) => {
+                    if !lease.vouched_for && !self.await_known_start(&mut lease, pause_until).await? {
+                        if self.handle.is_cancelled() {
+                            lease.give_back();
+                            return Ok(Err(canceled()));
+                        }
+                        drop(lease);
+                        if Instant::now() >= pause_until {
+                            return Ok(Err(no_primary(self.shared.config.failover.pause_timeout)));
+                        }
+                        continue;
+                    }
                     let topology = self.shared.topology.load_full();
                     if topology.primary != Some(node)
                         || topology.epoch != lease.epoch
@@ -402,6 +436,32 @@ impl Session {
             let changed = shared.topology.changed();
             if !self.wait(changed, pause_until.min(Instant::now() + RETRY)).await? {
                 return Ok(Err(canceled()));
+            }
+        }
+    }
+
+    /// Whether, in time, a sample of the primary shows that a new backend is one of the server as it is known:
+    /// it may have crashed since the last one, and what sessions have seen may be gone. The sampler publishes
+    /// nothing of a start that the topology does not know, and its connection would not have survived a later
+    /// one than that.
+    async fn await_known_start(&mut self, lease: &mut Lease, until: Instant) -> Result<bool, End> {
+        loop {
+            let shared = self.shared.clone();
+            let changed = shared.positions.changed();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            let epoch = shared.topology.load().epoch;
+            if lease.epoch != epoch || Instant::now() >= until {
+                return Ok(false);
+            }
+            let positions = shared.positions.node(lease.node);
+            if positions.latest().is_some_and(|s| s.number > lease.connected_at && s.epoch == epoch) {
+                lease.vouched_for = true;
+                return Ok(true);
+            }
+            positions.want();
+            if !self.wait(changed, until).await? {
+                return Ok(false);
             }
         }
     }
@@ -574,6 +634,12 @@ enum Hope {
     NobodyServes,
     TooFar,
     Soon,
+}
+
+pub(super) fn lost(fork: &mark::Fork) -> ErrorReport {
+    ErrorReport::error("HW001", "what this session has written or seen was lost in a failover")
+        .detail(fork.to_string())
+        .hint("Read again what later work depends on; the session is usable.")
 }
 
 pub(super) fn no_primary(pause: Duration) -> ErrorReport {

@@ -283,6 +283,7 @@ fn topology() -> Topology {
         primary: Some(PRIMARY),
         timeline: Some(TimelineId(1)),
         nodes: (0..NODES as u16).map(view).collect(),
+        start: None,
         history: None,
         switches: Vec::new(),
     }

@@ -43,6 +43,7 @@ impl Story {
             primary: Some(NodeId(0)),
             timeline: Some(TimelineId(1)),
             nodes: (0..3).map(view).collect(),
+            start: None,
             history: None,
             switches: Vec::new(),
         };
