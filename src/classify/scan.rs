@@ -59,6 +59,8 @@ enum Previous {
     Start,
     Keyword(Keyword),
     Name,
+    /// A name behind FROM or JOIN.
+    Relation,
     Open,
     Close,
     Comma,
@@ -326,6 +328,7 @@ impl Scan<'_> {
         let pg_prefix = name.starts_with(b"pg_");
         let temporary_schema = pg_prefix && (name == b"pg_temp" || name.starts_with(b"pg_temp_"));
         let is_operator_word = !quoted && name == b"operator";
+        let of_from = !quoted && matches!(name, b"only" | b"lateral" | b"rows");
         let dotted = self.statement.previous == Previous::Dot;
         let keyword = if quoted || dotted { None } else { word.keyword };
         if self.statement.lead.is_none() {
@@ -372,6 +375,8 @@ impl Scan<'_> {
                 in_with_list && !dotted
             }
             Previous::Close => !statement.close_may_precede_call,
+            // `FROM t a (x, y)`: nothing else can stand there.
+            Previous::Relation => true,
             _ => false,
         };
         statement.pending = Some(Pending {
@@ -385,9 +390,10 @@ impl Scan<'_> {
             is_operator_word,
             pg_prefix,
         });
-        match keyword {
-            Some(keyword) => Previous::Keyword(keyword),
-            None => Previous::Name,
+        match (keyword, statement.previous) {
+            (Some(keyword), _) => Previous::Keyword(keyword),
+            (None, Previous::Keyword(Keyword::From | Keyword::Join)) if !of_from => Previous::Relation,
+            (None, _) => Previous::Name,
         }
     }
 
