@@ -95,6 +95,7 @@ impl Opinion {
 
     /// The verdict, or "not a read" when it does not come in time.
     pub(super) async fn ask(&self, question: Question) -> StatementClass {
+        let hints = question.hints;
         let (reply, answer) = oneshot::channel();
         if let Some((state, done)) = self.send(Job { question, reply }) {
             match tokio::time::timeout(self.deadline, answer).await {
@@ -103,7 +104,7 @@ impl Opinion {
                 Err(_elapsed) => self.replace_if_stuck(&state, done),
             }
         }
-        StatementClass::write(ClassReason::SecondOpinion)
+        StatementClass { hints, ..StatementClass::write(ClassReason::SecondOpinion) }
     }
 
     fn worker(&self) -> std::sync::MutexGuard<'_, Option<Worker>> {
@@ -174,6 +175,7 @@ fn answer(question: Question, judge: Judge, cache: &Cache) -> StatementClass {
     // A panic of the parser is a refusal like any other.
     let agreed = std::panic::catch_unwind(|| judge(&question.text)).unwrap_or(false);
     let class = if agreed { StatementClass::READ } else { StatementClass::write(ClassReason::SecondOpinion) };
+    let class = StatementClass { hints: question.hints, ..class };
     // What a replica has refused meanwhile stays refused.
     if cache.skeleton(question.key.skeleton).is_none() {
         cache.put_skeleton(question.key.skeleton, class);
@@ -409,7 +411,7 @@ fn query_reads(query: &Query) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::classify::ClassKey;
+    use crate::classify::{ClassKey, Hints};
 
     /// Held while a text that hangs shall hang.
     static GATE: Mutex<()> = Mutex::new(());
@@ -429,7 +431,8 @@ mod tests {
         let mut ask = |text: &[u8]| {
             key += 1;
             let key = ClassKey { whole: key, skeleton: key };
-            runtime.block_on(opinion.ask(Question { text: text.into(), key })) == StatementClass::READ
+            runtime.block_on(opinion.ask(Question { text: text.into(), key, hints: Hints::default() }))
+                == StatementClass::READ
         };
         assert!(ask(b"fine"));
         let closed = GATE.lock().unwrap();

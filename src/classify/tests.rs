@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::catalog::{CatalogRows, FunctionRow, Mark, Object, OperatorRow, TypeRow};
 use super::*;
+use crate::consistency::{Level, Route};
 
 fn classifier() -> Classifier {
     Classifier::new(&LimitsConfig {
@@ -226,13 +227,25 @@ fn hints() {
     ] {
         assert_eq!(class(text).reason, ClassReason::Hint, "{text}");
     }
-    for text in [
-        "select 1 /* highwater.route=replica */",
-        "select 1 /* route=primary */",
-        "select '/* highwater.route=primary */'",
-    ] {
+    for text in ["select 1 /* route=primary */", "select '/* highwater.route=primary */'"] {
         assert_eq!(class(text), StatementClass::READ, "{text}");
     }
+    let hinted = class("select 1 /* highwater.route=replica, highwater.consistency=strong */");
+    assert_eq!(hinted.kind, Kind::Read);
+    assert_eq!((hinted.hints.route, hinted.hints.level), (Some(Route::Replica), Some(Level::Strong)));
+    // Out of the cache, too; and another hint is another statement.
+    let (classifier, catalog) = (classifier(), catalog());
+    for _ in 0..2 {
+        for (text, level) in [
+            ("select a from t /* highwater.consistency=eventual */", Some(Level::Eventual)),
+            ("select a from t /* highwater.consistency=strong */", Some(Level::Strong)),
+            ("select a from t", None),
+        ] {
+            let (class, _) = class_and_key(&classifier, &catalog, text.as_bytes());
+            assert_eq!((class.kind, class.hints.level), (Kind::Read, level), "{text}");
+        }
+    }
+    assert!(class("insert into t values (1) /* highwater.consistency=best */").hints.invalid);
     // No hint makes a read of what is none.
     for text in
         ["/* highwater.route=replica */ delete from t", "select nextval('s') /* highwater.route=replica */"]

@@ -153,6 +153,7 @@ impl Session {
             self.fail_unit(report)?;
             return Ok(Demand::Ours);
         }
+        (self.asked_for, self.hinted) = (self.promise, false);
         let mut needs_backend = false;
         // Names made (or closed) by the messages looked at so far.
         let mut names: HashMap<Vec<u8>, Option<Arc<Statement>>> = HashMap::new();
@@ -180,6 +181,10 @@ impl Session {
                     let statement = self.shared.names.statement(&parse, self.settings.parse_fingerprint());
                     names.insert(parse.name.to_vec(), Some(statement.clone()));
                     let class = self.class_of(&statement).await;
+                    if let Some(report) = self.take_hints(statement.text(), class.hints) {
+                        self.fail_unit(report)?;
+                        return Ok(Demand::Ours);
+                    }
                     if !matches!(class.kind, Kind::Read | Kind::Empty) {
                         self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
                         self.look_for_own(statement.text(), class).await?;
@@ -202,6 +207,10 @@ impl Session {
                     // A name that stands for nothing: the server says so, any server.
                     if let Some(statement) = found {
                         let class = self.class_of(&statement).await;
+                        if let Some(report) = self.take_hints(statement.text(), class.hints) {
+                            self.fail_unit(report)?;
+                            return Ok(Demand::Ours);
+                        }
                         if !matches!(class.kind, Kind::Read | Kind::Empty) {
                             self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
                             self.look_for_own(statement.text(), class).await?;
@@ -241,6 +250,10 @@ impl Session {
             .ok_or_else(|| End::protocol("invalid message format"))?
             .to_vec();
         let class = self.classify(&text, &[]).await;
+        if let Some(report) = self.take_hints(&text, class.hints) {
+            self.fail_unit(report)?;
+            return Ok(Demand::Ours);
+        }
         if at == 0 && (self.deallocated(&text, class, len) || self.reset(&text, class, len)) {
             return Ok(Demand::Ours);
         }
@@ -519,7 +532,7 @@ impl Session {
         }
         let mut class = self.classify(statement.text(), &statement.types()).await;
         if let Some(types) = statement.types_query().filter(|_| class.kind == Kind::Read) {
-            class = self.classify(types, &[]).await;
+            class = StatementClass { hints: class.hints, ..self.classify(types, &[]).await };
         }
         statement.set_class(generation, class);
         class
@@ -536,7 +549,7 @@ impl Session {
         };
         if let Some(types) = statement.types_query().filter(|_| class.kind == Kind::Read) {
             let Lookup::Known(of_types, _) = self.lookup(types, &[]) else { return None };
-            class = of_types;
+            class = StatementClass { hints: class.hints, ..of_types };
         }
         statement.set_class(generation, class);
         Some(class)
