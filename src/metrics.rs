@@ -141,6 +141,8 @@ pub struct Metrics {
     backends_closed: IntCounterVec,
     /// Statements run again elsewhere, by why.
     pub redone: ReasonCounter,
+    /// With `routing.shadow`: reads on the primary, by where they would have gone.
+    pub shadow_reads: ReasonCounter,
     /// Pins set, by why.
     pub pins: ReasonCounter,
     /// Sessions bound to one backend now.
@@ -270,6 +272,12 @@ impl Metrics {
                 "Statements run again on another node.",
                 "reason",
                 labels.redone,
+            ),
+            shadow_reads: by_reason(
+                "highwater_shadow_reads_total",
+                "With routing.shadow, reads that ran on the primary, by the reason of the route they would have had.",
+                "reason",
+                &[],
             ),
             pins: by_reason(
                 "highwater_pins_total",

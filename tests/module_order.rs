@@ -14,7 +14,7 @@ const MAY_USE: &[(&str, &str)] = &[
     ("consistency", "wal"),
     ("topology", "config wal"),
     ("positions", "topology wal"),
-    ("classify", "config wal wire"),
+    ("classify", "config consistency wal wire"),
     ("route", "classify topology positions wal"),
     // A value too, once it has been read.
     ("config", "consistency wal"),

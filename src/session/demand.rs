@@ -149,6 +149,7 @@ impl Session {
             self.fail_unit(super::place::lost(&fork))?;
             return Ok(Demand::Ours);
         }
+        (self.asked_for, self.hinted) = (self.promise, false);
         let mut needs_backend = false;
         // Names made (or closed) by the messages looked at so far.
         let mut names: HashMap<Vec<u8>, Option<Arc<Statement>>> = HashMap::new();
@@ -176,6 +177,10 @@ impl Session {
                     let statement = self.shared.names.statement(&parse, self.settings.parse_fingerprint());
                     names.insert(parse.name.to_vec(), Some(statement.clone()));
                     let class = self.class_of(&statement).await;
+                    if let Some(report) = self.take_hints(statement.text(), class.hints) {
+                        self.fail_unit(report)?;
+                        return Ok(Demand::Ours);
+                    }
                     if !matches!(class.kind, Kind::Read | Kind::Empty) {
                         self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
                         self.look_for_own(statement.text(), class).await?;
@@ -198,6 +203,10 @@ impl Session {
                     // A name that stands for nothing: the server says so, any server.
                     if let Some(statement) = found {
                         let class = self.class_of(&statement).await;
+                        if let Some(report) = self.take_hints(statement.text(), class.hints) {
+                            self.fail_unit(report)?;
+                            return Ok(Demand::Ours);
+                        }
                         if !matches!(class.kind, Kind::Read | Kind::Empty) {
                             self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
                             self.look_for_own(statement.text(), class).await?;
@@ -236,10 +245,18 @@ impl Session {
         let text = query_text(&self.client.input[at + HEADER..at + len])
             .ok_or_else(|| End::protocol("invalid message format"))?;
         let class = self.classify(text, &[]).await;
+        if class.hints.invalid
+            && let Some(report) = super::own::refused_hint(text)
+        {
+            self.fail_unit(report)?;
+            return Ok(Demand::Ours);
+        }
         if at == 0 && class.is_mere_read() {
+            self.take_hints(&[], class.hints);
             return Ok(Demand::Read { vetted: len, redone: false });
         }
         let text = text.to_vec();
+        self.take_hints(&text, class.hints);
         if at == 0 && (self.deallocated(&text, class, len) || self.reset(&text, class, len)) {
             return Ok(Demand::Ours);
         }
@@ -523,7 +540,7 @@ impl Session {
         }
         let mut class = self.classify(statement.text(), &statement.types()).await;
         if let Some(types) = statement.types_query().filter(|_| class.kind == Kind::Read) {
-            class = self.classify(types, &[]).await;
+            class = StatementClass { hints: class.hints, ..self.classify(types, &[]).await };
         }
         statement.set_class(generation, class);
         class
@@ -540,7 +557,7 @@ impl Session {
         };
         if let Some(types) = statement.types_query().filter(|_| class.kind == Kind::Read) {
             let Lookup::Known(of_types, _) = self.lookup(types, &[]) else { return None };
-            class = of_types;
+            class = StatementClass { hints: class.hints, ..of_types };
         }
         statement.set_class(generation, class);
         Some(class)

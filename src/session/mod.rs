@@ -251,6 +251,12 @@ pub struct Session {
     mark: Mark,
     /// What it is promised.
     promise: Promise,
+    /// What the running unit is promised: the same, or what comments in its statements ask for.
+    asked_for: Promise,
+    /// A statement of the running unit has been asked for its hints.
+    hinted: bool,
+    /// Its reads may run on replicas.
+    split: bool,
     /// What its own settings say of that.
     own: OwnState,
     /// The mark that it shares with others, of which `mark` is its copy.
@@ -320,7 +326,9 @@ impl Session {
         let mode = shared.config.pool.mode_of(&arrival.database, &arrival.user);
         let pools = shared.pools.of(&arrival.database, &arrival.user, &arrival.keys);
         let topology = shared.topology.load();
-        let promise = shared.config.consistency.promise_for(&arrival.user, &arrival.database);
+        let mut promise = shared.config.consistency.promise_for(&arrival.user, &arrival.database);
+        let split;
+        (split, promise.route) = shared.config.routing.for_session(&arrival.user, &arrival.database);
         let (at_login, invalid) = match own {
             Ok(own) => (own, None),
             Err(report) => (Vec::new(), Some(report)),
@@ -352,6 +360,9 @@ impl Session {
             status: TransactionStatus::Idle,
             mark: Mark::new(&*shared.positions, &topology),
             promise: own_state.promise(),
+            asked_for: own_state.promise(),
+            hinted: false,
+            split,
             own: own_state,
             shared_mark: None,
             freshness: None,
@@ -633,6 +644,7 @@ impl Session {
         }
         self.handle.begin();
         self.forget_own();
+        self.asked_for = self.promise;
         self.sql = None;
         self.asks_sequences = false;
         let result = if self.lease.is_some() { self.held_unit().await } else { self.free_unit().await };
@@ -1203,7 +1215,7 @@ impl Session {
     fn note(&mut self) {
         let Some(lease) = &self.lease else { return };
         let (node, epoch, writes) = (lease.node, lease.epoch, self.unit.writes);
-        if !writes && !self.promise.level.notes_reads() {
+        if !writes && !self.asked_for.level.notes_reads() {
             return;
         }
         if self.mark.epoch() < epoch {

@@ -9,7 +9,7 @@ use super::demand::Demand;
 use super::mark::{self, Freshness, PrimaryVerdict, ReplicaVerdict};
 use super::{End, Role, Session, canceled};
 use crate::backend::pool::{AcquireError, Lease};
-use crate::consistency::{LagLimit, Level, OnStale};
+use crate::consistency::{LagLimit, Level, OnStale, Route};
 use crate::metrics::WaitFor;
 use crate::positions::{Incarnation, SampleBody};
 use crate::route::RouteReason;
@@ -78,8 +78,14 @@ impl Session {
         let reason = match demand {
             Demand::Read { .. } if self.keeps_backend => RouteReason::Pinned,
             Demand::Read { redone: true, .. } => RouteReason::Redone,
-            Demand::Read { .. } if !self.shared.config.routing.split => RouteReason::SplitOff,
+            Demand::Read { .. } if !self.split => RouteReason::SplitOff,
+            Demand::Read { .. } if self.asked_for.route == Route::Primary => RouteReason::Asked,
             Demand::Read { .. } if self.settings.keeps_on_primary() => RouteReason::Settings,
+            Demand::Read { .. } if self.shared.config.routing.shadow => {
+                let reason = self.would_be();
+                self.shared.metrics.shadow_reads.inc(reason.label());
+                RouteReason::Shadow
+            }
             Demand::Read { .. } => match self.place_on_replica(avoid).await? {
                 Tried::Placed(placed) => {
                     self.count_read(false);
@@ -99,10 +105,7 @@ impl Session {
 
     async fn place_on_replica(&mut self, avoid: &[NodeId]) -> Result<Tried, End> {
         let begun = Instant::now();
-        let patience = match self.promise.on_stale {
-            OnStale::Primary => Duration::ZERO,
-            OnStale::Wait | OnStale::Error => self.shared.config.consistency.catch_up_wait,
-        };
+        let patience = self.replica_patience();
         let mut wait_until = begun + patience;
         let mut queued = false;
         let mut avoid = avoid.to_vec();
@@ -149,7 +152,9 @@ impl Session {
             match hope {
                 Hope::NobodyServes => return Ok(Tried::Primary(RouteReason::NoReplica)),
                 Hope::Soon if Instant::now() < wait_until => {}
-                Hope::TooFar if queued && Instant::now() < wait_until => {}
+                // Asked for a replica, one waits also for one that is far behind.
+                Hope::TooFar
+                    if (queued || self.asked_for.route == Route::Replica) && Instant::now() < wait_until => {}
                 Hope::TooFar | Hope::Soon => {
                     if waited {
                         shared.metrics.waited(WaitFor::Mark, begun.elapsed());
@@ -167,15 +172,44 @@ impl Session {
         }
     }
 
+    /// How long a read waits for a replica.
+    fn replica_patience(&self) -> Duration {
+        let consistency = &self.shared.config.consistency;
+        match (self.asked_for.route, self.asked_for.on_stale) {
+            (Route::Replica, _) => consistency.catch_up_wait.max(consistency.primary_read_wait),
+            (_, OnStale::Primary) => Duration::ZERO,
+            (_, OnStale::Wait | OnStale::Error) => consistency.catch_up_wait,
+        }
+    }
+
+    /// Where a read would go now, were `routing.shadow` off; that it might wait for a replica is not tried.
+    fn would_be(&mut self) -> RouteReason {
+        let patience = self.replica_patience();
+        let (candidates, hope) = self.candidates(&[], patience);
+        match hope {
+            _ if !candidates.is_empty() => RouteReason::Read,
+            Hope::NobodyServes => RouteReason::NoReplica,
+            Hope::Soon | Hope::TooFar => {
+                self.want_samples(&[]);
+                RouteReason::Behind
+            }
+        }
+    }
+
     /// No replica is fresh enough in time: the read goes to the primary, or fails, or (`None`) waits once more
     /// because the primary has its share of such reads already.
     fn stale(&self, wait_until: &mut Instant, queued: &mut bool) -> Option<Tried> {
         let consistency = &self.shared.config.consistency;
-        if self.promise.on_stale == OnStale::Error {
+        if self.asked_for.on_stale == OnStale::Error {
             let report = ErrorReport::error("HW002", "no replica is fresh enough for this read")
                 .detail(format!(
-                    "Waited {:?} (consistency.catch_up_wait); the read was not run.",
-                    consistency.catch_up_wait
+                    "Waited {:?} ({}); the read was not run.",
+                    self.replica_patience(),
+                    if self.asked_for.route == Route::Replica {
+                        "consistency.primary_read_wait, as highwater.route is replica"
+                    } else {
+                        "consistency.catch_up_wait"
+                    }
                 ))
                 .hint("consistency.on_stale says that such a read fails instead of going to the primary.");
             return Some(Tried::Failed(report));
@@ -213,11 +247,11 @@ impl Session {
     /// Whether a replica may serve this session now, by its level.
     fn verdict(&self, topology: &Topology, node: NodeId) -> ReplicaVerdict {
         let samples = &*self.shared.positions;
-        if self.promise.level == Level::Eventual && self.promise.max_lag.is_none() {
+        if self.asked_for.level == Level::Eventual && self.asked_for.max_lag.is_none() {
             // Any replica in service. The sample that is named is of no consequence: nothing is noted.
             return ReplicaVerdict::Serves { sample: u64::MAX, incarnation: Incarnation::default() };
         }
-        let verdict = if self.promise.level == Level::Eventual {
+        let verdict = if self.asked_for.level == Level::Eventual {
             mark::known(samples, topology, node)
         } else {
             self.mark.replica(samples, topology, node)
@@ -226,7 +260,7 @@ impl Session {
         if self.freshness.is_some_and(|freshness| !freshness.replica(samples, node)) {
             return ReplicaVerdict::Behind;
         }
-        if self.promise.max_lag.is_some_and(|limit| !self.keeps(limit, topology, node)) {
+        if self.asked_for.max_lag.is_some_and(|limit| !self.keeps(limit, topology, node)) {
             return ReplicaVerdict::Behind;
         }
         verdict
@@ -319,7 +353,7 @@ impl Session {
     fn want_samples(&self, avoid: &[NodeId]) {
         let topology = self.shared.topology.load();
         self.want_own_samples();
-        if self.promise.max_lag.is_some()
+        if self.asked_for.max_lag.is_some()
             && let Some(primary) = topology.primary
         {
             self.shared.positions.node(primary).want();
@@ -469,7 +503,7 @@ impl Session {
     /// Whether the primary may serve this session now, by its level.
     fn primary_verdict(&mut self, topology: &Topology) -> PrimaryVerdict {
         let samples = &*self.shared.positions;
-        if self.freshness.is_none() && self.promise.level == Level::Strong {
+        if self.freshness.is_none() && self.asked_for.level == Level::Strong {
             // There was no primary when the statement arrived.
             self.freshness = Freshness::of_now(samples, topology);
         }
