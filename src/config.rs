@@ -85,6 +85,8 @@ pub struct NodeConfig {
     pub port: u16,
     /// Its share of the reads as a replica.
     pub weight: u32,
+    /// Whether it serves reads though it is told to apply what it receives late.
+    pub delayed_ok: bool,
 }
 
 /// The proxy's own login.
@@ -455,7 +457,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "drain_timeout",
         ],
     ),
-    ("nodes[]", &["name", "host", "port", "weight"]),
+    ("nodes[]", &["name", "host", "port", "weight", "delayed_ok"]),
     ("control", &["user", "password", "password_env", "password_file", "database"]),
     ("auth", &["source", "users", "admins", "query", "login_timeout"]),
     ("auth.users[]", &["name", "password", "password_env", "password_file"]),
@@ -1257,6 +1259,7 @@ impl Reader<'_> {
             let host = self.needed(&section, "host").unwrap_or_default();
             let port = self.number(&section, "port", 1..=65_535, 5432) as u16;
             let weight = self.number(&section, "weight", 0..=1000, 1) as u32;
+            let delayed_ok = self.flag(&section, "delayed_ok", false);
             if !name.is_empty() && nodes.iter().any(|n| n.name == name) {
                 let at = section.get("name").map_or(section.trail.clone(), |(_, t)| t);
                 self.wrong(&at, format!("another node is already named `{name}`"));
@@ -1274,7 +1277,7 @@ impl Reader<'_> {
                     section.get("port").or(section.get("host")).map_or(section.trail.clone(), |(_, t)| t);
                 self.wrong(&at, message);
             }
-            nodes.push(NodeConfig { name, host, port, weight });
+            nodes.push(NodeConfig { name, host, port, weight, delayed_ok });
         }
         nodes
     }

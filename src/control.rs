@@ -128,7 +128,12 @@ pub fn start(
             failure_threshold: failover.failure_threshold,
             eject_time: failover.eject_time,
         },
-        facts: (0..count).map(|_| NodeFacts::default()).collect(),
+        facts: config
+            .nodes
+            .iter()
+            .take(count)
+            .map(|node| NodeFacts { delayed_ok: node.delayed_ok, ..NodeFacts::default() })
+            .collect(),
         tick: failover.check_interval,
         nodes,
         topology,
@@ -295,6 +300,8 @@ pub struct NodeFacts {
     pub replay: Option<Lsn>,
     /// How far behind that is.
     pub lag: Option<ReplayLag>,
+    /// Whether it may serve with a `recovery_min_apply_delay`.
+    pub delayed_ok: bool,
 }
 
 impl NodeFacts {
@@ -480,6 +487,10 @@ fn view(
         replay_lag_bytes: lag.map(|l| l.bytes),
         replay_lag: lag.map(|l| l.time.duration()),
         server_major: seen.map(|s| s.answer.server_major),
+        recovery: seen.and_then(|s| match s.answer.role {
+            ProbedRole::Replica { recovery, .. } => Some(recovery),
+            ProbedRole::Primary { .. } => None,
+        }),
     })
 }
 
@@ -511,11 +522,14 @@ fn replica_exclusion(
     if next.system_identifier.is_some_and(|cluster| cluster != seen.answer.system_identifier) {
         return Some(Exclusion::ForeignCluster);
     }
-    let ProbedRole::Replica { walreceiver, .. } = &seen.answer.role else {
+    let ProbedRole::Replica { walreceiver, recovery, .. } = &seen.answer.role else {
         return Some(if choice == Choice::Waits { Exclusion::NoPrimary } else { Exclusion::SecondPrimary });
     };
     if next.timeline.is_none() {
         return Some(Exclusion::NoPrimary);
+    }
+    if !recovery.apply_delay.is_zero() && !known.delayed_ok {
+        return Some(Exclusion::Delayed);
     }
     if let Some(cause) = known.health.ejected(now) {
         return Some(Exclusion::Ejected(cause.to_owned()));
@@ -680,6 +694,7 @@ impl Event {
 mod tests {
     use super::*;
     use crate::node::{ProbeAnswer, ReplicaSample};
+    use crate::topology::Recovery;
     use crate::wal::TimelineHistory;
     use proptest::prelude::*;
 
@@ -697,6 +712,7 @@ mod tests {
             replay_lag_bytes: None,
             replay_lag: None,
             server_major: None,
+            recovery: None,
         };
         Topology {
             epoch: Epoch(0),
@@ -719,7 +735,7 @@ mod tests {
             history: history.map(|text| TimelineHistory::parse(text).unwrap()),
             start: None,
         };
-        NodeFacts { health, seen: Some(seen), replay: None, lag: None }
+        NodeFacts { health, seen: Some(seen), replay: None, lag: None, delayed_ok: false }
     }
 
     fn writer(now: Instant, timeline: u32, history: Option<&str>) -> NodeFacts {
@@ -741,7 +757,7 @@ mod tests {
             newest_history: None,
         };
         let walreceiver = walreceiver.map(str::to_owned);
-        let role = ProbedRole::Replica { positions, walreceiver, apply_delay: Duration::ZERO };
+        let role = ProbedRole::Replica { positions, walreceiver, recovery: Recovery::default() };
         let mut facts = answering(now, timeline, None, role);
         facts.lag = lag.map(|s| ReplayLag { bytes: 100, time: LagTime::AtMost(Duration::from_secs(s)) });
         facts
@@ -929,6 +945,12 @@ mod tests {
         let now = Instant::now();
         let mut beyond = streaming(now, 1);
         beyond.lag = Some(ReplayLag { bytes: 1, time: LagTime::MoreThan(Duration::ZERO) });
+        let mut delayed = streaming(now, 1);
+        if let Some(Seen { answer: ProbeAnswer { role: ProbedRole::Replica { recovery, .. }, .. }, .. }) =
+            &mut delayed.seen
+        {
+            recovery.apply_delay = Duration::from_secs(1);
+        }
         let mut flapped = fail(streaming(now, 1), NodeFailure::Refused, now);
         flapped.health.answered(HEALTH, now);
         for (facts, first, serving) in [
@@ -941,6 +963,8 @@ mod tests {
             (replica(now, Some(1), Some("streaming"), None), "lag_unknown", "lag_unknown"),
             (beyond, "lag_unknown", "lag_unknown"),
             (flapped, "ejected", "ejected"),
+            (delayed.clone(), "delayed", "delayed"),
+            (NodeFacts { delayed_ok: true, ..delayed }, "replica", "replica"),
             (fail(streaming(now, 1), NodeFailure::Refused, now), "unreachable", "unreachable"),
             (fail(streaming(now, 1), NodeFailure::Starting, now), "starting", "starting"),
             (fail(streaming(now, 1), NodeFailure::Timeout, now), "replica", "replica"),

@@ -450,8 +450,20 @@ fn topology_metrics(now: &Registry, topology: &Topology) {
     let role = gauges("highwater_node_role", "1 at the role the node has.", &["node", "role"]);
     let bytes = gauges("highwater_replica_replay_lag_bytes", "WAL not yet replayed.", &["node"]);
     let seconds = gauges("highwater_replica_replay_lag_seconds", "Age of what is replayed.", &["node"]);
+    let paused = gauges("highwater_replica_replay_paused", "1: replay is paused.", &["node"]);
+    let delay = gauges("highwater_replica_apply_delay_seconds", "recovery_min_apply_delay.", &["node"]);
+    let conflicts = gauges(
+        "highwater_replica_conflicts",
+        "Queries that replay has cancelled, as the node counts them.",
+        &["node"],
+    );
     for node in &topology.nodes {
         let name: &str = &node.name;
+        if let Some(recovery) = node.recovery {
+            paused.with_label_values(&[name]).set(f64::from(u8::from(recovery.paused)));
+            delay.with_label_values(&[name]).set(recovery.apply_delay.as_secs_f64());
+            conflicts.with_label_values(&[name]).set(recovery.conflicts as f64);
+        }
         up.with_label_values(&[name]).set(f64::from(u8::from(is_up(&node.standing))));
         let now_is = role_label(&node.standing);
         for word in ["primary", "replica", "excluded"] {
@@ -528,6 +540,7 @@ pub(crate) mod tests {
             standing,
             timeline: Some(TimelineId(3)),
             server_major: Some(15),
+            recovery: None,
         };
         Topology {
             epoch: Epoch(2),

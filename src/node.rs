@@ -22,7 +22,7 @@ use tokio_postgres::{Client, Row, Statement};
 
 use crate::config::{Config, FunctionOverrides};
 use crate::net::NodeTls;
-use crate::topology::NodeId;
+use crate::topology::{NodeId, Recovery};
 use crate::wal::{Lsn, TimelineHistory, TimelineId, round_down_page_header};
 
 /// Connections at most per (node, database) of the shared pools.
@@ -192,8 +192,8 @@ pub enum ProbedRole {
         positions: ReplicaSample,
         /// The walreceiver's status (`streaming`, `waiting`, ...); `None`: none runs.
         walreceiver: Option<String>,
-        /// Its `recovery_min_apply_delay`.
-        apply_delay: Duration,
+        /// What holds its replay up.
+        recovery: Recovery,
     },
 }
 
@@ -237,7 +237,10 @@ SELECT (SELECT system_identifier FROM pg_control_system()), \
          THEN (SELECT coalesce(max(left(name, 8)), '00000001') FROM pg_ls_waldir() \
                WHERE name ~ '^[0-9A-F]{8}[.]history$') END, \
     (SELECT status FROM pg_stat_get_wal_receiver()), \
-    (extract(epoch FROM current_setting('recovery_min_apply_delay')::interval) * 1000)::bigint::text] \
+    (extract(epoch FROM current_setting('recovery_min_apply_delay')::interval) * 1000)::bigint::text, \
+    pg_is_wal_replay_paused()::text, \
+    (SELECT sum(confl_tablespace + confl_lock + confl_snapshot + confl_bufferpin + confl_deadlock)::text \
+     FROM pg_stat_database_conflicts)] \
   ELSE ARRAY['primary', pg_current_wal_insert_lsn()::text, \
     left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)] END";
 
@@ -749,7 +752,11 @@ fn read_probe(row: &Row, (block, segment): (u64, u64)) -> Option<ProbeAnswer> {
         "replica" => ProbedRole::Replica {
             positions: replica_positions(&fields),
             walreceiver: fields.get(6).cloned().flatten(),
-            apply_delay: Duration::from_millis(field(&fields, 7).unwrap_or(0)),
+            recovery: Recovery {
+                apply_delay: Duration::from_millis(field(&fields, 7).unwrap_or(0)),
+                paused: field(&fields, 8).unwrap_or(false),
+                conflicts: field(&fields, 9).unwrap_or(0),
+            },
         },
         "primary" => ProbedRole::Primary {
             insert: round_down_page_header(field(&fields, 1)?, block, segment),

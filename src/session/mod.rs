@@ -1232,6 +1232,12 @@ impl Session {
         let note = self.shared.positions.note(node, epoch);
         match self.role {
             Role::Primary => self.mark.primary_showed(note),
+            // An epoch that was followed since the replica was chosen has left a note on the primary.
+            Role::Replica | Role::Standby if self.mark.awaits().is_some_and(|other| other != node) => {
+                let topology = self.shared.topology.load_full();
+                let positions = &*self.shared.positions;
+                self.mark.replica_showed_one(note, self.incarnation, positions, &topology);
+            }
             Role::Replica | Role::Standby => self.mark.replica_showed(note, self.incarnation),
         }
     }

@@ -579,7 +579,11 @@ fn config_text(cluster: &Cluster, port: u16, http: u16, options: &ProxyOptions<'
         .iter()
         .zip(&cluster.links)
         .map(|(node, link)| {
-            format!("  - {{ name: {}, host: 127.0.0.1, port: {} }}\n", node.name(), link.port())
+            format!(
+                "  - {{ name: {}, host: 127.0.0.1, port: {}, delayed_ok: true }}\n",
+                node.name(),
+                link.port()
+            )
         })
         .collect();
     let base = format!(

@@ -276,6 +276,7 @@ fn topology() -> Topology {
         replay_lag_bytes: None,
         replay_lag: None,
         server_major: Some(15),
+        recovery: None,
     };
     Topology {
         epoch: Epoch(1),
