@@ -1447,3 +1447,18 @@ fn reasons(shown: clean::Shown, now: PinSet) -> PinSet {
 fn canceled() -> ErrorReport {
     ErrorReport::error("57014", "canceling statement due to user request")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size_of_future<A, B, C, F>(_: impl Fn(A, B, C) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn a_session_takes_little_room() {
+        let (session, future) = (size_of::<Session>(), size_of_future(Session::run));
+        assert!(session <= 1536 && future <= 2048, "a session takes {session} bytes, its future {future}");
+    }
+}
