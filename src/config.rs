@@ -319,8 +319,19 @@ pub struct ConsistencyConfig {
 pub struct RoutingConfig {
     /// `false`: everything runs on the primary.
     pub split: bool,
+    /// Where explicit transactions run.
+    pub transactions: Transactions,
     /// What the operator knows of functions.
     pub functions: FunctionOverrides,
+}
+
+/// Where explicit transactions run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transactions {
+    /// On the primary, whole.
+    Primary,
+    /// At READ COMMITTED on replicas, until the first statement that is not a read.
+    Split,
 }
 
 /// What the operator says of functions, as `schema.name` or `name`.
@@ -1493,7 +1504,8 @@ impl Reader<'_> {
 
     fn routing(&mut self, top: &Section<'_>) -> RoutingConfig {
         let section = self.child(top, "routing");
-        self.choice(&section, "transactions", &[("primary", ())], &["split"], ());
+        let words = [("primary", Transactions::Primary), ("split", Transactions::Split)];
+        let transactions = self.choice(&section, "transactions", &words, &[], Transactions::Primary);
         let functions = match section.get("functions") {
             Some((tree, trail)) => self.section("routing.functions", tree, trail),
             None => Section { trail: section.trail.clone(), entries: &[] },
@@ -1506,7 +1518,7 @@ impl Reader<'_> {
             let message = format!("{both} is safe and belongs on the primary");
             self.found.push((section.trail.clone(), message));
         }
-        RoutingConfig { split: self.flag(&section, "split", true), functions }
+        RoutingConfig { split: self.flag(&section, "split", true), transactions, functions }
     }
 
     /// A list of texts.
@@ -1669,7 +1681,7 @@ mod tests {
             "consistency: { rules: [ { user: a, max_lag: 5 } ] }",
             "f.yaml:3:45: consistency.rules[0].max_lag: expected a time or a size",
         );
-        check("routing: { transactions: split }", "f.yaml:3:26: routing.transactions: `split` is not");
+        check("routing: { transactions: both }", "f.yaml:3:26: routing.transactions: expected one of");
         check("failover: { mode: auto }", "f.yaml:3:19: failover.mode: `auto` is not available");
         check("failover: { durability: quorum }", "f.yaml:3:25: failover.durability: `quorum` is not");
         check("consistency: { sample_gap: 1s }", "f.yaml:3:28: consistency.sample_gap: sample_gap may not");
