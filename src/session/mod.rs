@@ -21,6 +21,7 @@ pub mod replication;
 pub mod settings;
 pub mod shared_mark;
 pub mod timeouts;
+mod transaction;
 mod translate;
 
 use std::future::poll_fn;
@@ -42,6 +43,7 @@ use self::promise::{OwnState, PrimaryReads, take_own};
 use self::settings::{AtReady, Settings};
 use self::shared_mark::{GlobalMark, NamedMarks, SharedMark};
 use self::timeouts::{Overdue, Timeouts};
+use self::transaction::Lazy;
 use crate::backend::pool::{Lease, Pools, UserPools, Welcome};
 use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
 use crate::catalogs::{Catalogs, DatabaseCatalog};
@@ -248,6 +250,10 @@ pub struct Session {
     keeps_backend: bool,
     timeouts: Timeouts,
     status: TransactionStatus,
+    /// `routing.transactions: split` holds for it.
+    splits: bool,
+    /// Its transaction, while no node knows of that.
+    lazy: Option<Lazy>,
     mark: Mark,
     /// What it is promised.
     promise: Promise,
@@ -337,6 +343,8 @@ impl Session {
             keeps_backend: mode == PoolMode::Session && !arrival.read_only,
             timeouts: Timeouts::new(shared.config.timeouts),
             status: TransactionStatus::Idle,
+            splits: false,
+            lazy: None,
             mark: Mark::new(&*shared.positions, &topology),
             promise: own_state.promise(),
             own: own_state,
@@ -391,13 +399,16 @@ impl Session {
                 let mut lease = self.lease_for_login().await?;
                 let idle_session_timeout =
                     clean::idle_session_timeout(&mut lease).await.map_err(|_| broken())?;
-                let welcome = Welcome { parameters: lease.login_parameters.clone(), idle_session_timeout };
+                let isolation = clean::default_isolation(&mut lease).await.map_err(|_| broken())?;
+                let parameters = lease.login_parameters.clone();
+                let welcome = Welcome { parameters, idle_session_timeout, isolation };
                 self.pools.remember_welcome(&lease, &welcome);
                 lease.give_back();
                 welcome
             }
         };
         self.timeouts.also_idle_session(welcome.idle_session_timeout);
+        self.splits = self.splits_transactions(&welcome.isolation);
         let mut parameters = welcome.parameters;
         if let Some(name) = application_name {
             Arc::make_mut(&mut parameters).insert(b"application_name".to_vec(), name.as_bytes().to_vec());
@@ -729,7 +740,9 @@ impl Session {
 
     /// The unit starts on a backend that was found for it.
     fn begin_on(&mut self, placed: Placed, demand: &Demand) {
-        self.unit = Unit::new(demand.is_read(), demand.vetted());
+        // In a transaction nothing runs twice on its one node.
+        let opens = self.lazy.is_some() && placed.role == Role::Primary;
+        self.unit = if opens { Unit::new(false, 0) } else { Unit::new(demand.is_read(), demand.vetted()) };
         self.unit.before = self.status;
         self.count_demand(demand);
         self.output_before = self.client.output.len();
@@ -746,6 +759,11 @@ impl Session {
         }
         self.give_own(&mut lease);
         self.forget_sequences(&mut lease);
+        if opens {
+            let mut unit = std::mem::replace(&mut self.unit, Unit::none());
+            self.open_transaction(&mut unit, &mut lease);
+            self.unit = unit;
+        }
         self.lease = Some(lease);
         if !demand.is_read() {
             self.may_notify();
@@ -1026,7 +1044,7 @@ impl Session {
             lease.dirt = lease.dirt.max(Dirt::State);
             self.pin_now(PinReason::SessionPooling);
         }
-        if self.status != TransactionStatus::Idle {
+        if self.status != TransactionStatus::Idle && self.lazy.is_none() {
             return Ok(());
         }
         self.portals.clear();
@@ -1185,7 +1203,7 @@ impl Session {
     fn note(&mut self) {
         let Some(lease) = &self.lease else { return };
         let (node, epoch, writes) = (lease.node, lease.epoch, self.unit.writes);
-        if !writes && !self.promise.level.notes_reads() {
+        if !writes && !self.level().notes_reads() {
             return;
         }
         if self.mark.epoch() < epoch {
@@ -1217,6 +1235,9 @@ impl Session {
     fn refuse_unit(&mut self, message: &[u8]) -> Result<(), End> {
         self.unit = Unit::none();
         self.client.output.put_slice(message);
+        if self.lazy.is_some() {
+            self.status = TransactionStatus::Failed;
+        }
         let Ok(Some(header)) = wire::header(&self.client.input) else { return Ok(()) };
         if matches!(header.tag, b'Q' | b'F') {
             self.drop_message(header.len);
@@ -1235,7 +1256,7 @@ impl Session {
             end => return Err(end),
         };
         let node_name = &self.shared.config.nodes[node.index()].name;
-        let in_transaction = self.status != TransactionStatus::Idle;
+        let in_transaction = self.status != TransactionStatus::Idle && !self.is_apart();
         let between_units = self.unit.is_over();
         if !between_units && self.unit.writes {
             self.shared.metrics.unknown_outcomes.inc();
@@ -1268,6 +1289,9 @@ impl Session {
         self.settings.forget_pending();
         self.portals.clear();
         self.unit = Unit::none();
+        if self.lazy.is_some() {
+            self.status = TransactionStatus::Failed;
+        }
         self.put_ready();
         Ok(())
     }
@@ -1376,7 +1400,8 @@ impl Session {
         if let Some(shared) = &self.shared_mark {
             self.mark = shared.bring_forward(&*self.shared.positions, topology);
         }
-        if let Some(freshness) = &mut self.freshness {
+        let of_transaction = self.lazy.as_mut().map(|lazy| &mut lazy.freshness);
+        for freshness in self.freshness.iter_mut().chain(of_transaction) {
             freshness.absorb(&*self.shared.positions, topology);
         }
     }
