@@ -759,6 +759,7 @@ impl Exchange<'_> {
                 return Err(End::NodeLost { node });
             }
             self.backend.input.advance(len);
+            self.session.has_queried(self.unit);
             if self.unit.failed {
                 self.session.status = TransactionStatus::Failed;
             }

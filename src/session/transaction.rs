@@ -35,6 +35,8 @@ pub(super) struct Lazy {
     begin: Box<[u8]>,
     /// What its reads must be shown.
     pub(super) freshness: Freshness,
+    /// It has had a query: the server then refuses another isolation level.
+    queried: bool,
 }
 
 /// A message that is longer is no transaction command.
@@ -175,7 +177,7 @@ impl Session {
         drop(topology);
         self.timeouts.unit_runs(self.status);
         self.status = TransactionStatus::InTransaction;
-        self.lazy = Some(Lazy { begin: text, freshness });
+        self.lazy = Some(Lazy { begin: text, freshness, queried: false });
         self.shared.metrics.split_transactions.inc();
         true
     }
@@ -294,7 +296,8 @@ impl Session {
         parsed: Option<&(Vec<u8>, Arc<Statement>)>,
     ) -> Option<(TransactionCommand, Box<[u8]>)> {
         let (portal, name, names) = messages::bind_names(body)?;
-        (portal.is_empty() && messages::binds_nothing(&body[names..])).then(|| self.command_of(name, parsed))?
+        (portal.is_empty() && messages::binds_nothing(&body[names..]))
+            .then(|| self.command_of(name, parsed))?
     }
 
     /// What a unit of a transaction without a backend asks for: a read stays a read if it may run apart.
@@ -379,9 +382,18 @@ impl Session {
     /// The transaction moves to the backend that was found on the primary.
     pub(super) fn open_transaction(&self, unit: &mut Unit, backend: &mut Backend) {
         let Some(lazy) = &self.lazy else { return };
-        unit.put_ahead(backend, &lazy.begin, Purpose::Begin);
+        // Behind a new line: there may be a comment.
+        let queried: &[u8] = if lazy.queried { b"\n;SELECT" } else { b"" };
+        unit.put_ahead(backend, &[&lazy.begin, queried].concat(), Purpose::Begin);
         if self.status == TransactionStatus::Failed {
             unit.put_ahead(backend, FAIL, Purpose::Fail);
+        }
+    }
+
+    /// A read of it has run apart. Nothing but empty queries: they count for none.
+    pub(super) fn has_queried(&mut self, unit: &Unit) {
+        if let Some(lazy) = &mut self.lazy {
+            lazy.queried |= unit.commands > 0 || unit.completed == 0;
         }
     }
 

@@ -22,6 +22,7 @@ mod replication;
 mod routing;
 mod settings;
 mod sizes;
+mod split;
 mod startup;
 mod tools;
 mod traps;
