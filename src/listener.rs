@@ -335,28 +335,34 @@ impl Door {
     /// is told.
     fn admit(&self, startup: &Startup, read_only: bool) -> Result<(), Refusal> {
         if self.drain.is_draining() {
-            return Err(("draining", ErrorReport::fatal("57P03", "the database system is shutting down")));
+            return Err((
+                "draining",
+                Box::new(ErrorReport::fatal("57P03", "the database system is shutting down")),
+            ));
         }
         let config = &self.shared.config;
         let clients = self.drain.clients();
         if clients > config.max_clients {
-            return Err(("too_many", ErrorReport::fatal("53300", "sorry, too many clients already")));
+            return Err((
+                "too_many",
+                Box::new(ErrorReport::fatal("53300", "sorry, too many clients already")),
+            ));
         }
         // It only says who it is. Should it be a lie, it has the place until its login fails.
         let reserved = config.max_clients - config.reserved_clients;
         if clients > reserved && !config.auth.admins.contains(&startup.user) {
             let words = "remaining connection slots are reserved for roles in auth.admins";
-            return Err(("reserved", ErrorReport::fatal("53300", words)));
+            return Err(("reserved", Box::new(ErrorReport::fatal("53300", words))));
         }
         if read_only && self.shared.topology.load().serving_replicas().next().is_none() {
             // Before the login: only then does libpq try the next of several addresses.
-            return Err(("no_replica", ErrorReport::fatal("57P03", "no replica is in service")));
+            return Err(("no_replica", Box::new(ErrorReport::fatal("57P03", "no replica is in service"))));
         }
         if startup.replication.is_some() && read_only {
             let words = "replication connections are served by the primary only";
             let report =
                 ErrorReport::fatal("0A000", words).hint("Connect to the port for reading and writing.");
-            return Err(("replication", report));
+            return Err(("replication", Box::new(report)));
         }
         Ok(())
     }
@@ -366,7 +372,7 @@ impl Door {
         let (user, database) = (&startup.user, &startup.database);
         let limits = limits_of(&self.shared.config, user, database, startup.replication.is_some());
         let report = |words| ErrorReport::fatal("53300", words);
-        self.census.enter(&limits).map_err(|full| match full {
+        let refused = |full| match full {
             Counted::User(_) => {
                 ("too_many_of_user", report(format!("too many connections for role \"{user}\"")))
             }
@@ -378,6 +384,10 @@ impl Door {
                 let words = format!("number of requested replication connections exceeds {most}");
                 ("replication", report(words).hint("Raise replication.max_connections."))
             }
+        };
+        self.census.enter(&limits).map_err(|full| {
+            let (why, report) = refused(full);
+            (why, Box::new(report))
         })
     }
 
@@ -397,7 +407,7 @@ impl Door {
 }
 
 /// The metric's label of a refusal, and what the client is told.
-type Refusal = (&'static str, ErrorReport);
+type Refusal = (&'static str, Box<ErrorReport>);
 
 /// The startup parameter by which sessions of the read-only port are what they say they are: on their own
 /// backends, even should a replica be promoted under one of them.

@@ -359,6 +359,13 @@ pub fn deallocate_target(text: &[u8]) -> Option<Vec<u8>> {
     }
 }
 
+/// Whether a statement's rows are those of another (EXECUTE, FETCH): what that is may change without the statement's
+/// being out of date.
+pub fn shows_rows_of_another(text: &[u8]) -> bool {
+    let mut lexer = Lexer::new(text);
+    lexer.next_token() == Token::Word && matches!(lexer.name(), b"execute" | b"fetch")
+}
+
 /// Whether a text is one statement that does not end a transaction, so that in an aborted one it fails
 /// whatever it is. What is not understood is not.
 pub fn stays_in_transaction(text: &[u8]) -> bool {

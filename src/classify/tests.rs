@@ -27,14 +27,16 @@ fn catalog() -> Catalog {
             server_major: 15,
             attributes: vec!["nextval".into()],
             setters: vec!["set_tenant".into()],
-            functions: vec![FunctionRow {
-                oid: 20_001,
-                name: "fx".into(),
-                language: "c".into(),
-                kind: "f".into(),
-                one_argument: true,
-                ..FunctionRow::default()
-            }],
+            functions: [(20_001, "fx"), (20_003, "set_tenant")]
+                .map(|(oid, name)| FunctionRow {
+                    oid,
+                    name: name.into(),
+                    language: "c".into(),
+                    kind: "f".into(),
+                    one_argument: true,
+                    ..FunctionRow::default()
+                })
+                .into(),
             types: vec![TypeRow { oid: 20_002, name: "ct".into() }],
             marks: vec![
                 (Object::Relation(1), Mark::Elsewhere),

@@ -17,7 +17,7 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 
 use super::messages::Parse;
 use crate::backend::{Shape, SharedName};
-use crate::classify::{SqlPrepare, StatementClass};
+use crate::classify::{self, SqlPrepare, StatementClass};
 
 /// A prepared statement of a client.
 #[derive(Debug)]
@@ -70,7 +70,8 @@ impl Statement {
 
     /// It was prepared anew and has this shape.
     pub fn compare_shape(&self, anew: Shape) -> bool {
-        let same = self.shape().is_none_or(|shape| shape == anew);
+        let same =
+            self.shape().is_none_or(|shape| shape == anew) || classify::shows_rows_of_another(self.text());
         if !same {
             self.changed.store(true, Ordering::Relaxed);
         }

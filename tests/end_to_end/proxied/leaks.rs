@@ -60,6 +60,8 @@ const OBJECTS: &str = "
 struct Side {
     client: RawClient,
     parameters: BTreeMap<String, String>,
+    /// Outside a transaction.
+    idle: bool,
 }
 
 impl Side {
@@ -67,7 +69,7 @@ impl Side {
         let mut client = RawClient::connect(port).await;
         client.login("app", login).await.expect("a login");
         let parameters = client.parameters.clone();
-        Side { client, parameters }
+        Side { client, parameters, idle: true }
     }
 
     /// What is answered, without what differs between any two servers: object ids, process ids, and when
@@ -97,6 +99,7 @@ impl Side {
                     message.body[4..].escape_ascii()
                 )),
                 b'Z' => {
+                    self.idle = message.body == b"I";
                     said.push(format!("{message:?}"));
                     return said;
                 }
@@ -170,7 +173,6 @@ impl Twins {
              current_setting('DateStyle'), current_setting('search_path'), nullif(current_setting('app.tenant', true), ''), \
              (SELECT string_agg(relname, ',' ORDER BY relname) FROM pg_class \
                  WHERE relnamespace = pg_my_temp_schema() AND relkind IN ('r', 'v', 'S')), \
-             (SELECT string_agg(name, ',' ORDER BY name) FROM pg_prepared_statements WHERE from_sql), \
              (SELECT string_agg(objid || mode, ',' ORDER BY objid, mode) FROM pg_locks \
                  WHERE locktype = 'advisory' AND objid BETWEEN {low} AND {high}), \
              (SELECT string_agg(c, ',' ORDER BY c) FROM pg_listening_channels() c), \
@@ -179,6 +181,11 @@ impl Twins {
             self.number
         );
         self.both("(reads all back)", &query(&sql)).await;
+        // Which server process has the statements that SQL has prepared is the proxy's affair (and so what
+        // pg_prepared_statements shows); that they are there, and the session's own, is not.
+        if self.proxied.idle {
+            self.both("EXECUTE p", &query("EXECUTE p")).await;
+        }
     }
 
     /// Looks at a part of it, by statements that leave nothing in doubt.
