@@ -636,7 +636,7 @@ pub struct Welcome {
     pub parameters: Arc<super::Parameters>,
     /// The server's `idle_session_timeout` for this role and database; zero: none.
     pub idle_session_timeout: Duration,
-    /// Its `default_transaction_isolation`.
+    /// Its `default_transaction_isolation`; empty if nobody needs to know.
     pub isolation: Arc<[u8]>,
 }
 

@@ -49,7 +49,7 @@ use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_d
 use crate::catalogs::{Catalogs, DatabaseCatalog};
 use crate::classify::setting::{self, Change};
 use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
-use crate::config::{Config, PoolMode};
+use crate::config::{Config, PoolMode, Transactions};
 use crate::consistency::Promise;
 use crate::metrics::Metrics;
 use crate::net::Stream;
@@ -399,7 +399,12 @@ impl Session {
                 let mut lease = self.lease_for_login().await?;
                 let idle_session_timeout =
                     clean::idle_session_timeout(&mut lease).await.map_err(|_| broken())?;
-                let isolation = clean::default_isolation(&mut lease).await.map_err(|_| broken())?;
+                let isolation = match self.shared.config.routing.transactions {
+                    Transactions::Primary => Arc::default(),
+                    Transactions::Split => {
+                        clean::default_isolation(&mut lease).await.map_err(|_| broken())?
+                    }
+                };
                 let parameters = lease.login_parameters.clone();
                 let welcome = Welcome { parameters, idle_session_timeout, isolation };
                 self.pools.remember_welcome(&lease, &welcome);

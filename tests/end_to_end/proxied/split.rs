@@ -121,6 +121,7 @@ async fn what_binds_a_transaction_together_runs_on_the_primary() {
             "CREATE VIEW recent AS SELECT n FROM t WHERE now() > '2000-01-01'; \
              CREATE VIEW hidden AS SELECT n FROM recent; \
              CREATE VIEW keyword AS SELECT n FROM t WHERE current_date > '2000-01-01'; \
+             CREATE VIEW text_of_time AS SELECT n FROM t WHERE 'now'::text::timestamptz > '2000-01-01'; \
              CREATE VIEW plain AS SELECT n FROM t WHERE current_user <> ''; \
              CREATE FUNCTION born() RETURNS timestamptz STABLE LANGUAGE sql AS 'SELECT now()'; \
              CREATE FUNCTION older() RETURNS timestamptz STABLE LANGUAGE plpgsql AS 'BEGIN RETURN born(); END'; \
@@ -131,7 +132,7 @@ async fn what_binds_a_transaction_together_runs_on_the_primary() {
     let mut client = proxy.raw_login().await;
     let asking = proxy.connect().await;
     eventually("the functions are known", async || {
-        let sql = "SELECT doubled(1) /* known */, born(), older() FROM hidden, keyword, plain";
+        let sql = "SELECT doubled(1) /* known */, born(), older() FROM hidden, keyword, plain, text_of_time";
         asking.simple_query(sql).await.unwrap();
         cluster.ran("/* known */")[1] > 0
     })
@@ -152,6 +153,7 @@ async fn what_binds_a_transaction_together_runs_on_the_primary() {
         ("BEGIN", "SELECT n FROM recent", false),
         ("BEGIN", "SELECT n FROM hidden", false),
         ("BEGIN", "SELECT n FROM keyword", false),
+        ("BEGIN", "SELECT n FROM text_of_time", false),
         ("BEGIN", "SELECT born()", false),
         ("BEGIN", "SELECT older()", false),
         ("BEGIN", "SELECT n FROM t FOR UPDATE", false),
@@ -419,7 +421,10 @@ async fn transactions_that_do_not_overlap_lose_no_update() {
     cluster.set_up(ROWS).await;
     cluster.node(1).set_apply_delay(Duration::from_millis(20)).await.unwrap();
     // Even who takes any age for a read of its own must not lose its writes by it.
-    for (level, transactions) in [("session", 400), ("read_your_writes", 100), ("eventual", 100)] {
+    let many = std::env::var("SPLIT_TRANSACTIONS").ok().and_then(|many| many.parse().ok());
+    for (level, transactions) in
+        [("session", many.unwrap_or(400)), ("read_your_writes", 100), ("eventual", 100)]
+    {
         let proxy = start_with(&cluster, &format!("level: {level}"), "").await;
         let before = reads_on_replicas(&proxy).await;
         assert_eq!(lost_updates(&proxy, transactions).await, 0, "{level}");
