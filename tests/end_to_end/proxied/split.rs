@@ -520,6 +520,26 @@ async fn a_transaction_survives_the_loss_of_a_replica() {
 }
 
 #[tokio::test]
+async fn a_transaction_that_cannot_begin_on_the_primary_has_failed() {
+    let cluster = Cluster::start(1).await;
+    cluster.set_up(ROWS).await;
+    cluster.primary().execute("CREATE ROLE guest; GRANT guest TO app").await.unwrap();
+    let proxy = start(&cluster).await;
+    let (mut client, other) = (proxy.raw_login().await, proxy.connect().await);
+    client.ask(&query("SET ROLE guest")).await;
+    // Its backend is taken by another session, so that the next one has to be given the role, which is gone.
+    other.batch_execute("BEGIN; UPDATE t SET n = 0 WHERE id = 9").await.unwrap();
+    cluster.primary().execute("DROP ROLE guest").await.unwrap();
+    client.ask(&query("BEGIN")).await;
+    let refused = client.ask(&query("UPDATE t SET n = 1")).await;
+    assert_eq!((tags(&refused).as_str(), &*refused.last().unwrap().body), ("EZ", &b"E"[..]), "{refused:?}");
+    let ended = client.ask(&query("COMMIT")).await;
+    assert_eq!(seen(&ended), ["C:ROLLBACK\\x00", "Z:I"]);
+    other.batch_execute("ROLLBACK").await.unwrap();
+    assert_eq!(other.query_one("SELECT sum(n) FROM t", &[]).await.unwrap().get::<_, i64>(0), 0);
+}
+
+#[tokio::test]
 async fn an_idle_transaction_without_a_backend_is_ended_in_time() {
     let cluster = Cluster::start(1).await;
     cluster.set_up(ROWS).await;
