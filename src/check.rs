@@ -8,7 +8,7 @@ use std::fmt;
 
 use tokio_postgres::Client;
 
-use crate::config::{AuthSource, Config, NodeConfig};
+use crate::config::{AuthSource, Config, NodeConfig, Transactions};
 use crate::net::{ClientTls, NodeTls};
 use crate::wal::Lsn;
 
@@ -265,7 +265,11 @@ fn routing(config: &Config, nodes: &Answers) -> Vec<String> {
             None
         }
         [one] => {
-            lines.push(format!("Writes, explicit transactions and all that is unclear go to {one}."));
+            let transactions = match config.routing.transactions {
+                Transactions::Primary => "explicit transactions",
+                Transactions::Split => "explicit transactions that do more than read at READ COMMITTED",
+            };
+            lines.push(format!("Writes, {transactions} and all that is unclear go to {one}."));
             Some(*one)
         }
         several => {

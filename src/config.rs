@@ -325,6 +325,8 @@ pub struct RoutingConfig {
     pub shadow: bool,
     /// What is said for single users and databases.
     pub rules: Vec<RoutingRule>,
+    /// Where explicit transactions run.
+    pub transactions: Transactions,
     /// What the operator knows of functions.
     pub functions: FunctionOverrides,
 }
@@ -340,6 +342,15 @@ pub struct RoutingRule {
     pub split: Option<bool>,
     /// Where reads run unless the session says otherwise.
     pub route: Option<Route>,
+}
+
+/// Where explicit transactions run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transactions {
+    /// On the primary, whole.
+    Primary,
+    /// At READ COMMITTED on replicas, until the first statement that is not a read.
+    Split,
 }
 
 /// What the operator says of functions, as `schema.name` or `name`.
@@ -1552,7 +1563,8 @@ impl Reader<'_> {
 
     fn routing(&mut self, top: &Section<'_>) -> RoutingConfig {
         let section = self.child(top, "routing");
-        self.choice(&section, "transactions", &[("primary", ())], &["split"], ());
+        let words = [("primary", Transactions::Primary), ("split", Transactions::Split)];
+        let transactions = self.choice(&section, "transactions", &words, &[], Transactions::Primary);
         let functions = match section.get("functions") {
             Some((tree, trail)) => self.section("routing.functions", tree, trail),
             None => Section { trail: section.trail.clone(), entries: &[] },
@@ -1567,6 +1579,7 @@ impl Reader<'_> {
         }
         RoutingConfig {
             split: self.flag(&section, "split", true),
+            transactions,
             shadow: self.flag(&section, "shadow", false),
             rules: self.routing_rules(&section),
             functions,
@@ -1739,7 +1752,7 @@ mod tests {
             "routing: { rules: [ { user: a, route: near } ] }",
             "f.yaml:3:39: routing.rules[0].route: expected one of auto,",
         );
-        check("routing: { transactions: split }", "f.yaml:3:26: routing.transactions: `split` is not");
+        check("routing: { transactions: both }", "f.yaml:3:26: routing.transactions: expected one of");
         check("failover: { mode: auto }", "f.yaml:3:19: failover.mode: `auto` is not available");
         check("failover: { durability: quorum }", "f.yaml:3:25: failover.durability: `quorum` is not");
         check("consistency: { sample_gap: 1s }", "f.yaml:3:28: consistency.sample_gap: sample_gap may not");

@@ -147,6 +147,10 @@ pub struct Metrics {
     pub pins: ReasonCounter,
     /// Sessions bound to one backend now.
     pub pinned_sessions: IntGauge,
+    /// Transactions that began without a backend.
+    pub split_transactions: IntCounter,
+    /// Of them: those that moved to the primary.
+    pub moved_transactions: IntCounter,
     /// Backends that were given other settings for their next session.
     pub settings_replays: IntCounter,
     /// Queries of ours ahead of a unit that a node refused.
@@ -286,6 +290,16 @@ impl Metrics {
                 labels.pins,
             ),
             pinned_sessions: gauge(r, "highwater_pinned_sessions", "Sessions bound to one backend now."),
+            split_transactions: counter(
+                r,
+                "highwater_split_transactions_total",
+                "Transactions that began without a backend (routing.transactions: split).",
+            ),
+            moved_transactions: counter(
+                r,
+                "highwater_moved_transactions_total",
+                "Of these, those that moved to the primary.",
+            ),
             settings_replays: counter(
                 r,
                 "highwater_settings_replays_total",

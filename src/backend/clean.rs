@@ -218,6 +218,13 @@ pub async fn idle_session_timeout(backend: &mut Backend) -> Result<Duration, Bro
     Ok(Duration::from_millis(millis.unwrap_or(0)))
 }
 
+/// The isolation level of a transaction that asks for none.
+pub async fn default_isolation(backend: &mut Backend) -> Result<std::sync::Arc<[u8]>, Broken> {
+    let answer = ask(backend, "SELECT pg_catalog.current_setting('default_transaction_isolation')").await?;
+    let value = answer.rows.into_iter().next().and_then(|row| row.into_iter().next().flatten());
+    Ok(value.unwrap_or_default().into())
+}
+
 /// What a look at a backend gives.
 #[derive(Debug)]
 pub struct Look {

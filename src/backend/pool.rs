@@ -636,6 +636,8 @@ pub struct Welcome {
     pub parameters: Arc<super::Parameters>,
     /// The server's `idle_session_timeout` for this role and database; zero: none.
     pub idle_session_timeout: Duration,
+    /// Its `default_transaction_isolation`; empty if nobody needs to know.
+    pub isolation: Arc<[u8]>,
 }
 
 /// Startup parameter sets whose reports are remembered per database and user.

@@ -23,7 +23,7 @@ use hashbrown::{HashMap, HashSet};
 
 use super::builtin::Vocabulary;
 use super::tree::{self, Reference, Use};
-use super::{body, extension};
+use super::{body, extension, transaction};
 use crate::config::FunctionOverrides;
 
 /// The first object identifier that PostgreSQL gives to users' objects.
@@ -65,6 +65,8 @@ pub struct Flags {
     pub sets: bool,
     /// All functions of this name are harmless.
     pub proven: bool,
+    /// A relation or function that asks for the time of its transaction, or whose code may.
+    pub moment: bool,
 }
 
 /// The rows of the catalog queries, as they come.
@@ -98,6 +100,8 @@ pub struct CatalogRows {
     pub aliases: HashMap<u32, Object>,
     /// [`NAMES_SQL`]: names of relations and of their arrays' types.
     pub relations: Vec<(u32, String)>,
+    /// What asks for the time of its transaction, as [`CatalogRows::tree`] finds it.
+    pub moments: Vec<Object>,
 }
 
 /// A user's function.
@@ -204,12 +208,18 @@ impl Mark {
 impl CatalogRows {
     /// A stored expression of `owner`: what it mentions makes the owner unsafe. Needs the system's rows.
     pub fn tree(&mut self, owner: Object, tree: &str, used: Use) {
-        let CatalogRows { safe_functions, unsafe_relations, marks, edges, .. } = self;
+        let CatalogRows { safe_functions, unsafe_relations, marks, edges, moments, .. } = self;
+        if used == Use::Evaluated && tree::names_the_clock(tree) {
+            moments.push(owner);
+        }
         tree::references(tree, used, |reference| {
             let from = match reference {
                 Reference::OwnSetting => return,
                 Reference::Writes => return marks.push((owner, Mark::Code)),
                 Reference::Function(oid) if oid < FIRST_USER_OID => {
+                    if tree::MOMENTS.contains(&oid) {
+                        moments.push(owner);
+                    }
                     if !safe_functions.contains(&oid) {
                         marks.push((owner, Mark::Code));
                     }
@@ -280,11 +290,14 @@ impl CatalogRows {
         oids
     }
 
-    /// The relations that are unsafe as long as no body is proven: `$1` of [`NAMES_SQL`].
+    /// The relations that are unsafe, or ask for the time, as long as no body is proven: `$1` of [`NAMES_SQL`].
     pub fn unsafe_relations(&self) -> Vec<u32> {
+        let functions = self.functions.iter().map(|row| Object::Function(row.oid));
+        let moments: Vec<Object> = self.moments.iter().copied().chain(functions).collect();
         let mut oids: Vec<u32> = self
             .reached(&HashSet::new())
             .into_keys()
+            .chain(self.spread(&moments))
             .filter_map(|object| match object {
                 Object::Relation(oid) => Some(oid),
                 _ => None,
@@ -341,6 +354,53 @@ impl CatalogRows {
             }
         }
         reached
+    }
+
+    /// What is reached from some objects along the edges, with themselves.
+    fn spread(&self, from: &[Object]) -> HashSet<Object> {
+        let mut next: HashMap<Object, Vec<Object>> = HashMap::with_capacity(self.edges.len());
+        for (from, to) in &self.edges {
+            next.entry(self.resolved(*from)).or_default().push(self.resolved(*to));
+        }
+        let mut reached = HashSet::new();
+        let mut pending: Vec<Object> = from.iter().map(|object| self.resolved(*object)).collect();
+        while let Some(object) = pending.pop() {
+            if reached.insert(object) {
+                pending.extend(next.get(&object).into_iter().flatten());
+            }
+        }
+        reached
+    }
+
+    /// Marks the names of what asks for the time of its transaction, be it through others. A body that is not
+    /// known may.
+    fn mark_moments(&self, catalog: &mut Catalog) {
+        let unknown = |row: &&FunctionRow| {
+            row.is_named(&self.overrides.safe) || row.language == "internal" && row.kind != "a"
+        };
+        let mut found = self.moments.clone();
+        found.extend(self.functions.iter().filter(unknown).map(|row| Object::Function(row.oid)));
+        let mut texts: Vec<&FunctionRow> = self.functions.iter().filter(|row| row.has_a_text()).collect();
+        for round in 0.. {
+            let reached = self.spread(&found);
+            let functions = self.functions.iter().map(|row| (Object::Function(row.oid), &row.name));
+            let relations = self.relations.iter().map(|(oid, name)| (Object::Relation(*oid), name));
+            if let Some(facts) = &mut catalog.facts {
+                for (_, name) in functions.chain(relations).filter(|(object, _)| reached.contains(object)) {
+                    facts.names.entry(name.as_bytes().into()).or_default().moment = true;
+                }
+            }
+            let before = texts.len();
+            texts.retain(|row| {
+                let depends = round == MAX_ROUNDS
+                    || transaction::depends_on_transaction(row.source.as_bytes(), catalog);
+                found.extend(depends.then_some(Object::Function(row.oid)));
+                !depends
+            });
+            if texts.len() == before {
+                return;
+            }
+        }
     }
 
     /// The users' types to which a value of a built-in type is cast without a word.
@@ -486,6 +546,7 @@ impl Catalog {
             }
         };
         let mut catalog = Catalog { identity, facts };
+        rows.mark_moments(&mut catalog);
         if let Some(facts) = &mut catalog.facts {
             facts.names.shrink_to_fit();
         }

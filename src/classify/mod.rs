@@ -27,6 +27,7 @@ mod opinion;
 pub mod refusal;
 mod scan;
 pub mod setting;
+mod transaction;
 pub mod tree;
 
 use std::hash::Hasher;
@@ -37,6 +38,7 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 
 pub use catalog::Catalog;
 pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
+pub use transaction::{Isolation, TransactionCommand, depends_on_transaction, parameters_name_the_clock};
 
 use crate::config::LimitsConfig;
 use builtin::Vocabulary;

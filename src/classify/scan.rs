@@ -924,7 +924,7 @@ fn body_may_set(raw: &[u8], catalog: &Catalog) -> bool {
 }
 
 /// A text that PostgreSQL would read as a time of its clock, were it cast to one.
-fn names_the_clock(raw: &[u8]) -> bool {
+pub(super) fn names_the_clock(raw: &[u8]) -> bool {
     // Date and time input refuses longer texts.
     if raw.len() < 5 || raw.len() > 256 {
         return false;

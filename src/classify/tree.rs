@@ -36,6 +36,23 @@ pub enum Use {
 /// `current_setting(text)` and `current_setting(text, boolean)`.
 const CURRENT_SETTING: [u32; 2] = [2077, 3294];
 
+/// Built-in functions that tell when their transaction began: now, transaction_timestamp, age (from today).
+pub(super) const MOMENTS: [u32; 4] = [1299, 2647, 1386, 2059];
+
+/// Whether the tree has CURRENT_TIMESTAMP or one of its kin, which are no functions: `SVFOP_CURRENT_DATE` (0) to
+/// `SVFOP_LOCALTIMESTAMP_N` (8). Or a constant, in bytes, with a word that is turned into a time.
+pub(super) fn names_the_clock(tree: &str) -> bool {
+    const NODE: &str = "{SQLVALUEFUNCTION :op ";
+    let keyword = tree.match_indices(NODE).any(|(at, _)| {
+        let digits = tree[at + NODE.len()..].split(' ').next().unwrap_or_default();
+        digits.parse::<u32>().map_or(true, |op| op <= 8)
+    });
+    let in_bytes = |word: &str| word.bytes().map(|byte| byte.to_string()).collect::<Vec<_>>().join(" ");
+    let word =
+        |word: &&str| tree.contains(&in_bytes(word)) || tree.contains(&in_bytes(&word.to_ascii_uppercase()));
+    keyword || ["now", "today", "tomorrow", "yesterday"].iter().any(word)
+}
+
 /// Calls `found` with each reference of the tree.
 pub fn references(tree: &str, used: Use, mut found: impl FnMut(Reference)) {
     let mut tokens = Tokens { text: tree.as_bytes(), at: 0 };

@@ -645,9 +645,16 @@ impl Exchange<'_> {
     }
 
     fn injected_error(&mut self, len: usize) -> Result<Step, End> {
-        self.session.shared.metrics.injected_failures.inc();
         let fields = wire::error_fields(&self.backend.input[HEADER..len]);
         let fatal = matches!(fields.severity, b"FATAL" | b"PANIC");
+        if !fatal
+            && self.unit.refused.is_none()
+            && matches!(self.unit.expects.front(), Some(Expect::InjectedQuery(Purpose::Fail)))
+        {
+            self.backend.input.advance(len);
+            return Ok(Step::On);
+        }
+        self.session.shared.metrics.injected_failures.inc();
         if self.unit.redoable && (fatal || self.session.role == Role::Replica) {
             // A replica may not know yet what the session leans on (a role, a schema).
             let again = if fatal { Again::NodeLost } else { Again::LateReplica };
@@ -702,6 +709,11 @@ impl Exchange<'_> {
                 self.session.tell_differences(&parameters);
             }
             Purpose::Sequences => {}
+            Purpose::Begin if status == TransactionStatus::InTransaction => {
+                self.session.transaction_opened();
+            }
+            Purpose::Fail if status == TransactionStatus::Failed => {}
+            Purpose::Begin | Purpose::Fail => return Err(End::NodeLost { node: self.backend.node }),
             Purpose::Own => {
                 let mut applied = Applied::clone(&self.backend.applied);
                 for name in super::own::NAMES {
@@ -761,10 +773,22 @@ impl Exchange<'_> {
             self.backend.input.advance(len);
             self.session.client.output.truncate(refused.output);
             self.session.client.output.put_slice(&refused.message);
-            self.session.status = match self.unit.before {
-                TransactionStatus::Idle => TransactionStatus::Idle,
-                _ => status,
+            self.session.status = match (&self.session.lazy, self.unit.before) {
+                (Some(_), _) => TransactionStatus::Failed,
+                (None, TransactionStatus::Idle) => TransactionStatus::Idle,
+                (None, _) => status,
             };
+            self.session.put_ready();
+        } else if self.session.is_apart() {
+            // A transaction of the read's own is over, the session's is not.
+            if status != TransactionStatus::Idle {
+                return Err(End::NodeLost { node });
+            }
+            self.backend.input.advance(len);
+            self.session.has_queried(self.unit);
+            if self.unit.failed {
+                self.session.status = TransactionStatus::Failed;
+            }
             self.session.put_ready();
         } else {
             self.forward(len);

@@ -64,6 +64,16 @@ impl Demand {
         }
     }
 
+    /// The same as part of a transaction on the primary.
+    pub fn in_transaction(self) -> Demand {
+        match self.unvetted() {
+            Demand::Primary { reason: RouteReason::Read, label, leaves, ddl, settings } => {
+                Demand::Primary { reason: RouteReason::InTransaction, label, leaves, ddl, settings }
+            }
+            other => other,
+        }
+    }
+
     /// Bytes that were looked at, if all of it is reads.
     pub fn vetted(&self) -> usize {
         match self {
@@ -150,6 +160,14 @@ impl Session {
             return Ok(Demand::Ours);
         }
         (self.asked_for, self.hinted) = (self.promise, false);
+        if self.splits && self.answer_transaction_commands().await? {
+            return Ok(Demand::Ours);
+        }
+        let demand = self.demand_of_unit().await?;
+        Ok(if self.lazy.is_some() { self.demand_apart(demand) } else { demand })
+    }
+
+    async fn demand_of_unit(&mut self) -> Result<Demand, End> {
         let mut needs_backend = false;
         // Names made (or closed) by the messages looked at so far.
         let mut names: HashMap<Vec<u8>, Option<Arc<Statement>>> = HashMap::new();
@@ -407,6 +425,10 @@ impl Session {
     /// it is answered here, as PostgreSQL answers it.
     fn reset(&mut self, text: &[u8], class: StatementClass, len: usize) -> bool {
         if !class.settings && class.leaves != Leaves::DeallocatesAll || self.lexing == Lexing::Unsafe {
+            return false;
+        }
+        if self.lazy.is_some() {
+            // It may be refused there, or be rolled back.
             return false;
         }
         let Some(batch) = setting::reset_batch(text) else { return false };

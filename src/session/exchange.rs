@@ -114,6 +114,10 @@ pub enum Purpose {
     Own,
     /// The backend forgets what another session has drawn from sequences.
     Sequences,
+    /// The session's transaction begins there.
+    Begin,
+    /// It is made to fail there, as it has before: an error is what is asked for.
+    Fail,
 }
 
 /// A Query of ours has failed: what is to be said to the client in place of the unit's answer.

@@ -80,6 +80,19 @@ pub fn bind_texts(body: &[u8], types: &[u32]) -> Option<Vec<Option<Vec<u8>>>> {
     Some(values)
 }
 
+/// Whether what follows the names in a Bind binds no parameter.
+pub fn binds_nothing(rest: &[u8]) -> bool {
+    let codes = |bytes: &[u8]| -> Option<(usize, usize)> {
+        let (count, rest) = bytes.split_first_chunk::<2>()?;
+        Some((usize::from(u16::from_be_bytes(*count)), rest.len()))
+    };
+    let Some((formats, left)) = codes(rest) else { return false };
+    if left < 2 * formats + 4 || rest[2 + 2 * formats..][..2] != [0, 0] {
+        return false;
+    }
+    matches!(codes(&rest[4 + 2 * formats..]), Some((results, left)) if left == 2 * results)
+}
+
 /// What a Describe or Close is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target<'a> {
@@ -171,6 +184,21 @@ mod tests {
     }
 
     #[test]
+    fn a_bind_without_parameters_is_told_from_others() {
+        for (rest, expected) in [
+            (&b"\0\0\0\0\0\0"[..], true),
+            (b"\0\x01\0\x01\0\0\0\x01\0\0", true),
+            (b"\0\0\0\x01\0\0\0\x01a\0\0", false),
+            (b"\0\0\0\0\0\x01", false),
+            (b"\0\x05\0\0", false),
+            (b"\0\0\0\0", false),
+            (b"", false),
+        ] {
+            assert_eq!(binds_nothing(rest), expected, "{rest:?}");
+        }
+    }
+
+    #[test]
     fn texts_of_a_bind_are_read_in_both_formats() {
         let body = b"\0\0\0\x01\0\x01\0\x03\0\0\0\x01a\0\0\0\x01b\xff\xff\xff\xff\0\0";
         let value = |text: &[u8]| Some(text.to_vec());
@@ -218,6 +246,7 @@ mod tests {
     proptest! {
         #[test]
         fn garbage_is_refused_without_panic(body: Vec<u8>) {
+            let _ = binds_nothing(&body);
             let _ = (Parse::read(&body), bind_names(&body), target(&body), execute(&body), bind_texts(&body, &[]));
             let _ = ShapeReader::default().row(Some(&body));
         }

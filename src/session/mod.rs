@@ -21,6 +21,7 @@ pub mod replication;
 pub mod settings;
 pub mod shared_mark;
 pub mod timeouts;
+mod transaction;
 mod translate;
 
 use std::future::poll_fn;
@@ -42,12 +43,13 @@ use self::promise::{OwnState, PrimaryReads, take_own};
 use self::settings::{AtReady, Settings};
 use self::shared_mark::{GlobalMark, NamedMarks, SharedMark};
 use self::timeouts::{Overdue, Timeouts};
+use self::transaction::Lazy;
 use crate::backend::pool::{Lease, Pools, UserPools, Welcome};
 use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
 use crate::catalogs::{Catalogs, DatabaseCatalog};
 use crate::classify::setting::{self, Change};
 use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
-use crate::config::{Config, PoolMode};
+use crate::config::{Config, PoolMode, Transactions};
 use crate::consistency::Promise;
 use crate::metrics::Metrics;
 use crate::net::Stream;
@@ -248,6 +250,10 @@ pub struct Session {
     keeps_backend: bool,
     timeouts: Timeouts,
     status: TransactionStatus,
+    /// `routing.transactions: split` holds for it.
+    splits: bool,
+    /// Its transaction, while no node knows of that.
+    lazy: Option<Lazy>,
     mark: Mark,
     /// What it is promised.
     promise: Promise,
@@ -358,6 +364,8 @@ impl Session {
             keeps_backend: mode == PoolMode::Session && !arrival.read_only,
             timeouts: Timeouts::new(shared.config.timeouts),
             status: TransactionStatus::Idle,
+            splits: false,
+            lazy: None,
             mark: Mark::new(&*shared.positions, &topology),
             promise: own_state.promise(),
             asked_for: own_state.promise(),
@@ -408,7 +416,14 @@ impl Session {
                 let mut lease = self.lease_for_login().await?;
                 let idle_session_timeout =
                     clean::idle_session_timeout(&mut lease).await.map_err(|_| broken())?;
-                let welcome = Welcome { parameters: lease.login_parameters.clone(), idle_session_timeout };
+                let isolation = match self.shared.config.routing.transactions {
+                    Transactions::Primary => Arc::default(),
+                    Transactions::Split => {
+                        clean::default_isolation(&mut lease).await.map_err(|_| broken())?
+                    }
+                };
+                let parameters = lease.login_parameters.clone();
+                let welcome = Welcome { parameters, idle_session_timeout, isolation };
                 self.pools.remember_welcome(&lease, &welcome);
                 // A server that crashes or stops just then has said so behind its answer: that one is closed.
                 if lease.input.is_empty() {
@@ -418,6 +433,7 @@ impl Session {
             }
         };
         self.timeouts.also_idle_session(welcome.idle_session_timeout);
+        self.splits = self.splits_transactions(&welcome.isolation);
         let mut parameters = welcome.parameters;
         if let Some(name) = application_name {
             Arc::make_mut(&mut parameters).insert(b"application_name", name.as_bytes());
@@ -757,7 +773,9 @@ impl Session {
 
     /// The unit starts on a backend that was found for it.
     fn begin_on(&mut self, placed: Placed, demand: &Demand) {
-        self.unit = Unit::new(demand.is_read(), demand.vetted());
+        // In a transaction nothing runs twice on its one node.
+        let opens = self.lazy.is_some() && placed.role == Role::Primary;
+        self.unit = if opens { Unit::new(false, 0) } else { Unit::new(demand.is_read(), demand.vetted()) };
         self.unit.before = self.status;
         self.count_demand(demand);
         self.output_before = self.client.output.len();
@@ -774,6 +792,11 @@ impl Session {
         }
         self.give_own(&mut lease);
         self.forget_sequences(&mut lease);
+        if opens {
+            let mut unit = std::mem::replace(&mut self.unit, Unit::none());
+            self.open_transaction(&mut unit, &mut lease);
+            self.unit = unit;
+        }
         self.lease = Some(lease);
     }
 
@@ -1054,7 +1077,7 @@ impl Session {
         if self.settings.in_flux() || !self.unit.settings.is_empty() {
             self.settle_settings().await?;
         }
-        if self.status != TransactionStatus::Idle {
+        if self.status != TransactionStatus::Idle && self.lazy.is_none() {
             return Ok(());
         }
         self.portals.clear();
@@ -1215,7 +1238,7 @@ impl Session {
     fn note(&mut self) {
         let Some(lease) = &self.lease else { return };
         let (node, epoch, writes) = (lease.node, lease.epoch, self.unit.writes);
-        if !writes && !self.asked_for.level.notes_reads() {
+        if !writes && !self.level().notes_reads() {
             return;
         }
         if self.mark.epoch() < epoch {
@@ -1253,6 +1276,9 @@ impl Session {
     fn refuse_unit(&mut self, message: &[u8]) -> Result<(), End> {
         self.unit = Unit::none();
         self.client.output.put_slice(message);
+        if self.lazy.is_some() {
+            self.status = TransactionStatus::Failed;
+        }
         let Ok(Some(header)) = wire::header(&self.client.input) else { return Ok(()) };
         if matches!(header.tag, b'Q' | b'F') {
             self.drop_message(header.len);
@@ -1271,7 +1297,7 @@ impl Session {
             end => return Err(end),
         };
         let node_name = &self.shared.config.nodes[node.index()].name;
-        let in_transaction = self.status != TransactionStatus::Idle;
+        let in_transaction = self.status != TransactionStatus::Idle && !self.is_apart();
         let between_units = self.unit.is_over();
         if !between_units && self.unit.writes {
             self.shared.metrics.unknown_outcomes.inc();
@@ -1304,6 +1330,9 @@ impl Session {
         self.settings.forget_pending();
         self.portals.clear();
         self.unit = Unit::none();
+        if self.lazy.is_some() {
+            self.status = TransactionStatus::Failed;
+        }
         self.put_ready();
         Ok(())
     }
@@ -1421,7 +1450,8 @@ impl Session {
             self.join_global(shared, topology);
             self.mark = shared.bring_forward(&*self.shared.positions, topology);
         }
-        if let Some(freshness) = &mut self.freshness {
+        let of_transaction = self.lazy.as_mut().map(|lazy| &mut lazy.freshness);
+        for freshness in self.freshness.iter_mut().chain(of_transaction) {
             freshness.absorb(&*self.shared.positions, topology);
         }
     }

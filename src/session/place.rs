@@ -247,17 +247,19 @@ impl Session {
     /// Whether a replica may serve this session now, by its level.
     fn verdict(&self, topology: &Topology, node: NodeId) -> ReplicaVerdict {
         let samples = &*self.shared.positions;
-        if self.asked_for.level == Level::Eventual && self.asked_for.max_lag.is_none() {
+        let level = self.level();
+        if level == Level::Eventual && self.asked_for.max_lag.is_none() {
             // Any replica in service. The sample that is named is of no consequence: nothing is noted.
             return ReplicaVerdict::Serves { sample: u64::MAX, incarnation: Incarnation::default() };
         }
-        let verdict = if self.asked_for.level == Level::Eventual {
+        let verdict = if level == Level::Eventual {
             mark::known(samples, topology, node)
         } else {
             self.mark.replica(samples, topology, node)
         };
         let ReplicaVerdict::Serves { .. } = verdict else { return verdict };
-        if self.freshness.is_some_and(|freshness| !freshness.replica(samples, node)) {
+        let of_transaction = self.lazy.as_ref().map(|lazy| lazy.freshness);
+        if [self.freshness, of_transaction].iter().flatten().any(|fresh| !fresh.replica(samples, node)) {
             return ReplicaVerdict::Behind;
         }
         if self.asked_for.max_lag.is_some_and(|limit| !self.keeps(limit, topology, node)) {
@@ -366,7 +368,8 @@ impl Session {
     /// Asks for the samples that would resolve what the session has seen, or must be shown.
     fn want_own_samples(&self) {
         let fresh = self.freshness.and_then(|freshness| freshness.awaits());
-        for node in self.mark.awaits().into_iter().chain(fresh) {
+        let of_transaction = self.lazy.as_ref().and_then(|lazy| lazy.freshness.awaits());
+        for node in self.mark.awaits().into_iter().chain(fresh).chain(of_transaction) {
             self.shared.positions.node(node).want();
         }
     }

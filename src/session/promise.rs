@@ -475,7 +475,7 @@ impl Session {
         if self.shared_mark.is_none() && !writes {
             return;
         }
-        if writes || self.asked_for.level.notes_reads() {
+        if writes || self.level().notes_reads() {
             self.note_for_others(node, epoch, writes);
         }
     }

@@ -9,6 +9,7 @@ use super::exchange::{
 };
 use super::messages::{self, Parse, ShapeReader, Target};
 use super::prepared::{Found, SqlCommand, Statement};
+use super::transaction::Apart;
 use super::{End, Role};
 use crate::backend::{Dirt, Prepared, SharedName};
 use crate::classify::setting::{self, Change};
@@ -181,6 +182,12 @@ impl Exchange<'_> {
         }
         if self.unit.skip_to_sync && header.tag != b'S' && header.tag != b'X' {
             return self.drop_message(header.len);
+        }
+        if self.unit.vetted == 0
+            && self.session.is_apart()
+            && let Some(stopped) = self.vet_rest()?
+        {
+            return Ok(stopped);
         }
         if !self.unit.begun {
             self.claim_names(matches!(header.tag, b'Q' | b'F'));
@@ -446,6 +453,21 @@ impl Exchange<'_> {
         self.backend.output.put_u32(0);
         self.unit.expects.push_back(Expect::OwnError(Box::new(report)));
         self.unit.skip_to_sync = true;
+    }
+
+    /// A unit that runs apart from its transaction goes on after a Flush: what follows, up to the next, is looked
+    /// at as a whole before any of it is sent.
+    fn vet_rest(&mut self) -> Result<Option<Step>, End> {
+        match self.session.runs_apart(&self.session.client.input[self.unit.taken..], true) {
+            Apart::Yes(len) => {
+                self.unit.vetted = len;
+                Ok(None)
+            }
+            Apart::Incomplete => self.wait_for(self.there() + 1).map(Some),
+            // What was asked with the Flush is answered soon: then the rest moves.
+            Apart::No if !self.unit.bound && !self.unit.expects.is_empty() => Ok(Some(Step::Wait)),
+            Apart::No => Ok(self.refuse_on_replica(true)),
+        }
     }
 
     fn translate_parse(&mut self, len: usize) -> Result<Step, End> {

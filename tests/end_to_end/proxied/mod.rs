@@ -23,6 +23,7 @@ mod replication;
 mod routing;
 mod settings;
 mod sizes;
+mod split;
 mod startup;
 mod tools;
 mod traps;
