@@ -17,9 +17,11 @@ LEAKS_BACKENDS ?= 10
 LEAKS_SECONDS ?= 60
 # Of `make bench`: --long, --rounds N, --seconds N, --only NAME.
 BENCH_ARGS ?=
+# Of `make bench-levels`: --seconds N, --clients N, --writes 1,10, --idle N, --only NAME.
+LEVELS_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix sizes consistency soak-consistency leaks drivers suites regress corpus lint fmt clippy doc bench audit
+.PHONY: help setup demo test matrix sizes consistency soak-consistency leaks drivers suites regress corpus lint fmt clippy doc bench bench-levels audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +76,9 @@ doc:
 
 bench: setup ## Highwater beside a direct connection, a bare relay and PgBouncer (4 minutes; BENCH_ARGS=--long: an hour)
 	$(CARGO) bench --locked --bench side_by_side -- --out $(CURDIR)/target/bench $(BENCH_ARGS)
+
+bench-levels: setup ## what each level of consistency costs, and the share of reads on replicas (3 minutes)
+	$(CARGO) bench --locked --bench levels -- $(LEVELS_ARGS)
 
 corpus: ## PostgreSQL 15's regression SQL against the classifier (root, Debian, network; minutes)
 	@tests/corpus.sh

@@ -197,6 +197,9 @@ fn topology_json(topology: &Topology) -> serde_json::Value {
                 "timeline": node.timeline.map(|t| t.0),
                 "replay_lag_bytes": node.replay_lag_bytes,
                 "replay_lag_seconds": node.replay_lag.map(|l| l.as_secs_f64()),
+                "replay_paused": node.recovery.map(|r| r.paused),
+                "apply_delay_seconds": node.recovery.map(|r| r.apply_delay.as_secs_f64()),
+                "conflicts": node.recovery.map(|r| r.conflicts),
                 "server_major": node.server_major,
             })
         })

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use serde::de::{self, DeserializeSeed as _};
 
-use crate::consistency::{LagLimit, Level, OnStale, Override, Promise};
+use crate::consistency::{LagLimit, Level, OnStale, Override, Promise, Route};
 
 /// A secret text: never shown by `Debug`.
 #[derive(Clone, PartialEq, Eq)]
@@ -85,6 +85,8 @@ pub struct NodeConfig {
     pub port: u16,
     /// Its share of the reads as a replica.
     pub weight: u32,
+    /// Whether it serves reads though it is told to apply what it receives late.
+    pub delayed_ok: bool,
 }
 
 /// The proxy's own login.
@@ -319,8 +321,25 @@ pub struct ConsistencyConfig {
 pub struct RoutingConfig {
     /// `false`: everything runs on the primary.
     pub split: bool,
+    /// Everything runs on the primary, and what would have run on replicas is counted.
+    pub shadow: bool,
+    /// What is said for single users and databases.
+    pub rules: Vec<RoutingRule>,
     /// What the operator knows of functions.
     pub functions: FunctionOverrides,
+}
+
+/// Where the statements of a user, of a database, or of a user in a database go.
+#[derive(Clone, Debug)]
+pub struct RoutingRule {
+    /// The user; `None`: any.
+    pub user: Option<String>,
+    /// The database; `None`: any.
+    pub database: Option<String>,
+    /// In place of [`RoutingConfig::split`].
+    pub split: Option<bool>,
+    /// Where reads run unless the session says otherwise.
+    pub route: Option<Route>,
 }
 
 /// What the operator says of functions, as `schema.name` or `name`.
@@ -438,7 +457,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "drain_timeout",
         ],
     ),
-    ("nodes[]", &["name", "host", "port", "weight"]),
+    ("nodes[]", &["name", "host", "port", "weight", "delayed_ok"]),
     ("control", &["user", "password", "password_env", "password_file", "database"]),
     ("auth", &["source", "users", "admins", "query", "login_timeout"]),
     ("auth.users[]", &["name", "password", "password_env", "password_file"]),
@@ -478,7 +497,8 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
         ],
     ),
     ("consistency.rules[]", &["user", "database", "level", "max_lag", "on_stale"]),
-    ("routing", &["split", "transactions", "functions"]),
+    ("routing", &["split", "shadow", "transactions", "functions", "rules"]),
+    ("routing.rules[]", &["user", "database", "split", "route"]),
     ("routing.functions", &["safe", "primary"]),
     (
         "limits",
@@ -565,6 +585,23 @@ impl fmt::Display for ConfigError {
 }
 
 impl std::error::Error for ConfigError {}
+
+impl RoutingConfig {
+    /// Whether reads of `user` in `database` may run on replicas, and where they go at first. Of the rules the most
+    /// telling has the last word, as in [`ConsistencyConfig::promise_for`].
+    pub fn for_session(&self, user: &str, database: &str) -> (bool, Route) {
+        let applies = |rule: &&RoutingRule| {
+            rule.user.as_deref().is_none_or(|u| u == user)
+                && rule.database.as_deref().is_none_or(|d| d == database)
+        };
+        let mut rules: Vec<&RoutingRule> = self.rules.iter().filter(applies).collect();
+        rules.reverse();
+        rules.sort_by_key(|rule| (rule.user.is_some(), rule.database.is_some()));
+        rules.into_iter().fold((self.split, Route::default()), |(split, route), rule| {
+            (rule.split.unwrap_or(split), rule.route.unwrap_or(route))
+        })
+    }
+}
 
 impl ConsistencyConfig {
     /// What a session of `user` in `database` is promised at first. Rules that name both count before those
@@ -1222,6 +1259,7 @@ impl Reader<'_> {
             let host = self.needed(&section, "host").unwrap_or_default();
             let port = self.number(&section, "port", 1..=65_535, 5432) as u16;
             let weight = self.number(&section, "weight", 0..=1000, 1) as u32;
+            let delayed_ok = self.flag(&section, "delayed_ok", false);
             if !name.is_empty() && nodes.iter().any(|n| n.name == name) {
                 let at = section.get("name").map_or(section.trail.clone(), |(_, t)| t);
                 self.wrong(&at, format!("another node is already named `{name}`"));
@@ -1239,7 +1277,7 @@ impl Reader<'_> {
                     section.get("port").or(section.get("host")).map_or(section.trail.clone(), |(_, t)| t);
                 self.wrong(&at, message);
             }
-            nodes.push(NodeConfig { name, host, port, weight });
+            nodes.push(NodeConfig { name, host, port, weight, delayed_ok });
         }
         nodes
     }
@@ -1461,7 +1499,28 @@ impl Reader<'_> {
             level: self.choice(section, "level", &levels, &[], None),
             on_stale: self.choice(section, "on_stale", &stale, &[], None),
             max_lag: None,
+            route: None,
         }
+    }
+
+    fn routing_rules(&mut self, section: &Section<'_>) -> Vec<RoutingRule> {
+        let routes: Vec<(&str, Option<Route>)> =
+            Route::WORDS.iter().zip(Route::ALL).map(|(word, route)| (*word, Some(route))).collect();
+        let mut rules = Vec::new();
+        for (tree, trail) in self.list(section, "rules") {
+            let rule = self.section("routing.rules[]", tree, trail);
+            let (user, database) = (self.text(&rule, "user"), self.text(&rule, "database"));
+            if user.is_none() && database.is_none() {
+                self.wrong(&rule.trail, "a rule is for a `user`, a `database`, or both");
+            }
+            let split = rule.get("split").is_some().then(|| self.flag(&rule, "split", true));
+            let route = self.choice(&rule, "route", &routes, &[], None);
+            if split.is_none() && route.is_none() {
+                self.wrong(&rule.trail, "the rule says nothing: give `split` or `route`");
+            }
+            rules.push(RoutingRule { user, database, split, route });
+        }
+        rules
     }
 
     fn consistency_rules(&mut self, section: &Section<'_>) -> Vec<ConsistencyRule> {
@@ -1506,7 +1565,12 @@ impl Reader<'_> {
             let message = format!("{both} is safe and belongs on the primary");
             self.found.push((section.trail.clone(), message));
         }
-        RoutingConfig { split: self.flag(&section, "split", true), functions }
+        RoutingConfig {
+            split: self.flag(&section, "split", true),
+            shadow: self.flag(&section, "shadow", false),
+            rules: self.routing_rules(&section),
+            functions,
+        }
     }
 
     /// A list of texts.
@@ -1669,6 +1733,12 @@ mod tests {
             "consistency: { rules: [ { user: a, max_lag: 5 } ] }",
             "f.yaml:3:45: consistency.rules[0].max_lag: expected a time or a size",
         );
+        check("routing: { rules: [ { split: false } ] }", "f.yaml:3:21: routing.rules[0]: a rule is for");
+        check("routing: { rules: [ { user: a } ] }", "f.yaml:3:21: routing.rules[0]: the rule says");
+        check(
+            "routing: { rules: [ { user: a, route: near } ] }",
+            "f.yaml:3:39: routing.rules[0].route: expected one of auto,",
+        );
         check("routing: { transactions: split }", "f.yaml:3:26: routing.transactions: `split` is not");
         check("failover: { mode: auto }", "f.yaml:3:19: failover.mode: `auto` is not available");
         check("failover: { durability: quorum }", "f.yaml:3:25: failover.durability: `quorum` is not");
@@ -1751,6 +1821,7 @@ mod tests {
                         "auth.users[]" => format!("auth: {{ source: list, users: [ {{ {entry} }} ] }}"),
                         "nodes[]" => format!("nodes: [ {{ {entry} }} ]"),
                         "consistency.rules[]" => format!("consistency: {{ rules: [ {{ {entry} }} ] }}"),
+                        "routing.rules[]" => format!("routing: {{ rules: [ {{ {entry} }} ] }}"),
                         _ => format!("{name}: {{ {entry} }}"),
                     })
             })
@@ -1799,6 +1870,20 @@ mod tests {
         let both = config.consistency.promise_for("u", "e");
         assert_eq!((both.level, both.on_stale), (Level::Strong, OnStale::Error));
         assert_eq!(config.consistency.promise_for("u", "d").max_lag, Some(LagLimit::Bytes(16 << 20)));
+    }
+
+    #[test]
+    fn routing_rules_are_as_telling() {
+        let config = parse(&format!(
+            "routing:\n  rules:\n  - {{ database: d, split: false, route: replica }}\n  - {{ user: u, split: true }}\n  \
+               - {{ user: u, route: primary, database: e }}\n{MINIMAL}"
+        ))
+        .unwrap();
+        let of = |user, database| config.routing.for_session(user, database);
+        assert_eq!(of("x", "y"), (true, Route::Auto));
+        assert_eq!(of("x", "d"), (false, Route::Replica));
+        assert_eq!(of("u", "d"), (true, Route::Replica));
+        assert_eq!(of("u", "e"), (true, Route::Primary));
     }
 
     #[test]

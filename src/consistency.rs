@@ -96,6 +96,39 @@ impl FromStr for OnStale {
     }
 }
 
+/// Where the reads of a session, or one of them, run. What is not a read runs on the primary, whatever is said.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Route {
+    /// On a replica that may serve, or else on the primary: [`OnStale`] says when.
+    #[default]
+    Auto,
+    /// On the primary.
+    Primary,
+    /// As `auto`, with more patience: the primary only after a longer wait, or when no replica is in service.
+    Replica,
+}
+
+impl Route {
+    /// The words.
+    pub const WORDS: [&'static str; 3] = ["auto", "primary", "replica"];
+
+    /// All, in the order of the words.
+    pub const ALL: [Route; 3] = [Route::Auto, Route::Primary, Route::Replica];
+
+    /// Its word.
+    pub const fn word(self) -> &'static str {
+        Route::WORDS[self as usize]
+    }
+}
+
+impl FromStr for Route {
+    type Err = NotAWord;
+
+    fn from_str(text: &str) -> Result<Route, NotAWord> {
+        one_of(text, &Route::WORDS, &Route::ALL)
+    }
+}
+
 fn one_of<T: Copy>(text: &str, words: &'static [&'static str], values: &[T]) -> Result<T, NotAWord> {
     // PostgreSQL takes the words of its settings in any case.
     let at = words.iter().position(|word| word.eq_ignore_ascii_case(text)).ok_or(NotAWord(words))?;
@@ -163,6 +196,19 @@ pub struct Promise {
     pub max_lag: Option<LagLimit>,
     /// What becomes of a read that no replica can serve yet.
     pub on_stale: OnStale,
+    /// Where reads run.
+    pub route: Route,
+}
+
+impl Promise {
+    /// What a unit is promised of whose statements one is promised this and another `other`: what is enough for both.
+    pub fn and(self, other: Promise) -> Promise {
+        Promise {
+            level: self.level.max(other.level),
+            route: if self.route == other.route { self.route } else { Route::Auto },
+            ..self
+        }
+    }
 }
 
 /// A part of a [`Promise`] that is said for a user, a database or a session, in place of what holds otherwise.
@@ -174,6 +220,8 @@ pub struct Override {
     pub max_lag: Option<LagLimit>,
     /// What becomes of a read that no replica can serve yet.
     pub on_stale: Option<OnStale>,
+    /// Where reads run.
+    pub route: Option<Route>,
 }
 
 impl Override {
@@ -183,6 +231,7 @@ impl Override {
             level: self.level.unwrap_or(base.level),
             max_lag: self.max_lag.or(base.max_lag),
             on_stale: self.on_stale.unwrap_or(base.on_stale),
+            route: self.route.unwrap_or(base.route),
         }
     }
 }
@@ -276,11 +325,25 @@ mod tests {
 
     #[test]
     fn an_override_takes_the_place_of_what_it_says_only() {
-        let base =
-            Promise { level: Level::Strong, max_lag: Some(LagLimit::Bytes(1)), on_stale: OnStale::Error };
+        let base = Promise {
+            level: Level::Strong,
+            max_lag: Some(LagLimit::Bytes(1)),
+            on_stale: OnStale::Error,
+            route: Route::Replica,
+        };
         let over = Override { level: Some(Level::Eventual), ..Override::default() };
         assert_eq!(over.over(base), Promise { level: Level::Eventual, ..base });
         assert_eq!(Override::default().over(base), base);
+        let primary = Override { route: Some(Route::Primary), ..Override::default() };
+        assert_eq!(primary.over(base), Promise { route: Route::Primary, ..base });
+    }
+
+    #[test]
+    fn a_unit_keeps_what_each_of_its_statements_is_promised() {
+        let of = |level, route| Promise { level, route, ..Promise::default() };
+        let both = of(Level::Eventual, Route::Replica).and(of(Level::Session, Route::Replica));
+        assert_eq!(both, of(Level::Session, Route::Replica));
+        assert_eq!(both.and(of(Level::Eventual, Route::Auto)), of(Level::Session, Route::Auto));
     }
 
     #[test]

@@ -128,7 +128,12 @@ pub fn start(
             failure_threshold: failover.failure_threshold,
             eject_time: failover.eject_time,
         },
-        facts: (0..count).map(|_| NodeFacts::default()).collect(),
+        facts: config
+            .nodes
+            .iter()
+            .take(count)
+            .map(|node| NodeFacts { delayed_ok: node.delayed_ok, ..NodeFacts::default() })
+            .collect(),
         tick: failover.check_interval,
         nodes,
         topology,
@@ -295,6 +300,8 @@ pub struct NodeFacts {
     pub replay: Option<Lsn>,
     /// How far behind that is.
     pub lag: Option<ReplayLag>,
+    /// Whether it may serve with a `recovery_min_apply_delay`.
+    pub delayed_ok: bool,
 }
 
 impl NodeFacts {
@@ -326,6 +333,7 @@ pub fn decide(
     if let Choice::Take(chosen) = choice {
         take_primary(&mut next, chosen, facts, last_sample);
     }
+    follow_restart(&mut next, facts, last_sample);
     take_history(&mut next, facts);
     for (index, known) in facts.iter().enumerate() {
         let view = view(before, &next, choice, index, known, policy, now);
@@ -390,15 +398,46 @@ fn take_primary(next: &mut Topology, chosen: NodeId, facts: &[NodeFacts], last_s
     };
     if let (Some(old_primary), Some(old_timeline)) = (next.primary, next.timeline) {
         let fork = seen.history.as_ref().and_then(|history| history.fork_of(old_timeline));
-        next.switches.push(Switch { from: next.epoch, old_primary, old_timeline, fork, last_sample });
-        let excess = next.switches.len().saturating_sub(MAX_SWITCHES);
-        next.switches.drain(..excess);
+        push_switch(next, Switch { from: next.epoch, old_primary, old_timeline, fork, last_sample });
     }
     next.epoch = Epoch(next.epoch.0 + 1);
     next.primary = Some(chosen);
     next.timeline = seen.timeline;
+    next.start = seen.start.as_ref().map(|start| Arc::clone(&start.id));
     next.history = None;
     next.system_identifier = Some(seen.answer.system_identifier);
+}
+
+/// A primary that crashed and is back, on the same timeline: a fork at the end of what it recovered. What had
+/// been acknowledged without waiting for the disk may be gone.
+fn follow_restart(next: &mut Topology, facts: &[NodeFacts], last_sample: Option<(u64, Lsn)>) {
+    let Some((primary, timeline)) = next.primary.zip(next.timeline) else { return };
+    let Some(known) = facts.get(primary.index()).filter(|known| is_reachable_primary(next, known)) else {
+        return;
+    };
+    let Some(start) = known.seen.as_ref().and_then(|seen| seen.start.as_ref()) else { return };
+    if next.start.as_ref() == Some(&start.id) {
+        return;
+    }
+    let before = next.start.replace(Arc::clone(&start.id));
+    if before.is_none() || start.clean {
+        return;
+    }
+    let end = Switch {
+        from: next.epoch,
+        old_primary: primary,
+        old_timeline: timeline,
+        fork: start.end,
+        last_sample,
+    };
+    push_switch(next, end);
+    next.epoch = Epoch(next.epoch.0 + 1);
+}
+
+fn push_switch(next: &mut Topology, switch: Switch) {
+    next.switches.push(switch);
+    let excess = next.switches.len().saturating_sub(MAX_SWITCHES);
+    next.switches.drain(..excess);
 }
 
 /// Where the primary's timeline comes from, as soon as that could be read.
@@ -448,6 +487,10 @@ fn view(
         replay_lag_bytes: lag.map(|l| l.bytes),
         replay_lag: lag.map(|l| l.time.duration()),
         server_major: seen.map(|s| s.answer.server_major),
+        recovery: seen.and_then(|s| match s.answer.role {
+            ProbedRole::Replica { recovery, .. } => Some(recovery),
+            ProbedRole::Primary { .. } => None,
+        }),
     })
 }
 
@@ -479,11 +522,14 @@ fn replica_exclusion(
     if next.system_identifier.is_some_and(|cluster| cluster != seen.answer.system_identifier) {
         return Some(Exclusion::ForeignCluster);
     }
-    let ProbedRole::Replica { walreceiver, .. } = &seen.answer.role else {
+    let ProbedRole::Replica { walreceiver, recovery, .. } = &seen.answer.role else {
         return Some(if choice == Choice::Waits { Exclusion::NoPrimary } else { Exclusion::SecondPrimary });
     };
     if next.timeline.is_none() {
         return Some(Exclusion::NoPrimary);
+    }
+    if !recovery.apply_delay.is_zero() && !known.delayed_ok {
+        return Some(Exclusion::Delayed);
     }
     if let Some(cause) = known.health.ejected(now) {
         return Some(Exclusion::Ejected(cause.to_owned()));
@@ -648,6 +694,7 @@ impl Event {
 mod tests {
     use super::*;
     use crate::node::{ProbeAnswer, ReplicaSample};
+    use crate::topology::Recovery;
     use crate::wal::TimelineHistory;
     use proptest::prelude::*;
 
@@ -665,12 +712,14 @@ mod tests {
             replay_lag_bytes: None,
             replay_lag: None,
             server_major: None,
+            recovery: None,
         };
         Topology {
             epoch: Epoch(0),
             system_identifier: None,
             primary: None,
             timeline: None,
+            start: None,
             nodes: (0..count).map(view).collect(),
             history: None,
             switches: Vec::new(),
@@ -684,8 +733,9 @@ mod tests {
             answer: ProbeAnswer { system_identifier: 42, server_major: 15, role },
             timeline: timeline.map(TimelineId),
             history: history.map(|text| TimelineHistory::parse(text).unwrap()),
+            start: None,
         };
-        NodeFacts { health, seen: Some(seen), replay: None, lag: None }
+        NodeFacts { health, seen: Some(seen), replay: None, lag: None, delayed_ok: false }
     }
 
     fn writer(now: Instant, timeline: u32, history: Option<&str>) -> NodeFacts {
@@ -707,7 +757,7 @@ mod tests {
             newest_history: None,
         };
         let walreceiver = walreceiver.map(str::to_owned);
-        let role = ProbedRole::Replica { positions, walreceiver, apply_delay: Duration::ZERO };
+        let role = ProbedRole::Replica { positions, walreceiver, recovery: Recovery::default() };
         let mut facts = answering(now, timeline, None, role);
         facts.lag = lag.map(|s| ReplayLag { bytes: 100, time: LagTime::AtMost(Duration::from_secs(s)) });
         facts
@@ -813,6 +863,37 @@ mod tests {
     }
 
     #[test]
+    fn a_crash_of_the_primary_is_a_fork_and_an_orderly_restart_is_none() {
+        let now = Instant::now();
+        let started = |id: &str, end: Option<u64>, clean: bool| {
+            let mut facts = writer(now, 1, Some(""));
+            let start = crate::node::Start { id: Arc::from(id), end: end.map(Lsn), clean };
+            facts.seen.as_mut().unwrap().start = Some(start);
+            [facts, streaming(now, 1), streaming(now, 1)]
+        };
+        let first = decide(&nodes(3), &started("1", Some(50), true), &FOLLOW, None, now);
+        assert_eq!(first.epoch, Epoch(1));
+        let same = decide(&first, &started("1", None, false), &FOLLOW, Some((7, Lsn(110))), now);
+        assert_eq!((same.epoch, same.switches.len()), (Epoch(1), 0));
+        let clean = decide(&first, &started("2", Some(120), true), &FOLLOW, Some((7, Lsn(110))), now);
+        assert_eq!((clean.epoch, clean.start.as_deref()), (Epoch(1), Some("2")));
+        for end in [Some(100), None] {
+            let next = decide(&first, &started("2", end, false), &FOLLOW, Some((7, Lsn(110))), now);
+            let switch = Switch {
+                from: Epoch(1),
+                old_primary: NodeId(0),
+                old_timeline: TimelineId(1),
+                fork: end.map(Lsn),
+                last_sample: Some((7, Lsn(110))),
+            };
+            assert_eq!(
+                (next.epoch, next.primary, &next.switches),
+                (Epoch(2), Some(NodeId(0)), &vec![switch])
+            );
+        }
+    }
+
+    #[test]
     fn what_is_not_shown_to_be_the_successor_is_not_believed() {
         let now = Instant::now();
         let gone = fail(writer(now, 1, Some("")), NodeFailure::Refused, now);
@@ -864,6 +945,12 @@ mod tests {
         let now = Instant::now();
         let mut beyond = streaming(now, 1);
         beyond.lag = Some(ReplayLag { bytes: 1, time: LagTime::MoreThan(Duration::ZERO) });
+        let mut delayed = streaming(now, 1);
+        if let Some(Seen { answer: ProbeAnswer { role: ProbedRole::Replica { recovery, .. }, .. }, .. }) =
+            &mut delayed.seen
+        {
+            recovery.apply_delay = Duration::from_secs(1);
+        }
         let mut flapped = fail(streaming(now, 1), NodeFailure::Refused, now);
         flapped.health.answered(HEALTH, now);
         for (facts, first, serving) in [
@@ -876,6 +963,8 @@ mod tests {
             (replica(now, Some(1), Some("streaming"), None), "lag_unknown", "lag_unknown"),
             (beyond, "lag_unknown", "lag_unknown"),
             (flapped, "ejected", "ejected"),
+            (delayed.clone(), "delayed", "delayed"),
+            (NodeFacts { delayed_ok: true, ..delayed }, "replica", "replica"),
             (fail(streaming(now, 1), NodeFailure::Refused, now), "unreachable", "unreachable"),
             (fail(streaming(now, 1), NodeFailure::Starting, now), "starting", "starting"),
             (fail(streaming(now, 1), NodeFailure::Timeout, now), "replica", "replica"),

@@ -255,6 +255,27 @@ impl Door {
     }
 
     async fn serve_counted(&self, tcp: TcpStream, peer: Option<SocketAddr>, worker: usize, read_only: bool) {
+        // Boxed, and so gone before the session begins: most sessions only wait, and that in little room.
+        let let_in = Box::pin(self.let_in(tcp, peer, read_only)).await;
+        let Some((_places, arrival, replication)) = let_in else { return };
+        let metrics = &self.shared.metrics;
+        match replication {
+            None => Session::run(self.shared.clone(), arrival, worker).await,
+            Some(mode) => {
+                metrics.replication_connections.inc();
+                Box::pin(replication::run(self.shared.clone(), arrival, mode)).await;
+                metrics.replication_connections.dec();
+            }
+        }
+    }
+
+    /// Greets a client and has it prove who it is. `None`: it was told what there is to say.
+    async fn let_in(
+        &self,
+        tcp: TcpStream,
+        peer: Option<SocketAddr>,
+        read_only: bool,
+    ) -> Option<(Places, Arrival, Option<String>)> {
         let metrics = &self.shared.metrics;
         let deadline = Instant::now() + self.shared.config.auth.login_timeout;
         if let Err(error) = net::set_client_options(&tcp, &self.shared.config.client_tcp) {
@@ -266,9 +287,9 @@ impl Door {
                 self.cancel(pid, &key).await;
                 // Only now: who asked takes the end of the connection for the end of the matter.
                 drop(connection);
-                return;
+                return None;
             }
-            Ok(Greeting::Gone) => return,
+            Ok(Greeting::Gone) => return None,
             Err(error) => {
                 metrics.client_refused.inc(match error {
                     GreetError::Timeout => "timeout",
@@ -277,12 +298,13 @@ impl Door {
                     GreetError::Nonsense(_) | GreetError::Refused(_) => "protocol",
                 });
                 debug!(?peer, %error, "client refused before its login");
-                return;
+                return None;
             }
         };
         if let Err((label, report)) = self.admit(&connection.startup, read_only) {
             metrics.client_refused.inc(label);
-            return say_last(&mut connection.stream, &report).await;
+            say_last(&mut connection.stream, &report).await;
+            return None;
         }
         let keys = match auth::authenticate(&mut connection, &self.verifiers, deadline).await {
             Ok(keys) => keys,
@@ -293,16 +315,17 @@ impl Door {
                     other => info!(?peer, user = connection.startup.user, error = %other, "login failed"),
                 }
                 metrics.login_failures.inc(failure.label());
-                return;
+                return None;
             }
         };
         let (mut stream, startup) = (connection.stream, connection.startup);
         // Only now: who cannot log in must not take another's place.
-        let _places = match self.count(&startup) {
+        let places = match self.count(&startup) {
             Ok(places) => places,
             Err((label, report)) => {
                 metrics.client_refused.inc(label);
-                return say_last(&mut stream, &report).await;
+                say_last(&mut stream, &report).await;
+                return None;
             }
         };
         let mut parameters = startup.parameters;
@@ -321,14 +344,7 @@ impl Door {
             keys,
             read_only,
         };
-        match startup.replication {
-            None => Session::run(self.shared.clone(), arrival, worker).await,
-            Some(mode) => {
-                metrics.replication_connections.inc();
-                replication::run(self.shared.clone(), arrival, mode).await;
-                metrics.replication_connections.dec();
-            }
-        }
+        Some((places, arrival, startup.replication))
     }
 
     /// Whether there is room for a client that has not logged in yet; else the metric's label and what it

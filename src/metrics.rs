@@ -141,6 +141,8 @@ pub struct Metrics {
     backends_closed: IntCounterVec,
     /// Statements run again elsewhere, by why.
     pub redone: ReasonCounter,
+    /// With `routing.shadow`: reads on the primary, by where they would have gone.
+    pub shadow_reads: ReasonCounter,
     /// Pins set, by why.
     pub pins: ReasonCounter,
     /// Sessions bound to one backend now.
@@ -270,6 +272,12 @@ impl Metrics {
                 "Statements run again on another node.",
                 "reason",
                 labels.redone,
+            ),
+            shadow_reads: by_reason(
+                "highwater_shadow_reads_total",
+                "With routing.shadow, reads that ran on the primary, by the reason of the route they would have had.",
+                "reason",
+                &[],
             ),
             pins: by_reason(
                 "highwater_pins_total",
@@ -442,8 +450,20 @@ fn topology_metrics(now: &Registry, topology: &Topology) {
     let role = gauges("highwater_node_role", "1 at the role the node has.", &["node", "role"]);
     let bytes = gauges("highwater_replica_replay_lag_bytes", "WAL not yet replayed.", &["node"]);
     let seconds = gauges("highwater_replica_replay_lag_seconds", "Age of what is replayed.", &["node"]);
+    let paused = gauges("highwater_replica_replay_paused", "1: replay is paused.", &["node"]);
+    let delay = gauges("highwater_replica_apply_delay_seconds", "recovery_min_apply_delay.", &["node"]);
+    let conflicts = gauges(
+        "highwater_replica_conflicts",
+        "Queries that replay has cancelled, as the node counts them.",
+        &["node"],
+    );
     for node in &topology.nodes {
         let name: &str = &node.name;
+        if let Some(recovery) = node.recovery {
+            paused.with_label_values(&[name]).set(f64::from(u8::from(recovery.paused)));
+            delay.with_label_values(&[name]).set(recovery.apply_delay.as_secs_f64());
+            conflicts.with_label_values(&[name]).set(recovery.conflicts as f64);
+        }
         up.with_label_values(&[name]).set(f64::from(u8::from(is_up(&node.standing))));
         let now_is = role_label(&node.standing);
         for word in ["primary", "replica", "excluded"] {
@@ -520,6 +540,7 @@ pub(crate) mod tests {
             standing,
             timeline: Some(TimelineId(3)),
             server_major: Some(15),
+            recovery: None,
         };
         Topology {
             epoch: Epoch(2),
@@ -527,6 +548,7 @@ pub(crate) mod tests {
             primary: primary.map(|i| NodeId(i as u16)),
             timeline: primary.map(|_| TimelineId(3)),
             nodes: standings.into_iter().enumerate().map(view).collect(),
+            start: None,
             history: None,
             switches: Vec::new(),
         }

@@ -22,7 +22,7 @@ use tokio_postgres::{Client, Row, Statement};
 
 use crate::config::{Config, FunctionOverrides};
 use crate::net::NodeTls;
-use crate::topology::NodeId;
+use crate::topology::{NodeId, Recovery};
 use crate::wal::{Lsn, TimelineHistory, TimelineId, round_down_page_header};
 
 /// Connections at most per (node, database) of the shared pools.
@@ -153,6 +153,18 @@ pub enum SampleAnswer {
     Replica(ReplicaSample),
 }
 
+/// One start of a server, crash-restarts included, and what it found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// Tells it from every other start of this server.
+    pub id: Arc<str>,
+    /// Where recovery ended, or the shutdown before: what lay beyond is gone. `None`: there has been another
+    /// checkpoint since, so that it cannot be known.
+    pub end: Option<Lsn>,
+    /// The server had been shut down in order: nothing that it ever acknowledged is gone.
+    pub clean: bool,
+}
+
 /// What a probe found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProbeAnswer {
@@ -180,8 +192,8 @@ pub enum ProbedRole {
         positions: ReplicaSample,
         /// The walreceiver's status (`streaming`, `waiting`, ...); `None`: none runs.
         walreceiver: Option<String>,
-        /// Its `recovery_min_apply_delay`.
-        apply_delay: Duration,
+        /// What holds its replay up.
+        recovery: Recovery,
     },
 }
 
@@ -225,9 +237,24 @@ SELECT (SELECT system_identifier FROM pg_control_system()), \
          THEN (SELECT coalesce(max(left(name, 8)), '00000001') FROM pg_ls_waldir() \
                WHERE name ~ '^[0-9A-F]{8}[.]history$') END, \
     (SELECT status FROM pg_stat_get_wal_receiver()), \
-    (extract(epoch FROM current_setting('recovery_min_apply_delay')::interval) * 1000)::bigint::text] \
+    (extract(epoch FROM current_setting('recovery_min_apply_delay')::interval) * 1000)::bigint::text, \
+    pg_is_wal_replay_paused()::text, \
+    (SELECT sum(confl_tablespace + confl_lock + confl_snapshot + confl_bufferpin + confl_deadlock)::text \
+     FROM pg_stat_database_conflicts)] \
   ELSE ARRAY['primary', pg_current_wal_insert_lsn()::text, \
     left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)] END";
+
+// A crash of any backend restarts all processes but the postmaster, whose start time stays: the checkpointer's
+// tells of it. The checkpoint at the end of recovery, or of a shutdown, has its redo position at itself; any
+// other one has WAL between the two. Its time is in whole seconds: one before the postmaster started is that of
+// a clean shutdown.
+const START: &str = "\
+SELECT extract(epoch FROM pg_postmaster_start_time())::text || ' ' || \
+    (SELECT extract(epoch FROM backend_start)::text FROM pg_stat_activity \
+     WHERE backend_type = 'checkpointer'), \
+  CASE WHEN c.checkpoint_lsn = c.redo_lsn THEN c.redo_lsn::text END, \
+  c.checkpoint_lsn = c.redo_lsn AND c.checkpoint_time < date_trunc('second', pg_postmaster_start_time()) \
+FROM pg_control_checkpoint() AS c";
 
 // Sizes of a WAL page and segment in bytes.
 const WAL_SIZES: &str = "\
@@ -340,6 +367,7 @@ impl Nodes {
             deadline,
             sample: None,
             probe: None,
+            start: None,
             wal_sizes: (0, 0),
         };
         connection.prepared().await
@@ -504,6 +532,7 @@ pub struct NodeClient {
     sample: Option<Statement>,
     probe: Option<Statement>,
     wal_sizes: (u64, u64),
+    start: Option<Start>,
 }
 
 struct EndWithOwner(JoinHandle<()>);
@@ -519,6 +548,12 @@ impl NodeClient {
     pub async fn sample(&self) -> Result<SampleAnswer, NodeError> {
         let row = self.ask(self.sample.as_ref()).await?;
         read_sample(&row, self.wal_sizes).ok_or_else(|| self.unreadable())
+    }
+
+    /// The server's start that this connection belongs to. `None`: the control user may not see it (it takes
+    /// `pg_read_all_stats`, which `pg_monitor` has).
+    pub fn start(&self) -> Option<&Start> {
+        self.start.as_ref()
     }
 
     /// What the node is. One round trip.
@@ -553,14 +588,15 @@ impl NodeClient {
 
     async fn prepared(mut self) -> Result<NodeClient, NodeError> {
         let preparing = async {
-            // Sent together: one round trip for the three.
+            // Sent together.
             tokio::try_join!(
                 self.client.query_one(WAL_SIZES, &[]),
+                self.client.query_one(START, &[]),
                 self.client.prepare(SAMPLE),
                 self.client.prepare(PROBE)
             )
         };
-        let (sizes, sample, probe) = timeout(self.deadline, preparing)
+        let (sizes, start, sample, probe) = timeout(self.deadline, preparing)
             .await
             .map_err(|_| self.late())?
             .map_err(|error| describe(self.name.clone(), &error))?;
@@ -569,6 +605,7 @@ impl NodeClient {
             return Err(self.unreadable());
         };
         self.wal_sizes = (block, segment);
+        self.start = read_start(&start);
         self.sample = Some(sample);
         self.probe = Some(probe);
         Ok(self)
@@ -701,6 +738,13 @@ fn read_sample(row: &Row, (block, segment): (u64, u64)) -> Option<SampleAnswer> 
     }
 }
 
+fn read_start(row: &Row) -> Option<Start> {
+    let id: String = row.try_get::<_, Option<String>>(0).ok()??;
+    let end: Option<String> = row.try_get(1).ok()?;
+    let clean: bool = row.try_get(2).ok()?;
+    Some(Start { id: id.into(), end: end.and_then(|lsn| lsn.parse().ok()), clean })
+}
+
 fn read_probe(row: &Row, (block, segment): (u64, u64)) -> Option<ProbeAnswer> {
     let version: i32 = row.try_get(1).ok()?;
     let fields: Fields = row.try_get(2).ok()?;
@@ -708,7 +752,11 @@ fn read_probe(row: &Row, (block, segment): (u64, u64)) -> Option<ProbeAnswer> {
         "replica" => ProbedRole::Replica {
             positions: replica_positions(&fields),
             walreceiver: fields.get(6).cloned().flatten(),
-            apply_delay: Duration::from_millis(field(&fields, 7).unwrap_or(0)),
+            recovery: Recovery {
+                apply_delay: Duration::from_millis(field(&fields, 7).unwrap_or(0)),
+                paused: field(&fields, 8).unwrap_or(false),
+                conflicts: field(&fields, 9).unwrap_or(0),
+            },
         },
         "primary" => ProbedRole::Primary {
             insert: round_down_page_header(field(&fields, 1)?, block, segment),

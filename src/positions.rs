@@ -86,6 +86,7 @@ pub struct NodePositions {
     wanted: AtomicBool,
     wake_sampler: Notify,
     noted: AtomicBool,
+    idle: AtomicBool,
 }
 
 impl NodePositions {
@@ -115,10 +116,14 @@ impl NodePositions {
         }
     }
 
-    /// Tells the sampler that a session leans on this node: it keeps its interval instead of idling.
+    /// Tells the sampler that a session leans on this node, and has been shown what only a sample to come can
+    /// place: it takes one soon, so that the session's next statement need not wait. Only an idle sampler is woken.
     pub fn mark_active(&self) {
-        if !self.noted.load(Ordering::Relaxed) {
-            self.noted.store(true, Ordering::Relaxed);
+        if !self.noted.load(Ordering::SeqCst) {
+            self.noted.store(true, Ordering::SeqCst);
+            if self.idle.load(Ordering::SeqCst) && self.idle.swap(false, Ordering::SeqCst) {
+                self.wake_sampler.notify_one();
+            }
         }
     }
 
@@ -154,10 +159,16 @@ impl NodePositions {
 
     /// Whether a session has leaned on this node since the last call.
     pub fn take_active(&self) -> bool {
-        self.noted.swap(false, Ordering::Relaxed)
+        self.noted.load(Ordering::SeqCst) && self.noted.swap(false, Ordering::SeqCst)
     }
 
-    /// Resolves when somebody calls [`want`](Self::want).
+    /// The sampler is about to sleep for long (`true`): the next [`mark_active`](Self::mark_active) wakes it. Look
+    /// at [`take_active`](Self::take_active) once more after this.
+    pub fn set_idle(&self, idle: bool) {
+        self.idle.store(idle, Ordering::SeqCst);
+    }
+
+    /// Resolves when somebody calls [`want`](Self::want), or [`mark_active`](Self::mark_active) while idle.
     pub fn wanted(&self) -> tokio::sync::futures::Notified<'_> {
         self.wake_sampler.notified()
     }
@@ -200,7 +211,8 @@ impl Positions {
         self.changed.notify_waiters();
     }
 
-    /// Resolves at the next change of any node's samples after the future was created (and enabled).
+    /// Resolves at the next change of any node's samples after the future was created: it need not have been polled,
+    /// and takes no lock unless it is.
     pub fn changed(&self) -> tokio::sync::futures::Notified<'_> {
         self.changed.notified()
     }

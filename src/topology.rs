@@ -24,7 +24,7 @@ impl NodeId {
 }
 
 /// Counts the write targets this proxy has had: raised whenever another node becomes the primary, or
-/// the same one on another timeline. What was known of positions in an earlier epoch is void.
+/// the same one on another timeline, or after a crash, which may have taken the end of its log. What was known of positions in an earlier epoch is void.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Epoch(pub u64);
 
@@ -41,6 +41,8 @@ pub enum Exclusion {
     Ejected(String),
     /// Its lag is above `consistency.max_lag`.
     TooFarBehind,
+    /// It is told to apply what it receives late (`recovery_min_apply_delay`), and not allowed to serve so.
+    Delayed,
     /// How far behind it is cannot be known yet: the primary's position has not been seen.
     LagUnknown,
     /// No primary has been found yet, so it is not known what this replica should follow.
@@ -64,6 +66,7 @@ impl Exclusion {
             Exclusion::Ejected(_) => "ejected",
             Exclusion::Starting => "starting",
             Exclusion::TooFarBehind => "too_far_behind",
+            Exclusion::Delayed => "delayed",
             Exclusion::LagUnknown => "lag_unknown",
             Exclusion::NoPrimary => "no_primary",
             Exclusion::NotStreaming => "not_streaming",
@@ -82,6 +85,7 @@ impl fmt::Display for Exclusion {
             Exclusion::Starting => f.write_str("it is starting up or shutting down"),
             Exclusion::Ejected(cause) => write!(f, "it failed a moment ago: {cause}"),
             Exclusion::TooFarBehind => f.write_str("its lag is above max_lag"),
+            Exclusion::Delayed => f.write_str("it has a recovery_min_apply_delay (delayed_ok lets it serve)"),
             Exclusion::LagUnknown => f.write_str("its lag is not known yet"),
             Exclusion::NoPrimary => f.write_str("no primary has been found yet"),
             Exclusion::NotStreaming => f.write_str("it does not stream from the primary"),
@@ -116,6 +120,17 @@ impl Standing {
     }
 }
 
+/// What may hold a replica's replay up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Recovery {
+    /// Its `recovery_min_apply_delay`.
+    pub apply_delay: Duration,
+    /// Replay has been paused (`pg_wal_replay_pause()`), or pauses soon.
+    pub paused: bool,
+    /// Queries that it has cancelled because replay had to go on, since its statistics were reset.
+    pub conflicts: u64,
+}
+
 /// One node as the last probes showed it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NodeView {
@@ -135,6 +150,8 @@ pub struct NodeView {
     pub replay_lag: Option<Duration>,
     /// The server's major version, for example 15.
     pub server_major: Option<u16>,
+    /// Of a replica: what holds its replay up.
+    pub recovery: Option<Recovery>,
 }
 
 /// How one epoch ended, for sessions that carry a mark or a note of it.
@@ -146,7 +163,7 @@ pub struct Switch {
     pub old_primary: NodeId,
     /// Its timeline.
     pub old_timeline: TimelineId,
-    /// Where the new timeline left it; `None`: could not be learned, so nothing of it can be shown kept.
+    /// Where the new timeline left it, or where the log ended after a crash; `None`: could not be learned, so nothing of it can be shown kept.
     pub fork: Option<Lsn>,
     /// The last sample taken of the old primary: its counter and insert position.
     pub last_sample: Option<(u64, Lsn)>,
@@ -163,6 +180,8 @@ pub struct Topology {
     pub primary: Option<NodeId>,
     /// The primary's timeline.
     pub timeline: Option<TimelineId>,
+    /// The primary's start, crash-restarts included; `None`: it is not known.
+    pub start: Option<Arc<str>>,
     /// The timelines that it descends from; `None`: that could not be learned.
     pub history: Option<Arc<TimelineHistory>>,
     /// All nodes, in the configuration's order.
@@ -184,12 +203,14 @@ impl Topology {
             replay_lag_bytes: None,
             replay_lag: None,
             server_major: None,
+            recovery: None,
         };
         Topology {
             epoch: Epoch(0),
             system_identifier: None,
             primary: None,
             timeline: None,
+            start: None,
             history: None,
             nodes: config.nodes.iter().take(usize::from(u16::MAX)).enumerate().map(view).collect(),
             switches: Vec::new(),

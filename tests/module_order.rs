@@ -14,7 +14,7 @@ const MAY_USE: &[(&str, &str)] = &[
     ("consistency", "wal"),
     ("topology", "config wal"),
     ("positions", "topology wal"),
-    ("classify", "config wal wire"),
+    ("classify", "config consistency wal wire"),
     ("route", "classify topology positions wal"),
     // A value too, once it has been read.
     ("config", "consistency wal"),
@@ -62,6 +62,7 @@ const PURE: &[&str] = &[
     "session/prepared.rs",
     "session/settings.rs",
     "backend/applied.rs",
+    "backend/parameters.rs",
     "session/pins.rs",
     "monitor/health.rs",
     "monitor/lag.rs",

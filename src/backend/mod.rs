@@ -7,10 +7,11 @@ mod applied;
 pub mod cancel;
 pub mod clean;
 pub mod login;
+mod parameters;
 pub mod pool;
 pub mod senders;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -18,25 +19,32 @@ use std::time::Instant;
 
 use bytes::{Buf, BytesMut};
 use lru::LruCache;
-use tokio::io::AsyncWrite;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::net::Stream;
 use crate::topology::{Epoch, NodeId};
 
 pub use applied::{Applied, Setting};
 pub use cancel::CancelTarget;
-
-/// What a server has reported by ParameterStatus.
-pub type Parameters = BTreeMap<Vec<u8>, Vec<u8>>;
+pub use parameters::Parameters;
 
 /// The name under which backends of all sessions share a prepared statement: a keyed hash of text and types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SharedName(pub u128);
 
+const HEX_DIGITS: [u8; 16] = *b"0123456789abcdef";
+
 impl SharedName {
     /// The name as the server sees it.
-    pub fn server_name(self) -> String {
-        format!("{}{:032x}", SharedName::PREFIX, self.0)
+    pub fn server_name(self) -> [u8; SharedName::LENGTH] {
+        let mut name = [0; SharedName::LENGTH];
+        let (prefix, digits) = name.split_at_mut(SharedName::PREFIX.len());
+        prefix.copy_from_slice(SharedName::PREFIX.as_bytes());
+        for (two, byte) in digits.chunks_exact_mut(2).zip(self.0.to_be_bytes()) {
+            two[0] = HEX_DIGITS[usize::from(byte >> 4)];
+            two[1] = HEX_DIGITS[usize::from(byte & 15)];
+        }
+        name
     }
 
     const PREFIX: &str = "__hw_";
@@ -105,6 +113,8 @@ pub struct Backend {
     pub startup: Arc<StartupParameters>,
     /// The node's sample counter right after the login: only later samples speak for this backend.
     pub connected_at: u64,
+    /// Of the primary: a sample sent later has shown that it belongs to the start of the server that is known.
+    pub vouched_for: bool,
     /// The epoch in which it was opened.
     pub epoch: Epoch,
     /// Changes of what logins give when it was opened; none: it may have been given what was valid before.
@@ -184,12 +194,35 @@ pub fn poll_fill(
     input: &mut BytesMut,
     cx: &mut Context<'_>,
 ) -> Poll<std::io::Result<usize>> {
-    // A buffer that was filled to its end is likely to be filled again: give the next read more room.
-    let room = if input.len() >= FIRST_READ { BULK_READ } else { FIRST_READ };
     if input.capacity() - input.len() < FIRST_READ / 2 {
-        input.reserve(room);
+        if input.len() < FIRST_READ {
+            return poll_fill_small(stream, input, cx);
+        }
+        input.reserve(BULK_READ);
     }
     tokio_util::io::poll_read_buf(Pin::new(stream), cx, input)
+}
+
+/// Most connections wait most of the time: no buffer is kept for what they may say, only for what they have said.
+fn poll_fill_small(
+    stream: &mut Stream,
+    input: &mut BytesMut,
+    cx: &mut Context<'_>,
+) -> Poll<std::io::Result<usize>> {
+    let mut space = [std::mem::MaybeUninit::uninit(); FIRST_READ];
+    let mut read = ReadBuf::uninit(&mut space);
+    match Pin::new(stream).poll_read(cx, &mut read) {
+        Poll::Ready(Ok(())) => {}
+        Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+        Poll::Pending => return Poll::Pending,
+    }
+    let came = read.filled();
+    if came.len() == FIRST_READ {
+        // A read that was filled to its end is likely to be filled again: the next goes into the buffer itself.
+        input.reserve(FIRST_READ + BULK_READ);
+    }
+    input.extend_from_slice(came);
+    Poll::Ready(Ok(came.len()))
 }
 
 /// Writes what `output` holds, as far as the socket takes it. `Ready(Ok(()))`: all of it.
@@ -230,8 +263,7 @@ impl Backend {
         worker: usize,
         now: Instant,
     ) -> Backend {
-        let parameters: Arc<Parameters> =
-            Arc::new(login.parameters.into_iter().map(|(k, v)| (k.into_bytes(), v.into_bytes())).collect());
+        let parameters: Arc<Parameters> = Arc::new(login.parameters.into_iter().collect());
         Backend {
             node,
             stream: login.stream,
@@ -242,6 +274,7 @@ impl Backend {
             parameters,
             startup,
             connected_at,
+            vouched_for: false,
             epoch,
             login_settings: None,
             opened: now,
@@ -293,9 +326,9 @@ impl Backend {
     /// Takes a ParameterStatus body into account; the name and value it states.
     pub fn report(&mut self, body: &[u8]) {
         if let Some((name, value)) = parameter_status(body)
-            && self.parameters.get(name).map(Vec::as_slice) != Some(value)
+            && self.parameters.get(name) != Some(value)
         {
-            Arc::make_mut(&mut self.parameters).insert(name.to_vec(), value.to_vec());
+            Arc::make_mut(&mut self.parameters).insert(name, value);
         }
     }
 
@@ -325,9 +358,9 @@ mod tests {
     #[test]
     fn a_shared_name_is_found_where_the_server_says_it() {
         let name = SharedName(0x1234_5678_9abc_def0_0000_0000_0000_0001);
-        let text = format!("prepared statement \"{}\" requires 1", name.server_name());
-        assert_eq!(SharedName::find_in(text.as_bytes()), Some((20, name)));
-        assert_eq!(SharedName::LENGTH, name.server_name().len());
+        assert_eq!(name.server_name(), *b"__hw_123456789abcdef00000000000000001");
+        let text = [b"prepared statement \"", &name.server_name()[..], b"\" requires 1"].concat();
+        assert_eq!(SharedName::find_in(&text), Some((20, name)));
         assert_eq!(SharedName::find_in(b"__hw_ and nothing"), None);
         assert_eq!(SharedName::find_in(b"at its end __hw_00"), None);
     }

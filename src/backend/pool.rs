@@ -223,13 +223,13 @@ impl Pool {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Lends a backend that was opened with `startup`. Waits in line until `deadline`.
+    /// Lends a backend that was opened with `startup`. Waits in line for up to `patience`.
     pub async fn acquire(
         self: &Arc<Pool>,
         startup: &Arc<StartupParameters>,
         worker: usize,
         last_written_by: Option<u32>,
-        deadline: Instant,
+        patience: Duration,
     ) -> Result<Lease, AcquireError> {
         if let Some(backend) = self.take_idle(startup, worker, last_written_by) {
             return Ok(self.lend(backend));
@@ -247,7 +247,7 @@ impl Pool {
             });
             self.open_more(&mut state);
         }
-        let granted = tokio::time::timeout_at(deadline.into(), &mut waiting.receiver).await;
+        let granted = tokio::time::timeout(patience, &mut waiting.receiver).await;
         self.context.metrics.waited(WaitFor::Backend, begun.elapsed());
         match granted {
             Ok(Ok(Grant::Backend(backend))) => Ok(self.lend(backend)),

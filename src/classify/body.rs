@@ -1,6 +1,6 @@
 //! Whether the body of a user's function only reads. Pure.
 //!
-//! A body in SQL must be one statement that the scan calls a read. A body in PL/pgSQL is cut into its statements; the
+//! A body in SQL must consist of statements each of which the scan calls a read. A body in PL/pgSQL is cut into its statements; the
 //! leading word of each must be one that only controls the flow, assigns or queries, and what is left is
 //! scanned as one query: the same words, names, calls and operators are refused in it as in a statement of a
 //! client. Dynamic SQL (EXECUTE) is never a read.
@@ -50,7 +50,10 @@ pub fn only_reads(language: &str, text: &[u8], vocabulary: &Vocabulary, catalog:
         return false;
     }
     match language {
-        "sql" => scans_as_read(text, vocabulary, catalog),
+        "sql" => statements(text).is_some_and(|statements| {
+            !statements.is_empty()
+                && statements.iter().all(|statement| scans_as_read(statement, vocabulary, catalog))
+        }),
         "plpgsql" => as_one_query(text).is_some_and(|query| scans_as_read(&query, vocabulary, catalog)),
         _ => false,
     }
@@ -61,6 +64,29 @@ fn scans_as_read(text: &[u8], vocabulary: &Vocabulary, catalog: &Catalog) -> boo
     let mut prefix = SipHasher13::new();
     prefix.write(b"B");
     scan::scan(text, prefix, vocabulary, catalog, false).class.kind == Kind::Read
+}
+
+/// A body in SQL, cut at its semicolons; nothing if it cannot be read. A cut inside parentheses leaves parts that do
+/// not balance, and so are no reads.
+fn statements(text: &[u8]) -> Option<Vec<&[u8]>> {
+    let mut lexer = Lexer::new(text);
+    let (mut found, mut start, mut blank) = (Vec::new(), 0, true);
+    loop {
+        let token = lexer.next_token();
+        match token {
+            Token::Unclear => return None,
+            Token::End | Token::Punctuation(b';') => {
+                if !blank {
+                    found.push(&text[start..lexer.start()]);
+                }
+                (start, blank) = (lexer.end(), true);
+            }
+            _ => blank = false,
+        }
+        if token == Token::End {
+            return Some(found);
+        }
+    }
 }
 
 /// Where in PL/pgSQL the next word stands.
@@ -170,12 +196,21 @@ mod tests {
 
     #[test]
     fn bodies_in_sql() {
-        for text in ["select 1", " SELECT upper($1) || name FROM t WHERE id = a; ", "values (1)"] {
+        for text in [
+            "select 1",
+            " SELECT upper($1) || name FROM t WHERE id = a; ",
+            "values (1)",
+            "select 1; select upper(';');; -- select pg_advisory_lock(1)",
+        ] {
             assert!(only_reads("sql", text), "{text}");
         }
         for text in [
             "",
-            "select 1; select 2",
+            ";",
+            "select 1; select pg_advisory_lock(1)",
+            "select 1; insert into t values (1); select 2",
+            "select (1; select 2)",
+            "select 1; set x = 1",
             "select pg_advisory_lock(1)",
             "insert into t values (1)",
             "select * from t for share",

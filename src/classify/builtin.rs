@@ -2,7 +2,8 @@
 //! functions that are safe on a replica, and the system relations that answer there as on the
 //! primary. Pure data and one lookup table.
 //!
-//! An allow-list: what is not named here is not safe. It was made from `pg_proc` of PostgreSQL 15. A
+//! An allow-list: what is not named here is not safe. It was made from `pg_proc` of PostgreSQL 15, and is called
+//! function by function on a primary and its standby (`tests/end_to_end/allow_lists.rs`). A
 //! name is listed only if every overload in `pg_catalog` is safe. Volatility alone decides nothing:
 //! `txid_current` and `pg_stat_get_activity` are STABLE and still belong to the primary, while
 //! `random` and `clock_timestamp` are VOLATILE and safe. Functions of a later major that are not

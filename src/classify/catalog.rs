@@ -7,9 +7,10 @@
 //! class, a table with a column of that type, a policy or folded expression over it, its parents, views and their
 //! views. `pg_depend` does not record built-in functions, so stored expressions are read (`tree`).
 //!
-//! A user's function is harmless when it is not declared volatile and its body is known: a stored query, a text
-//! that the scan calls a read (`body`), a built-in or a known extension's code (`extension`), an aggregate of such. A
-//! name is taken for all functions that bear it, in whatever schema.
+//! A user's function is harmless when its body is known: a stored query, a text that the scan calls a read (`body`), a
+//! built-in or a known extension's code (`extension`), an aggregate of such. What it is declared to be decides
+//! nothing: IMMUTABLE may lie, and VOLATILE is only what nobody has said otherwise
+//! (docs/decisions/0017). A name is taken for all functions that bear it, in whatever schema.
 //!
 //! An unsafe operator makes its token unsafe, unless both operands are of users' types to which nothing built-in
 //! is cast implicitly and a built-in operator of that token wins over it for constants: then only an unsafe
@@ -441,9 +442,9 @@ impl FunctionRow {
         }
         match &*self.language {
             "internal" if self.kind == "a" => true,
-            "internal" => self.internal && !self.volatile,
+            "internal" => self.internal,
             "c" => extension::is_harmless(&self.extension, &self.library, &self.name, self.volatile),
-            "sql" => self.stored && !self.volatile,
+            "sql" => self.stored,
             _ => false,
         }
     }
@@ -451,7 +452,6 @@ impl FunctionRow {
     /// Its body is a text that may prove it harmless.
     fn has_a_text(&self) -> bool {
         !self.settings
-            && !self.volatile
             && self.kind == "f"
             && (self.language == "sql" && !self.stored || self.language == "plpgsql")
     }
@@ -810,7 +810,19 @@ mod tests {
                 function(30_003, "locks", "sql", "select pg_advisory_lock(1)"),
                 function(30_004, "calls_that", "sql", "select locks(1)"),
                 function(30_005, "circle", "sql", "select circle($1)"),
-                FunctionRow { volatile: true, ..function(30_006, "changes", "sql", "select 1") },
+                FunctionRow { volatile: true, ..function(30_006, "changes", "sql", "select nextval('s')") },
+                FunctionRow { volatile: true, ..function(30_015, "by_default", "sql", "select 1") },
+                FunctionRow {
+                    volatile: true,
+                    stored: true,
+                    ..function(30_016, "stored_by_default", "sql", "")
+                },
+                FunctionRow {
+                    volatile: true,
+                    internal: true,
+                    ..function(30_017, "built_in", "internal", "x")
+                },
+                FunctionRow { volatile: true, ..function(30_018, "compiled", "c", "x") },
                 FunctionRow { settings: true, ..function(30_007, "sets", "sql", "select 1") },
                 function(30_008, "both", "sql", "select 1"),
                 function(30_009, "both", "sql", "select locks(1)"),
@@ -872,7 +884,9 @@ mod tests {
             let flags = catalog.name(name.as_bytes());
             assert!(flags.proven && !flags.called && !flags.attribute, "{name}");
         }
-        for name in ["locks", "calls_that", "changes", "sets", "both", "stored_lock", "perl", "of_type"] {
+        for name in
+            ["locks", "calls_that", "changes", "sets", "both", "stored_lock", "perl", "of_type", "compiled"]
+        {
             let flags = catalog.name(name.as_bytes());
             assert!(flags.called && flags.attribute, "{name}");
         }

@@ -20,6 +20,7 @@ mod builtin;
 mod cache;
 pub mod catalog;
 mod extension;
+pub mod hint;
 mod lexer;
 mod named;
 mod opinion;
@@ -40,6 +41,7 @@ pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
 use crate::config::LimitsConfig;
 use builtin::Vocabulary;
 use cache::Cache;
+use hint::Hints;
 use lexer::{Lexer, Token};
 use opinion::Opinion;
 
@@ -112,6 +114,7 @@ pub enum Lookup {
 pub struct Question {
     text: Box<[u8]>,
     key: ClassKey,
+    hints: Hints,
 }
 
 impl Question {
@@ -139,10 +142,16 @@ impl StatementClass {
         reason: ClassReason::Read,
         leaves: Leaves::Nothing,
         settings: false,
+        hints: Hints { level: None, route: None, invalid: false },
     };
 
+    /// Whether it is a read and nothing else: it sets nothing and leaves nothing.
+    pub fn is_mere_read(self) -> bool {
+        matches!(self.kind, Kind::Read | Kind::Empty) && !self.settings && self.leaves == Leaves::Nothing
+    }
+
     fn write(reason: ClassReason) -> StatementClass {
-        StatementClass { kind: Kind::Write, reason, leaves: Leaves::Nothing, settings: false }
+        StatementClass { kind: Kind::Write, reason, ..StatementClass::READ }
     }
 }
 
@@ -235,7 +244,8 @@ impl Classifier {
         }
         let scanned = self.scan(statement, prefix);
         let key = ClassKey { whole, skeleton: scanned.skeleton };
-        let class = self.with_facts(statement, scanned.class);
+        let hints = scanned.class.hints;
+        let class = StatementClass { hints, ..self.with_facts(statement, scanned.class) };
         if class.kind != Kind::Read {
             self.misses.fetch_add(1, Ordering::Relaxed);
             self.cache.put_whole(key, class);
@@ -248,9 +258,10 @@ impl Classifier {
         }
         self.misses.fetch_add(1, Ordering::Relaxed);
         if statement.text.len() > self.parser_text {
-            return Lookup::Known(StatementClass::write(ClassReason::SecondOpinion), key);
+            let class = StatementClass { hints, ..StatementClass::write(ClassReason::SecondOpinion) };
+            return Lookup::Known(class, key);
         }
-        Lookup::Ask(Question { text: statement.text.into(), key })
+        Lookup::Ask(Question { text: statement.text.into(), key, hints })
     }
 
     /// The second opinion. Ends at the parser's deadline at the latest: then the statement is not a read this
@@ -300,7 +311,7 @@ impl Classifier {
                 } else {
                     Leaves::Unproven
                 }),
-                settings: class.settings,
+                ..class
             };
         }
         if class.kind != Kind::Read {
@@ -427,6 +438,8 @@ pub struct StatementClass {
     pub leaves: Leaves,
     /// It may change settings: [`setting::effects`] says which.
     pub settings: bool,
+    /// What comments in it ask for.
+    pub hints: Hints,
 }
 
 /// What a statement (or a message of several) is.

@@ -19,6 +19,7 @@ use sqlparser::parser::Parser;
 use tokio::sync::oneshot;
 
 use super::cache::Cache;
+use super::lexer::{Lexer, TextKind, Token};
 use super::{ClassReason, Question, StatementClass};
 
 /// The parser's stack; reserved, and used only as far as texts need it.
@@ -94,6 +95,7 @@ impl Opinion {
 
     /// The verdict, or "not a read" when it does not come in time.
     pub(super) async fn ask(&self, question: Question) -> StatementClass {
+        let hints = question.hints;
         let (reply, answer) = oneshot::channel();
         if let Some((state, done)) = self.send(Job { question, reply }) {
             match tokio::time::timeout(self.deadline, answer).await {
@@ -102,7 +104,7 @@ impl Opinion {
                 Err(_elapsed) => self.replace_if_stuck(&state, done),
             }
         }
-        StatementClass::write(ClassReason::SecondOpinion)
+        StatementClass { hints, ..StatementClass::write(ClassReason::SecondOpinion) }
     }
 
     fn worker(&self) -> std::sync::MutexGuard<'_, Option<Worker>> {
@@ -173,6 +175,7 @@ fn answer(question: Question, judge: Judge, cache: &Cache) -> StatementClass {
     // A panic of the parser is a refusal like any other.
     let agreed = std::panic::catch_unwind(|| judge(&question.text)).unwrap_or(false);
     let class = if agreed { StatementClass::READ } else { StatementClass::write(ClassReason::SecondOpinion) };
+    let class = StatementClass { hints: question.hints, ..class };
     // What a replica has refused meanwhile stays refused.
     if cache.skeleton(question.key.skeleton).is_none() {
         cache.put_skeleton(question.key.skeleton, class);
@@ -192,12 +195,14 @@ pub(super) fn is_one_read(text: &[u8]) -> bool {
 }
 
 /// The text without forms that the parser does not know, and that the scan has accounted for: `OPERATOR(pg_catalog.~)`
-/// becomes the operator, and `COLLATE pg_catalog.default` goes, both being how psql writes its queries; an
-/// operator that is not among the usual ones becomes `+`, which stands wherever an operator may; SYMMETRIC goes
-/// behind BETWEEN, VARIADIC before an argument, NAME in XMLELEMENT and XMLPI and before a string, a FROM with nothing
-/// to trim before it, the star behind a parent table; SUBSTRING's SIMILAR and ESCAPE become commas; a leading TABLE becomes what it stands for. Found by tokens, so not inside strings or comments.
+/// becomes the operator, and COLLATE goes with its name; an operator that is not among the usual ones becomes `+`, which
+/// stands wherever an operator may; SYMMETRIC goes behind BETWEEN, VARIADIC before an argument, a FROM with nothing to
+/// trim before it, the star behind a parent table, LATERAL before XMLTABLE; SUBSTRING's SIMILAR and ESCAPE become
+/// commas; ISNULL is spelled out; a string in several pieces, and names and strings in U&, become short ones; a leading
+/// TABLE becomes what it stands for. Of XML: NAME goes in XMLELEMENT and XMLPI and before a string, XMLROOT's and XMLEXISTS'
+/// own words become arguments, XMLSERIALIZE a cast, IS DOCUMENT IS NULL. Found by tokens, so not inside strings or
+/// comments; what is left out names nothing and calls nothing, and the scan has seen it.
 fn as_it_reads(text: &str) -> std::borrow::Cow<'_, str> {
-    use super::lexer::{Lexer, Token};
     let mut lexer = Lexer::new(text.as_bytes());
     let leading_table = lexer.next_token() == Token::Word && lexer.name() == b"table";
     let mut out = String::with_capacity(text.len() + text.len() / 4);
@@ -207,13 +212,14 @@ fn as_it_reads(text: &str) -> std::borrow::Cow<'_, str> {
     } else {
         lexer = Lexer::new(text.as_bytes());
     }
-    // The depth of the parentheses, that of the innermost SUBSTRING's, and the last two tokens.
-    let (mut depth, mut substring) = (0u32, None);
+    // The depth of the parentheses, the calls with a grammar of their own that are open, the last two tokens.
+    let (mut depth, mut open) = (0u32, Vec::<(u32, Before)>::new());
     let (mut before, mut before_that) = (Before::Other, Before::Other);
     loop {
         let token = lexer.next_token();
         let mut part = lexer.raw();
         let name = if token == Token::Word { lexer.name() } else { b"" };
+        let inside = open.last().filter(|(at, _)| *at == depth).map_or(Before::Other, |(_, of)| *of);
         let mut this = Before::Other;
         match (token, name) {
             (Token::End, _) => return if changed { out.into() } else { text.into() },
@@ -221,32 +227,56 @@ fn as_it_reads(text: &str) -> std::borrow::Cow<'_, str> {
             (Token::Punctuation(b'('), _) => {
                 depth += 1;
                 this = Before::Open;
-                if before == Before::Substring {
-                    substring = Some(depth);
+                if before.has_its_own_grammar() {
+                    open.push((depth, before));
                 }
             }
             (Token::Punctuation(b')'), _) => {
-                if substring == Some(depth) {
-                    substring = None;
-                }
+                open.pop_if(|(at, _)| *at == depth);
                 depth = depth.saturating_sub(1);
             }
             (Token::Punctuation(b','), _) => this = Before::Comma,
+            (Token::Text(_), _) if before == Before::Uescape => part = b"",
+            (Token::Text(TextKind::Unicode), _) => part = b"'u'",
+            (Token::Text(TextKind::Plain), _) if is_in_pieces(part) => part = b"'c'",
+            (Token::Quoted, _) if matches!(part.first(), Some(b'u' | b'U')) => part = b"\"u\"",
             (Token::Operator, _) if !USUAL_OPERATORS.contains(&part) => part = b"+",
+            (_, b"uescape") => (this, part) = (Before::Uescape, b""),
             (_, b"symmetric" | b"asymmetric") if before == Before::Between => part = b"",
             (_, b"variadic") if matches!(before, Before::Open | Before::Comma) => part = b"",
             (_, b"name") if before == Before::Open && before_that == Before::Xml => part = b"",
-            (_, b"similar" | b"escape") if substring == Some(depth) => part = b",",
+            (_, b"similar" | b"escape") if inside == Before::Substring => part = b",",
+            (_, b"version" | b"standalone") if inside == Before::XmlRoot && before == Before::Comma => {
+                (this, part) = (Before::RootWord, b"");
+            }
+            (_, b"yes" | b"no") if before == Before::RootWord => (this, part) = (Before::RootNo, b"null"),
+            (_, b"value") if before == Before::RootNo => part = b"",
+            (_, b"passing") if inside == Before::XmlExists => part = b",",
+            (_, b"by") if inside == Before::XmlExists => (this, part) = (Before::By, b""),
+            (_, b"ref" | b"value") if before == Before::By => part = b"",
+            (_, b"content" | b"document") if inside == Before::XmlSerialize && before == Before::Open => {
+                part = b"";
+            }
+            (_, b"document") if matches!(before, Before::Is | Before::Not) => part = b"null",
+            (_, b"isnull" | b"notnull") if lexer.clone().next_token() != Token::Punctuation(b'(') => {
+                part = if name == b"isnull" { b"is null" } else { b"is not null" };
+            }
+            (_, b"lateral") if next_is(&lexer, b"xmltable") => part = b"",
             (_, b"from") if before == Before::TrimSide => part = b"",
             // `FROM parent *`: with its children, as without the star.
             (Token::Operator, _) if before == Before::Relation && part == b"*" => part = b"",
             // `name 'x'`
             (_, b"name") if matches!(lexer.clone().next_token(), Token::Text(_)) => part = b"",
+            (_, b"is") => this = Before::Is,
+            (_, b"not") => this = Before::Not,
             (_, b"between") => this = Before::Between,
             (_, b"leading" | b"trailing" | b"both") => this = Before::TrimSide,
             (_, b"from") => this = Before::From,
             (Token::Word | Token::Quoted, _) if before == Before::From => this = Before::Relation,
             (_, b"substring") => this = Before::Substring,
+            (_, b"xmlroot") => this = Before::XmlRoot,
+            (_, b"xmlexists") => this = Before::XmlExists,
+            (_, b"xmlserialize") => (this, part) = (Before::XmlSerialize, b"cast"),
             (_, b"xmlelement" | b"xmlpi") => this = Before::Xml,
             (_, b"operator") => {
                 let mut ahead = lexer.clone();
@@ -267,15 +297,14 @@ fn as_it_reads(text: &str) -> std::borrow::Cow<'_, str> {
             }
             (_, b"collate") => {
                 let mut ahead = lexer.clone();
-                let mut next = |expected: Token, raw: &[u8]| {
-                    ahead.next_token() == expected && (raw.is_empty() || ahead.raw() == raw)
-                };
-                if next(Token::Word, b"pg_catalog")
-                    && next(Token::Punctuation(b'.'), b"")
-                    && next(Token::Word, b"default")
-                {
-                    lexer = ahead;
+                if matches!(ahead.next_token(), Token::Word | Token::Quoted) {
                     part = b"";
+                    lexer = ahead.clone();
+                    if ahead.next_token() == Token::Punctuation(b'.')
+                        && matches!(ahead.next_token(), Token::Word | Token::Quoted)
+                    {
+                        lexer = ahead;
+                    }
                 }
             }
             _ => {}
@@ -287,6 +316,25 @@ fn as_it_reads(text: &str) -> std::borrow::Cow<'_, str> {
     }
 }
 
+fn next_is(lexer: &Lexer<'_>, word: &[u8]) -> bool {
+    let mut ahead = lexer.clone();
+    ahead.next_token() == Token::Word && ahead.name() == word
+}
+
+/// Whether a string goes on on a later line: `'a'`, a line's end, `'b'`.
+fn is_in_pieces(raw: &[u8]) -> bool {
+    let inner = raw.strip_suffix(b"'").unwrap_or(raw);
+    let start = inner.iter().position(|byte| *byte == b'\'').map_or(0, |quote| quote + 1);
+    let mut inner = &inner[start..];
+    while let Some(quote) = memchr::memchr(b'\'', inner) {
+        match inner.get(quote + 1) {
+            Some(b'\'') => inner = &inner[quote + 2..],
+            _ => return true,
+        }
+    }
+    false
+}
+
 /// What the token before was, as far as it matters to [`as_it_reads`].
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Before {
@@ -295,10 +343,26 @@ enum Before {
     Between,
     Substring,
     Xml,
+    XmlRoot,
+    XmlExists,
+    XmlSerialize,
+    RootWord,
+    RootNo,
+    By,
+    Is,
+    Not,
     TrimSide,
     From,
     Relation,
+    Uescape,
     Other,
+}
+
+impl Before {
+    /// The name of a call whose arguments are more than expressions with commas between them.
+    fn has_its_own_grammar(self) -> bool {
+        matches!(self, Before::Substring | Before::XmlRoot | Before::XmlExists | Before::XmlSerialize)
+    }
 }
 
 /// What the parser knows, and where its knowing more than a `+` is wanted: `*` and `=` are more than operators.
@@ -347,7 +411,7 @@ fn query_reads(query: &Query) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::classify::ClassKey;
+    use crate::classify::{ClassKey, Hints};
 
     /// Held while a text that hangs shall hang.
     static GATE: Mutex<()> = Mutex::new(());
@@ -367,7 +431,8 @@ mod tests {
         let mut ask = |text: &[u8]| {
             key += 1;
             let key = ClassKey { whole: key, skeleton: key };
-            runtime.block_on(opinion.ask(Question { text: text.into(), key })) == StatementClass::READ
+            runtime.block_on(opinion.ask(Question { text: text.into(), key, hints: Hints::default() }))
+                == StatementClass::READ
         };
         assert!(ask(b"fine"));
         let closed = GATE.lock().unwrap();
@@ -402,6 +467,32 @@ mod tests {
             ("select name 'x'", "select  'x' "),
             ("select xmlelement(name a, name)", "select xmlelement (  a , name ) "),
             ("select a collate pg_catalog.default", "select a  "),
+            ("select a::text collate \"x\" = b", "select a :: text  = b "),
+            (
+                "select substring(upper(a) similar substring(b similar c escape d) escape e)",
+                "select substring ( upper ( a ) , substring ( b , c , d ) , e ) ",
+            ),
+            ("select a isnull, b notnull", "select a is null , b is not null "),
+            ("select 'a'\n 'b'", "select 'c' "),
+            ("select 'a''b'\n, 'c' from t *", "select 'a''b' , 'c' from t  "),
+            ("select U&'d!0061' UESCAPE '!' AS U&\"d\\0061\"", "select 'u'   AS \"u\" "),
+            (
+                "select xmlroot(xmlroot(a, version '1.0'), version no value, standalone yes)",
+                "select xmlroot ( xmlroot ( a ,  '1.0' ) ,  null  ,  null ) ",
+            ),
+            (
+                "select xmlserialize(content a as text), xmlserialize(document b as text)",
+                "select cast (  a as text ) , cast (  b as text ) ",
+            ),
+            ("select a is document, b is not document", "select a is null , b is not null "),
+            (
+                "select 1 from t where xmlexists('/a' passing by ref a by value)",
+                "select 1 from t where xmlexists ( '/a' ,   a   ) ",
+            ),
+            (
+                "select * from t, lateral xmltable('/a' passing b columns c int path '@c', d for ordinality)",
+                "select * from t ,  xmltable ( '/a' passing b columns c int path '@c' , d for ordinality ) ",
+            ),
         ] {
             assert_eq!(as_it_reads(text), read_as);
             assert!(is_one_read(text.as_bytes()), "{text}");

@@ -12,8 +12,10 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 
 use super::builtin::{Keyword, Special, Vocabulary, Word};
 use super::catalog::{Catalog, Flags};
+use super::hint::Hints;
 use super::lexer::{Lexer, TextKind, Token};
 use super::{ClassReason, Kind, Leaves, PinReason, StatementClass};
+use crate::consistency::Route;
 
 /// Parentheses that a read candidate may nest: the second parser recurses, and some of its attempts double
 /// with each level.
@@ -48,6 +50,7 @@ pub fn scan(
         ascii_names,
         statement: Current::default(),
         total: None,
+        hints: Hints::default(),
     }
     .run()
 }
@@ -59,6 +62,8 @@ enum Previous {
     Start,
     Keyword(Keyword),
     Name,
+    /// A name behind FROM or JOIN.
+    Relation,
     Open,
     Close,
     Comma,
@@ -206,6 +211,7 @@ struct Scan<'a> {
     ascii_names: bool,
     statement: Current,
     total: Option<StatementClass>,
+    hints: Hints,
 }
 
 impl Scan<'_> {
@@ -214,7 +220,8 @@ impl Scan<'_> {
             let token = self.lexer.next_token();
             if let Some(hint) = self.lexer.hint() {
                 feed(&mut self.hash, b'h', hint);
-                if asks_for_primary(hint) {
+                self.hints = self.hints.and(hint);
+                if self.hints.route == Some(Route::Primary) {
                     self.statement.refuse(Kind::Write, ClassReason::Hint);
                 }
             }
@@ -248,7 +255,9 @@ impl Scan<'_> {
             reason: ClassReason::Empty,
             leaves: Leaves::Nothing,
             settings: false,
+            hints: Hints::default(),
         });
+        let class = StatementClass { hints: self.hints, ..class };
         Scanned { class, skeleton: self.hash.finish128().into() }
     }
 
@@ -326,6 +335,7 @@ impl Scan<'_> {
         let pg_prefix = name.starts_with(b"pg_");
         let temporary_schema = pg_prefix && (name == b"pg_temp" || name.starts_with(b"pg_temp_"));
         let is_operator_word = !quoted && name == b"operator";
+        let of_from = !quoted && matches!(name, b"only" | b"lateral" | b"rows");
         let dotted = self.statement.previous == Previous::Dot;
         let keyword = if quoted || dotted { None } else { word.keyword };
         if self.statement.lead.is_none() {
@@ -372,6 +382,8 @@ impl Scan<'_> {
                 in_with_list && !dotted
             }
             Previous::Close => !statement.close_may_precede_call,
+            // `FROM t a (x, y)`: nothing else can stand there.
+            Previous::Relation => true,
             _ => false,
         };
         statement.pending = Some(Pending {
@@ -385,9 +397,10 @@ impl Scan<'_> {
             is_operator_word,
             pg_prefix,
         });
-        match keyword {
-            Some(keyword) => Previous::Keyword(keyword),
-            None => Previous::Name,
+        match (keyword, statement.previous) {
+            (Some(keyword), _) => Previous::Keyword(keyword),
+            (None, Previous::Keyword(Keyword::From | Keyword::Join)) if !of_from => Previous::Relation,
+            (None, _) => Previous::Name,
         }
     }
 
@@ -805,6 +818,7 @@ impl Scan<'_> {
             reason: statement.reason,
             leaves: statement.leaves,
             settings: statement.settings,
+            hints: Hints::default(),
         };
         self.total = Some(match self.total {
             None => class,
@@ -817,6 +831,7 @@ impl Scan<'_> {
                 reason: ClassReason::Several,
                 leaves: before.leaves.or_stronger(class.leaves),
                 settings: before.settings || class.settings,
+                hints: Hints::default(),
             },
         });
     }
@@ -916,21 +931,6 @@ fn names_the_clock(raw: &[u8]) -> bool {
     }
     let has = |word: &[u8]| raw.windows(word.len()).any(|window| window.eq_ignore_ascii_case(word));
     has(b"now") || has(b"today") || has(b"tomorrow") || has(b"yesterday") || raw.contains(&b'\\')
-}
-
-/// `highwater.route = primary` in a comment. What else a comment says decides nothing: none can make a read.
-fn asks_for_primary(hint: &[u8]) -> bool {
-    let mut words = hint
-        .split(|byte| !(byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_')))
-        .filter(|word| !word.is_empty());
-    while let Some(word) = words.next() {
-        if word.eq_ignore_ascii_case(b"highwater.route")
-            && words.clone().next().is_some_and(|value| value.eq_ignore_ascii_case(b"primary"))
-        {
-            return true;
-        }
-    }
-    false
 }
 
 /// A setting of an application's own: its name has a dot, as no setting of the server has.

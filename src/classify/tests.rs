@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::catalog::{CatalogRows, FunctionRow, Mark, Object, OperatorRow, TypeRow};
 use super::*;
+use crate::consistency::{Level, Route};
 
 fn classifier() -> Classifier {
     Classifier::new(&LimitsConfig {
@@ -89,6 +90,7 @@ fn reads() {
         "select coalesce(a, 1), cast(b as varchar(10)), row_number() over (order by c) from t",
         "select current_setting('app.tenant')",
         "select x.a from (values (1)) x(a)",
+        "select x.a from t x(a) join u y(b) using (a)",
         "select substring(a from 1 for 2) from t",
         "select c.relname from pg_catalog.pg_class c where c.relname operator(pg_catalog.~) '^(t)$'",
         "select exists(select 1 from t), array(select 1)",
@@ -183,6 +185,13 @@ fn not_reads() {
         "execute p",
         "prepare p as select 1",
         "select distinct on (a) unknown_fn(b) from t",
+        "select * from lateral unknown_fn(1)",
+        "select * from rows from (unknown_fn(1))",
+        "select * from t x, unknown_fn(1)",
+        "select * from t unknown_fn, unknown_fn(1)",
+        "select a is distinct from b and unknown_fn(1)",
+        "select a is distinct from b order by unknown_fn(1)",
+        "select case when a is distinct from b then 1 else unknown_fn(1) end",
         "select a operator(pg_catalog.+) unknown_fn(b) from t",
         "select unknown_fn(1)",
         "select dblink_exec('x')",
@@ -218,13 +227,25 @@ fn hints() {
     ] {
         assert_eq!(class(text).reason, ClassReason::Hint, "{text}");
     }
-    for text in [
-        "select 1 /* highwater.route=replica */",
-        "select 1 /* route=primary */",
-        "select '/* highwater.route=primary */'",
-    ] {
+    for text in ["select 1 /* route=primary */", "select '/* highwater.route=primary */'"] {
         assert_eq!(class(text), StatementClass::READ, "{text}");
     }
+    let hinted = class("select 1 /* highwater.route=replica, highwater.consistency=strong */");
+    assert_eq!(hinted.kind, Kind::Read);
+    assert_eq!((hinted.hints.route, hinted.hints.level), (Some(Route::Replica), Some(Level::Strong)));
+    // Out of the cache, too; and another hint is another statement.
+    let (classifier, catalog) = (classifier(), catalog());
+    for _ in 0..2 {
+        for (text, level) in [
+            ("select a from t /* highwater.consistency=eventual */", Some(Level::Eventual)),
+            ("select a from t /* highwater.consistency=strong */", Some(Level::Strong)),
+            ("select a from t", None),
+        ] {
+            let (class, _) = class_and_key(&classifier, &catalog, text.as_bytes());
+            assert_eq!((class.kind, class.hints.level), (Kind::Read, level), "{text}");
+        }
+    }
+    assert!(class("insert into t values (1) /* highwater.consistency=best */").hints.invalid);
     // No hint makes a read of what is none.
     for text in
         ["/* highwater.route=replica */ delete from t", "select nextval('s') /* highwater.route=replica */"]

@@ -345,6 +345,7 @@ mod tests {
                     replay_lag_bytes: Some(100 - index as u64),
                     replay_lag: None,
                     server_major: None,
+                    recovery: None,
                 })
                 .collect();
             let topology = Topology {
@@ -353,6 +354,7 @@ mod tests {
                 primary: None,
                 timeline: None,
                 nodes,
+                start: None,
                 history: None,
                 switches: vec![],
             };

@@ -12,7 +12,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep_until, timeout};
 
 use crate::monitor::ReceivedTimeline;
-use crate::node::{NodeClient, NodeError, NodeFailure, Nodes, ProbeAnswer, ProbedRole};
+use crate::node::{NodeClient, NodeError, NodeFailure, Nodes, ProbeAnswer, ProbedRole, Start};
 use crate::topology::NodeId;
 use crate::wal::{TimelineHistory, TimelineId};
 
@@ -30,6 +30,8 @@ pub struct Seen {
     pub timeline: Option<TimelineId>,
     /// Of a node that takes writes: its timeline's history; `None`: it could not be read.
     pub history: Option<TimelineHistory>,
+    /// Which start of the server answered.
+    pub start: Option<Start>,
 }
 
 /// The result of one probe.
@@ -159,6 +161,6 @@ impl Held {
                 (Some(timeline), self.history.as_ref().map(|(_, h)| h.clone()))
             }
         };
-        Ok(Seen { answer, timeline, history })
+        Ok(Seen { answer, timeline, history, start: self.client.start().cloned() })
     }
 }

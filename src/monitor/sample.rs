@@ -1,7 +1,9 @@
 //! Samples a node's WAL positions for all sessions: one task and one connection per node.
 //!
 //! Promises: a sample counts before it is sent, and one is in flight at most; `consistency.sample_interval`
-//! apart while sessions lean on the node, at once (with the least gap) when one waits, rarely when idle;
+//! apart while sessions lean on the node, an eighth of that once one has been shown something that only a
+//! sample can place (so that a session which rests for a few milliseconds between statements finds it done),
+//! at once (with the least gap) when one waits, rarely when idle;
 //! a question that is not answered in time, or a connection that breaks, voids what was known of the node
 //! before anything else happens. The cost does not grow with sessions or statements.
 //!
@@ -28,6 +30,8 @@ pub const UNKNOWN_TIMELINE: TimelineId = TimelineId(0);
 
 /// Time between samples while no session leans on the node.
 const IDLE_INTERVAL: Duration = Duration::from_millis(500);
+/// Notes are resolved this many times as often as samples are taken without any.
+const BRISK: u32 = 8;
 /// How long a node stays busy after a session has leaned on it.
 const STAYS_ACTIVE: Duration = Duration::from_millis(250);
 /// The longest pause between attempts to connect; the first comes at once, then 50 ms, doubling.
@@ -186,7 +190,8 @@ impl Sampler {
     async fn sample_on(&self, mut client: NodeClient) -> (u64, String) {
         let mut answered = 0;
         let positions = self.positions.node(self.node);
-        let mut state = Known::new(positions.connected());
+        let start = client.start().map(|start| Arc::clone(&start.id));
+        let mut state = Known::new(positions.connected(), start);
         let mut pace = Pace { sent: None, active_until: Instant::now() };
         loop {
             if let Turn::Ended = pace.wait(positions, &mut client, &self.settings).await {
@@ -227,6 +232,13 @@ impl Sampler {
                 self.notice(state, Role::Writes(primary.timeline));
                 let topology = self.topology.load();
                 if topology.primary == Some(self.node) && topology.timeline == Some(primary.timeline) {
+                    let other_start = state.start.is_some() && state.start != topology.start;
+                    if other_start || topology.epoch != epoch {
+                        // A server that has crashed says nothing of what it had shown before, until the control
+                        // loop has seen where its log ended; what was asked before that, neither.
+                        self.probe_start(state, other_start);
+                        return None;
+                    }
                     let first = if state.tracked { FirstSample::No } else { FirstSample::OfConnection };
                     state.tracked = true;
                     self.track.record_sample(epoch, number, primary.insert, asked_at, first);
@@ -244,6 +256,15 @@ impl Sampler {
             }
         };
         Some(Sample { number, incarnation, epoch, timeline, body })
+    }
+
+    /// Asks the control loop, once, to look at a start that it does not know; then samples go on.
+    fn probe_start(&self, state: &mut Known, other: bool) {
+        if other && !std::mem::replace(&mut state.start_told, true) {
+            self.probe.notify_one();
+        } else if !other {
+            self.positions.node(self.node).want();
+        }
     }
 
     /// A promotion or another timeline does not break a connection: the control loop shall hear of it now.
@@ -298,6 +319,9 @@ fn next_backoff(last: Duration) -> Duration {
 /// What one incarnation has learned.
 struct Known {
     incarnation: Incarnation,
+    /// The server's start that the connection is to.
+    start: Option<Arc<str>>,
+    start_told: bool,
     epoch: Option<Epoch>,
     timeline: Option<TimelineId>,
     role: Option<Role>,
@@ -320,9 +344,11 @@ struct Clearing {
 }
 
 impl Known {
-    fn new(incarnation: Incarnation) -> Known {
+    fn new(incarnation: Incarnation, start: Option<Arc<str>>) -> Known {
         Known {
             incarnation,
+            start,
+            start_told: false,
             epoch: None,
             timeline: None,
             role: None,
@@ -376,28 +402,55 @@ impl Pace {
         now < self.active_until
     }
 
+    /// When the next sample is due if nobody waits for one, and whether the sampler idles until then.
+    fn due(&self, sent: Instant, now: Instant, noted: bool, settings: &SampleSettings) -> (Instant, bool) {
+        let (interval, idle) = match (noted, self.is_active(now)) {
+            (true, _) => (settings.interval / BRISK, false),
+            (false, true) => (settings.interval, false),
+            (false, false) => (IDLE_INTERVAL, true),
+        };
+        (sent + interval.max(settings.gap), idle)
+    }
+
     async fn wait(
         &mut self,
         positions: &NodePositions,
         client: &mut NodeClient,
         settings: &SampleSettings,
     ) -> Turn {
-        let now = Instant::now();
-        if positions.take_active() || positions.is_wanted() {
-            self.active_until = now + STAYS_ACTIVE;
-        }
-        let Some(sent) = self.sent else {
-            return Turn::Send;
-        };
-        let interval = if self.is_active(now) { settings.interval } else { IDLE_INTERVAL };
-        let due = sent + interval.max(settings.gap);
+        let mut noted = false;
         // A wake-up may be left over from a request that the last sample has served.
-        while !positions.is_wanted() && Instant::now() < due {
+        while !positions.is_wanted() {
+            noted |= positions.take_active();
+            let now = Instant::now();
+            if noted {
+                self.active_until = now + STAYS_ACTIVE;
+            }
+            let Some(sent) = self.sent else { return Turn::Send };
+            let (due, idle) = self.due(sent, now, noted, settings);
+            if now >= due {
+                break;
+            }
+            // While sessions are active their notes are looked for by time: to be woken would cost them a
+            // system call.
+            let brisk = settings.interval / BRISK;
+            let look = if idle { due } else { due.min(now + brisk.max(TIMER_GRAIN)) };
+            positions.set_idle(idle);
+            if idle && positions.take_active() {
+                noted = true;
+                positions.set_idle(false);
+                continue;
+            }
             tokio::select! {
                 () = client.ended() => return Turn::Ended,
                 () = positions.wanted() => {}
-                () = sleep_until(due.into()) => {}
+                () = sleep_until(look.into()) => {}
             }
+        }
+        positions.set_idle(false);
+        let Some(sent) = self.sent else { return Turn::Send };
+        if positions.is_wanted() {
+            self.active_until = Instant::now() + STAYS_ACTIVE;
         }
         // The runtime's timers count milliseconds and round up: less than half of one is not slept.
         let earliest = sent + settings.gap;
@@ -411,6 +464,21 @@ impl Pace {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn samples_come_soon_after_a_note_and_seldom_without_sessions() {
+        let ms = Duration::from_millis;
+        let settings = SampleSettings { interval: ms(20), gap: ms(1), deadline: ms(500) };
+        let sent = Instant::now();
+        let pace = Pace { sent: Some(sent), active_until: sent + STAYS_ACTIVE };
+        let later = sent + STAYS_ACTIVE;
+        assert_eq!(pace.due(sent, sent, true, &settings), (sent + ms(20) / BRISK, false));
+        assert_eq!(pace.due(sent, sent, false, &settings), (sent + ms(20), false));
+        assert_eq!(pace.due(sent, later, false, &settings), (sent + IDLE_INTERVAL, true));
+        assert_eq!(pace.due(sent, later, true, &settings), (sent + ms(20) / BRISK, false));
+        let slow = SampleSettings { gap: ms(5), ..settings };
+        assert_eq!(pace.due(sent, sent, true, &slow), (sent + ms(5), false));
+    }
 
     #[test]
     fn the_last_sample_of_a_primary_outlives_all_but_its_epoch() {

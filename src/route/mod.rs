@@ -64,11 +64,15 @@ pub enum RouteReason {
     Redone,
     /// The session has settings that are not shown to work on replicas.
     Settings,
+    /// `highwater.route` is primary.
+    Asked,
+    /// `routing.shadow` is on: a read that would have gone elsewhere, perhaps.
+    Shadow,
 }
 
 impl RouteReason {
     /// All labels, in the order of the discriminants.
-    pub const LABELS: [&'static str; 10] = [
+    pub const LABELS: [&'static str; 12] = [
         "read",
         "not_a_read",
         "in_transaction",
@@ -79,6 +83,8 @@ impl RouteReason {
         "too_long",
         "redone",
         "settings",
+        "asked",
+        "shadow",
     ];
 
     /// One word for a metric label or a log field.

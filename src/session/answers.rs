@@ -806,27 +806,21 @@ impl Session {
     /// A parameter has this value now: the client is told if it was told another.
     pub(super) fn tell(&mut self, name: &[u8], value: &[u8]) {
         // One server that takes writes is what the client sees.
-        if name == b"in_hot_standby" || self.reported.get(name).is_some_and(|v| v == value) {
+        if name == b"in_hot_standby" || self.reported.get(name) == Some(value) {
             return;
         }
-        Arc::make_mut(&mut self.reported).insert(name.to_vec(), value.to_vec());
+        Arc::make_mut(&mut self.reported).insert(name, value);
         put_parameter(&mut self.client.output, name, value);
         self.lexing_changed();
     }
 
     /// Tells the client where a newly leased backend's parameters differ from what it was told.
     pub(super) fn tell_differences(&mut self, theirs: &Arc<Parameters>) {
-        if Arc::ptr_eq(theirs, &self.reported) {
+        if theirs.shows_the_same(&self.reported) {
             return;
         }
-        let differing: Vec<(&Vec<u8>, &Vec<u8>)> = theirs
-            .iter()
-            .filter(|(name, value)| *name != b"in_hot_standby" && self.reported.get(*name) != Some(value))
-            .collect();
-        for (name, value) in differing {
-            put_parameter(&mut self.client.output, name, value);
-            Arc::make_mut(&mut self.reported).insert(name.clone(), value.clone());
-            self.lexing_changed();
+        for (name, value) in theirs.shown() {
+            self.tell(name, value);
         }
     }
 

@@ -14,7 +14,7 @@ use crate::backend::SharedName;
 use crate::classify::setting::{self, ResetBatch};
 use crate::classify::{self, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass};
 use crate::route::{ClassLabel, RouteReason};
-use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
+use crate::wire::{self, HEADER, TransactionStatus};
 
 /// What a unit asks for.
 #[derive(Clone, Copy, Debug)]
@@ -146,13 +146,10 @@ impl Session {
             self.bring_mark_forward(&topology);
         }
         if let Some(fork) = self.lost.take() {
-            let report =
-                ErrorReport::error("HW001", "what this session has written or seen was lost in a failover")
-                    .detail(fork.to_string())
-                    .hint("Read again what later work depends on; the session is usable.");
-            self.fail_unit(report)?;
+            self.fail_unit(super::place::lost(&fork))?;
             return Ok(Demand::Ours);
         }
+        (self.asked_for, self.hinted) = (self.promise, false);
         let mut needs_backend = false;
         // Names made (or closed) by the messages looked at so far.
         let mut names: HashMap<Vec<u8>, Option<Arc<Statement>>> = HashMap::new();
@@ -180,6 +177,10 @@ impl Session {
                     let statement = self.shared.names.statement(&parse, self.settings.parse_fingerprint());
                     names.insert(parse.name.to_vec(), Some(statement.clone()));
                     let class = self.class_of(&statement).await;
+                    if let Some(report) = self.take_hints(statement.text(), class.hints) {
+                        self.fail_unit(report)?;
+                        return Ok(Demand::Ours);
+                    }
                     if !matches!(class.kind, Kind::Read | Kind::Empty) {
                         self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
                         self.look_for_own(statement.text(), class).await?;
@@ -202,6 +203,10 @@ impl Session {
                     // A name that stands for nothing: the server says so, any server.
                     if let Some(statement) = found {
                         let class = self.class_of(&statement).await;
+                        if let Some(report) = self.take_hints(statement.text(), class.hints) {
+                            self.fail_unit(report)?;
+                            return Ok(Demand::Ours);
+                        }
                         if !matches!(class.kind, Kind::Read | Kind::Empty) {
                             self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
                             self.look_for_own(statement.text(), class).await?;
@@ -238,9 +243,20 @@ impl Session {
 
     async fn demand_query(&mut self, at: usize, len: usize) -> Result<Demand, End> {
         let text = query_text(&self.client.input[at + HEADER..at + len])
-            .ok_or_else(|| End::protocol("invalid message format"))?
-            .to_vec();
-        let class = self.classify(&text, &[]).await;
+            .ok_or_else(|| End::protocol("invalid message format"))?;
+        let class = self.classify(text, &[]).await;
+        if class.hints.invalid
+            && let Some(report) = super::own::refused_hint(text)
+        {
+            self.fail_unit(report)?;
+            return Ok(Demand::Ours);
+        }
+        if at == 0 && class.is_mere_read() {
+            self.take_hints(&[], class.hints);
+            return Ok(Demand::Read { vetted: len, redone: false });
+        }
+        let text = text.to_vec();
+        self.take_hints(&text, class.hints);
         if at == 0 && (self.deallocated(&text, class, len) || self.reset(&text, class, len)) {
             return Ok(Demand::Ours);
         }
@@ -270,13 +286,17 @@ impl Session {
             // It is passed on as it comes, so nothing of it is known.
             return Some(too_long());
         }
-        let text = query_text(&self.client.input[HEADER..header.len])?.to_vec();
-        let class = match self.lookup(&text, &[]) {
+        let text = query_text(&self.client.input[HEADER..header.len])?;
+        let class = match self.lookup(text, &[]) {
+            Lookup::Known(class, _) if class.is_mere_read() => {
+                return Some(Demand::Read { vetted: 0, redone: false });
+            }
             Lookup::Known(class, _) => class,
             // Only what may be a read is worth a second opinion, and a read leaves nothing; but nobody has said
             // that it is one.
             Lookup::Ask(_) => return Some(Demand::not_a_read(ClassLabel::Unit)),
         };
+        let text = text.to_vec();
         if self.deallocated(&text, class, header.len) {
             return Some(Demand::Ours);
         }
@@ -520,7 +540,7 @@ impl Session {
         }
         let mut class = self.classify(statement.text(), &statement.types()).await;
         if let Some(types) = statement.types_query().filter(|_| class.kind == Kind::Read) {
-            class = self.classify(types, &[]).await;
+            class = StatementClass { hints: class.hints, ..self.classify(types, &[]).await };
         }
         statement.set_class(generation, class);
         class
@@ -537,7 +557,7 @@ impl Session {
         };
         if let Some(types) = statement.types_query().filter(|_| class.kind == Kind::Read) {
             let Lookup::Known(of_types, _) = self.lookup(types, &[]) else { return None };
-            class = of_types;
+            class = StatementClass { hints: class.hints, ..of_types };
         }
         statement.set_class(generation, class);
         Some(class)

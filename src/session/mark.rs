@@ -616,7 +616,8 @@ fn promoted_after(topology: &Topology, switch: &Switch) -> Option<NodeId> {
     next.map(|s| s.old_primary).or(topology.primary)
 }
 
-fn worse(a: Survival, b: Survival) -> Survival {
+/// The worse of the two.
+pub fn worse(a: Survival, b: Survival) -> Survival {
     let rank = |s: &Survival| match s {
         Survival::Kept => 0,
         Survival::Unknown(_) => 1,

@@ -251,6 +251,12 @@ pub struct Session {
     mark: Mark,
     /// What it is promised.
     promise: Promise,
+    /// What the running unit is promised: the same, or what comments in its statements ask for.
+    asked_for: Promise,
+    /// A statement of the running unit has been asked for its hints.
+    hinted: bool,
+    /// Its reads may run on replicas.
+    split: bool,
     /// What its own settings say of that.
     own: OwnState,
     /// The mark that it shares with others, of which `mark` is its copy.
@@ -287,33 +293,48 @@ pub struct Session {
     lost: Option<mark::Fork>,
 }
 
+/// What of its login a session still has to see to.
+struct Beginning {
+    application_name: Option<Arc<str>>,
+    /// One of Highwater's own settings has no such value.
+    invalid: Option<ErrorReport>,
+}
+
 impl Session {
     /// Serves a client from its login to its end.
     pub async fn run(shared: Arc<Shared>, arrival: Arrival, worker: usize) {
         // 3.2 allows long keys; 3.0 has four bytes.
         let handle = shared.sessions.register(if arrival.minor >= 2 { 32 } else { 4 });
         let _registered = Registered { sessions: shared.sessions.clone(), pid: handle.pid };
-        Session::serve_arrival(&shared, arrival, worker, handle).await;
+        // What is needed at the beginning and at the end alone takes no room in between: most sessions wait.
+        let (mut session, beginning) = Session::new(&shared, arrival, worker, handle);
+        let end = match Box::pin(session.begin(beginning)).await {
+            Ok(()) => session.serve().await,
+            Err(end) => end,
+        };
+        Box::pin(session.close(end)).await;
     }
 
-    async fn serve_arrival(
+    fn new(
         shared: &Arc<Shared>,
         mut arrival: Arrival,
         worker: usize,
         handle: Arc<SessionHandle>,
-    ) {
+    ) -> (Box<Session>, Beginning) {
         let application_name = arrival.startup.take_application_name();
         let own = take_own(&mut arrival.startup);
         let mode = shared.config.pool.mode_of(&arrival.database, &arrival.user);
         let pools = shared.pools.of(&arrival.database, &arrival.user, &arrival.keys);
         let topology = shared.topology.load();
-        let promise = shared.config.consistency.promise_for(&arrival.user, &arrival.database);
+        let mut promise = shared.config.consistency.promise_for(&arrival.user, &arrival.database);
+        let split;
+        (split, promise.route) = shared.config.routing.for_session(&arrival.user, &arrival.database);
         let (at_login, invalid) = match own {
             Ok(own) => (own, None),
             Err(report) => (Vec::new(), Some(report)),
         };
         let own_state = OwnState::new(Arc::from(arrival.user.as_str()), promise, at_login);
-        let mut session = Session {
+        let mut session = Box::new(Session {
             worker,
             handle,
             client: ClientEnd {
@@ -339,6 +360,9 @@ impl Session {
             status: TransactionStatus::Idle,
             mark: Mark::new(&*shared.positions, &topology),
             promise: own_state.promise(),
+            asked_for: own_state.promise(),
+            hinted: false,
+            split,
             own: own_state,
             shared_mark: None,
             freshness: None,
@@ -360,25 +384,18 @@ impl Session {
             started: Instant::now(),
             lost: None,
             shared: shared.clone(),
-        };
-        drop(topology);
+        });
         session.share_mark();
-        let begun = match invalid {
-            Some(mut report) => {
-                report.severity = wire::Severity::Fatal;
-                Err(End::fatal(report))
-            }
-            None => session.take_startup_settings().await,
-        };
-        let welcome = match begun {
-            Ok(()) => session.welcome(application_name.as_deref()).await,
-            refused => refused,
-        };
-        let end = match welcome {
-            Ok(()) => session.serve().await,
-            Err(end) => end,
-        };
-        session.close(end).await;
+        (session, Beginning { application_name, invalid })
+    }
+
+    async fn begin(&mut self, beginning: Beginning) -> Result<(), End> {
+        if let Some(mut report) = beginning.invalid {
+            report.severity = wire::Severity::Fatal;
+            return Err(End::fatal(report));
+        }
+        self.take_startup_settings().await?;
+        self.welcome(beginning.application_name.as_deref()).await
     }
 
     /// ParameterStatus, BackendKeyData, ReadyForQuery. What a server reports comes from a real login
@@ -393,18 +410,21 @@ impl Session {
                     clean::idle_session_timeout(&mut lease).await.map_err(|_| broken())?;
                 let welcome = Welcome { parameters: lease.login_parameters.clone(), idle_session_timeout };
                 self.pools.remember_welcome(&lease, &welcome);
-                lease.give_back();
+                // A server that crashes or stops just then has said so behind its answer: that one is closed.
+                if lease.input.is_empty() {
+                    lease.give_back();
+                }
                 welcome
             }
         };
         self.timeouts.also_idle_session(welcome.idle_session_timeout);
         let mut parameters = welcome.parameters;
         if let Some(name) = application_name {
-            Arc::make_mut(&mut parameters).insert(b"application_name".to_vec(), name.as_bytes().to_vec());
+            Arc::make_mut(&mut parameters).insert(b"application_name", name.as_bytes());
         }
         let mut out = Vec::with_capacity(512);
         for (name, value) in parameters.iter() {
-            let value = if name == b"in_hot_standby" && !self.read_only { b"off" } else { value.as_slice() };
+            let value = if name == b"in_hot_standby" && !self.read_only { b"off" } else { value };
             wire::put(&mut out, b'S', |out| {
                 wire::put_cstr(out, name);
                 wire::put_cstr(out, value);
@@ -424,7 +444,7 @@ impl Session {
 
     /// The client was told a parameter that decides how its texts are to be read.
     fn lexing_changed(&mut self) {
-        let value = |name: &[u8]| self.reported.get(name).map(Vec::as_slice);
+        let value = |name: &[u8]| self.reported.get(name);
         let standard_strings = value(b"standard_conforming_strings") == Some(b"on");
         let utf8 = |encoding: Option<&[u8]>| encoding == Some(b"UTF8");
         self.lexing = match value(b"client_encoding") {
@@ -515,9 +535,9 @@ impl Session {
         }
     }
 
-    /// Gives buffers back that a large message or result has grown.
+    /// Gives buffers back that a large message or result has grown: the session may now idle for long.
     fn shrink(&mut self) {
-        const KEEP: usize = 64 * 1024;
+        const KEEP: usize = 4 * 1024;
         for buffer in [&mut self.client.input, &mut self.client.output] {
             if buffer.is_empty() && buffer.capacity() > KEEP {
                 *buffer = BytesMut::new();
@@ -624,6 +644,7 @@ impl Session {
         }
         self.handle.begin();
         self.forget_own();
+        self.asked_for = self.promise;
         self.sql = None;
         self.asks_sequences = false;
         let result = if self.lease.is_some() { self.held_unit().await } else { self.free_unit().await };
@@ -1097,8 +1118,8 @@ impl Session {
     async fn read_settings(&mut self, names: &[String]) -> Result<Vec<Option<Vec<u8>>>, End> {
         let reported = |name: &String| {
             let parameters = self.lease.as_ref().map(|lease| &lease.parameters)?;
-            let is_it = |key: &&Vec<u8>| key.eq_ignore_ascii_case(name.as_bytes());
-            parameters.keys().find(is_it).and_then(|key| parameters.get(key).cloned())
+            let mut all = parameters.iter();
+            all.find(|(key, _)| key.eq_ignore_ascii_case(name.as_bytes())).map(|(_, value)| value.to_vec())
         };
         let known: Vec<_> = names.iter().map_while(reported).map(Some).collect();
         if known.len() == names.len() {
@@ -1194,7 +1215,7 @@ impl Session {
     fn note(&mut self) {
         let Some(lease) = &self.lease else { return };
         let (node, epoch, writes) = (lease.node, lease.epoch, self.unit.writes);
-        if !writes && !self.promise.level.notes_reads() {
+        if !writes && !self.asked_for.level.notes_reads() {
             return;
         }
         if self.mark.epoch() < epoch {
@@ -1211,6 +1232,12 @@ impl Session {
         let note = self.shared.positions.note(node, epoch);
         match self.role {
             Role::Primary => self.mark.primary_showed(note),
+            // An epoch that was followed since the replica was chosen has left a note on the primary.
+            Role::Replica | Role::Standby if self.mark.awaits().is_some_and(|other| other != node) => {
+                let topology = self.shared.topology.load_full();
+                let positions = &*self.shared.positions;
+                self.mark.replica_showed_one(note, self.incarnation, positions, &topology);
+            }
             Role::Replica | Role::Standby => self.mark.replica_showed(note, self.incarnation),
         }
     }
@@ -1366,7 +1393,15 @@ impl Session {
 
     /// Follows the topology into its epoch, and brings the mark up to the samples.
     fn bring_mark_forward(&mut self, topology: &crate::topology::Topology) {
-        match self.mark.follow(&*self.shared.positions, topology) {
+        let before = self.mark.epoch();
+        let mut survival = self.mark.follow(&*self.shared.positions, topology);
+        if before != topology.epoch
+            && let Some(shared) = &self.shared_mark
+        {
+            let theirs = shared.survival_since(before, &*self.shared.positions, topology);
+            survival = mark::worse(survival, theirs);
+        }
+        match survival {
             Survival::Kept => {}
             Survival::Unknown(fork) => {
                 self.shared.metrics.lost_write.inc();
@@ -1411,4 +1446,19 @@ fn reasons(shown: clean::Shown, now: PinSet) -> PinSet {
 /// PostgreSQL's words for a cancelled statement.
 fn canceled() -> ErrorReport {
     ErrorReport::error("57014", "canceling statement due to user request")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size_of_future<A, B, C, F>(_: impl Fn(A, B, C) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn a_session_takes_little_room() {
+        let (session, future) = (size_of::<Session>(), size_of_future(Session::run));
+        assert!(session <= 1536 && future <= 2048, "a session takes {session} bytes, its future {future}");
+    }
 }

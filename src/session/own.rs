@@ -5,7 +5,8 @@
 
 use std::time::Duration;
 
-use crate::consistency::{LagLimit, Level, NotAWord, OnStale, Override, Token};
+use crate::classify::hint;
+use crate::consistency::{LagLimit, Level, NotAWord, OnStale, Override, Route, Token};
 use crate::positions::{Sample, SampleBody};
 use crate::topology::Topology;
 use crate::wal::Lsn;
@@ -23,6 +24,8 @@ pub enum Own {
     MaxLag(Option<LagLimit>),
     /// `highwater.on_stale`.
     OnStale(OnStale),
+    /// `highwater.route`.
+    Route(Route),
     /// `highwater.token`.
     Token(Token),
     /// `highwater.session`; `None`: the session's own mark.
@@ -30,10 +33,11 @@ pub enum Own {
 }
 
 /// The names, in the order of the alphabet.
-pub const NAMES: [&str; 5] = [
+pub const NAMES: [&str; 6] = [
     "highwater.consistency",
     "highwater.max_lag",
     "highwater.on_stale",
+    "highwater.route",
     "highwater.session",
     "highwater.token",
 ];
@@ -50,6 +54,7 @@ impl Own {
         Some(match key {
             "consistency" => word(&name, value).map(Own::Level),
             "on_stale" => word(&name, value).map(Own::OnStale),
+            "route" => word(&name, value).map(Own::Route),
             "max_lag" if value.is_empty() => Ok(Own::MaxLag(None)),
             "max_lag" => LagLimit::parse(value).map(|limit| Own::MaxLag(Some(limit))).ok_or_else(|| {
                 invalid(&name, value).hint("A time or a size of write-ahead log, as 250ms, 5s, 64kB or 16MB.")
@@ -77,6 +82,19 @@ fn word<T: std::str::FromStr<Err = NotAWord>>(name: &str, value: &str) -> Result
     })
 }
 
+/// Why a statement does not run: a comment in it gives one of the settings a value that is none of its words.
+pub fn refused_hint(text: &[u8]) -> Option<ErrorReport> {
+    let (name, value) = hint::invalid(text)?;
+    let words = if name == "highwater.route" {
+        Route::WORDS.to_vec()
+    } else {
+        hint::LEVELS.map(Level::word).to_vec()
+    };
+    let report =
+        invalid(name, &value).detail("A comment of the statement says so; the statement was not run.");
+    Some(report.hint(format!("Available values in a comment: {}.", words.join(", "))))
+}
+
 fn invalid(name: &str, value: &str) -> ErrorReport {
     // What a client sends is given back to it, but not without end.
     let shown: String = value.chars().take(200).collect();
@@ -89,6 +107,7 @@ pub fn said<'a>(settings: impl IntoIterator<Item = &'a Own>) -> Override {
         Own::Level(level) => Override { level: Some(*level), ..said },
         Own::MaxLag(limit) => Override { max_lag: *limit, ..said },
         Own::OnStale(on_stale) => Override { on_stale: Some(*on_stale), ..said },
+        Own::Route(route) => Override { route: Some(*route), ..said },
         Own::Token(_) | Own::Session(_) => said,
     })
 }
@@ -196,6 +215,7 @@ mod tests {
     fn values_are_read_as_postgres_reads_its_own() {
         assert_eq!(Own::read("highwater.consistency", "strong"), Some(Ok(Own::Level(Level::Strong))));
         assert_eq!(Own::read("Highwater.Consistency", "STRONG"), Some(Ok(Own::Level(Level::Strong))));
+        assert_eq!(Own::read("highwater.route", "Replica"), Some(Ok(Own::Route(Route::Replica))));
         assert_eq!(Own::read("highwater.on_stale", "error"), Some(Ok(Own::OnStale(OnStale::Error))));
         assert_eq!(Own::read("highwater.max_lag", ""), Some(Ok(Own::MaxLag(None))));
         assert_eq!(
@@ -211,7 +231,9 @@ mod tests {
             report.hint.as_deref(),
             Some("Available values: eventual, read_your_writes, session, global, strong.")
         );
-        for (name, value) in [("max_lag", "5"), ("token", "x"), ("on_stale", ""), ("consistency", "")] {
+        for (name, value) in
+            [("max_lag", "5"), ("token", "x"), ("on_stale", ""), ("route", "nearest"), ("consistency", "")]
+        {
             assert_eq!(error(&format!("highwater.{name}"), value).0, "22023", "{name}");
         }
         assert_eq!(error("highwater.session", &"x".repeat(257)).0, "22023");
@@ -235,6 +257,7 @@ mod tests {
             system_identifier: Some(7),
             primary: Some(NodeId(0)),
             timeline: Some(TimelineId(3)),
+            start: None,
             history: history.map(|text| Arc::new(TimelineHistory::parse(text).unwrap())),
             nodes: Vec::new(),
             switches: Vec::new(),

@@ -9,7 +9,7 @@ use super::demand::Demand;
 use super::mark::{self, Freshness, PrimaryVerdict, ReplicaVerdict};
 use super::{End, Role, Session, canceled};
 use crate::backend::pool::{AcquireError, Lease};
-use crate::consistency::{LagLimit, Level, OnStale};
+use crate::consistency::{LagLimit, Level, OnStale, Route};
 use crate::metrics::WaitFor;
 use crate::positions::{Incarnation, SampleBody};
 use crate::route::RouteReason;
@@ -48,15 +48,44 @@ impl Session {
         demand: &Demand,
         avoid: &[NodeId],
     ) -> Result<Result<Placed, ErrorReport>, End> {
-        self.ask_freshness();
-        if self.read_only {
-            return self.place_on_standby(avoid).await;
+        let placed = if self.read_only {
+            self.ask_freshness();
+            self.place_on_standby(avoid).await
+        } else {
+            self.find_place(demand, avoid).await
+        };
+        // A failover was followed while this waited: the session is told before it is shown anything of after it.
+        match (self.lost.take(), placed) {
+            (Some(fork), Ok(placed)) => {
+                if let Ok(placed) = placed {
+                    placed.lease.give_back();
+                }
+                Ok(Err(lost(&fork)))
+            }
+            (fork, placed) => {
+                self.lost = fork;
+                placed
+            }
         }
+    }
+
+    async fn find_place(
+        &mut self,
+        demand: &Demand,
+        avoid: &[NodeId],
+    ) -> Result<Result<Placed, ErrorReport>, End> {
+        self.ask_freshness();
         let reason = match demand {
             Demand::Read { .. } if self.keeps_backend => RouteReason::Pinned,
             Demand::Read { redone: true, .. } => RouteReason::Redone,
-            Demand::Read { .. } if !self.shared.config.routing.split => RouteReason::SplitOff,
+            Demand::Read { .. } if !self.split => RouteReason::SplitOff,
+            Demand::Read { .. } if self.asked_for.route == Route::Primary => RouteReason::Asked,
             Demand::Read { .. } if self.settings.keeps_on_primary() => RouteReason::Settings,
+            Demand::Read { .. } if self.shared.config.routing.shadow => {
+                let reason = self.would_be();
+                self.shared.metrics.shadow_reads.inc(reason.label());
+                RouteReason::Shadow
+            }
             Demand::Read { .. } => match self.place_on_replica(avoid).await? {
                 Tried::Placed(placed) => {
                     self.count_read(false);
@@ -76,10 +105,7 @@ impl Session {
 
     async fn place_on_replica(&mut self, avoid: &[NodeId]) -> Result<Tried, End> {
         let begun = Instant::now();
-        let patience = match self.promise.on_stale {
-            OnStale::Primary => Duration::ZERO,
-            OnStale::Wait | OnStale::Error => self.shared.config.consistency.catch_up_wait,
-        };
+        let patience = self.replica_patience();
         let mut wait_until = begun + patience;
         let mut queued = false;
         let mut avoid = avoid.to_vec();
@@ -87,8 +113,6 @@ impl Session {
         loop {
             let shared = self.shared.clone();
             let changed = shared.positions.changed();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
             let (candidates, hope) = self.candidates(&avoid, patience);
             if let Some(node) = balance::pick(&candidates, rand::random()) {
                 if waited {
@@ -97,8 +121,7 @@ impl Session {
                 match self.lease_from(node).await? {
                     Ok(lease) => {
                         // Only samples sent after the backend was connected speak for it.
-                        wait_until = wait_until.max(Instant::now() + patience);
-                        if self.await_fresh_sample(&lease, wait_until).await? {
+                        if self.await_fresh_sample(&lease, &mut wait_until, patience).await? {
                             return Ok(Tried::Placed(Placed {
                                 lease,
                                 node,
@@ -129,7 +152,9 @@ impl Session {
             match hope {
                 Hope::NobodyServes => return Ok(Tried::Primary(RouteReason::NoReplica)),
                 Hope::Soon if Instant::now() < wait_until => {}
-                Hope::TooFar if queued && Instant::now() < wait_until => {}
+                // Asked for a replica, one waits also for one that is far behind.
+                Hope::TooFar
+                    if (queued || self.asked_for.route == Route::Replica) && Instant::now() < wait_until => {}
                 Hope::TooFar | Hope::Soon => {
                     if waited {
                         shared.metrics.waited(WaitFor::Mark, begun.elapsed());
@@ -147,15 +172,44 @@ impl Session {
         }
     }
 
+    /// How long a read waits for a replica.
+    fn replica_patience(&self) -> Duration {
+        let consistency = &self.shared.config.consistency;
+        match (self.asked_for.route, self.asked_for.on_stale) {
+            (Route::Replica, _) => consistency.catch_up_wait.max(consistency.primary_read_wait),
+            (_, OnStale::Primary) => Duration::ZERO,
+            (_, OnStale::Wait | OnStale::Error) => consistency.catch_up_wait,
+        }
+    }
+
+    /// Where a read would go now, were `routing.shadow` off; that it might wait for a replica is not tried.
+    fn would_be(&mut self) -> RouteReason {
+        let patience = self.replica_patience();
+        let (candidates, hope) = self.candidates(&[], patience);
+        match hope {
+            _ if !candidates.is_empty() => RouteReason::Read,
+            Hope::NobodyServes => RouteReason::NoReplica,
+            Hope::Soon | Hope::TooFar => {
+                self.want_samples(&[]);
+                RouteReason::Behind
+            }
+        }
+    }
+
     /// No replica is fresh enough in time: the read goes to the primary, or fails, or (`None`) waits once more
     /// because the primary has its share of such reads already.
     fn stale(&self, wait_until: &mut Instant, queued: &mut bool) -> Option<Tried> {
         let consistency = &self.shared.config.consistency;
-        if self.promise.on_stale == OnStale::Error {
+        if self.asked_for.on_stale == OnStale::Error {
             let report = ErrorReport::error("HW002", "no replica is fresh enough for this read")
                 .detail(format!(
-                    "Waited {:?} (consistency.catch_up_wait); the read was not run.",
-                    consistency.catch_up_wait
+                    "Waited {:?} ({}); the read was not run.",
+                    self.replica_patience(),
+                    if self.asked_for.route == Route::Replica {
+                        "consistency.primary_read_wait, as highwater.route is replica"
+                    } else {
+                        "consistency.catch_up_wait"
+                    }
                 ))
                 .hint("consistency.on_stale says that such a read fails instead of going to the primary.");
             return Some(Tried::Failed(report));
@@ -193,11 +247,11 @@ impl Session {
     /// Whether a replica may serve this session now, by its level.
     fn verdict(&self, topology: &Topology, node: NodeId) -> ReplicaVerdict {
         let samples = &*self.shared.positions;
-        if self.promise.level == Level::Eventual && self.promise.max_lag.is_none() {
+        if self.asked_for.level == Level::Eventual && self.asked_for.max_lag.is_none() {
             // Any replica in service. The sample that is named is of no consequence: nothing is noted.
             return ReplicaVerdict::Serves { sample: u64::MAX, incarnation: Incarnation::default() };
         }
-        let verdict = if self.promise.level == Level::Eventual {
+        let verdict = if self.asked_for.level == Level::Eventual {
             mark::known(samples, topology, node)
         } else {
             self.mark.replica(samples, topology, node)
@@ -206,7 +260,7 @@ impl Session {
         if self.freshness.is_some_and(|freshness| !freshness.replica(samples, node)) {
             return ReplicaVerdict::Behind;
         }
-        if self.promise.max_lag.is_some_and(|limit| !self.keeps(limit, topology, node)) {
+        if self.asked_for.max_lag.is_some_and(|limit| !self.keeps(limit, topology, node)) {
             return ReplicaVerdict::Behind;
         }
         verdict
@@ -233,8 +287,6 @@ impl Session {
         loop {
             let shared = self.shared.clone();
             let changed = shared.positions.changed();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
             match self.place_on_replica(avoid).await? {
                 Tried::Placed(placed) => return Ok(Ok(Placed { role: Role::Standby, ..placed })),
                 Tried::Failed(report) => return Ok(Err(report)),
@@ -301,7 +353,7 @@ impl Session {
     fn want_samples(&self, avoid: &[NodeId]) {
         let topology = self.shared.topology.load();
         self.want_own_samples();
-        if self.promise.max_lag.is_some()
+        if self.asked_for.max_lag.is_some()
             && let Some(primary) = topology.primary
         {
             self.shared.positions.node(primary).want();
@@ -319,13 +371,18 @@ impl Session {
         }
     }
 
-    /// Whether, in time, a sample that speaks for this backend says that its node may serve.
-    async fn await_fresh_sample(&mut self, lease: &Lease, until: Instant) -> Result<bool, End> {
+    /// Whether a sample that speaks for this backend says, until then or within `patience` of now, that its
+    /// node may serve.
+    async fn await_fresh_sample(
+        &mut self,
+        lease: &Lease,
+        until: &mut Instant,
+        patience: Duration,
+    ) -> Result<bool, End> {
+        let mut waited = false;
         loop {
             let shared = self.shared.clone();
             let changed = shared.positions.changed();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
             let topology = shared.topology.load_full();
             self.bring_mark_forward(&topology);
             let in_service = topology.node(lease.node).standing == Standing::Replica;
@@ -336,15 +393,20 @@ impl Session {
                     self.incarnation = incarnation;
                     return Ok(true);
                 }
-                _ if !in_service || lease.epoch != topology.epoch || Instant::now() >= until => {
-                    return Ok(false);
-                }
+                _ if !in_service || lease.epoch != topology.epoch => return Ok(false),
                 _ => {}
+            }
+            let now = Instant::now();
+            if !std::mem::replace(&mut waited, true) {
+                *until = (*until).max(now + patience);
+            }
+            if now >= *until {
+                return Ok(false);
             }
             drop(topology);
             shared.positions.node(lease.node).want();
             self.want_own_samples();
-            if !self.wait(changed, until).await? {
+            if !self.wait(changed, *until).await? {
                 return Ok(false);
             }
         }
@@ -360,7 +422,18 @@ impl Session {
             }
             let Some(node) = self.shared.topology.load().primary else { continue };
             match self.lease_from(node).await? {
-                Ok(lease) => {
+                Ok(mut lease) => {
+                    if !lease.vouched_for && !self.await_known_start(&mut lease, pause_until).await? {
+                        if self.handle.is_cancelled() {
+                            lease.give_back();
+                            return Ok(Err(canceled()));
+                        }
+                        drop(lease);
+                        if Instant::now() >= pause_until {
+                            return Ok(Err(no_primary(self.shared.config.failover.pause_timeout)));
+                        }
+                        continue;
+                    }
                     let topology = self.shared.topology.load_full();
                     if topology.primary != Some(node)
                         || topology.epoch != lease.epoch
@@ -401,10 +474,36 @@ impl Session {
         }
     }
 
+    /// Whether, in time, a sample of the primary shows that a new backend is one of the server as it is known:
+    /// it may have crashed since the last one, and what sessions have seen may be gone. The sampler publishes
+    /// nothing of a start that the topology does not know, and its connection would not have survived a later
+    /// one than that.
+    async fn await_known_start(&mut self, lease: &mut Lease, until: Instant) -> Result<bool, End> {
+        loop {
+            let shared = self.shared.clone();
+            let changed = shared.positions.changed();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            let epoch = shared.topology.load().epoch;
+            if lease.epoch != epoch || Instant::now() >= until {
+                return Ok(false);
+            }
+            let positions = shared.positions.node(lease.node);
+            if positions.latest().is_some_and(|s| s.number > lease.connected_at && s.epoch == epoch) {
+                lease.vouched_for = true;
+                return Ok(true);
+            }
+            positions.want();
+            if !self.wait(changed, until).await? {
+                return Ok(false);
+            }
+        }
+    }
+
     /// Whether the primary may serve this session now, by its level.
     fn primary_verdict(&mut self, topology: &Topology) -> PrimaryVerdict {
         let samples = &*self.shared.positions;
-        if self.freshness.is_none() && self.promise.level == Level::Strong {
+        if self.freshness.is_none() && self.asked_for.level == Level::Strong {
             // There was no primary when the statement arrived.
             self.freshness = Freshness::of_now(samples, topology);
         }
@@ -433,11 +532,7 @@ impl Session {
         loop {
             let shared = self.shared.clone();
             let sampled = shared.positions.changed();
-            tokio::pin!(sampled);
-            sampled.as_mut().enable();
             let reorganised = shared.topology.changed();
-            tokio::pin!(reorganised);
-            reorganised.as_mut().enable();
             let topology = shared.topology.load_full();
             self.bring_mark_forward(&topology);
             let what = match topology.primary {
@@ -520,12 +615,11 @@ impl Session {
     }
 
     async fn lease_from(&self, node: NodeId) -> Result<Result<Lease, AcquireError>, End> {
-        let begun = Instant::now();
-        let deadline = begun + self.patience();
+        let patience = self.patience();
         let last_written_by = self.asks_sequences.then_some(self.handle.pid);
         let lease = tokio::select! {
             biased;
-            lease = self.pools.nodes[node.index()].acquire(&self.startup, self.worker, last_written_by, deadline) => lease,
+            lease = self.pools.nodes[node.index()].acquire(&self.startup, self.worker, last_written_by, patience) => lease,
             () = self.handle.interrupted() => {
                 if self.handle.ending() == super::handle::Ending::Now {
                     return Err(End::shutdown());
@@ -574,6 +668,12 @@ enum Hope {
     NobodyServes,
     TooFar,
     Soon,
+}
+
+pub(super) fn lost(fork: &mark::Fork) -> ErrorReport {
+    ErrorReport::error("HW001", "what this session has written or seen was lost in a failover")
+        .detail(fork.to_string())
+        .hint("Read again what later work depends on; the session is usable.")
 }
 
 pub(super) fn no_primary(pause: Duration) -> ErrorReport {

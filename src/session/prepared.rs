@@ -5,7 +5,7 @@
 //! next has it or is given it. While a session is pinned its backend knows the client's own names, so
 //! that SQL's EXECUTE and DEALLOCATE see the same names as the protocol.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::hash::Hasher;
 use std::num::NonZeroU64;
 use std::ops::Range;
@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
+use hashbrown::HashMap;
 use siphasher::sip128::{Hasher128, SipHasher13};
 
 use super::messages::Parse;

@@ -10,6 +10,7 @@ use super::own::{self, Own};
 use super::shared_mark::{Refused, SharedMark};
 use super::{End, Role, Session};
 use crate::backend::{Applied, StartupParameters};
+use crate::classify::hint::Hints;
 use crate::classify::setting::{self, Change};
 use crate::classify::{ClassReason, Kind, Lookup, StatementClass};
 use crate::consistency::{Level, Promise, Token};
@@ -162,7 +163,7 @@ impl Session {
                     self.own.login_name = name.clone();
                     self.take_name(name).map_err(fatal)?;
                 }
-                Own::Level(_) | Own::MaxLag(_) | Own::OnStale(_) => {}
+                Own::Level(_) | Own::MaxLag(_) | Own::OnStale(_) | Own::Route(_) => {}
             }
         }
         self.own.asked = false;
@@ -215,8 +216,6 @@ impl Session {
         let before = shared.positions.node(primary).counter();
         loop {
             let changed = shared.positions.changed();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
             if shared.positions.node(primary).latest().is_some_and(|sample| sample.number > before) {
                 self.own.asked = true;
                 return Ok(());
@@ -234,8 +233,6 @@ impl Session {
         let shared = self.shared.clone();
         loop {
             let changed = shared.positions.changed();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
             let topology = shared.topology.load_full();
             self.bring_mark_forward(&topology);
             if self.mark.is_resolved() {
@@ -301,7 +298,7 @@ impl Session {
             }
             let value = setting::value_of(sql).unwrap_or_default();
             match Own::read(name, &value) {
-                None | Some(Ok(Own::Level(_) | Own::MaxLag(_) | Own::OnStale(_))) => {}
+                None | Some(Ok(Own::Level(_) | Own::MaxLag(_) | Own::OnStale(_) | Own::Route(_))) => {}
                 Some(Err(report)) => return Some(report),
                 Some(Ok(Own::Session(name))) => {
                     // Joined early: if the SET is rolled back, it is left when the transaction is over.
@@ -357,6 +354,17 @@ impl Session {
         }
     }
 
+    /// A statement of the unit that begins says in its comments what it asks for. `Some`: why it does not run.
+    pub(super) fn take_hints(&mut self, text: &[u8], hints: Hints) -> Option<ErrorReport> {
+        if hints.invalid {
+            return own::refused_hint(text);
+        }
+        let asked = hints.says().over(self.promise);
+        self.asked_for = if self.hinted { self.asked_for.and(asked) } else { asked };
+        self.hinted = true;
+        None
+    }
+
     /// What the backend is to be given so that the running unit can show Highwater's own settings; `None`:
     /// it does not.
     pub(super) fn own_to_show(&self) -> Option<String> {
@@ -376,6 +384,7 @@ impl Session {
             ("highwater.consistency", self.promise.level.word()),
             ("highwater.max_lag", &max_lag),
             ("highwater.on_stale", self.promise.on_stale.word()),
+            ("highwater.route", self.promise.route.word()),
             ("highwater.session", self.own.name.as_deref().unwrap_or_default()),
             ("highwater.token", &token),
         ];
@@ -466,14 +475,14 @@ impl Session {
         if self.shared_mark.is_none() && !writes {
             return;
         }
-        if writes || self.promise.level.notes_reads() {
+        if writes || self.asked_for.level.notes_reads() {
             self.note_for_others(node, epoch, writes);
         }
     }
 
     /// What the next statement must be shown, if the level is `strong`.
     pub(super) fn ask_freshness(&mut self) {
-        if self.promise.level == Level::Strong {
+        if self.asked_for.level == Level::Strong {
             let topology = self.shared.topology.load();
             self.freshness = Freshness::of_now(&*self.shared.positions, &topology);
         } else {

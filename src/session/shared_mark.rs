@@ -5,44 +5,74 @@
 //! mark, and so do all sessions at level `global`. Whoever is shown something sets its note *before* a byte of
 //! it goes on to its client: nobody can be told of it, and ask through another connection, before that.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::mark::{Mark, Samples};
+use super::mark::{self, Mark, Samples, Survival};
 use crate::positions::{Incarnation, Note};
-use crate::topology::Topology;
+use crate::topology::{Epoch, Topology};
 
 /// A mark that several sessions share.
 #[derive(Debug)]
-pub struct SharedMark(Mutex<Mark>);
+pub struct SharedMark(Mutex<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    mark: Mark,
+    /// What changes of the primary have meant for it, if not that all is kept: each of those who share it is told.
+    changes: VecDeque<(Epoch, Survival)>,
+}
+
+/// Changes that are remembered; who has not been heard of for longer is told of a loss.
+const CHANGES: usize = 16;
+
+impl Shared {
+    fn follow(&mut self, samples: &impl Samples, topology: &Topology) {
+        let survival = self.mark.follow(samples, topology);
+        if survival != Survival::Kept {
+            self.changes.push_back((topology.epoch, survival));
+            let excess = self.changes.len().saturating_sub(CHANGES);
+            self.changes.drain(..excess);
+        }
+    }
+}
 
 impl SharedMark {
     /// With the mark of a new session: it begins where the primary is now.
     pub fn new(mark: Mark) -> SharedMark {
-        SharedMark(Mutex::new(mark))
+        SharedMark(Mutex::new(Shared { mark, changes: VecDeque::new() }))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Mark> {
+    fn lock(&self) -> MutexGuard<'_, Shared> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The mark, brought up to the topology and the samples. What a change of the primary means for a
-    /// session is found from the session's own copy.
+    /// The mark, brought up to the topology and the samples.
     pub fn bring_forward(&self, samples: &impl Samples, topology: &Topology) -> Mark {
-        let mut mark = self.lock();
-        let _ = mark.follow(samples, topology);
-        if mark.epoch() == topology.epoch {
-            mark.absorb(samples, topology);
+        let mut shared = self.lock();
+        shared.follow(samples, topology);
+        if shared.mark.epoch() == topology.epoch {
+            shared.mark.absorb(samples, topology);
         }
-        mark.clone()
+        shared.mark.clone()
+    }
+
+    /// The worst that the changes of the primary since `epoch` have meant for those who share the mark: what
+    /// one of them wrote or saw, all of them count on.
+    pub fn survival_since(&self, epoch: Epoch, samples: &impl Samples, topology: &Topology) -> Survival {
+        let mut shared = self.lock();
+        shared.follow(samples, topology);
+        let since = shared.changes.iter().filter(|(at, _)| *at > epoch);
+        since.fold(Survival::Kept, |worst, (_, survival)| mark::worse(worst, survival.clone()))
     }
 
     /// All that `other` stands for is in it from now on.
     pub fn join(&self, other: &Mark, samples: &impl Samples, topology: &Topology) {
-        let mut mark = self.lock();
-        let _ = mark.follow(samples, topology);
+        let mut shared = self.lock();
+        shared.follow(samples, topology);
+        let mark = &mut shared.mark;
         if mark.epoch() == other.epoch() {
             mark.join(other, samples, topology);
         }
@@ -50,8 +80,9 @@ impl SharedMark {
 
     /// The primary has shown something to one of the sessions, or is about to.
     pub fn primary_showed(&self, note: Note, samples: &impl Samples, topology: &Topology) {
-        let mut mark = self.lock();
-        let _ = mark.follow(samples, topology);
+        let mut shared = self.lock();
+        shared.follow(samples, topology);
+        let mark = &mut shared.mark;
         if mark.epoch() == note.epoch {
             mark.primary_showed_one(note, samples, topology);
         }
@@ -65,8 +96,9 @@ impl SharedMark {
         samples: &impl Samples,
         topology: &Topology,
     ) {
-        let mut mark = self.lock();
-        let _ = mark.follow(samples, topology);
+        let mut shared = self.lock();
+        shared.follow(samples, topology);
+        let mark = &mut shared.mark;
         if mark.epoch() == note.epoch {
             mark.replica_showed_one(note, incarnation, samples, topology);
         }
@@ -74,12 +106,12 @@ impl SharedMark {
 
     /// As [`Mark::leave_stalled`].
     pub fn leave_stalled(&self, samples: &impl Samples, topology: &Topology) -> bool {
-        self.lock().leave_stalled(samples, topology)
+        self.lock().mark.leave_stalled(samples, topology)
     }
 
     /// As [`Mark::raise`].
     pub fn raise(&self, position: crate::wal::Lsn) {
-        self.lock().raise(position);
+        self.lock().mark.raise(position);
     }
 }
 
@@ -213,7 +245,7 @@ impl NamedMarks {
 mod tests {
     use super::*;
     use crate::positions::Positions;
-    use crate::topology::{Epoch, Topology};
+    use crate::topology::Topology;
 
     fn mark() -> Mark {
         let topology = Topology {
@@ -222,6 +254,7 @@ mod tests {
             primary: None,
             timeline: None,
             nodes: Vec::new(),
+            start: None,
             history: None,
             switches: Vec::new(),
         };

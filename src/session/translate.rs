@@ -25,6 +25,8 @@ const NO_STATEMENT: &[u8] = b"__hw_prepare";
 enum Resolved {
     /// The backend knows it under this name, or will have said that it knows none.
     Name(Vec<u8>),
+    /// It knows it under the name that all sessions share.
+    Shared(SharedName),
     /// The message does not go on.
     Stopped(Step),
 }
@@ -125,8 +127,13 @@ impl Exchange<'_> {
     }
 
     /// The body of the message at the start, which must be there whole.
+    fn peek(&self, len: usize) -> &[u8] {
+        &self.session.client.input[self.unit.taken + HEADER..self.unit.taken + len]
+    }
+
+    /// A copy of it.
     fn body(&self, len: usize) -> Vec<u8> {
-        self.session.client.input[self.unit.taken + HEADER..self.unit.taken + len].to_vec()
+        self.peek(len).to_vec()
     }
 
     /// `n` bytes of the client's input are used.
@@ -538,7 +545,7 @@ impl Exchange<'_> {
             self.close_shared(statement.shared, older);
         }
         self.evict_surplus();
-        put_parse(&mut self.backend.output, statement.shared.server_name().as_bytes(), &statement.tail);
+        put_parse(&mut self.backend.output, &statement.shared.server_name(), &statement.tail);
         let catalog = self.session.catalog_identity();
         self.backend.prepared.put(statement.shared, Prepared { catalog, ..Prepared::default() });
     }
@@ -553,7 +560,7 @@ impl Exchange<'_> {
     }
 
     fn close_shared(&mut self, name: SharedName, was: Prepared) {
-        put_target(&mut self.backend.output, b'C', name.server_name().as_bytes());
+        put_target(&mut self.backend.output, b'C', &name.server_name());
         self.unit.expects.push_back(Expect::InjectedClose(NameOnServer::Shared(name), was));
     }
 
@@ -564,7 +571,7 @@ impl Exchange<'_> {
     /// wait for it; any other waits, once for each statement and backend.
     fn ask_shape(&mut self, on: NameOnServer, statement: Arc<Statement>, compare: bool) {
         let name = match &on {
-            NameOnServer::Shared(shared) => shared.server_name().into_bytes(),
+            NameOnServer::Shared(shared) => shared.server_name().to_vec(),
             NameOnServer::Own(name) | NameOnServer::Refused(name) => name.clone(),
             NameOnServer::Unnamed | NameOnServer::Unknown => Vec::new(),
         };
@@ -640,8 +647,16 @@ impl Exchange<'_> {
             };
         };
         let (portal, name) = (portal.to_vec(), name.to_vec());
-        let on_server = match self.resolve(&name) {
-            Resolved::Name(on_server) => on_server,
+        let (own, shared);
+        let on_server: &[u8] = match self.resolve(&name) {
+            Resolved::Name(on_server) => {
+                own = on_server;
+                &own
+            }
+            Resolved::Shared(on_server) => {
+                shared = on_server.server_name();
+                &shared
+            }
             Resolved::Stopped(step) => return Ok(step),
         };
         if let Some(statement) = self.unit.binding.take() {
@@ -664,7 +679,7 @@ impl Exchange<'_> {
             let rest = len - HEADER - names_len;
             put_length(&mut self.backend.output, b'B', portal.len() + 1 + on_server.len() + 1 + rest);
             put_cstr(&mut self.backend.output, &portal);
-            put_cstr(&mut self.backend.output, &on_server);
+            put_cstr(&mut self.backend.output, on_server);
             self.take(HEADER + names_len);
             self.unit.client_rest = rest;
             self.take_rest();
@@ -679,7 +694,7 @@ impl Exchange<'_> {
     fn bound_changes(&mut self, statement: &Statement, len: Option<usize>) -> Vec<Change> {
         let effects = setting::effects(statement.text(), self.session.lexing);
         self.unit.quiet_binds += u32::from(effects.quiet);
-        let values = len.and_then(|len| messages::bind_texts(&self.body(len), &statement.types()));
+        let values = len.and_then(|len| messages::bind_texts(self.peek(len), &statement.types()));
         effects.bind(&values.unwrap_or_default()).into_iter().flatten().collect()
     }
 
@@ -721,13 +736,14 @@ impl Exchange<'_> {
         } else {
             let statement = self.as_parsed_here(statement);
             self.have_shared(&statement);
-            statement.shared.server_name().into_bytes()
+            return self.once_shape_is_known(Resolved::Shared(statement.shared));
         };
-        if self.unit.awaits_shape {
-            // The message is looked at again when the shape is known.
-            return Resolved::Stopped(Step::Wait);
-        }
-        Resolved::Name(on_server)
+        self.once_shape_is_known(Resolved::Name(on_server))
+    }
+
+    /// The message is looked at again when the shape is known.
+    fn once_shape_is_known(&self, resolved: Resolved) -> Resolved {
+        if self.unit.awaits_shape { Resolved::Stopped(Step::Wait) } else { resolved }
     }
 
     /// A statement that was parsed under other settings and that the backend lacks: parsed here and now it may
@@ -878,15 +894,16 @@ impl Exchange<'_> {
     }
 
     fn translate_describe(&mut self, len: usize) -> Result<Step, End> {
-        let body = self.body(len);
         let mut told = None;
-        match messages::target(&body).ok_or_else(|| End::protocol("invalid message format"))? {
+        match messages::target(self.peek(len)).ok_or_else(|| End::protocol("invalid message format"))? {
             Target::Portal(_) => self.pass(len),
             Target::Statement(name) => {
+                let name = &name.to_vec()[..];
                 let resolved = self.resolve(name);
                 self.unit.binding = None;
                 let on_server = match resolved {
                     Resolved::Name(on_server) => on_server,
+                    Resolved::Shared(on_server) => on_server.server_name().to_vec(),
                     Resolved::Stopped(step) => return Ok(step),
                 };
                 put_target(&mut self.backend.output, b'D', &on_server);
@@ -945,8 +962,8 @@ impl Exchange<'_> {
     }
 
     fn translate_execute(&mut self, len: usize) -> Result<Step, End> {
-        let body = self.body(len);
-        let (portal, _) = messages::execute(&body).ok_or_else(|| End::protocol("invalid message format"))?;
+        let (portal, _) =
+            messages::execute(self.peek(len)).ok_or_else(|| End::protocol("invalid message format"))?;
         if let Some(changes) = self.session.portal_changes(portal) {
             self.unit.settings.push_back((self.unit.executes, changes));
         }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use highwater::demo::cluster::{self, ClusterOptions, Login, PrivateCluster};
@@ -316,9 +316,9 @@ pub enum Start {
 pub struct Proxy {
     port: ReservedPort,
     http: ReservedPort,
-    process: Child,
+    process: Mutex<Child>,
     /// Kills the process and removes the files should the test process be killed.
-    watcher: Child,
+    watcher: Mutex<Child>,
     directory: tempfile::TempDir,
     app: Login,
     settled: bool,
@@ -335,35 +335,35 @@ impl Proxy {
         let config = directory.path().join("config.yaml");
         std::fs::write(&config, config_text(cluster, port.number(), http.number(), &options)).unwrap();
 
-        let log = std::fs::File::create(directory.path().join("log")).unwrap();
-        let program = std::env::var("HIGHWATER_BINARY");
-        let process = Command::new(program.as_deref().unwrap_or(env!("CARGO_BIN_EXE_highwater")))
-            .args(["run", "-c"])
-            .arg(&config)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        let watcher = Command::new("/bin/sh")
-            .args(["-c", "trap '' INT TERM HUP; read -r _; kill -KILL $1; rm -rf \"$2\"", "watcher"])
-            .arg(process.id().to_string())
-            .arg(directory.path())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let (process, watcher) = run_proxy(directory.path());
         let app = cluster.roles().app.clone();
-        let mut proxy = Proxy { port, http, process, watcher, directory, app, settled: false };
+        let (process, watcher) = (Mutex::new(process), Mutex::new(watcher));
+        let proxy = Proxy { port, http, process, watcher, directory, app, settled: false };
         proxy.wait_started(options.start, cluster.nodes().len()).await;
         proxy
     }
 
-    async fn wait_started(&mut self, start: Start, nodes: usize) {
+    /// Ends it by SIGTERM, and runs it again with the same configuration, on the same ports, until it is ready.
+    pub async fn restart(&self) {
+        self.signal(nix::sys::signal::Signal::SIGTERM);
+        let status = wait_ended(&self.process).await;
+        assert!(status.success(), "the proxy did not exit cleanly on SIGTERM: {status}");
+        {
+            // Before its process id can be another's.
+            let mut watcher = self.watcher.lock().unwrap();
+            watcher.kill().unwrap();
+            watcher.wait().unwrap();
+            let (process, next) = run_proxy(self.directory.path());
+            (*self.process.lock().unwrap(), *watcher) = (process, next);
+        }
+        self.wait_started(Start::Ready, 0).await;
+    }
+
+    async fn wait_started(&self, start: Start, nodes: usize) {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            if let Some(status) = self.process.try_wait().unwrap() {
+            let ended = self.process.lock().unwrap().try_wait().unwrap();
+            if let Some(status) = ended {
                 panic!("the proxy ended as it started: {status}");
             }
             let enough = match start {
@@ -400,7 +400,7 @@ impl Proxy {
 
     /// Its process id.
     pub fn pid(&self) -> u32 {
-        self.process.id()
+        self.process.lock().unwrap().id()
     }
 
     /// Where its configuration, state and log are.
@@ -466,7 +466,7 @@ impl Proxy {
 
     /// Whether the process still runs.
     pub fn is_running(&mut self) -> bool {
-        matches!(self.process.try_wait(), Ok(None))
+        matches!(self.process.get_mut().unwrap().try_wait(), Ok(None))
     }
 
     pub fn signal(&self, signal: nix::sys::signal::Signal) {
@@ -482,29 +482,61 @@ impl Proxy {
 
     /// How it has ended, after a signal.
     pub async fn ended(mut self) -> ExitStatus {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(status) = self.process.try_wait().unwrap() {
-                self.settled = true;
-                return status;
-            }
-            assert!(Instant::now() < deadline, "the proxy did not end on its signal");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        let status = wait_ended(&self.process).await;
+        self.settled = true;
+        status
     }
+}
+
+async fn wait_ended(process: &Mutex<Child>) -> ExitStatus {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let ended = process.lock().unwrap().try_wait().unwrap();
+        if let Some(status) = ended {
+            return status;
+        }
+        assert!(Instant::now() < deadline, "the proxy did not end on its signal");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Runs the program in a directory that holds its configuration, and what kills it should we be killed.
+fn run_proxy(directory: &Path) -> (Child, Child) {
+    let log = std::fs::File::options().create(true).append(true).open(directory.join("log")).unwrap();
+    let program = std::env::var("HIGHWATER_BINARY");
+    let process = Command::new(program.as_deref().unwrap_or(env!("CARGO_BIN_EXE_highwater")))
+        .args(["run", "-c"])
+        .arg(directory.join("config.yaml"))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .unwrap();
+    let watcher = Command::new("/bin/sh")
+        .args(["-c", "trap '' INT TERM HUP; read -r _; kill -KILL $1; rm -rf \"$2\"", "watcher"])
+        .arg(process.id().to_string())
+        .arg(directory)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    (process, watcher)
 }
 
 impl Drop for Proxy {
     fn drop(&mut self) {
         let mut complaint = None;
+        let mut process = self.process.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut watcher = self.watcher.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if !self.settled {
-            match self.process.try_wait() {
+            match process.try_wait() {
                 Ok(None) => {
-                    let pid = nix::unistd::Pid::from_raw(i32::try_from(self.process.id()).unwrap());
+                    let pid = nix::unistd::Pid::from_raw(i32::try_from(process.id()).unwrap());
                     let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
                     let deadline = Instant::now() + PATIENCE;
                     loop {
-                        match self.process.try_wait() {
+                        match process.try_wait() {
                             Ok(Some(status)) if status.success() => break,
                             Ok(None) if Instant::now() < deadline => {
                                 std::thread::sleep(Duration::from_millis(5))
@@ -524,13 +556,13 @@ impl Drop for Proxy {
         if complaint.is_none() && log.contains("panicked at") {
             complaint = Some("the proxy panicked".to_owned());
         }
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        let _ = process.kill();
+        let _ = process.wait();
         // Only now: its job would be to kill a process id that is no longer ours.
-        let _ = self.watcher.kill();
-        let _ = self.watcher.wait();
+        let _ = watcher.kill();
+        let _ = watcher.wait();
         if std::thread::panicking() || complaint.is_some() {
-            println!("--- log of the proxy on port {} ---\n{log}---", self.port());
+            println!("--- log of the proxy on port {} ---\n{log}---", self.port.number());
         }
         if let Some(complaint) = complaint
             && !std::thread::panicking()
@@ -547,7 +579,11 @@ fn config_text(cluster: &Cluster, port: u16, http: u16, options: &ProxyOptions<'
         .iter()
         .zip(&cluster.links)
         .map(|(node, link)| {
-            format!("  - {{ name: {}, host: 127.0.0.1, port: {} }}\n", node.name(), link.port())
+            format!(
+                "  - {{ name: {}, host: 127.0.0.1, port: {}, delayed_ok: true }}\n",
+                node.name(),
+                link.port()
+            )
         })
         .collect();
     let base = format!(

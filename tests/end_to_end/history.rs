@@ -5,12 +5,12 @@
 //! exact version that it saw, and what it must have seen is compared with that (the list-append histories of
 //! Elle, Kingsbury and Alvaro 2020). Pure: histories in, violations out.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 
 /// Which list.
 pub type Key = usize;
-/// Which session: one client connection.
+/// Which session: one client connection, or several that share a name, and may be at work at the same time.
 pub type SessionId = usize;
 
 /// What a session was promised when it sent an operation; as the words of `consistency.level`.
@@ -44,6 +44,17 @@ pub enum What {
     TakesToken { shown_by: usize },
     /// Its token was shown.
     ShowsToken,
+    /// A connection was opened, in a session of its own: it must be shown all that was acknowledged before.
+    Begins,
+}
+
+/// Whether commits are acknowledged only once they are on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flush {
+    Waited,
+    /// `synchronous_commit = off`: a crash may take the end of what was acknowledged and shown; who was shown
+    /// it must have been told, that is, be another session from then on.
+    NotWaited,
 }
 
 /// How it ended.
@@ -86,6 +97,8 @@ pub enum Promise {
     RealTime,
     /// What was acknowledged is there at the end.
     Durable,
+    /// Who was shown what a crash has taken is not shown the list without it, as if nothing had happened.
+    Told,
 }
 
 /// Where a promise was broken.
@@ -116,19 +129,31 @@ pub struct Checker<'a> {
     finals: &'a BTreeMap<Key, Vec<u32>>,
     /// Where in its list a value is.
     position: HashMap<u32, (Key, usize)>,
+    /// Values that were appended and may have been taken by a crash.
+    taken: HashSet<u32>,
+    /// What stood before a taken value in a list that showed it: it is the same in all of them.
+    before: HashMap<u32, Option<u32>>,
     found: Vec<Violation>,
 }
 
 /// The violations in a history. `finals`: the lists on the primary after everything; `history` in the order in which
 /// each session did it (sessions may be mixed in any way).
-pub fn check(history: &[Operation], finals: &BTreeMap<Key, Vec<u32>>) -> Vec<Violation> {
+pub fn check(history: &[Operation], finals: &BTreeMap<Key, Vec<u32>>, flush: Flush) -> Vec<Violation> {
     let mut position = HashMap::new();
     for (key, list) in finals {
         for (at, value) in list.iter().enumerate() {
             assert!(position.insert(*value, (*key, at)).is_none(), "value {value} is there twice");
         }
     }
-    let mut checker = Checker { history, finals, position, found: Vec::new() };
+    let taken = history
+        .iter()
+        .filter_map(|operation| match operation.what {
+            What::Append { value, .. } if flush == Flush::NotWaited => Some(value),
+            _ => None,
+        })
+        .filter(|value| !position.contains_key(value))
+        .collect();
+    let mut checker = Checker { history, finals, position, taken, before: HashMap::new(), found: Vec::new() };
     checker.prefixes();
     checker.sessions();
     checker.real_time();
@@ -154,11 +179,13 @@ impl Checker<'_> {
     fn prefixes(&mut self) {
         for (index, operation) in self.history.iter().enumerate() {
             match &operation.what {
-                What::Read { key, list } if !self.finals[key].starts_with(list) => {
+                What::Read { key, list } if !self.is_beginning(*key, list) => {
                     self.broken(Promise::ConsistentPrefix, index, None);
                 }
                 What::Append { value, .. }
-                    if operation.outcome == Outcome::Done && !self.position.contains_key(value) =>
+                    if operation.outcome == Outcome::Done
+                        && !self.position.contains_key(value)
+                        && !self.taken.contains(value) =>
                 {
                     self.broken(Promise::Durable, index, None);
                 }
@@ -167,23 +194,59 @@ impl Checker<'_> {
         }
     }
 
+    /// How much of a list that was read counts: all of it, but for what a crash has taken.
+    fn kept(&self, key: Key, list: &[u32]) -> usize {
+        if self.taken.is_empty() { list.len() } else { self.common(key, list) }
+    }
+
+    fn common(&self, key: Key, list: &[u32]) -> usize {
+        list.iter().zip(&self.finals[&key]).take_while(|(read, is)| read == is).count()
+    }
+
+    /// Whether a list is a beginning of the final one, and at its end at most what a crash has taken, in one order.
+    fn is_beginning(&mut self, key: Key, list: &[u32]) -> bool {
+        (self.common(key, list)..list.len()).all(|at| {
+            let before = at.checked_sub(1).map(|at| list[at]);
+            self.taken.contains(&list[at]) && *self.before.entry(list[at]).or_insert(before) == before
+        })
+    }
+
     /// What each session must have been shown, by what it did before. Operations are taken in the order in
     /// which they were answered, so that what an append's writer knew is known when the append is read: a
     /// read cannot be answered before the append it shows was sent.
     fn sessions(&mut self) {
         // What the writer of each value knew when it sent it, by its own reads and writes.
         let mut causes: HashMap<u32, Known> = HashMap::new();
-        // At its sending an append remembers what its session knows; at its answer an operation adds to it.
+        // At its sending an append remembers what its session knows, and a read what it must show; at its answer
+        // an operation adds to what is known.
         let events = self.events();
         let mut own: HashMap<SessionId, SessionKnows> = HashMap::new();
         let mut tokens: HashMap<usize, Known> = HashMap::new();
+        let mut due: HashMap<usize, Due> = HashMap::new();
+        let mut acknowledged = Known::new();
         for (_, answered, index) in events {
             let operation = &self.history[index];
             let session = own.entry(operation.session).or_default();
-            if answered {
-                self.answered(index, own.get_mut(&operation.session).unwrap(), &causes, &mut tokens);
-            } else if let What::Append { value, .. } = operation.what {
-                causes.insert(value, session.all());
+            match (&operation.what, answered) {
+                (What::Append { value, key }, false) => {
+                    causes.insert(*value, session.all());
+                    due.insert(index, session.due(*key));
+                }
+                (What::Read { key, .. }, false) => drop(due.insert(index, session.due(*key))),
+                (What::Begins, false) => merge(&mut session.told, &acknowledged),
+                (What::ShowsToken, false) => drop(tokens.insert(index, session.all())),
+                (_, false) => {}
+                (_, true) => {
+                    if let What::Append { key, value } = operation.what
+                        && operation.outcome == Outcome::Done
+                        && let Some((_, at)) = self.position.get(&value)
+                    {
+                        let length = acknowledged.entry(key).or_default();
+                        *length = (*length).max(at + 1);
+                    }
+                    let due = due.remove(&index).unwrap_or_default();
+                    self.answered(index, session, &due, &causes, &tokens);
+                }
             }
         }
     }
@@ -192,15 +255,14 @@ impl Checker<'_> {
         &mut self,
         index: usize,
         session: &mut SessionKnows,
+        due: &Due,
         causes: &HashMap<u32, Known>,
-        tokens: &mut HashMap<usize, Known>,
+        tokens: &HashMap<usize, Known>,
     ) {
         let history = self.history;
         let operation = &history[index];
         match &operation.what {
-            What::ShowsToken => {
-                tokens.insert(index, session.all());
-            }
+            What::ShowsToken | What::Begins => {}
             What::TakesToken { shown_by } => {
                 if let Some(known) = tokens.get(shown_by) {
                     merge(&mut session.told, known);
@@ -208,24 +270,26 @@ impl Checker<'_> {
                 }
             }
             What::Append { key, value } => {
-                let Some((_, at)) = self.position.get(value).copied() else { return };
                 if operation.outcome != Outcome::Done {
                     return;
                 }
-                let length = at + 1;
-                if let Some((written, by)) = session.written.get(key).copied()
+                let Some((_, at)) = self.position.get(value).copied() else {
+                    session.taken_writes.insert(*key, (*value, index));
+                    return;
+                };
+                if let Some((written, by)) = due.written
                     && written > at
                 {
                     self.broken(Promise::MonotonicWrites, index, Some(by));
                 }
-                if let Some((read, by)) = session.read.get(key).copied()
+                if let Some((read, by)) = due.read
                     && read > at
                 {
                     self.broken(Promise::WritesFollowReads, index, Some(by));
                 }
-                session.written.insert(*key, (length, index));
+                raise_known(&mut session.written, *key, at + 1, index);
             }
-            What::Read { key, list } => self.read(index, *key, list, session, causes),
+            What::Read { key, list } => self.read(index, *key, list, session, due, causes),
         }
     }
 
@@ -235,35 +299,45 @@ impl Checker<'_> {
         key: Key,
         list: &[u32],
         session: &mut SessionKnows,
+        due: &Due,
         causes: &HashMap<u32, Known>,
     ) {
         let level = self.history[index].level;
-        let seen = list.len();
-        if let Some((written, by)) = session.written.get(&key).copied()
+        let seen = self.kept(key, list);
+        if let Some((written, by)) = due.written
             && seen < written
             && level >= Level::ReadYourWrites
         {
             self.broken(Promise::ReadYourWrites, index, Some(by));
         }
-        if let Some((read, by)) = session.read.get(&key).copied()
+        if let Some((read, by)) = due.read
             && seen < read
             && level >= Level::Session
         {
             self.broken(Promise::MonotonicReads, index, Some(by));
         }
-        if session.told.get(&key).is_some_and(|told| seen < *told) && level >= Level::ReadYourWrites {
+        if due.told.is_some_and(|told| seen < told) && level >= Level::ReadYourWrites {
             self.broken(Promise::Causal, index, session.told_by);
         }
-        if session.effects.get(&key).is_some_and(|known| seen < *known) && level >= Level::Session {
+        if due.effects.is_some_and(|known| seen < known) && level >= Level::Session {
             self.broken(Promise::Causal, index, None);
+        }
+        let taken = [(due.taken_write, Level::ReadYourWrites), (due.taken_read, Level::Session)];
+        for (value, by) in
+            taken.into_iter().filter(|(_, least)| level >= *least).filter_map(|(taken, _)| taken)
+        {
+            if !list.contains(&value) {
+                self.broken(Promise::Told, index, Some(by));
+            }
         }
         if level >= Level::Session {
             let before = session.read.get(&key).map_or(0, |(read, _)| *read);
-            if seen >= before {
-                session.read.insert(key, (seen, index));
+            raise_known(&mut session.read, key, seen, index);
+            if let Some(value) = list[seen..].last() {
+                session.taken_reads.insert(key, (*value, index));
             }
             // What the newly shown effects were caused by. Those shown before have been counted.
-            for value in list.iter().skip(before) {
+            for value in list.iter().take(seen).skip(before) {
                 if let Some(known) = causes.get(value) {
                     merge(&mut session.effects, known);
                 }
@@ -292,14 +366,15 @@ impl Checker<'_> {
                     }
                 }
                 (What::Read { key, list }, true) => {
+                    let seen = self.kept(*key, list);
                     if let Some((length, by)) = must.remove(&index)
-                        && list.len() < length
+                        && seen < length
                     {
                         self.broken(Promise::RealTime, index, Some(by));
                     }
-                    raise(&mut by_all, *key, list.len(), index);
+                    raise(&mut by_all, *key, seen, index);
                     if operation.level == Level::Global {
-                        raise(&mut by_global, *key, list.len(), index);
+                        raise(&mut by_global, *key, seen, index);
                     }
                 }
                 (What::Append { key, value }, true) if operation.outcome == Outcome::Done => {
@@ -321,6 +396,25 @@ fn raise(bounds: &mut HashMap<Key, (usize, usize)>, key: Key, length: usize, by:
     }
 }
 
+fn raise_known(known: &mut BTreeMap<Key, (usize, usize)>, key: Key, length: usize, by: usize) {
+    let bound = known.entry(key).or_insert((length, by));
+    if length >= bound.0 {
+        *bound = (length, by);
+    }
+}
+
+/// What an operation on one list must be shown: what its session knew when it was sent. (Of what another
+/// connection in the same named session does at the same time, nothing is due.)
+#[derive(Default)]
+struct Due {
+    written: Option<(usize, usize)>,
+    read: Option<(usize, usize)>,
+    effects: Option<usize>,
+    told: Option<usize>,
+    taken_write: Option<(u32, usize)>,
+    taken_read: Option<(u32, usize)>,
+}
+
 /// What a session knows, and by which of its operations.
 #[derive(Default)]
 struct SessionKnows {
@@ -332,9 +426,23 @@ struct SessionKnows {
     /// By tokens.
     told: Known,
     told_by: Option<usize>,
+    /// The last value of its own, and the last one it was shown, that a crash has taken.
+    taken_writes: BTreeMap<Key, (u32, usize)>,
+    taken_reads: BTreeMap<Key, (u32, usize)>,
 }
 
 impl SessionKnows {
+    fn due(&self, key: Key) -> Due {
+        Due {
+            written: self.written.get(&key).copied(),
+            read: self.read.get(&key).copied(),
+            effects: self.effects.get(&key).copied(),
+            told: self.told.get(&key).copied(),
+            taken_write: self.taken_writes.get(&key).copied(),
+            taken_read: self.taken_reads.get(&key).copied(),
+        }
+    }
+
     fn all(&self) -> Known {
         let mut all = self.effects.clone();
         merge(&mut all, &self.told);
@@ -392,6 +500,7 @@ mod tests {
                     What::Read { key: number(3), list }
                 }
                 "shows" => What::ShowsToken,
+                "begins" => What::Begins,
                 "takes" => What::TakesToken { shown_by: number(3) },
                 other => panic!("{other}"),
             };
@@ -410,7 +519,7 @@ mod tests {
 
     fn broken(text: &str, finals: &[(Key, &[u32])]) -> Vec<(Promise, usize)> {
         let finals = finals.iter().map(|(key, list)| (*key, list.to_vec())).collect();
-        check(&history(text), &finals).into_iter().map(|v| (v.promise, v.operation)).collect()
+        check(&history(text), &finals, Flush::Waited).into_iter().map(|v| (v.promise, v.operation)).collect()
     }
 
     #[test]
@@ -448,14 +557,45 @@ mod tests {
         check("1 s append 0 1\n0 str read 0", &[(0, &[1])], &[(RealTime, 1)]);
         check("1 s append 0 1\n2 e read 0 1\n0 str read 0", &[(0, &[1])], &[(RealTime, 2)]);
         check("1 s append 0 1\n0 g read 0", &[(0, &[1])], &[(RealTime, 1)]);
+        check("1 s append 0 1\n0 s begins\n0 s read 0", &[(0, &[1])], &[(Causal, 2)]);
+        check("0 s begins\n1 s append 0 1\n0 s read 0", &[(0, &[1])], &[]);
     }
 
     #[test]
     fn what_runs_at_the_same_time_may_be_seen_in_either_order() {
         let mut operations = history("1 s append 0 1\n0 str read 0");
         operations[0].answered = operations[1].sent + 1;
-        assert!(check(&operations, &BTreeMap::from([(0, vec![1])])).is_empty());
+        assert!(check(&operations, &BTreeMap::from([(0, vec![1])]), Flush::Waited).is_empty());
         operations[0].outcome = Outcome::Unknown;
-        assert!(check(&operations, &BTreeMap::from([(0, vec![])])).is_empty());
+        assert!(check(&operations, &BTreeMap::from([(0, vec![])]), Flush::Waited).is_empty());
+    }
+
+    #[test]
+    fn connections_of_one_session_owe_each_other_only_what_was_answered() {
+        let finals = BTreeMap::from([(0, vec![1])]);
+        // Both of session 0: the read was sent before the append was answered.
+        let mut operations = history("0 s append 0 1\n0 s read 0");
+        operations[1].sent = operations[0].answered - 1;
+        assert!(check(&operations, &finals, Flush::Waited).is_empty());
+        operations[1].sent = operations[0].answered + 1;
+        assert_eq!(check(&operations, &finals, Flush::Waited).len(), 1);
+    }
+
+    #[test]
+    fn a_crash_may_take_what_was_not_flushed_but_not_silently() {
+        let check = |text: &str, last: &[u32], expected: &[(Promise, usize)]| {
+            let finals = BTreeMap::from([(0, last.to_vec())]);
+            let found = check(&history(text), &finals, Flush::NotWaited);
+            let found: Vec<_> = found.into_iter().map(|v| (v.promise, v.operation)).collect();
+            assert_eq!(found, expected, "{text}");
+        };
+        let writes = "0 s append 0 1\n0 s append 0 2\n";
+        // Told, it is another session; untold, it is not.
+        check(&format!("{writes}1 s read 0 1\n1 s append 0 3\n1 s read 0 1 3"), &[1, 3], &[]);
+        check(&format!("{writes}0 s read 0 1"), &[1, 3], &[(Promise::Told, 2)]);
+        check(&format!("{writes}1 s read 0 1 2\n1 s read 0 1 3"), &[1, 3], &[(Promise::Told, 3)]);
+        check(&format!("{writes}1 r read 0 1 2\n1 r read 0 1 3"), &[1, 3], &[]);
+        check(&format!("{writes}1 e read 0 1 4"), &[1], &[(Promise::ConsistentPrefix, 2)]);
+        check(&format!("{writes}1 e read 0 1 2\n2 e read 0 2"), &[1], &[(Promise::ConsistentPrefix, 3)]);
     }
 }

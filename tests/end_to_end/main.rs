@@ -2,6 +2,7 @@
 //! it keeps.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod allow_lists;
 mod fixture;
 mod fixture_holds;
 mod history;

@@ -276,6 +276,7 @@ fn topology() -> Topology {
         replay_lag_bytes: None,
         replay_lag: None,
         server_major: Some(15),
+        recovery: None,
     };
     Topology {
         epoch: Epoch(1),
@@ -283,6 +284,7 @@ fn topology() -> Topology {
         primary: Some(PRIMARY),
         timeline: Some(TimelineId(1)),
         nodes: (0..NODES as u16).map(view).collect(),
+        start: None,
         history: None,
         switches: Vec::new(),
     }

@@ -33,6 +33,7 @@ impl Story {
             replay_lag_bytes: None,
             replay_lag: None,
             server_major: Some(15),
+            recovery: None,
         };
         for id in 0..3 {
             positions.node(NodeId(id)).connected();
@@ -43,6 +44,7 @@ impl Story {
             primary: Some(NodeId(0)),
             timeline: Some(TimelineId(1)),
             nodes: (0..3).map(view).collect(),
+            start: None,
             history: None,
             switches: Vec::new(),
         };

@@ -137,6 +137,77 @@ async fn a_replica_too_far_behind_serves_no_reads_until_it_has_caught_up() {
 }
 
 #[tokio::test]
+async fn a_delayed_replica_serves_no_reads_unless_it_is_allowed_to() {
+    let cluster = Cluster::start(1).await;
+    cluster.set_up(ONE_ROW).await;
+    cluster.node(1).set_apply_delay(Duration::from_millis(1)).await.unwrap();
+    let (a, b) = (cluster.link(0).port(), cluster.link(1).port());
+    for (delayed_ok, role) in [(false, "excluded"), (true, "replica")] {
+        let overrides = format!(
+            "{QUICK}\nnodes: [ {{ name: a, host: 127.0.0.1, port: {a} }}, \
+             {{ name: b, host: 127.0.0.1, port: {b}, delayed_ok: {delayed_ok} }} ]"
+        );
+        let options = ProxyOptions { overrides: &overrides, start: Start::Ready };
+        let proxy = Proxy::start_with(&cluster, options).await;
+        eventually("its role is known", || async {
+            let labels = [("node", "b"), ("role", role)];
+            let metrics = proxy.metrics().await;
+            metrics.sum("highwater_node_role", &labels) == 1.0
+                && metrics.sum("highwater_replica_apply_delay_seconds", &[("node", "b")]) == 0.001
+        })
+        .await;
+        let topology = proxy.get("/topology").await.unwrap().1;
+        assert_eq!(topology.contains("\"excluded\":\"delayed\""), !delayed_ok, "{topology}");
+    }
+}
+
+#[tokio::test]
+async fn a_pause_of_replay_and_the_lag_that_it_makes_are_shown() {
+    let cluster = Cluster::start(1).await;
+    cluster.set_up(ONE_ROW).await;
+    let proxy = Proxy::start_with(&cluster, quick()).await;
+    let client = proxy.connect().await;
+    let node = [("node", cluster.node(1).name())];
+    cluster.node(1).pause_replay().await.unwrap();
+    client.execute("UPDATE t SET x = 2", &[]).await.unwrap();
+    eventually("the pause and the lag are shown", || async {
+        let metrics = proxy.metrics().await;
+        metrics.sum("highwater_replica_replay_paused", &node) == 1.0
+            && metrics.sum("highwater_replica_replay_lag_bytes", &node) > 0.0
+            && metrics.sum("highwater_replica_replay_lag_seconds", &node) > 0.5
+    })
+    .await;
+    cluster.node(1).resume_replay().await.unwrap();
+    eventually("it has caught up", || async {
+        let metrics = proxy.metrics().await;
+        metrics.sum("highwater_replica_replay_paused", &node) == 0.0
+            && metrics.sum("highwater_replica_replay_lag_bytes", &node) == 0.0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_idle_node_is_asked_for_its_position_at_most_twice_a_second() {
+    let cluster = Cluster::start(1).await;
+    cluster.set_up(ONE_ROW).await;
+    let proxy = Proxy::start(&cluster).await;
+    let sessions = [proxy.connect().await, proxy.connect().await];
+    sessions[0].query_one("SELECT x FROM t", &[]).await.unwrap();
+    let samples = async || proxy.metrics().await.sum("highwater_samples_total", &[]);
+    let (mut last, mut since) = (samples().await, std::time::Instant::now());
+    let mut rates = Vec::new();
+    while rates.len() < 4 {
+        tokio::time::sleep(Duration::from_millis(1_500)).await;
+        let (now, at) = (samples().await, std::time::Instant::now());
+        // Of two nodes; one more may fall into any stretch of time.
+        rates.push((now - last - 2.0) / 2.0 / at.duration_since(since).as_secs_f64());
+        (last, since) = (now, at);
+    }
+    // In the first stretch what the session was shown is still followed.
+    assert!(rates[1..].iter().all(|rate| *rate <= 2.0), "{rates:?}");
+}
+
+#[tokio::test]
 async fn a_promotion_by_somebody_else_is_followed() {
     let cluster = Cluster::start(2).await;
     cluster.set_up(ONE_ROW).await;

@@ -2,32 +2,43 @@
 //!
 //! `make consistency` runs these at length; HIGHWATER_HISTORY_OPERATIONS sets the size of each.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::future::poll_fn;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use highwater::demo::cluster::{Login, PrivateNode};
+use tokio_postgres::{AsyncMessage, NoTls};
 
 use super::consistency::{Trouble, a_while, synchronous};
 use crate::fixture::*;
-use crate::history::{self, Level, Operation, Outcome, Shown, What};
+use crate::history::{self, Flush, Level, Operation, Outcome, Shown, What};
 
 /// Sessions of each level.
 const OF_EACH: usize = 4;
+/// Sessions that change their level as they go.
+const CHANGING: usize = 4;
+/// Named sessions, and connections of each.
+const NAMED: usize = 2;
+const OF_A_NAME: usize = 3;
+/// All of them.
+const SESSIONS: usize = Level::ALL.len() * OF_EACH + CHANGING + NAMED;
 /// Lists that are in use at a time, and operations until the next ones are.
 const HOT: usize = 6;
 const WHILE_HOT: usize = 1_500;
+/// Tokens on their way from session to session.
+const TOKENS: usize = 16;
 
 fn wanted(usually: usize) -> usize {
     std::env::var("HIGHWATER_HISTORY_OPERATIONS").map_or(usually, |n| n.parse().unwrap())
 }
 
-/// A cluster with a role per level, and the lists.
+/// A cluster with a role per level, two more, and the lists.
 async fn with_lists(replicas: usize, operations: usize) -> Cluster {
     let cluster = Cluster::start(replicas).await;
-    for level in Level::ALL {
-        let role = format!("CREATE ROLE {} LOGIN PASSWORD 'level'", level.word());
+    for role in Level::ALL.map(Level::word).into_iter().chain(["changing", "named"]) {
+        let role = format!("CREATE ROLE {role} LOGIN PASSWORD 'level'");
         cluster.primary().execute(&role).await.unwrap();
     }
     let lists = (operations / WHILE_HOT + 2) * HOT;
@@ -52,6 +63,76 @@ async fn start(cluster: &Cluster) -> Proxy {
     Proxy::start_with(cluster, ProxyOptions { overrides: &overrides, ..ProxyOptions::default() }).await
 }
 
+/// A client, and whether it was told (by a notice) that what it has seen may be gone.
+struct Connection {
+    client: tokio_postgres::Client,
+    told: Arc<AtomicBool>,
+}
+
+async fn connect(port: u16, user: &str) -> Result<Connection, tokio_postgres::Error> {
+    let mut config = tokio_postgres::Config::new();
+    config.host("127.0.0.1").port(port).dbname("app").user(user).password("level");
+    config.connect_timeout(Duration::from_secs(5));
+    let (client, mut connection) = config.connect(NoTls).await?;
+    let told = Arc::new(AtomicBool::new(false));
+    let tell = told.clone();
+    // A notice is taken here before the answer that it stands ahead of is handed to the client.
+    tokio::spawn(async move {
+        while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
+            if let AsyncMessage::Notice(notice) = message
+                && notice.code().code() == "HW001"
+            {
+                tell.store(true, Ordering::SeqCst);
+            }
+        }
+    });
+    Ok(Connection { client, told })
+}
+
+/// A named session of several connections. Those that were told that something is gone, or were ended, go on in
+/// another, together: the next name.
+struct Name {
+    number: usize,
+    now: Mutex<(usize, usize)>,
+}
+
+/// Who plays.
+#[derive(Clone, Copy)]
+enum Player<'a> {
+    Of(Level),
+    Changing,
+    Named(&'a Name),
+}
+
+impl Player<'_> {
+    fn user(self) -> &'static str {
+        match self {
+            Player::Of(level) => level.word(),
+            Player::Changing => "changing",
+            Player::Named(_) => "named",
+        }
+    }
+}
+
+/// What came of an operation.
+enum Came {
+    /// Of this.
+    Done(What),
+    /// It failed, and an append may have been done.
+    Failed(Option<What>, tokio_postgres::Error),
+    /// There was nothing to do.
+    Nothing,
+}
+
+/// One player's session.
+struct Seat {
+    connection: Connection,
+    session: usize,
+    /// Of a named session: the name's number.
+    generation: usize,
+    level: Level,
+}
+
 /// All that is shared by the sessions of one run.
 struct Run<'a> {
     proxy: &'a Proxy,
@@ -61,6 +142,8 @@ struct Run<'a> {
     values: AtomicU32,
     sessions: AtomicUsize,
     history: Mutex<Vec<Operation>>,
+    /// Tokens, with the operation that showed each.
+    tokens: Mutex<VecDeque<(String, usize)>>,
 }
 
 impl<'a> Run<'a> {
@@ -73,6 +156,7 @@ impl<'a> Run<'a> {
             values: AtomicU32::new(1),
             sessions: AtomicUsize::new(0),
             history: Mutex::new(Vec::new()),
+            tokens: Mutex::new(VecDeque::new()),
         }
     }
 
@@ -80,20 +164,59 @@ impl<'a> Run<'a> {
         self.clock.fetch_add(1, Ordering::SeqCst)
     }
 
-    async fn connect(&self, level: Level) -> (usize, tokio_postgres::Client) {
-        let login = Login { user: level.word().to_owned(), password: "level".to_owned() };
-        loop {
-            match self.proxy.connect_as("app", &login).await {
-                Ok(client) => return (self.sessions.fetch_add(1, Ordering::SeqCst), client),
-                // While there is no node to ask: only in the runs that take the primary away.
-                Err(_) => a_while(50).await,
+    fn new_session(&self) -> usize {
+        self.sessions.fetch_add(1, Ordering::SeqCst)
+    }
+
+    fn record(&self, session: usize, level: Level, what: What, sent: u64, outcome: Outcome) -> usize {
+        let operation = Operation { session, level, what, sent, answered: self.now(), outcome };
+        let mut history = self.history.lock().unwrap();
+        history.push(operation);
+        history.len() - 1
+    }
+
+    fn name(&self, number: usize) -> Name {
+        Name { number, now: Mutex::new((0, self.new_session())) }
+    }
+
+    /// The session after the one of `left`, or the first.
+    async fn sit(&self, player: Player<'_>, left: Option<usize>) -> Seat {
+        let level = if let Player::Of(level) = player { level } else { Level::Session };
+        let (generation, session) = match player {
+            Player::Named(name) => {
+                let mut now = name.now.lock().unwrap();
+                if left == Some(now.0) {
+                    *now = (now.0 + 1, self.new_session());
+                }
+                *now
             }
+            _ => (0, self.new_session()),
+        };
+        loop {
+            let sent = self.now();
+            // It fails while there is no node to ask: only in the runs that take the primary or the proxy away.
+            if let Ok(connection) = connect(self.proxy.port(), player.user()).await {
+                let seated = match player {
+                    Player::Named(name) => {
+                        let name = format!("SET highwater.session = 'n{}-{generation}'", name.number);
+                        connection.client.batch_execute(&name).await.is_ok()
+                    }
+                    _ => {
+                        self.record(session, level, What::Begins, sent, Outcome::Done);
+                        true
+                    }
+                };
+                if seated {
+                    return Seat { connection, session, generation, level };
+                }
+            }
+            a_while(50).await;
         }
     }
 
     /// One client: it works until all operations are begun, in a new session whenever its last has ended.
-    async fn play(&self, level: Level) {
-        let (mut session, mut client) = self.connect(level).await;
+    async fn play(&self, player: Player<'_>) {
+        let mut seat = self.sit(player, None).await;
         loop {
             let number = self.begun.fetch_add(1, Ordering::SeqCst);
             if number >= self.operations {
@@ -101,54 +224,118 @@ impl<'a> Run<'a> {
             }
             let key = number / WHILE_HOT * HOT + usize::from(rand::random::<u8>()) % HOT;
             let sent = self.now();
-            let (what, outcome) = if rand::random::<u8>() < 64 {
-                self.append(&client, key).await
-            } else {
-                self.read(&client, key).await
+            let mut shown = None;
+            let came = match rand::random::<u8>() {
+                0..64 => self.append(&seat.connection.client, key).await,
+                64..70 => self.show_token(&seat.connection.client, &mut shown).await,
+                70..76 => self.take_token(&seat.connection.client).await,
+                76..84 if matches!(player, Player::Changing) => self.change(&mut seat).await,
+                _ => self.read(&seat.connection.client, key).await,
             };
-            let answered = self.now();
-            if let Some(what) = what {
-                let operation = Operation {
-                    session,
-                    level,
-                    what,
-                    sent,
-                    answered,
-                    outcome: outcome.unwrap_or(Outcome::Unknown),
-                };
-                self.history.lock().unwrap().push(operation);
+            let told = seat.connection.told.swap(false, Ordering::SeqCst);
+            let named = matches!(player, Player::Named(_));
+            if told {
+                // What was just answered is of the session to come: it need not hold what the old one knew.
+                seat.session = self.new_session();
             }
-            // After an error nothing is promised about what came before: 08007, HW001, the session's end.
-            if outcome.is_none() {
-                (session, client) = self.connect(level).await;
+            match came {
+                Came::Done(what) => {
+                    let index = self.record(seat.session, seat.level, what, sent, Outcome::Done);
+                    if let Some(token) = shown {
+                        let mut tokens = self.tokens.lock().unwrap();
+                        tokens.push_back((token, index));
+                        let excess = tokens.len().saturating_sub(TOKENS);
+                        tokens.drain(..excess);
+                    }
+                    if told && named {
+                        seat = self.sit(player, Some(seat.generation)).await;
+                    }
+                }
+                Came::Nothing => {}
+                Came::Failed(what, error) => {
+                    if let Some(what) = what {
+                        self.record(seat.session, seat.level, what, sent, Outcome::Unknown);
+                    }
+                    // Nothing is promised about what came before. After HW001 the session itself can be used.
+                    let lost = error.code().is_some_and(|code| code.code() == "HW001");
+                    if lost && !named {
+                        seat.session = self.new_session();
+                    } else {
+                        seat = self.sit(player, Some(seat.generation)).await;
+                    }
+                }
             }
         }
     }
 
-    async fn append(&self, client: &tokio_postgres::Client, key: usize) -> (Option<What>, Option<Outcome>) {
+    async fn append(&self, client: &tokio_postgres::Client, key: usize) -> Came {
         let value = self.values.fetch_add(1, Ordering::SeqCst);
         let sql = "UPDATE lists SET v = v || $1::int WHERE k = $2";
         let (element, list) = (i32::try_from(value).unwrap(), i32::try_from(key).unwrap());
-        let done = client.execute(sql, &[&element, &list]).await;
-        let outcome = done.map(|rows| assert_eq!(rows, 1)).is_ok().then_some(Outcome::Done);
-        (Some(What::Append { key, value }), outcome)
+        let what = What::Append { key, value };
+        match client.execute(sql, &[&element, &list]).await {
+            Ok(rows) => {
+                assert_eq!(rows, 1);
+                Came::Done(what)
+            }
+            Err(error) => Came::Failed(Some(what), error),
+        }
     }
 
-    async fn read(&self, client: &tokio_postgres::Client, key: usize) -> (Option<What>, Option<Outcome>) {
+    async fn read(&self, client: &tokio_postgres::Client, key: usize) -> Came {
         let row = client.query_one("SELECT v FROM lists WHERE k = $1", &[&i32::try_from(key).unwrap()]).await;
         match row {
             Ok(row) => {
                 let list: Vec<i32> = row.get(0);
                 let list = list.into_iter().map(|v| u32::try_from(v).unwrap()).collect();
-                (Some(What::Read { key, list }), Some(Outcome::Done))
+                Came::Done(What::Read { key, list })
             }
-            Err(_) => (None, None),
+            Err(error) => Came::Failed(None, error),
+        }
+    }
+
+    async fn show_token(&self, client: &tokio_postgres::Client, shown: &mut Option<String>) -> Came {
+        match client.query_one("SHOW highwater.token", &[]).await {
+            Ok(row) => match row.get::<_, String>(0) {
+                // The position could not be learned in time.
+                none if none.is_empty() => Came::Nothing,
+                token => {
+                    *shown = Some(token);
+                    Came::Done(What::ShowsToken)
+                }
+            },
+            Err(error) => Came::Failed(None, error),
+        }
+    }
+
+    async fn take_token(&self, client: &tokio_postgres::Client) -> Came {
+        let next = self.tokens.lock().unwrap().pop_front();
+        let Some((token, shown_by)) = next else { return Came::Nothing };
+        match client.batch_execute(&format!("SET highwater.token = '{token}'")).await {
+            Ok(()) => Came::Done(What::TakesToken { shown_by }),
+            Err(error) => Came::Failed(None, error),
+        }
+    }
+
+    async fn change(&self, seat: &mut Seat) -> Came {
+        let level = Level::ALL[usize::from(rand::random::<u8>()) % Level::ALL.len()];
+        let sql = format!("SET highwater.consistency = '{}'", level.word());
+        match seat.connection.client.batch_execute(&sql).await {
+            Ok(()) => {
+                seat.level = level;
+                Came::Nothing
+            }
+            Err(error) => Came::Failed(None, error),
         }
     }
 
     async fn all(&self) {
-        let sessions = Level::ALL.iter().flat_map(|level| (0..OF_EACH).map(|_| self.play(*level)));
-        futures_util::future::join_all(sessions).await;
+        let names: Vec<Name> = (0..NAMED).map(|number| self.name(number)).collect();
+        let of_levels = Level::ALL.iter().flat_map(|level| (0..OF_EACH).map(|_| Player::Of(*level)));
+        let changing = (0..CHANGING).map(|_| Player::Changing);
+        let named = names.iter().flat_map(|name| (0..OF_A_NAME).map(move |_| Player::Named(name)));
+        let players = of_levels.chain(changing).chain(named).map(|player| self.play(player));
+        futures_util::future::join_all(players).await;
     }
 }
 
@@ -165,14 +352,60 @@ async fn finals(node: &PrivateNode, login: &Login) -> BTreeMap<usize, Vec<u32>> 
         .collect()
 }
 
-/// Whether statements may fail: only where the primary is taken away.
+/// What may happen besides.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Errors {
     Never,
+    /// Statements fail: where the primary is taken away.
     Allowed,
 }
 
-/// Plays a history; no promise may be broken.
+/// Plays a history.
+async fn record(proxy: &Proxy, operations: usize) -> Vec<Operation> {
+    let run = Run::new(proxy, operations);
+    run.all().await;
+    run.history.into_inner().unwrap()
+}
+
+/// No promise may be broken in a history, whose end `primary` holds.
+async fn judge(
+    name: &str,
+    history: &[Operation],
+    primary: &PrivateNode,
+    login: &Login,
+    errors: Errors,
+    flush: Flush,
+) -> BTreeMap<usize, Vec<u32>> {
+    let finals = finals(primary, login).await;
+    let found = history::check(history, &finals, flush);
+    let sessions: BTreeSet<usize> = history.iter().map(|o| o.session).collect();
+    let unknown = history.iter().filter(|o| o.outcome == Outcome::Unknown).count();
+    let tokens = history.iter().filter(|o| matches!(o.what, What::TakesToken { .. })).count();
+    let kept: BTreeSet<u32> = finals.values().flatten().copied().collect();
+    let taken = history
+        .iter()
+        .filter(|o| o.outcome == Outcome::Done)
+        .filter(|o| matches!(o.what, What::Append { value, .. } if !kept.contains(&value)))
+        .count();
+    println!(
+        "{name}: {} operations in {} sessions, {tokens} tokens taken, {unknown} of unknown outcome, \
+         {taken} acknowledged and gone, {} promises broken",
+        history.len(),
+        sessions.len(),
+        found.len()
+    );
+    for violation in found.iter().take(5) {
+        println!("{}", Shown(violation, history));
+    }
+    assert!(found.is_empty(), "{name}: {} promises broken", found.len());
+    assert!(tokens > 0, "{name}: no tokens");
+    if errors == Errors::Never {
+        assert_eq!((sessions.len(), unknown), (SESSIONS, 0), "{name}: statements failed");
+    }
+    finals
+}
+
+/// Plays a history on a cluster whose primary stays; no promise may be broken.
 async fn play(
     name: &str,
     cluster: &Cluster,
@@ -180,27 +413,9 @@ async fn play(
     operations: usize,
     errors: Errors,
 ) -> Vec<Operation> {
-    let run = Run::new(proxy, operations);
-    run.all().await;
-    let finals = finals(cluster.primary(), proxy.app()).await;
-    let history = run.history.into_inner().unwrap();
-    let found = history::check(&history, &finals);
-    let sessions: BTreeSet<usize> = history.iter().map(|o| o.session).collect();
-    let unknown = history.iter().filter(|o| o.outcome == Outcome::Unknown).count();
-    println!(
-        "{name}: {} operations in {} sessions, {unknown} of unknown outcome, {} promises broken",
-        history.len(),
-        sessions.len(),
-        found.len()
-    );
-    for violation in found.iter().take(5) {
-        println!("{}", Shown(violation, &history));
-    }
-    assert!(found.is_empty(), "{name}: {} promises broken", found.len());
+    let history = record(proxy, operations).await;
     assert!(history.len() > operations / 2, "{name}: {} operations", history.len());
-    if errors == Errors::Never {
-        assert_eq!((sessions.len(), unknown), (Level::ALL.len() * OF_EACH, 0), "{name}: statements failed");
-    }
+    judge(name, &history, cluster.primary(), proxy.app(), errors, Flush::Waited).await;
     history
 }
 
@@ -208,7 +423,7 @@ async fn play(
 /// or the checker (or the trouble) would not bite.
 fn broken_if_all_were(level: Level, history: &[Operation], finals: &BTreeMap<usize, Vec<u32>>) -> usize {
     let claimed: Vec<Operation> = history.iter().map(|o| Operation { level, ..o.clone() }).collect();
-    history::check(&claimed, finals).len()
+    history::check(&claimed, finals, Flush::Waited).len()
 }
 
 fn nodes(cluster: &Cluster) -> [std::sync::Arc<PrivateNode>; 2] {
@@ -296,4 +511,95 @@ async fn no_level_breaks_its_promise_while_the_primary_restarts() {
     });
     play("the primary restarts", &cluster, &proxy, operations, Errors::Allowed).await;
     trouble.end().await;
+}
+
+/// The nodes are a chain, each confirming the one before: what was acknowledged or shown is on the next one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_level_breaks_its_promise_while_the_next_standby_is_promoted_again_and_again() {
+    let operations = wanted(3_000);
+    let cluster = with_lists(2, operations).await;
+    cluster.node(2).follow(cluster.node(1)).await.unwrap();
+    for node in cluster.nodes() {
+        node.set("synchronous_standby_names", "*").await.unwrap();
+    }
+    let proxy = start(&cluster).await;
+    let mut chain: VecDeque<Arc<PrivateNode>> = cluster.nodes().iter().cloned().collect();
+    let primary = Arc::new(Mutex::new(chain[0].clone()));
+    let now = primary.clone();
+    let (stop, mut stopped) = tokio::sync::watch::channel(false);
+    let failovers = tokio::spawn(async move {
+        let mut times = 0;
+        loop {
+            let (old, next, last) = (chain[0].clone(), chain[1].clone(), chain[2].clone());
+            a_while(800).await;
+            old.crash().await.unwrap();
+            next.promote().await.unwrap();
+            *now.lock().unwrap() = next;
+            old.rebuild_from(&last).await.unwrap();
+            // The copy has settings of its own.
+            old.set("synchronous_standby_names", "*").await.unwrap();
+            chain.rotate_left(1);
+            times += 1;
+            if *stopped.borrow_and_update() {
+                return times;
+            }
+        }
+    });
+    let history = record(&proxy, operations).await;
+    stop.send(true).unwrap();
+    let times = failovers.await.unwrap();
+    println!("failovers: {times}");
+    let primary = primary.lock().unwrap().clone();
+    judge("failovers", &history, &primary, proxy.app(), Errors::Allowed, Flush::Waited).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_level_breaks_its_promise_while_the_proxy_restarts_and_tokens_outlive_it() {
+    let operations = wanted(3_000);
+    let cluster = with_lists(2, operations).await;
+    let proxy = start(&cluster).await;
+    let run = Run::new(&proxy, operations);
+    let restarts = async {
+        let mut times = 0;
+        while run.begun.load(Ordering::SeqCst) < operations {
+            a_while(1_500).await;
+            proxy.restart().await;
+            times += 1;
+        }
+        times
+    };
+    let ((), times) = tokio::join!(run.all(), restarts);
+    println!("restarts: {times}");
+    let history = run.history.into_inner().unwrap();
+    let sessions: BTreeSet<usize> = history.iter().map(|o| o.session).collect();
+    assert!(sessions.len() > SESSIONS, "all sessions ended with the proxy");
+    judge("the proxy restarts", &history, cluster.primary(), proxy.app(), Errors::Allowed, Flush::Waited)
+        .await;
+}
+
+/// A crash takes what was not flushed: acknowledged, and shown to others. Whoever was shown it is told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_level_breaks_its_promise_silently_when_a_crash_takes_commits_that_nobody_waited_for() {
+    let operations = wanted(3_000);
+    let cluster = with_lists(2, operations).await;
+    cluster.primary().execute("ALTER ROLE ALL SET synchronous_commit = off").await.unwrap();
+    let proxy = start(&cluster).await;
+    let node = cluster.primary().clone();
+    let trouble = Trouble::begin(move || {
+        let node = node.clone();
+        async move {
+            a_while(800).await;
+            if rand::random() {
+                node.crash().await.unwrap();
+                node.start().await.unwrap();
+            } else {
+                node.crash_backend().await.unwrap();
+            }
+            a_while(800).await;
+        }
+    });
+    let history = record(&proxy, operations).await;
+    trouble.end().await;
+    let primary = cluster.primary();
+    judge("unflushed", &history, primary, proxy.app(), Errors::Allowed, Flush::NotWaited).await;
 }

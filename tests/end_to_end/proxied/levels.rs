@@ -462,3 +462,148 @@ async fn at_level_global_a_named_session_reads_what_all_have_written_and_its_own
     assert_eq!(read(&global).await, 2, "the named session's write");
     cluster.node(1).resume_replay().await.unwrap();
 }
+
+#[tokio::test]
+async fn a_comment_gives_its_statement_a_level_of_its_own() {
+    let cluster = with_counter(1).await;
+    let proxy = start(&cluster, "catch_up_wait: 1ms").await;
+    let client = proxy.connect().await;
+    warm(&proxy, &client).await;
+    cluster.wait_caught_up(0).await.unwrap();
+    cluster.node(1).pause_replay().await.unwrap();
+    client.execute("UPDATE counter SET n = 1", &[]).await.unwrap();
+    let read = async |text: &str| -> i64 { client.query_one(text, &[]).await.unwrap().get(0) };
+    for _ in 0..2 {
+        assert_eq!(read("SELECT n FROM counter").await, 1, "its own write");
+        assert_eq!(read("SELECT n FROM counter /* highwater.consistency=eventual */").await, 0);
+        let simple = "/* highwater.consistency = 'eventual' */ SELECT n FROM counter";
+        let messages = client.simple_query(simple).await.unwrap();
+        assert!(messages.iter().any(|message| matches!(message,
+            tokio_postgres::SimpleQueryMessage::Row(row) if row.get(0) == Some("0"))));
+    }
+    // The other way round: one strong read in a session that asks for little. And what others wrote is shown.
+    let lax = proxy.connect().await;
+    lax.batch_execute("SET highwater.consistency = 'eventual'").await.unwrap();
+    let read = async |text: &str| -> i64 { lax.query_one(text, &[]).await.unwrap().get(0) };
+    assert_eq!(read("SELECT n FROM counter").await, 0);
+    assert_eq!(read("SELECT n FROM counter /* highwater.consistency=strong */").await, 1);
+    assert_eq!(read("SELECT n FROM counter").await, 0);
+    cluster.node(1).resume_replay().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_comment_with_a_value_that_is_none_fails_its_statement_only() {
+    let cluster = with_counter(1).await;
+    let proxy = Proxy::start(&cluster).await;
+    let client = proxy.connect().await;
+    let text = "UPDATE counter SET n = 7 /* highwater.consistency=best */";
+    let error = client.simple_query(text).await.unwrap_err();
+    let report = error.as_db_error().unwrap();
+    assert_eq!(report.code().code(), "22023");
+    assert_eq!(report.message(), "invalid value for parameter \"highwater.consistency\": \"best\"");
+    let hint = "Available values in a comment: eventual, read_your_writes, session, strong.";
+    assert_eq!(report.hint(), Some(hint));
+    let error = client.query("SELECT 1 /* highwater.route=nearest */", &[]).await.unwrap_err();
+    assert_eq!(code(&error), "22023");
+    let n: i64 = client.query_one("SELECT n FROM counter", &[]).await.unwrap().get(0);
+    assert_eq!(n, 0, "it was not run");
+}
+
+#[tokio::test]
+async fn who_asks_for_a_replica_waits_longer_for_one() {
+    let cluster = with_counter(1).await;
+    let proxy = start(&cluster, "catch_up_wait: 1ms, on_stale: primary, primary_read_wait: 20s").await;
+    let client = proxy.connect().await;
+    warm(&proxy, &client).await;
+    cluster.node(1).pause_replay().await.unwrap();
+    client.execute("UPDATE counter SET n = 1", &[]).await.unwrap();
+    let on_replicas = reads_on_replicas(&proxy).await;
+    client.simple_query("SELECT n FROM counter").await.unwrap();
+    assert_eq!(reads_on_replicas(&proxy).await, on_replicas, "the primary at once");
+    let (read, ()) = futures_util::future::join(
+        client.simple_query("SELECT n FROM counter /* highwater.route=replica */"),
+        async {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            cluster.node(1).resume_replay().await.unwrap();
+        },
+    )
+    .await;
+    let fresh = read.unwrap().iter().any(
+        |message| matches!(message, tokio_postgres::SimpleQueryMessage::Row(row) if row.get(0) == Some("1")),
+    );
+    assert!(fresh, "fresh all the same");
+    assert_eq!(reads_on_replicas(&proxy).await, on_replicas + 1.0);
+    // It makes no read of what is none.
+    client.simple_query("UPDATE counter SET n = 2 /* highwater.route=replica */").await.unwrap();
+    assert_eq!(cluster.primary().query_text("SELECT n FROM counter").await.unwrap(), "2");
+}
+
+#[tokio::test]
+async fn a_session_says_where_its_reads_run() {
+    let cluster = with_counter(1).await;
+    let options = ProxyOptions {
+        overrides: "routing: { rules: [ { user: kept, split: false }, { user: asks, route: primary } ] }",
+        ..ProxyOptions::default()
+    };
+    let proxy = Proxy::start_with(&cluster, options).await;
+    let client = proxy.connect().await;
+    warm(&proxy, &client).await;
+    let count = async |reason: &str| {
+        let metrics = proxy.metrics().await;
+        metrics.sum("highwater_statements_total", &[("class", "read"), ("reason", reason)])
+    };
+    client.batch_execute("SET highwater.route = 'primary'").await.unwrap();
+    let before = count("read").await;
+    for _ in 0..5 {
+        client.simple_query("SELECT n FROM counter").await.unwrap();
+    }
+    assert_eq!((count("read").await, count("asked").await), (before, 5.0));
+    // A comment says it of one statement.
+    client.simple_query("SELECT n FROM counter /* highwater.route=auto */").await.unwrap();
+    assert_eq!(count("asked").await, 5.0);
+    assert_eq!(shown(&client, "route").await, "primary");
+    client.batch_execute("RESET highwater.route").await.unwrap();
+    client.simple_query("SELECT n FROM counter").await.unwrap();
+    assert_eq!(count("asked").await, 5.0);
+    assert_eq!(code(&client.batch_execute("SET highwater.route = 'near'").await.unwrap_err()), "22023");
+
+    for user in ["kept", "asks"] {
+        cluster.primary().execute(&format!("CREATE ROLE {user} LOGIN PASSWORD 'w'")).await.unwrap();
+        cluster.set_up(&format!("GRANT ALL ON counter TO {user}")).await;
+    }
+    cluster.wait_caught_up(0).await.unwrap();
+    for (user, own, after_set) in [("kept", "split_off", "split_off"), ("asks", "asked", "read")] {
+        let login = highwater::demo::cluster::Login { user: user.to_owned(), password: "w".to_owned() };
+        let client = proxy.connect_as("app", &login).await.unwrap();
+        let before = count(own).await;
+        client.simple_query("SELECT n FROM counter").await.unwrap();
+        assert_eq!(count(own).await, before + 1.0, "{user}");
+        client.batch_execute("SET highwater.route = 'replica'").await.unwrap();
+        let before = count(after_set).await;
+        client.simple_query("SELECT n FROM counter").await.unwrap();
+        assert_eq!(count(after_set).await, before + 1.0, "{user}");
+    }
+}
+
+#[tokio::test]
+async fn in_shadow_all_runs_on_the_primary_and_what_replicas_would_get_is_counted() {
+    let cluster = with_counter(1).await;
+    let options = ProxyOptions { overrides: "routing: { shadow: true }", ..ProxyOptions::default() };
+    let proxy = Proxy::start_with(&cluster, options).await;
+    let client = proxy.connect().await;
+    let would_go =
+        async |reason: &str| proxy.metrics().await.sum("highwater_shadow_reads_total", &[("reason", reason)]);
+    eventually("a read would have gone to the replica", async || {
+        client.simple_query("SELECT n FROM counter").await.unwrap();
+        would_go("read").await > 0.0
+    })
+    .await;
+    client.execute("UPDATE counter SET n = 1", &[]).await.unwrap();
+    cluster.node(1).pause_replay().await.unwrap();
+    client.execute("UPDATE counter SET n = 2", &[]).await.unwrap();
+    let before = would_go("behind").await;
+    client.simple_query("SELECT n FROM counter").await.unwrap();
+    assert_eq!(would_go("behind").await, before + 1.0);
+    assert_eq!(reads_on_replicas(&proxy).await, 0.0);
+    cluster.node(1).resume_replay().await.unwrap();
+}

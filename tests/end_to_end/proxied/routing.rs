@@ -38,7 +38,7 @@ async fn whatever_is_not_shown_to_be_a_read_runs_on_the_primary() {
         .set_up(
             "CREATE SEQUENCE s;
              CREATE FUNCTION writes() RETURNS int LANGUAGE sql AS 'INSERT INTO t VALUES (99, 0) RETURNING 1';
-             CREATE FUNCTION reads() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+             CREATE FUNCTION dynamic() RETURNS int LANGUAGE plpgsql AS $$ BEGIN EXECUTE 'SELECT 1'; RETURN 1; END $$",
         )
         .await;
     let client = proxy.connect().await;
@@ -52,7 +52,7 @@ async fn whatever_is_not_shown_to_be_a_read_runs_on_the_primary() {
         "SELECT nextval('s')",
         "SELECT last_value FROM s",
         "SELECT writes()",
-        "SELECT reads()",
+        "SELECT dynamic()",
         "SELECT pg_try_advisory_xact_lock(1)",
         "SELECT pg_is_in_recovery()",
         "SELECT count(*) FROM pg_stat_activity",

@@ -70,6 +70,14 @@ const OBJECTS: &str = "
     CREATE FUNCTION next_one() RETURNS bigint LANGUAGE plpgsql STABLE AS $$ BEGIN RETURN nextval('counter'); END $$;
     CREATE FUNCTION row_lock() RETURNS int LANGUAGE plpgsql STABLE
         AS $$ BEGIN PERFORM 1 FROM plain FOR SHARE; RETURN 1; END $$;
+    CREATE FUNCTION by_default_volatile() RETURNS boolean LANGUAGE sql AS 'SELECT 1; SELECT pg_try_advisory_xact_lock(15)';
+    CREATE FUNCTION volatile_swallows() RETURNS text LANGUAGE plpgsql AS $$
+        BEGIN PERFORM writes(); RETURN 'written'; EXCEPTION WHEN OTHERS THEN RETURN 'swallowed'; END $$;
+    CREATE FUNCTION volatile_dynamic() RETURNS int LANGUAGE plpgsql
+        AS $$ DECLARE r int; BEGIN EXECUTE 'SELECT 1' INTO r; RETURN r; END $$;
+    CREATE FUNCTION volatile_atomic() RETURNS boolean LANGUAGE sql BEGIN ATOMIC SELECT 1; SELECT pg_try_advisory_xact_lock(16); END;
+    CREATE FUNCTION atomic_writes() RETURNS int LANGUAGE sql
+        BEGIN ATOMIC SELECT 1; INSERT INTO plain VALUES ((SELECT max(id) + 1 FROM plain), NULL) RETURNING id; END;
     CREATE FUNCTION atomic_of_far() RETURNS bigint LANGUAGE sql STABLE BEGIN ATOMIC SELECT count(*) FROM over_far; END;
     CREATE TABLE tenant_of_server (id int);
     ALTER TABLE tenant_of_server ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
@@ -131,6 +139,12 @@ async fn what_the_catalog_hides_starts_on_the_primary() {
         "SELECT liar()",
         "SELECT atomic()",
         "SELECT swallows()",
+        "SELECT writes()",
+        "SELECT by_default_volatile()",
+        "SELECT volatile_swallows()",
+        "SELECT volatile_dynamic()",
+        "SELECT volatile_atomic()",
+        "SELECT atomic_writes()",
         "SELECT upper(1)",
         "SELECT x FROM plain WHERE liar()",
         "SELECT plain.attribute FROM plain",
@@ -222,6 +236,11 @@ const HARMLESS: &str = "
             IF n > 1 THEN RETURN in_sql(a); ELSE RETURN CASE WHEN n = 1 THEN a ELSE 'none' END; END IF;
         END $$;
     CREATE FUNCTION atomic(int) RETURNS int LANGUAGE sql STABLE BEGIN ATOMIC SELECT $1 + 1; END;
+    CREATE FUNCTION volatile_in_sql(text) RETURNS text LANGUAGE sql AS 'SELECT 1; SELECT upper($1)';
+    CREATE FUNCTION volatile_in_plpgsql(a text) RETURNS text LANGUAGE plpgsql AS $$
+        DECLARE n int;
+        BEGIN SELECT count(*) INTO n FROM plain WHERE x = a; RETURN volatile_in_sql(a) || n || random(); END $$;
+    CREATE FUNCTION volatile_atomic(int) RETURNS int LANGUAGE sql BEGIN ATOMIC SELECT 1; SELECT $1 + 1; END;
     CREATE FUNCTION two(a int, b int DEFAULT abs(-1)) RETURNS int LANGUAGE sql STABLE AS 'SELECT a + b';
     CREATE FUNCTION add(bigint, int) RETURNS bigint LANGUAGE sql IMMUTABLE AS 'SELECT $1 + $2';
     CREATE AGGREGATE total (int) (SFUNC = add, STYPE = bigint, INITCOND = '0');
@@ -265,6 +284,7 @@ async fn a_users_own_functions_types_and_policies_that_only_read_run_on_replicas
         "SELECT in_sql(x) FROM plain",
         "SELECT in_plpgsql('one')",
         "SELECT atomic(1), two(1)",
+        "SELECT volatile_in_sql(x), volatile_in_plpgsql(x), volatile_atomic(id) FROM plain",
         "SELECT total(id) FROM plain",
         "SELECT * FROM over_functions",
         "SELECT * FROM tenants",

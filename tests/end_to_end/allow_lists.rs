@@ -1,0 +1,502 @@
+//! What is allowed on replicas by its name alone, called: each function on the list of built-in ones, and each
+//! compiled function of the known extensions, gives the same rows or the same error on a primary and on its standby, with
+//! arguments made from its declaration; takes no lock, draws no transaction id, changes no setting. What cannot be
+//! called so is listed with the reason.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tokio_postgres::{Client, SimpleQueryMessage};
+
+use crate::fixture::*;
+
+/// Two values of each type.
+const VALUES: &[(&str, &str, &str)] = &[
+    ("\"any\"", "1::int4", "2::int4"),
+    ("\"char\"", "'a'::\"char\"", "'b'::\"char\""),
+    ("aclitem", "'=r/app'::aclitem", "'app=rw/app'::aclitem"),
+    ("anycompatible", "1::int4", "2::int4"),
+    ("anycompatiblearray", "'{1,2}'::int4[]", "'{3}'::int4[]"),
+    ("anycompatiblemultirange", "'{[1,5)}'::int4multirange", "'{[4,9)}'::int4multirange"),
+    ("anycompatiblenonarray", "1::int4", "2::int4"),
+    ("anycompatiblerange", "'[1,5)'::int4range", "'[4,9)'::int4range"),
+    ("anyelement", "1::int4", "2::int4"),
+    ("anyarray", "'{1,2}'::int4[]", "'{3}'::int4[]"),
+    ("anyenum", "'sad'::mood", "'happy'::mood"),
+    ("anymultirange", "'{[1,5)}'::int4multirange", "'{[4,9)}'::int4multirange"),
+    ("anynonarray", "1::int4", "2::int4"),
+    ("anyrange", "'[1,5)'::int4range", "'[4,9)'::int4range"),
+    ("bigint", "1::int8", "3::int8"),
+    ("bit", "B'10101'", "B'01100'"),
+    ("bit varying", "B'10101'::varbit", "B'011'::varbit"),
+    ("boolean", "true", "false"),
+    ("box", "'((0,0),(1,1))'::box", "'((1,1),(3,3))'::box"),
+    ("bytea", "'\\x6162'::bytea", "'\\x63646566'::bytea"),
+    ("character", "'ab'::bpchar", "'b '::bpchar"),
+    ("character varying", "'ab'::varchar", "'b'::varchar"),
+    ("cid", "'1'::cid", "'2'::cid"),
+    ("cidr", "'10.0.0.0/8'::cidr", "'10.1.0.0/16'::cidr"),
+    ("circle", "'<(0,0),1>'::circle", "'<(1,1),2>'::circle"),
+    ("cstring", "'1'::cstring", "'a'::cstring"),
+    ("date", "'2024-02-29'::date", "'2020-01-31'::date"),
+    ("daterange", "'[2020-01-01,2020-02-01)'::daterange", "'[2020-01-15,)'::daterange"),
+    ("double precision", "0.5::float8", "2::float8"),
+    ("inet", "'10.1.2.3/8'::inet", "'10.1.2.4'::inet"),
+    ("int2vector", "'1 2'::int2vector", "'3'::int2vector"),
+    ("integer", "1::int4", "2::int4"),
+    ("interval", "'1 day 2 hours'::interval", "'40 days'::interval"),
+    ("json", "'{\"a\": [1, null], \"b\": \"x\"}'::json", "'[{\"a\": 1}, 2]'::json"),
+    ("jsonb", "'{\"a\": [1, null], \"b\": \"x\"}'::jsonb", "'[{\"a\": 1}, 2]'::jsonb"),
+    ("jsonpath", "'$.a[*]'::jsonpath", "'$.a[0] == 1'::jsonpath"),
+    ("int4range", "'[1,5)'::int4range", "'[4,9)'::int4range"),
+    ("int8range", "'[1,5)'::int8range", "'[4,9)'::int8range"),
+    ("line", "'{1,2,3}'::line", "'{0,-1,1}'::line"),
+    ("lseg", "'[(0,0),(1,1)]'::lseg", "'[(0,1),(1,0)]'::lseg"),
+    ("macaddr", "'08:00:2b:01:02:03'::macaddr", "'08:00:2b:01:02:04'::macaddr"),
+    ("macaddr8", "'08:00:2b:01:02:03:04:05'::macaddr8", "'08:00:2b:01:02:03:04:06'::macaddr8"),
+    ("money", "'12.34'::money", "'1'::money"),
+    ("name", "'plain'::name", "'utf8'::name"),
+    ("numeric", "1.50::numeric", "3::numeric"),
+    ("numrange", "'[1,5)'::numrange", "'[4,9)'::numrange"),
+    ("oid", "'plain'::regclass::oid", "'23'::oid"),
+    ("oidvector", "'23 25'::oidvector", "'20'::oidvector"),
+    ("path", "'[(0,0),(1,1),(2,0)]'::path", "'((0,0),(1,1),(2,0))'::path"),
+    ("pg_lsn", "'0/16B3748'::pg_lsn", "'1/0'::pg_lsn"),
+    ("pg_snapshot", "'10:20:10,14'::pg_snapshot", "'11:12:'::pg_snapshot"),
+    ("point", "'(0,1)'::point", "'(2,3)'::point"),
+    ("polygon", "'((0,0),(1,1),(2,0))'::polygon", "'((1,0),(2,2),(3,0))'::polygon"),
+    ("real", "0.5::float4", "2::float4"),
+    ("record", "ROW(1, 'a'::text)", "ROW(2, 'b'::text)"),
+    ("refcursor", "'c'::refcursor", "'d'::refcursor"),
+    ("regclass", "'plain'::regclass", "'pg_class'::regclass"),
+    ("regcollation", "'\"C\"'::regcollation", "'\"POSIX\"'::regcollation"),
+    ("regconfig", "'simple'::regconfig", "'english'::regconfig"),
+    ("regdictionary", "'simple'::regdictionary", "'english_stem'::regdictionary"),
+    ("regnamespace", "'public'::regnamespace", "'pg_catalog'::regnamespace"),
+    ("regoper", "'||/'::regoper", "'|/'::regoper"),
+    ("regoperator", "'+(int4,int4)'::regoperator", "'=(text,text)'::regoperator"),
+    ("regproc", "'now'::regproc", "'array_fill'::regproc"),
+    ("regprocedure", "'now()'::regprocedure", "'abs(int4)'::regprocedure"),
+    ("regrole", "'app'::regrole", "'pg_monitor'::regrole"),
+    ("regtype", "'int4'::regtype", "'mood'::regtype"),
+    ("smallint", "1::int2", "2::int2"),
+    ("text", "'1'::text", "'plain'::text"),
+    ("tid", "'(0,1)'::tid", "'(0,2)'::tid"),
+    ("time with time zone", "'12:34:56+02'::timetz", "'01:00+00'::timetz"),
+    ("time without time zone", "'12:34:56'::time", "'01:00'::time"),
+    (
+        "timestamp with time zone",
+        "'2024-02-29 12:00+00'::timestamptz",
+        "'2020-01-31 01:02:03+00'::timestamptz",
+    ),
+    ("timestamp without time zone", "'2024-02-29 12:00'::timestamp", "'2020-01-31 01:02:03'::timestamp"),
+    ("tsquery", "'a & b'::tsquery", "'b | !c'::tsquery"),
+    ("tsrange", "'[2020-01-01,2020-02-01)'::tsrange", "'[2020-01-15,)'::tsrange"),
+    (
+        "tstzrange",
+        "'[2020-01-01 00:00+00,2020-02-01 00:00+00)'::tstzrange",
+        "'[2020-01-15 00:00+00,)'::tstzrange",
+    ),
+    ("tsvector", "'a:1A b:2'::tsvector", "'b:1 c'::tsvector"),
+    ("txid_snapshot", "'10:20:10,14'::txid_snapshot", "'11:12:'::txid_snapshot"),
+    ("unknown", "'x'", "'y'"),
+    ("uuid", "'a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11'::uuid", "'00000000-0000-4000-8000-000000000001'::uuid"),
+    ("xid", "'3'::xid", "'4'::xid"),
+    ("xid8", "'3'::xid8", "'4'::xid8"),
+    ("xml", "'<a>1</a>'::xml", "'<b x=\"2\"/>'::xml"),
+    // Of extensions.
+    ("citext", "'Ab'::citext", "'b'::citext"),
+    ("cube", "'(0,0),(1,1)'::cube", "'(1,2)'::cube"),
+    ("earth", "ll_to_earth(1, 2)", "ll_to_earth(3, 4)"),
+    ("hstore", "'a=>1,b=>NULL'::hstore", "'b=>2'::hstore"),
+    ("ltree", "'a.b.c'::ltree", "'a.b'::ltree"),
+    ("lquery", "'a.*'::lquery", "'*.b'::lquery"),
+    ("ltxtquery", "'a & b'::ltxtquery", "'c'::ltxtquery"),
+    ("query_int", "'1 & 2'::query_int", "'!3'::query_int"),
+    ("seg", "'1.0 .. 2.0'::seg", "'1.5'::seg"),
+    ("ean13", "'978-0-393-04002-9'::ean13", "'978-0-11-000533-4'::ean13"),
+    ("isbn", "'0-393-04002-X'::isbn", "'0-11-000533-3'::isbn"),
+    ("isbn13", "'978-0-393-04002-9'::isbn13", "'978-0-11-000533-4'::isbn13"),
+    ("ismn", "'M-060-11561-5'::ismn", "'M-060-11561-5'::ismn"),
+    ("ismn13", "'979-0-060-11561-5'::ismn13", "'979-0-060-11561-5'::ismn13"),
+    ("issn", "'1436-4522'::issn", "'0317-8471'::issn"),
+    ("issn13", "'977-1436-452-00-8'::issn13", "'977-0317-847-00-1'::issn13"),
+    ("upc", "'220356483481'::upc", "'220356483481'::upc"),
+];
+
+/// Arguments for those that make sense of few: by name.
+const ARGUMENTS: &[(&str, &str)] = &[
+    ("array_fill", "7, ARRAY[2]"),
+    ("convert", "'\\x6162'::bytea, 'utf8', 'latin1'"),
+    ("convert_from", "'\\x6162'::bytea, 'utf8'"),
+    ("convert_to", "'ab', 'utf8'"),
+    ("date_bin", "'1 hour', timestamptz '2024-02-29 12:34+00', timestamptz '2020-01-01 00:00+00'"),
+    ("date_part", "'year', timestamp '2024-02-29'"),
+    ("date_trunc", "'day', timestamptz '2024-02-29 12:34+00', 'Europe/Berlin'"),
+    ("decode", "'6162', 'hex'"),
+    ("encode", "'\\x6162'::bytea, 'hex'"),
+    ("extract", "'year', timestamp '2024-02-29'"),
+    ("float8_accum", "'{1,2,3}'::float8[], 2"),
+    ("float8_combine", "'{1,2,3}'::float8[], '{2,3,4}'::float8[]"),
+    ("float8_regr_accum", "'{1,2,3,4,5,6}'::float8[], 1, 2"),
+    ("float8_regr_combine", "'{1,2,3,4,5,6}'::float8[], '{2,3,4,5,6,7}'::float8[]"),
+    (
+        "generate_series",
+        "timestamptz '2024-01-01 00:00+00', timestamptz '2024-01-03 00:00+00', interval '1 day'",
+    ),
+    ("json_populate_record", "NULL::plain, '{\"id\": 1}'::json"),
+    ("json_populate_recordset", "NULL::plain, '[{\"id\": 1}]'::json"),
+    ("jsonb_populate_record", "NULL::plain, '{\"id\": 1}'::jsonb"),
+    ("jsonb_populate_recordset", "NULL::plain, '[{\"id\": 1}]'::jsonb"),
+    ("make_date", "2024, 2, 29"),
+    ("make_timestamp", "2024, 2, 29, 1, 2, 3.5"),
+    ("make_timestamptz", "2024, 2, 29, 1, 2, 3.5, 'UTC'"),
+    ("pg_get_object_address", "'table', '{plain}', '{}'"),
+    ("pg_get_serial_sequence", "'serials', 'id'"),
+    ("pg_size_bytes", "'1 MB'"),
+    ("timezone", "'Europe/Berlin', timestamptz '2024-02-29 12:34+00'"),
+    ("to_date", "'2024-02-29', 'YYYY-MM-DD'"),
+    ("to_number", "'12.5', '99D9'"),
+    ("xpath", "'/a', '<a>1</a>'::xml"),
+];
+
+/// Whose answer is not the same twice, on one server either.
+const OF_THE_MOMENT: &str = "clock_timestamp now statement_timestamp timeofday transaction_timestamp random random_normal \
+    gen_random_uuid uuidv4 uuidv7 array_sample array_shuffle pg_sleep pg_sleep_for pg_sleep_until \
+    uuid_generate_v1 uuid_generate_v1mc uuid_generate_v4 gen_random_bytes gen_salt normal_rand pgp_sym_encrypt \
+    pgp_sym_encrypt_bytea pgp_pub_encrypt pgp_pub_encrypt_bytea";
+
+/// On the list and reached only as part of something else: sampling methods behind TABLESAMPLE, which is tried below;
+/// those that want a stored expression, which are called over the catalogs that hold them.
+const ELSEWHERE: &[(&str, &str)] = &[
+    ("bernoulli", "SELECT id FROM plain TABLESAMPLE bernoulli (50) REPEATABLE (7)"),
+    ("system", "SELECT id FROM plain TABLESAMPLE system (100) REPEATABLE (7)"),
+    ("system_rows", "SELECT count(*) FROM plain TABLESAMPLE system_rows (1)"),
+    ("tsm_system_rows_handler", "SELECT count(*) FROM plain TABLESAMPLE system_rows (1)"),
+    ("system_time", "SELECT count(*) FROM plain TABLESAMPLE system_time (1000)"),
+    ("tsm_system_time_handler", "SELECT count(*) FROM plain TABLESAMPLE system_time (1000)"),
+    ("pg_get_expr", "SELECT pg_get_expr(adbin, adrelid) FROM pg_attrdef ORDER BY oid"),
+    ("json_to_record", "SELECT * FROM json_to_record('{\"a\": 1}') AS t (a int)"),
+    ("json_to_recordset", "SELECT * FROM json_to_recordset('[{\"a\": 1}]') AS t (a int)"),
+    ("jsonb_to_record", "SELECT * FROM jsonb_to_record('{\"a\": 1}') AS t (a int)"),
+    ("jsonb_to_recordset", "SELECT * FROM jsonb_to_recordset('[{\"a\": 1}]') AS t (a int)"),
+    ("_pg_expandarray", "SELECT information_schema._pg_expandarray('{3,4}'::int[])"),
+    ("unnest", "SELECT * FROM unnest('{1,2}'::int[], '{a}'::text[])"),
+];
+
+/// On the list as names of types: a cast that is written as a call.
+const CASTS: &[(&str, &str)] = &[
+    ("inet", "'10.0.0.1'"),
+    ("regcollation", "'\"C\"'"),
+    ("regnamespace", "'public'"),
+    ("regoper", "'||/'"),
+    ("regoperator", "'+(int4,int4)'"),
+    ("regproc", "'now'"),
+    ("regprocedure", "'now()'"),
+    ("regrole", "'app'"),
+    ("regtype", "'int4'"),
+];
+
+/// No value of these can be written, so what takes one cannot be called in SQL.
+const INTERNAL: &[&str] = &["internal", "pg_node_tree", "void"];
+
+/// On the list, and not in every major that is served: those that came after 15.
+const LATER: &str = "any_value array_reverse array_sample array_shuffle array_sort casefold crc32 crc32c date_add \
+    date_subtract erf erfc gamma lgamma random_normal to_bin to_oct unicode_assigned uuid_extract_timestamp \
+    uuid_extract_version uuidv4 uuidv7 xmltext";
+
+/// What a call leaves, as one value; nothing but AccessShare locks may be left.
+const LEFT: &str = "SELECT 'left', coalesce(pg_current_xact_id_if_assigned()::text, ''), \
+    (SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid() AND (locktype = 'advisory' OR locktype = 'relation' \
+     AND mode <> 'AccessShareLock' OR locktype IN ('tuple', 'transactionid'))), \
+    (SELECT count(*) FROM pg_settings WHERE source = 'session' AND name NOT IN ('statement_timeout', 'enable_seqscan'))";
+
+/// The rows as text, or the SQLSTATE.
+async fn rows(client: &Client, text: &str) -> Result<Vec<String>, String> {
+    match client.simple_query(text).await {
+        Err(error) => Err(error.code().map_or_else(|| error.to_string(), |code| code.code().to_owned())),
+        Ok(messages) => Ok(messages
+            .iter()
+            .filter_map(|message| match message {
+                SimpleQueryMessage::Row(row) => {
+                    Some((0..row.len()).map(|i| row.get(i).unwrap_or("~")).collect::<Vec<_>>().join("|"))
+                }
+                _ => None,
+            })
+            .collect()),
+    }
+}
+
+struct Servers {
+    primary: Client,
+    standby: Client,
+    calls: usize,
+    answered: usize,
+    wrong: Vec<String>,
+}
+
+impl Servers {
+    async fn of(cluster: &Cluster) -> Servers {
+        let app = &cluster.roles().app;
+        let primary = cluster.primary().connect("app", app).await.unwrap();
+        let standby = cluster.node(1).connect("app", app).await.unwrap();
+        for client in [&primary, &standby] {
+            client.batch_execute("SET statement_timeout = '10s'; SET enable_seqscan = off").await.unwrap();
+        }
+        Servers { primary, standby, calls: 0, answered: 0, wrong: Vec::new() }
+    }
+
+    /// Runs a call on both. Whether it was answered.
+    async fn compare(&mut self, call: &str) -> bool {
+        self.calls += 1;
+        let here = rows(&self.primary, &format!("BEGIN; {call}; {LEFT}; ROLLBACK")).await;
+        let here = match here {
+            Ok(mut found) => {
+                let left = found.pop().unwrap_or_default();
+                if left != "left||0|0" {
+                    self.wrong.push(format!("{call} leaves {left}"));
+                }
+                Ok(found)
+            }
+            Err(code) => {
+                rows(&self.primary, "ROLLBACK").await.unwrap();
+                Err(code)
+            }
+        };
+        let there = rows(&self.standby, &format!("BEGIN; {call}; ROLLBACK")).await;
+        if there.is_err() {
+            rows(&self.standby, "ROLLBACK").await.unwrap();
+        }
+        if here != there {
+            self.wrong.push(format!("{call}: {here:?} on the primary, {there:?} on the standby"));
+        }
+        self.answered += usize::from(here.is_ok());
+        here.is_ok()
+    }
+}
+
+/// A function as it is declared.
+struct Declared {
+    name: String,
+    schema: String,
+    kind: String,
+    direct: usize,
+    variadic: String,
+    arguments: Vec<String>,
+}
+
+const DECLARED: &str = "SELECT p.proname::text, n.nspname::text, \
+       CASE WHEN p.prokind = 'a' THEN 'a' || a.aggkind::text ELSE p.prokind::text END, \
+       coalesce(a.aggnumdirectargs, 0)::int4, CASE p.provariadic WHEN 0 THEN '' ELSE format_type(p.provariadic, NULL) END, \
+       (SELECT coalesce(array_agg(format_type(t, NULL) ORDER BY i), '{}') FROM unnest(p.proargtypes) WITH ORDINALITY u (t, i)) \
+  FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace LEFT JOIN pg_aggregate a ON a.aggfnoid = p.oid";
+
+async fn declared(client: &Client, which: &str, names: &[&str]) -> Vec<Declared> {
+    let found = client.query(&format!("{DECLARED} WHERE {which} ORDER BY p.oid"), &[&names]).await.unwrap();
+    found
+        .iter()
+        .map(|row| Declared {
+            name: row.get(0),
+            schema: row.get(1),
+            kind: row.get(2),
+            direct: usize::try_from(row.get::<_, i32>(3)).unwrap(),
+            variadic: row.get(4),
+            arguments: row.get(5),
+        })
+        .collect()
+}
+
+fn value(of: &str, which: usize) -> Option<String> {
+    if let Some((_, one, other)) = VALUES.iter().find(|(name, ..)| *name == of) {
+        return Some(if which == 0 { *one } else { *other }.to_owned());
+    }
+    let element = of.strip_suffix("[]")?;
+    Some(format!("ARRAY[{}, {}]::{of}", value(element, 0)?, value(element, which)?))
+}
+
+impl Declared {
+    /// Some calls; `Err`: the type of which no value can be written.
+    fn calls(&self) -> Result<BTreeSet<String>, String> {
+        let mut calls = BTreeSet::new();
+        for round in 0..3 {
+            let mut arguments = Vec::new();
+            for (at, of) in self.arguments.iter().enumerate() {
+                let which = if round == 2 { at % 2 } else { round };
+                let value = value(of, which).ok_or_else(|| of.clone())?;
+                let spread = at + 1 == self.arguments.len() && !matches!(&*self.variadic, "" | "\"any\"");
+                arguments.push(if spread { format!("VARIADIC {value}") } else { value });
+            }
+            calls.insert(self.call(&arguments));
+        }
+        Ok(calls)
+    }
+
+    fn call(&self, arguments: &[String]) -> String {
+        let name = format!("{}.\"{}\"", self.schema, self.name);
+        match &*self.kind {
+            "ao" => {
+                let (direct, ordered) = arguments.split_at(self.direct.min(arguments.len()));
+                format!("SELECT {name}({}) WITHIN GROUP (ORDER BY {})", direct.join(", "), ordered.join(", "))
+            }
+            "ah" => format!("SELECT {name}({0}) WITHIN GROUP (ORDER BY {0})", arguments.join(", ")),
+            "w" => format!("SELECT {name}({}) OVER () FROM (VALUES (1), (2)) v", arguments.join(", ")),
+            _ => format!("SELECT {name}({})", arguments.join(", ")),
+        }
+    }
+}
+
+/// Calls all of them. Returns, by name, the types for want of a value of which some could not be called.
+async fn call_all(servers: &mut Servers, functions: &[Declared]) -> BTreeMap<String, String> {
+    let (mut not_called, mut called) = (BTreeMap::new(), BTreeSet::new());
+    for function in functions {
+        if OF_THE_MOMENT.split_ascii_whitespace().any(|name| name == function.name) {
+            continue;
+        }
+        if let Some((_, arguments)) = ARGUMENTS.iter().find(|(name, _)| *name == function.name)
+            && called.insert(function.name.clone())
+        {
+            let call = format!("SELECT {}.\"{}\"({arguments})", function.schema, function.name);
+            assert!(servers.compare(&call).await, "{call} fails");
+        }
+        if let Some((_, statement)) = ELSEWHERE.iter().find(|(name, _)| *name == function.name) {
+            if called.insert(function.name.clone()) {
+                assert!(servers.compare(statement).await, "{statement} fails");
+            }
+            continue;
+        }
+        match function.calls() {
+            Ok(calls) => {
+                for call in calls {
+                    servers.compare(&call).await;
+                }
+            }
+            Err(of) => _ = not_called.insert(function.name.clone(), of),
+        }
+    }
+    not_called
+}
+
+const OBJECTS: &str = "CREATE TABLE plain (id int PRIMARY KEY, x text DEFAULT 'y'); INSERT INTO plain VALUES (1, 'one'), (2, 'two');
+    CREATE TABLE serials (id serial); CREATE TYPE mood AS ENUM ('sad', 'happy')";
+
+#[tokio::test]
+async fn allowed_built_in_functions_answer_alike_on_primary_and_standby_and_leave_nothing() {
+    let cluster = Cluster::start(1).await;
+    cluster.set_up(OBJECTS).await;
+    let mut servers = Servers::of(&cluster).await;
+    let names = highwater::classify::safe_function_names();
+    let functions =
+        declared(&servers.primary, "p.oid < 16384 AND p.proname::text = ANY ($1::text[])", &names).await;
+    let there: BTreeSet<&str> = functions.iter().map(|function| function.name.as_str()).collect();
+    let unknown: Vec<_> = names
+        .iter()
+        .filter(|name| !CASTS.iter().any(|(of, _)| of == *name))
+        .filter(|name| !there.contains(*name) && !LATER.split_ascii_whitespace().any(|later| later == **name))
+        .collect();
+    assert!(unknown.is_empty(), "listed, and no server has them: {unknown:?}");
+    for (of, argument) in CASTS {
+        let call = format!("SELECT {of}({argument})");
+        assert!(names.contains(of) && servers.compare(&call).await, "{call} fails");
+    }
+    let not_called = call_all(&mut servers, &functions).await;
+    println!("{} functions, {} calls, {} answered", functions.len(), servers.calls, servers.answered);
+    assert!(servers.wrong.is_empty(), "{}", servers.wrong.join("\n"));
+    // Those that take what SQL cannot give it are of no use to a statement, and do no harm on the list.
+    let unexplained: Vec<_> = not_called.iter().filter(|(_, of)| !INTERNAL.contains(&of.as_str())).collect();
+    assert!(unexplained.is_empty(), "{unexplained:?}");
+    assert!(servers.answered * 10 > servers.calls * 7, "most calls make sense: {}", servers.answered);
+}
+
+/// What is known of compiled code (`classify::extension`), as Debian's postgresql-15 brings it.
+const EXTENSIONS: &[&str] = &[
+    "btree_gin",
+    "btree_gist",
+    "citext",
+    "cube",
+    "dict_int",
+    "dict_xsyn",
+    "earthdistance",
+    "fuzzystrmatch",
+    "hstore",
+    "intarray",
+    "isn",
+    "ltree",
+    "pg_trgm",
+    "pgcrypto",
+    "seg",
+    "tablefunc",
+    "tsm_system_rows",
+    "tsm_system_time",
+    "unaccent",
+    "uuid-ossp",
+];
+
+/// Indexes by operator classes of theirs, and a condition that each serves.
+const INDEXED: &[(&str, &str)] = &[
+    ("gin (id)", "id = 7"),
+    ("gist (id, x)", "id < 9 AND x > '1'"),
+    ("btree (c)", "c = '7'"),
+    ("gist (q)", "q <@ cube(3, 9)"),
+    ("gin (h)", "h @> 'k=>7'"),
+    ("gist (h)", "h ? 'k' AND h @> 'k=>8'"),
+    ("gist (a gist__int_ops)", "a @> '{7}'"),
+    ("gin (a gin__int_ops)", "a @@ '7 & 5'"),
+    ("btree (e)", "e = '978-0-393-04002-9'"),
+    ("gist (l)", "l ~ '*.b7'"),
+    ("gin (x gin_trgm_ops)", "x LIKE '%123%'"),
+    ("gist (x gist_trgm_ops)", "x % '123'"),
+    ("gist (s)", "s <@ '3 .. 9'"),
+];
+
+#[tokio::test]
+async fn known_extensions_functions_answer_alike_on_primary_and_standby_and_leave_nothing() {
+    let cluster = Cluster::start(1).await;
+    cluster.set_up(OBJECTS).await;
+    for extension in EXTENSIONS {
+        cluster.set_up_as_superuser(&format!("CREATE EXTENSION \"{extension}\"")).await;
+    }
+    let indexes = INDEXED.iter().map(|(index, _)| format!("CREATE INDEX ON indexed USING {index};"));
+    cluster
+        .set_up(&format!(
+            "CREATE TABLE indexed AS SELECT i AS id, i::text AS x, i::text::citext AS c, hstore('k', i::text) AS h,
+                 ('a.b' || i)::ltree AS l, ARRAY[i, 5] AS a, cube(i) AS q, i::text::seg AS s,
+                 '978-0-393-04002-9'::ean13 AS e FROM generate_series(1, 500) i; {}",
+            indexes.collect::<String>()
+        ))
+        .await;
+    let mut servers = Servers::of(&cluster).await;
+    let mut loader = cluster.primary().connect("app", &cluster.roles().app).await.unwrap();
+    let facts = highwater::catalogs::load(&mut loader, 15).await.unwrap();
+    let catalog = highwater::classify::Catalog::from_rows(1, facts);
+    let (mut allowed, mut not_called) = (0, BTreeMap::new());
+    for extension in EXTENSIONS {
+        let member = "EXISTS (SELECT FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid \
+            WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e' AND e.extname = ANY ($1::text[]))";
+        let mut functions = declared(&servers.primary, member, &[extension]).await;
+        functions.retain(|function| catalog.name(function.name.as_bytes()).proven);
+        allowed += functions.len();
+        not_called.extend(call_all(&mut servers, &functions).await);
+        assert!(servers.wrong.is_empty(), "{extension}: {}", servers.wrong.join("\n"));
+    }
+    // What SQL cannot call works inside of indexes.
+    for (_, query) in INDEXED {
+        assert!(
+            servers.compare(&format!("SELECT id FROM indexed WHERE {query} ORDER BY id")).await,
+            "{query} fails"
+        );
+    }
+    assert!(servers.wrong.is_empty(), "{}", servers.wrong.join("\n"));
+    println!("{allowed} functions, {} calls, {} answered", servers.calls, servers.answered);
+    let unexplained: Vec<_> = not_called
+        .iter()
+        // Keys of indexes, which only index support functions take, reached below.
+        .filter(|(_, of)| {
+            !INTERNAL.contains(&of.as_str())
+                && !of.starts_with("gbtreekey")
+                && !of.contains("gtrgm")
+                && !of.contains("gist")
+                && !matches!(of.as_str(), "intbig_gkey" | "ghstore")
+        })
+        .collect();
+    assert!(unexplained.is_empty(), "{unexplained:?}");
+    assert!(servers.answered * 10 > servers.calls * 7, "most calls make sense: {}", servers.answered);
+}
