@@ -745,6 +745,19 @@ mod tests {
     }
 
     #[test]
+    fn what_may_show_something_of_the_database_is_not_quiet() {
+        let check = |text: &str, quiet: bool| {
+            assert_eq!(effects(text.as_bytes(), Lexing::Utf8).quiet, quiet, "{text}");
+        };
+        check("SET a.b = 1; RESET work_mem", true);
+        check("SELECT set_config('a.b', $1, false), set_config('a.c', 'x', true)", true);
+        check("SELECT set_config('a.b', (SELECT max(x)::text FROM t), false)", false);
+        check("SELECT set_config('a.b', 'x', (SELECT x FROM t))", false);
+        check("SET a.b = 1; SELECT x FROM t", false);
+        check("SELECT set_config('a.b', 'x', false) FROM t", false);
+    }
+
+    #[test]
     fn local_and_reset_forms() {
         check("SET LOCAL x = 1", &[], &[]);
         check("SET LOCAL a.x = 1", &[], &[Change::Local("a.x".to_owned())]);

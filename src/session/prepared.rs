@@ -40,6 +40,8 @@ pub struct Statement {
     /// The unit in which it was given: until that has succeeded it can be taken back.
     given_in: AtomicU64,
     changed: AtomicBool,
+    /// The client's statement, for which this one stands on backends that parse it under other settings.
+    stands_for: Option<Arc<Statement>>,
 }
 
 impl Statement {
@@ -75,6 +77,9 @@ impl Statement {
             self.shape().is_none_or(|shape| shape == anew) || classify::shows_rows_of_another(self.text());
         if !same {
             self.changed.store(true, Ordering::Relaxed);
+            if let Some(clients) = &self.stands_for {
+                clients.changed.store(true, Ordering::Relaxed);
+            }
         }
         same
     }
@@ -182,15 +187,18 @@ impl Names {
             shape: AtomicU64::new(0),
             given_in: AtomicU64::new(0),
             changed: AtomicBool::new(false),
+            stands_for: None,
         })
     }
 }
 
 impl Names {
     /// The same text under other settings, for a backend that lacks it and can only parse it under these.
-    pub fn under(&self, statement: &Statement, settings: &[u8]) -> Option<Arc<Statement>> {
+    pub fn under(&self, statement: &Arc<Statement>, settings: &[u8]) -> Option<Arc<Statement>> {
         let body = [b"\0", &statement.tail[..]].concat();
-        Parse::read(&body).map(|parse| self.statement(&parse, settings))
+        let mut here = Parse::read(&body).map(|parse| self.statement(&parse, settings))?;
+        Arc::get_mut(&mut here)?.stands_for = Some(statement.clone());
+        Some(here)
     }
 }
 

@@ -185,3 +185,22 @@ async fn an_answer_to_highwater_that_comes_too_late_is_not_the_next_sessions() {
     assert_eq!(tags(&answer), "TDCZ", "{answer:?}");
     assert_eq!(answer[1].columns(), [Some("mine".to_owned())]);
 }
+
+#[tokio::test]
+async fn a_changed_statement_fails_once_and_for_all_under_other_settings_too() {
+    let (_cluster, proxy) = start(1, ONE_BACKEND).await;
+    reads_are_known(&proxy).await;
+    let mut client = proxy.raw_login().await;
+    let prepared = [parse("s", "SELECT * FROM t"), describe(b'S', "s"), sync()].concat();
+    assert_eq!(tags(&client.ask(&prepared).await), "1tTZ");
+    // A backend that lacks it parses it under other settings from now on.
+    succeed(&mut client, "SET TimeZone TO 'Asia/Tokyo'").await;
+    succeed(&mut client, "ALTER TABLE t ADD COLUMN y int").await;
+    let run = [bind("s", &[]), describe(b'P', ""), execute(), sync()].concat();
+    for (before, after) in [("SELECT 1", "SELECT 1"), ("BEGIN", "ROLLBACK"), ("SELECT 1", "SELECT 1")] {
+        succeed(&mut client, before).await;
+        let answer = tokio::time::timeout(PATIENCE, client.ask(&run)).await.expect("it is answered");
+        assert_eq!(code(&answer).as_deref(), Some("0A000"), "{answer:?}");
+        succeed(&mut client, after).await;
+    }
+}
