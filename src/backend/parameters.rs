@@ -110,7 +110,7 @@ mod tests {
     #[test]
     fn a_zero_byte_cannot_make_one_parameter_two() {
         let mut parameters = Parameters::default();
-        parameters.insert(b"a", b"1\0b\0002");
+        parameters.insert(b"a", b"1\x00b\x00002");
         parameters.insert(b"a\0b", b"1");
         assert_eq!(parameters, Parameters::default());
     }
