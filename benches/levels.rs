@@ -142,7 +142,7 @@ impl Proxy {
         let mut config = tokio_postgres::Config::new();
         config.host("127.0.0.1").port(self.port.number()).dbname("app");
         config.user(&self.app.user).password(&self.app.password);
-        config.options(&format!("-c highwater.consistency={level}"));
+        config.options(format!("-c highwater.consistency={level}"));
         let (client, connection) = config.connect(NoTls).await?;
         tokio::spawn(connection);
         Ok(client)
