@@ -10,7 +10,7 @@
 //! A user's function is harmless when its body is known: a stored query, a text that the scan calls a read (`body`), a
 //! built-in or a known extension's code (`extension`), an aggregate of such. What it is declared to be decides
 //! nothing: IMMUTABLE may lie, and VOLATILE is only what nobody has said otherwise
-//! (docs/decisions/0017). A name is taken for all functions that bear it, in whatever schema.
+//! (docs/decisions/0012). A name is taken for all functions that bear it, in whatever schema.
 //!
 //! An unsafe operator makes its token unsafe, unless both operands are of users' types to which nothing built-in
 //! is cast implicitly and a built-in operator of that token wins over it for constants: then only an unsafe

@@ -157,7 +157,7 @@ async fn a_delayed_replica_serves_no_reads_unless_it_is_allowed_to() {
         })
         .await;
         let topology = proxy.get("/topology").await.unwrap().1;
-        assert_eq!(topology.contains("\"excluded\":\"delayed\""), !delayed_ok, "{topology}");
+        assert_eq!(topology.contains("\"excluded\": \"delayed\""), !delayed_ok, "{topology}");
     }
 }
 

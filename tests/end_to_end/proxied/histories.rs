@@ -530,6 +530,13 @@ async fn no_level_breaks_its_promise_while_the_next_standby_is_promoted_again_an
     cluster.node(2).follow(cluster.node(1)).await.unwrap();
     for node in cluster.nodes() {
         node.set("synchronous_standby_names", "*").await.unwrap();
+        // Without, no copy can be taken of a standby.
+        node.set("full_page_writes", "on").await.unwrap();
+    }
+    cluster.primary().execute("CHECKPOINT").await.unwrap();
+    cluster.wait_caught_up(0).await.unwrap();
+    for node in nodes(&cluster) {
+        node.execute("CHECKPOINT").await.unwrap();
     }
     let proxy = start(&cluster).await;
     let mut chain: VecDeque<Arc<PrivateNode>> = cluster.nodes().iter().cloned().collect();
@@ -547,6 +554,7 @@ async fn no_level_breaks_its_promise_while_the_next_standby_is_promoted_again_an
             old.rebuild_from(&last).await.unwrap();
             // The copy has settings of its own.
             old.set("synchronous_standby_names", "*").await.unwrap();
+            old.set("full_page_writes", "on").await.unwrap();
             chain.rotate_left(1);
             times += 1;
             if *stopped.borrow_and_update() {
