@@ -14,6 +14,7 @@ use prometheus::{
     IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
+use crate::route::RouteReason;
 use crate::topology::{NodeId, Standing, Topology};
 
 /// The (database, user) pairs that get labels of their own; further ones are summed as `other`.
@@ -281,7 +282,7 @@ impl Metrics {
                 "highwater_shadow_reads_total",
                 "With routing.shadow, reads that ran on the primary, by the reason of the route they would have had.",
                 "reason",
-                &[],
+                &[RouteReason::Read, RouteReason::Behind, RouteReason::NoReplica].map(RouteReason::label),
             ),
             pins: by_reason(
                 "highwater_pins_total",
