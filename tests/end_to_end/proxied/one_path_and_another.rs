@@ -204,3 +204,32 @@ async fn a_changed_statement_fails_once_and_for_all_under_other_settings_too() {
         succeed(&mut client, after).await;
     }
 }
+
+/// SQL's statements go along to another server process, all of them, when one is explained there: one whose table has
+/// other columns by now must not take the session with it. As PostgreSQL's `rowsecurity` test does it.
+#[tokio::test]
+async fn statements_of_sqls_that_are_out_of_date_harm_nobody_else() {
+    let cluster = Cluster::start(0).await;
+    cluster.set_up("CREATE TABLE t1 (a int, b text); CREATE TABLE t2 (a int)").await;
+    let proxy = Proxy::start_with(
+        &cluster,
+        ProxyOptions { overrides: "pool: { size: 2 }", ..ProxyOptions::default() },
+    )
+    .await;
+    let (client, other) = (proxy.connect().await, proxy.connect().await);
+    for sql in [
+        "PREPARE p1(int) AS SELECT * FROM t1 WHERE a <= $1",
+        "EXECUTE p1(2)",
+        "DROP TABLE t1",
+        "CREATE TABLE t1 (a int)",
+        "PREPARE p2 AS SELECT * FROM t2",
+    ] {
+        client.simple_query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+    }
+    // The process that has them is busy with another's transaction.
+    other.simple_query("BEGIN").await.unwrap();
+    for sql in ["EXPLAIN (COSTS OFF) EXECUTE p2", "EXECUTE p2"] {
+        client.simple_query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+    }
+    other.simple_query("ROLLBACK").await.unwrap();
+}
