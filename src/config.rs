@@ -280,13 +280,35 @@ pub struct ReplicationConfig {
     pub max_connections: usize,
 }
 
-/// What the sessions of a user, of a database, or of a user in a database are promised.
+/// Whose sessions a rule is about.
 #[derive(Clone, Debug)]
-pub struct ConsistencyRule {
+pub struct Whom {
     /// The user; `None`: any.
     pub user: Option<String>,
     /// The database; `None`: any.
     pub database: Option<String>,
+}
+
+impl Whom {
+    /// The rules for a session of `user` in `database`, from the least to the most telling: the last word counts.
+    /// Those that name both come behind those that name one, the user's behind the database's; of equals the first
+    /// in the file comes last.
+    fn telling<'r, R>(rules: &'r [R], whom: impl Fn(&R) -> &Whom, user: &str, database: &str) -> Vec<&'r R> {
+        let applies = |rule: &&R| {
+            let Whom { user: of, database: in_ } = whom(rule);
+            of.as_deref().is_none_or(|of| of == user) && in_.as_deref().is_none_or(|in_| in_ == database)
+        };
+        let mut rules: Vec<&R> = rules.iter().rev().filter(applies).collect();
+        rules.sort_by_key(|rule| (whom(rule).user.is_some(), whom(rule).database.is_some()));
+        rules
+    }
+}
+
+/// What the sessions of a user, of a database, or of a user in a database are promised.
+#[derive(Clone, Debug)]
+pub struct ConsistencyRule {
+    /// For whom.
+    pub whom: Whom,
     /// What is said for them in place of the rest of the section.
     pub says: Override,
 }
@@ -334,10 +356,8 @@ pub struct RoutingConfig {
 /// Where the statements of a user, of a database, or of a user in a database go.
 #[derive(Clone, Debug)]
 pub struct RoutingRule {
-    /// The user; `None`: any.
-    pub user: Option<String>,
-    /// The database; `None`: any.
-    pub database: Option<String>,
+    /// For whom.
+    pub whom: Whom,
     /// In place of [`RoutingConfig::split`].
     pub split: Option<bool>,
     /// Where reads run unless the session says otherwise.
@@ -601,13 +621,7 @@ impl RoutingConfig {
     /// Whether reads of `user` in `database` may run on replicas, and where they go at first. Of the rules the most
     /// telling has the last word, as in [`ConsistencyConfig::promise_for`].
     pub fn for_session(&self, user: &str, database: &str) -> (bool, Route) {
-        let applies = |rule: &&RoutingRule| {
-            rule.user.as_deref().is_none_or(|u| u == user)
-                && rule.database.as_deref().is_none_or(|d| d == database)
-        };
-        let mut rules: Vec<&RoutingRule> = self.rules.iter().filter(applies).collect();
-        rules.reverse();
-        rules.sort_by_key(|rule| (rule.user.is_some(), rule.database.is_some()));
+        let rules = Whom::telling(&self.rules, |rule| &rule.whom, user, database);
         rules.into_iter().fold((self.split, Route::default()), |(split, route), rule| {
             (rule.split.unwrap_or(split), rule.route.unwrap_or(route))
         })
@@ -618,14 +632,7 @@ impl ConsistencyConfig {
     /// What a session of `user` in `database` is promised at first. Rules that name both count before those
     /// that name one, the user's before the database's; among equals the first that says something.
     pub fn promise_for(&self, user: &str, database: &str) -> Promise {
-        let applies = |rule: &&ConsistencyRule| {
-            rule.user.as_deref().is_none_or(|u| u == user)
-                && rule.database.as_deref().is_none_or(|d| d == database)
-        };
-        let mut rules: Vec<&ConsistencyRule> = self.rules.iter().filter(applies).collect();
-        // From the least to the most telling: the last word counts.
-        rules.reverse();
-        rules.sort_by_key(|rule| (rule.user.is_some(), rule.database.is_some()));
+        let rules = Whom::telling(&self.rules, |rule| &rule.whom, user, database);
         rules.into_iter().fold(self.promise, |promise, rule| rule.says.over(promise))
     }
 }
@@ -1520,28 +1527,31 @@ impl Reader<'_> {
         let mut rules = Vec::new();
         for (tree, trail) in self.list(section, "rules") {
             let rule = self.section("routing.rules[]", tree, trail);
-            let (user, database) = (self.text(&rule, "user"), self.text(&rule, "database"));
-            if user.is_none() && database.is_none() {
-                self.wrong(&rule.trail, "a rule is for a `user`, a `database`, or both");
-            }
+            let whom = self.whom(&rule);
             let split = rule.get("split").is_some().then(|| self.flag(&rule, "split", true));
             let route = self.choice(&rule, "route", &routes, &[], None);
             if split.is_none() && route.is_none() {
                 self.wrong(&rule.trail, "the rule says nothing: give `split` or `route`");
             }
-            rules.push(RoutingRule { user, database, split, route });
+            rules.push(RoutingRule { whom, split, route });
         }
         rules
+    }
+
+    /// Whose sessions a rule is about.
+    fn whom(&mut self, rule: &Section<'_>) -> Whom {
+        let whom = Whom { user: self.text(rule, "user"), database: self.text(rule, "database") };
+        if whom.user.is_none() && whom.database.is_none() {
+            self.wrong(&rule.trail, "a rule is for a `user`, a `database`, or both");
+        }
+        whom
     }
 
     fn consistency_rules(&mut self, section: &Section<'_>) -> Vec<ConsistencyRule> {
         let mut rules = Vec::new();
         for (tree, trail) in self.list(section, "rules") {
             let rule = self.section("consistency.rules[]", tree, trail);
-            let (user, database) = (self.text(&rule, "user"), self.text(&rule, "database"));
-            if user.is_none() && database.is_none() {
-                self.wrong(&rule.trail, "a rule is for a `user`, a `database`, or both");
-            }
+            let whom = self.whom(&rule);
             let mut says = self.promise_words(&rule);
             if let Some((tree, trail)) = rule.get("max_lag") {
                 says.max_lag = match tree {
@@ -1556,7 +1566,7 @@ impl Reader<'_> {
             if says == Override::default() {
                 self.wrong(&rule.trail, "the rule says nothing: give `level`, `max_lag` or `on_stale`");
             }
-            rules.push(ConsistencyRule { user, database, says });
+            rules.push(ConsistencyRule { whom, says });
         }
         rules
     }

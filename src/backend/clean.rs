@@ -235,6 +235,15 @@ pub struct Look {
     pub notifications: Vec<BytesMut>,
 }
 
+/// A condition that `what` is none of `literals`, to stand behind another one; no text if there are none.
+fn none_of(what: &str, literals: impl Iterator<Item = String>) -> String {
+    let list: Vec<String> = literals.collect();
+    if list.is_empty() {
+        return String::new();
+    }
+    format!(" AND {what} OPERATOR(pg_catalog.<>) ALL (ARRAY[{}])", list.join(", "))
+}
+
 /// Looks for session state on an idle backend.
 ///
 /// Custom settings (`app.tenant`) and roles set by a function do not show here on PostgreSQL 15, so
@@ -248,24 +257,11 @@ pub async fn look(backend: &mut Backend) -> Result<Look, Broken> {
          EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()), \
          EXISTS (SELECT FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'";
     // What the session has set itself is no news, nor are statements of the session's that it may be given elsewhere.
-    let own: Vec<String> = backend
-        .applied
-        .entries()
-        .iter()
-        .filter_map(|entry| setting::literal(entry.name.as_bytes(), false))
-        .collect();
-    let named = if own.is_empty() {
-        String::new()
-    } else {
-        format!(" AND pg_catalog.lower(name) OPERATOR(pg_catalog.<>) ALL (ARRAY[{}])", own.join(", "))
-    };
-    let known: Vec<String> =
-        backend.own_names.iter().filter_map(|name| setting::literal(name, true)).collect();
-    let unknown = if known.is_empty() {
-        String::new()
-    } else {
-        format!(" AND name OPERATOR(pg_catalog.<>) ALL (ARRAY[{}])", known.join(", "))
-    };
+    let applied = backend.applied.entries().iter();
+    let named =
+        none_of("pg_catalog.lower(name)", applied.filter_map(|e| setting::literal(e.name.as_bytes(), false)));
+    let own_names = backend.own_names.iter();
+    let unknown = none_of("name", own_names.filter_map(|name| setting::literal(name, true)));
     let prepared = format!("EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql{unknown})");
     // A cancel that is still on its way must not hit the question.
     fence(backend).await?;
