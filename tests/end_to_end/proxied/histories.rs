@@ -53,10 +53,12 @@ async fn with_lists(replicas: usize, operations: usize) -> Cluster {
 }
 
 async fn start(cluster: &Cluster) -> Proxy {
+    // A user for each level, hence many pools: together they must leave the nodes connections for others.
     let rules: Vec<String> =
         Level::ALL.iter().map(|l| format!("{{ user: {0}, level: {0} }}", l.word())).collect();
     let overrides = format!(
-        "consistency: {{ catch_up_wait: 100ms, rules: [ {} ] }}\n\
+        "pool: {{ size: 10 }}\n\
+         consistency: {{ catch_up_wait: 100ms, rules: [ {} ] }}\n\
          failover: {{ mode: follow, check_interval: 100ms, check_timeout: 500ms, failure_threshold: 2 }}",
         rules.join(", ")
     );
