@@ -253,6 +253,29 @@ pub async fn work(door: Arc<Door>, mut handed: Handover, worker: usize) {
     }
 }
 
+/// A client whose coming was logged (`log.connections`), as its going will be.
+struct Said {
+    peer: String,
+    user: String,
+    database: String,
+    since: Instant,
+}
+
+impl Said {
+    fn come(peer: Option<SocketAddr>, arrival: &Arrival, replication: bool) -> Said {
+        let peer = peer.map_or_else(|| "unknown".to_owned(), |peer| peer.to_string());
+        let (user, database) = (arrival.user.clone(), arrival.database.clone());
+        let read_only = arrival.read_only;
+        info!(peer, user, database, read_only, replication, "client connected");
+        Said { peer, user, database, since: Instant::now() }
+    }
+
+    fn gone(self) {
+        let Said { peer, user, database, since } = self;
+        info!(peer, user, database, seconds = since.elapsed().as_secs_f64(), "client disconnected");
+    }
+}
+
 impl Door {
     async fn serve(self: Arc<Door>, tcp: TcpStream, worker: usize, read_only: bool) {
         let peer = tcp.peer_addr().ok();
@@ -269,6 +292,13 @@ impl Door {
         let let_in = Box::pin(self.let_in(tcp, peer, read_only)).await;
         let Some((_places, arrival, replication)) = let_in else { return };
         let metrics = &self.shared.metrics;
+        let said = self
+            .shared
+            .config
+            .load()
+            .log
+            .connections
+            .then(|| Said::come(peer, &arrival, replication.is_some()));
         match replication {
             None => Session::run(self.shared.clone(), arrival, worker).await,
             Some(mode) => {
@@ -276,6 +306,9 @@ impl Door {
                 Box::pin(replication::run(self.shared.clone(), arrival, mode)).await;
                 metrics.replication_connections.dec();
             }
+        }
+        if let Some(said) = said {
+            said.gone();
         }
     }
 

@@ -300,6 +300,7 @@ async fn build(config: Config) -> Result<Parts, StartError> {
             config.consistency.named_session_idle,
         )),
         primary_reads: PrimaryReads::default(),
+        lines: log::Rate::default(),
     });
     let verifiers = Verifiers::new(config, &nodes, &topology)
         .map_err(|error| StartError { what: "set up the login".to_owned(), cause: error.to_string() })?;

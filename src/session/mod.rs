@@ -20,6 +20,7 @@ pub mod promise;
 pub mod replication;
 pub mod settings;
 pub mod shared_mark;
+mod slow;
 pub mod timeouts;
 mod transaction;
 mod translate;
@@ -52,6 +53,7 @@ use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
 use crate::config::live::LiveConfig;
 use crate::config::{Config, PoolMode, Transactions};
 use crate::consistency::Promise;
+use crate::log;
 use crate::metrics::Metrics;
 use crate::net::Stream;
 use crate::node::{NodeFailure, Nodes};
@@ -95,6 +97,8 @@ pub struct Shared {
     pub named_marks: Mutex<NamedMarks>,
     /// How many reads went to the primary because no replica was fresh enough, of how many.
     pub primary_reads: PrimaryReads,
+    /// Bounds log lines about single statements.
+    pub lines: log::Rate,
 }
 
 impl Shared {
@@ -298,6 +302,8 @@ pub struct Session {
     /// Length of the client's output before the unit's answer.
     output_before: usize,
     started: Instant,
+    /// The running unit's text, where slow statements are logged.
+    kept: Option<Box<slow::Kept>>,
     /// A failover has lost something of the session's; its next statement says so, once.
     lost: Option<mark::Fork>,
 }
@@ -394,6 +400,7 @@ impl Session {
             drop_rest: 0,
             output_before: 0,
             started: Instant::now(),
+            kept: None,
             lost: None,
             shared: shared.clone(),
             config,
@@ -807,6 +814,7 @@ impl Session {
         let opens = self.lazy.is_some() && placed.role == Role::Primary;
         self.unit = if opens { Unit::new(false, 0) } else { Unit::new(demand.is_read(), demand.vetted()) };
         self.unit.before = self.status;
+        self.keep_text();
         self.count_demand(demand);
         self.output_before = self.client.output.len();
         self.role = placed.role;
@@ -935,6 +943,7 @@ impl Session {
         let reason = if self.pins.hold() { RouteReason::Pinned } else { RouteReason::InTransaction };
         self.unit = Unit::new(false, 0);
         self.unit.before = self.status;
+        self.keep_text();
         if let Some(demand) = &demand {
             self.count_demand(demand);
         }
@@ -1020,7 +1029,9 @@ impl Session {
 
     fn count(&self, node: NodeId, class: ClassLabel, reason: RouteReason) {
         self.shared.metrics.statement(node, class as usize, reason as usize);
-        self.shared.metrics.statement_took(node, self.started.elapsed());
+        let took = self.started.elapsed();
+        self.shared.metrics.statement_took(node, took);
+        self.look_if_slow(node, class, reason, took);
     }
 
     /// The unit ran on a replica that could not serve it: where it must not go again, and what is
@@ -1297,6 +1308,7 @@ impl Session {
 
     /// An error of ours in place of a unit's answer. The unit's messages are dropped.
     fn fail_unit(&mut self, report: ErrorReport) -> Result<(), End> {
+        self.log_failed(&report);
         let mut message = Vec::new();
         report.put(&mut message);
         self.refuse_unit(&message)
