@@ -27,6 +27,8 @@ mod opinion;
 pub mod refusal;
 mod scan;
 pub mod setting;
+mod skeleton;
+mod trace;
 mod transaction;
 pub mod tree;
 
@@ -38,6 +40,8 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 
 pub use catalog::Catalog;
 pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
+pub use skeleton::skeleton_text;
+pub use trace::traceparent;
 pub use transaction::{Isolation, TransactionCommand, depends_on_transaction, parameters_name_the_clock};
 
 use crate::config::LimitsConfig;

@@ -20,6 +20,7 @@ pub mod promise;
 pub mod replication;
 pub mod settings;
 pub mod shared_mark;
+mod slow;
 pub mod timeouts;
 mod transaction;
 mod translate;
@@ -49,8 +50,10 @@ use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_d
 use crate::catalogs::{Catalogs, DatabaseCatalog};
 use crate::classify::setting::{self, Change};
 use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
+use crate::config::live::LiveConfig;
 use crate::config::{Config, PoolMode, Transactions};
 use crate::consistency::Promise;
+use crate::log;
 use crate::metrics::Metrics;
 use crate::net::Stream;
 use crate::node::{NodeFailure, Nodes};
@@ -64,8 +67,8 @@ pub const REDONE_LABELS: [&str; 5] = Again::LABELS;
 
 /// What all sessions share.
 pub struct Shared {
-    /// The configuration.
-    pub config: Arc<Config>,
+    /// The configuration that is in force; a session goes by the one that it took over last ([`Session::follow`]).
+    pub config: Arc<LiveConfig>,
     /// What is believed of the nodes.
     pub topology: Arc<TopologyHandle>,
     /// What is known of their positions.
@@ -94,6 +97,8 @@ pub struct Shared {
     pub named_marks: Mutex<NamedMarks>,
     /// How many reads went to the primary because no replica was fresh enough, of how many.
     pub primary_reads: PrimaryReads,
+    /// Bounds log lines about single statements.
+    pub lines: log::Rate,
 }
 
 impl Shared {
@@ -228,6 +233,8 @@ const STOPPING: Duration = Duration::from_secs(1);
 /// One client's session.
 pub struct Session {
     shared: Arc<Shared>,
+    /// What it goes by, until the unit that runs is over.
+    config: Arc<Config>,
     worker: usize,
     handle: Arc<SessionHandle>,
     client: ClientEnd,
@@ -295,6 +302,8 @@ pub struct Session {
     /// Length of the client's output before the unit's answer.
     output_before: usize,
     started: Instant,
+    /// The running unit's text, where slow statements are logged.
+    kept: Option<Box<slow::Kept>>,
     /// A failover has lost something of the session's; its next statement says so, once.
     lost: Option<mark::Fork>,
 }
@@ -329,12 +338,13 @@ impl Session {
     ) -> (Box<Session>, Beginning) {
         let application_name = arrival.startup.take_application_name();
         let own = take_own(&mut arrival.startup);
-        let mode = shared.config.pool.mode_of(&arrival.database, &arrival.user);
+        let config = shared.config.load_full();
+        let mode = config.pool.mode_of(&arrival.database, &arrival.user);
         let pools = shared.pools.of(&arrival.database, &arrival.user, &arrival.keys);
         let topology = shared.topology.load();
-        let mut promise = shared.config.consistency.promise_for(&arrival.user, &arrival.database);
+        let mut promise = config.consistency.promise_for(&arrival.user, &arrival.database);
         let split;
-        (split, promise.route) = shared.config.routing.for_session(&arrival.user, &arrival.database);
+        (split, promise.route) = config.routing.for_session(&arrival.user, &arrival.database);
         let (at_login, invalid) = match own {
             Ok(own) => (own, None),
             Err(report) => (Vec::new(), Some(report)),
@@ -362,7 +372,7 @@ impl Session {
             read_only: arrival.read_only,
             // On a replica there is nothing to keep: the session's backends are alike, and lost with it.
             keeps_backend: mode == PoolMode::Session && !arrival.read_only,
-            timeouts: Timeouts::new(shared.config.timeouts),
+            timeouts: Timeouts::new(config.timeouts),
             status: TransactionStatus::Idle,
             splits: false,
             lazy: None,
@@ -390,8 +400,10 @@ impl Session {
             drop_rest: 0,
             output_before: 0,
             started: Instant::now(),
+            kept: None,
             lost: None,
             shared: shared.clone(),
+            config,
         });
         session.share_mark();
         (session, Beginning { application_name, invalid })
@@ -416,7 +428,7 @@ impl Session {
                 let mut lease = self.lease_for_login().await?;
                 let idle_session_timeout =
                     clean::idle_session_timeout(&mut lease).await.map_err(|_| broken())?;
-                let isolation = match self.shared.config.routing.transactions {
+                let isolation = match self.config.routing.transactions {
                     Transactions::Primary => Arc::default(),
                     Transactions::Split => {
                         clean::default_isolation(&mut lease).await.map_err(|_| broken())?
@@ -473,6 +485,25 @@ impl Session {
         };
     }
 
+    /// Takes over the configuration that is in force: what the session is promised, where its reads run, and when it
+    /// is ended. Not within a transaction, which keeps what it began with.
+    #[cold]
+    fn follow(&mut self) {
+        if self.status != TransactionStatus::Idle {
+            return;
+        }
+        self.handle.takes_over();
+        let Some(config) = self.shared.config.changed_from(&self.config) else { return };
+        let mut promise = config.consistency.promise_for(self.own.user(), &self.database);
+        (self.split, promise.route) = config.routing.for_session(self.own.user(), &self.database);
+        if config.timeouts != self.config.timeouts {
+            self.timeouts.follow(config.timeouts);
+        }
+        self.config = config;
+        self.own.rebase(promise);
+        self.follow_own();
+    }
+
     async fn serve(&mut self) -> End {
         loop {
             let served = match self.await_message().await {
@@ -518,6 +549,9 @@ impl Session {
                     return Poll::Ready(Err(End::shutdown()));
                 }
                 Ending::No | Ending::WhenIdle => {}
+            }
+            if self.handle.is_reloaded() {
+                self.follow();
             }
             self.hear_backend(cx)?;
             let not_all_heard = self.client.output.len() >= HIGH_WATER;
@@ -653,6 +687,9 @@ impl Session {
     /// Runs the unit that begins at the start of the client's input.
     async fn unit(&mut self) -> Result<(), End> {
         self.started = Instant::now();
+        if self.handle.is_reloaded() {
+            self.follow();
+        }
         // The server keeps them until the transaction is over.
         match self.lease {
             Some(_) => _ = self.deaf_since.get_or_insert(self.started),
@@ -741,7 +778,7 @@ impl Session {
                     if self.take_back(again, node, &mut avoid) {
                         return self.fail_unit(canceled());
                     }
-                    if avoid.len() > self.shared.config.nodes.len() + 2 {
+                    if avoid.len() > self.config.nodes.len() + 2 {
                         let report = ErrorReport::error("08006", "the connection to the node broke")
                             .detail("The read was tried on every node.");
                         return self.fail_unit(report);
@@ -777,6 +814,7 @@ impl Session {
         let opens = self.lazy.is_some() && placed.role == Role::Primary;
         self.unit = if opens { Unit::new(false, 0) } else { Unit::new(demand.is_read(), demand.vetted()) };
         self.unit.before = self.status;
+        self.keep_text();
         self.count_demand(demand);
         self.output_before = self.client.output.len();
         self.role = placed.role;
@@ -905,6 +943,7 @@ impl Session {
         let reason = if self.pins.hold() { RouteReason::Pinned } else { RouteReason::InTransaction };
         self.unit = Unit::new(false, 0);
         self.unit.before = self.status;
+        self.keep_text();
         if let Some(demand) = &demand {
             self.count_demand(demand);
         }
@@ -990,7 +1029,9 @@ impl Session {
 
     fn count(&self, node: NodeId, class: ClassLabel, reason: RouteReason) {
         self.shared.metrics.statement(node, class as usize, reason as usize);
-        self.shared.metrics.statement_took(node, self.started.elapsed());
+        let took = self.started.elapsed();
+        self.shared.metrics.statement_took(node, took);
+        self.look_if_slow(node, class, reason, took);
     }
 
     /// The unit ran on a replica that could not serve it: where it must not go again, and what is
@@ -1124,7 +1165,7 @@ impl Session {
             return Ok(());
         }
         let Some(lease) = &mut self.lease else { return Ok(()) };
-        let too_much = self.settings.wanted().size() > self.shared.config.limits.session_settings;
+        let too_much = self.settings.wanted().size() > self.config.limits.session_settings;
         if outcome == AtReady::Untracked || too_much {
             lease.dirt = lease.dirt.max(Dirt::State);
             self.pins.keep(PinReason::Setting);
@@ -1267,6 +1308,7 @@ impl Session {
 
     /// An error of ours in place of a unit's answer. The unit's messages are dropped.
     fn fail_unit(&mut self, report: ErrorReport) -> Result<(), End> {
+        self.log_failed(&report);
         let mut message = Vec::new();
         report.put(&mut message);
         self.refuse_unit(&message)
@@ -1296,7 +1338,7 @@ impl Session {
             End::StateLost { node } => (node, true),
             end => return Err(end),
         };
-        let node_name = &self.shared.config.nodes[node.index()].name;
+        let node_name = self.shared.nodes.name(node);
         let in_transaction = self.status != TransactionStatus::Idle && !self.is_apart();
         let between_units = self.unit.is_over();
         if !between_units && self.unit.writes {
