@@ -142,6 +142,8 @@ pub struct Backend {
     /// The session (by the process id it shows) that last ran on it what is not a read: what it may have
     /// drawn from sequences is what `currval` and `lastval` speak of. None: nobody.
     pub last_writer: Option<u32>,
+    /// The session (likewise) that used it last; 0: nobody.
+    pub last_user: u32,
     /// The worker on whose reactor its socket is registered.
     pub worker: usize,
 }
@@ -288,6 +290,7 @@ impl Backend {
             dirt: Dirt::Clean,
             applied: Arc::default(),
             last_writer: None,
+            last_user: 0,
             worker,
         }
     }

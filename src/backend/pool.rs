@@ -174,11 +174,60 @@ struct Waiter {
     grant: oneshot::Sender<Grant>,
 }
 
+/// Which of the idle backends that fit a session would rather have. Whatever it wishes, it does not wait for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// The one that this session (by the process id it shows) used last, if that was just now: it has its settings
+    /// and statements. After a pause the most recently used one of its worker does as well, and lets the pool shrink.
+    Recent(u32),
+    /// The one that it used last, whenever that was and whichever worker's it is: what it asks for may depend on
+    /// what its server process has kept of it.
+    Own(u32),
+    /// The one on which it wrote last: what it has drawn from sequences is known there.
+    Writer(u32),
+}
+
+/// For how long after it was given back [`Wish::Recent`] counts.
+const RECENT: Duration = Duration::from_secs(1);
+
+/// A backend that nobody uses, with what the choice among them goes by at hand.
+struct Idle {
+    /// See [`Backend::last_user`].
+    last_user: u32,
+    /// See [`Backend::worker`].
+    worker: usize,
+    // Boxed once, when opened: a backend changes hands with every statement.
+    backend: Box<Backend>,
+}
+
+impl Idle {
+    fn new(backend: Box<Backend>) -> Idle {
+        Idle { last_user: backend.last_user, worker: backend.worker, backend }
+    }
+}
+
+/// Which of the idle backends a session gets: the one it wishes for, else the latest of its worker, else the latest.
+fn choose(idle: &[Idle], startup: &StartupParameters, worker: usize, wish: Wish) -> Option<usize> {
+    let fits = |idle: &Idle| *idle.backend.startup == *startup;
+    let wished = match wish {
+        Wish::Recent(session) => idle
+            .iter()
+            .rposition(|b| b.last_user == session && b.worker == worker && fits(b))
+            .filter(|at| idle[*at].backend.idle_since.elapsed() < RECENT),
+        Wish::Own(session) => idle.iter().rposition(|b| b.last_user == session && fits(b)),
+        Wish::Writer(session) => {
+            idle.iter().rposition(|b| b.backend.last_writer == Some(session) && fits(b))
+        }
+    };
+    wished
+        .or_else(|| idle.iter().rposition(|b| b.worker == worker && fits(b)))
+        .or_else(|| idle.iter().rposition(fits))
+}
+
 #[derive(Default)]
 struct State {
-    // Boxed once, when opened: a backend changes hands with every statement.
-    #[allow(clippy::vec_box)]
-    idle: Vec<Box<Backend>>,
+    /// In the order in which they were given back.
+    idle: Vec<Idle>,
     waiters: VecDeque<Waiter>,
     /// Lent, idle, being cleaned or being opened.
     open: usize,
@@ -223,15 +272,16 @@ impl Pool {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Lends a backend that was opened with `startup`. Waits in line for up to `patience`.
+    /// Lends a backend that was opened with `startup`, if it can one that `wish` asks for. Waits in line for
+    /// up to `patience`.
     pub async fn acquire(
         self: &Arc<Pool>,
         startup: &Arc<StartupParameters>,
         worker: usize,
-        last_written_by: Option<u32>,
+        wish: Wish,
         patience: Duration,
     ) -> Result<Lease, AcquireError> {
-        if let Some(backend) = self.take_idle(startup, worker, last_written_by) {
+        if let Some(backend) = self.take_idle(startup, worker, wish) {
             return Ok(self.lend(backend));
         }
         let begun = Instant::now();
@@ -261,7 +311,7 @@ impl Pool {
         self: &Arc<Pool>,
         startup: &StartupParameters,
         worker: usize,
-        last_written_by: Option<u32>,
+        wish: Wish,
     ) -> Option<Box<Backend>> {
         let epoch = self.context.topology.load().epoch;
         let mut state = self.lock();
@@ -271,13 +321,8 @@ impl Pool {
             return None;
         }
         loop {
-            let fits = |b: &Backend| *b.startup == *startup;
-            let wanted = |b: &Backend| b.last_writer == last_written_by && fits(b);
-            let at = last_written_by
-                .and_then(|_| state.idle.iter().rposition(|b| wanted(b)))
-                .or_else(|| state.idle.iter().rposition(|b| b.worker == worker && fits(b)))
-                .or_else(|| state.idle.iter().rposition(|b| fits(b)))?;
-            let mut backend = state.idle.remove(at);
+            let at = choose(&state.idle, startup, worker, wish)?;
+            let mut backend = state.idle.remove(at).backend;
             let valid = backend.login_settings == Some(self.context.login_settings.generation());
             if valid && backend.epoch == epoch && backend.is_alive() {
                 return Some(backend);
@@ -407,7 +452,7 @@ impl Pool {
             self.open_more(state);
             return;
         }
-        state.idle.push(backend);
+        state.idle.push(Idle::new(backend));
         // Who waits could not use it; with the pool full, it makes room.
         self.open_more(state);
     }
@@ -470,9 +515,9 @@ impl Pool {
 
     fn close_idle(self: &Arc<Pool>) {
         let mut state = self.lock();
-        for backend in std::mem::take(&mut state.idle) {
+        for idle in std::mem::take(&mut state.idle) {
             state.open -= 1;
-            self.context.count_closed(backend.node, CloseReason::DatabaseCommand);
+            self.context.count_closed(idle.backend.node, CloseReason::DatabaseCommand);
         }
         self.open_more(&mut state);
     }
@@ -483,7 +528,7 @@ impl Pool {
         let epoch = self.context.topology.load().epoch;
         let mut state = self.lock();
         let before = state.idle.len();
-        state.idle.retain_mut(|b| {
+        state.idle.retain_mut(|Idle { backend: b, .. }| {
             let reason = if b.epoch != epoch {
                 CloseReason::Epoch
             } else if now.duration_since(b.idle_since) > pool.server_idle_timeout {

@@ -200,7 +200,7 @@ impl Session {
                         return Ok(Demand::Ours);
                     }
                     if !matches!(class.kind, Kind::Read | Kind::Empty) {
-                        self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
+                        self.ask_for_own(class);
                         self.look_for_own(statement.text(), class).await?;
                         return Ok(Demand::not_a_read(ClassLabel::of(class.kind)));
                     }
@@ -226,7 +226,7 @@ impl Session {
                             return Ok(Demand::Ours);
                         }
                         if !matches!(class.kind, Kind::Read | Kind::Empty) {
-                            self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
+                            self.ask_for_own(class);
                             self.look_for_own(statement.text(), class).await?;
                             return Ok(Demand::not_a_read(ClassLabel::of(class.kind)));
                         }
@@ -259,6 +259,12 @@ impl Session {
         Ok(Demand::Read { vetted: at, redone: false })
     }
 
+    /// What a statement asks for may depend on what the session did before on its backend.
+    fn ask_for_own(&mut self, class: StatementClass) {
+        self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
+        self.asks_process |= class.leaves == Leaves::Unproven;
+    }
+
     async fn demand_query(&mut self, at: usize, len: usize) -> Result<Demand, End> {
         let text = query_text(&self.client.input[at + HEADER..at + len])
             .ok_or_else(|| End::protocol("invalid message format"))?;
@@ -287,7 +293,7 @@ impl Session {
         if at == 0 && matches!(class.kind, Kind::Read | Kind::Empty) {
             return Ok(Demand::Read { vetted: len, redone: false });
         }
-        self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
+        self.ask_for_own(class);
         self.look_for_own(&text, class).await?;
         // In the middle of an open unit even a read goes where the rest of it goes.
         Ok(Demand::of_query(class))

@@ -283,6 +283,8 @@ pub struct Session {
     statements: Statements,
     /// The unit calls `currval` or `lastval`.
     asks_sequences: bool,
+    /// It runs code that is not understood, which may keep something in its server process.
+    asks_process: bool,
     /// The unit is a Query that is about one name.
     sql: Option<SqlCommand>,
     /// The unit is to run again because a shared statement was out of date.
@@ -383,6 +385,7 @@ impl Session {
             login_settings: false,
             statements: Statements::new(shared.names.number()),
             asks_sequences: false,
+            asks_process: false,
             sql: None,
             prepare_anew: false,
             unit: Unit::none(),
@@ -662,7 +665,7 @@ impl Session {
         self.forget_own();
         self.asked_for = self.promise;
         self.sql = None;
-        self.asks_sequences = false;
+        (self.asks_sequences, self.asks_process) = (false, false);
         let result = if self.lease.is_some() { self.held_unit().await } else { self.free_unit().await };
         if self.lease.is_none() {
             self.handle.idle();
@@ -866,6 +869,7 @@ impl Session {
         self.unit.leave(demand.leaves());
         self.unit.writes = !demand.is_read() && !self.read_only;
         self.unit.ddl = demand.is_ddl();
+        self.unit.control = demand.label() == ClassLabel::TransactionControl;
         if (demand.sets() || demand.is_ddl())
             && let Ok(Some(header)) = wire::header(&self.client.input)
             && let Some(body) = self.client.input.get(HEADER..header.len)
@@ -1113,7 +1117,7 @@ impl Session {
                 self.settings.perhaps(changes);
             }
         }
-        let opaque = !matches!(self.unit.leaves, Leaves::Nothing);
+        let opaque = !self.unit.leaves.is_nothing();
         let mut outcome = self.settings.ready(self.status, failed, opaque);
         if let AtReady::ReadBack(names) = outcome {
             let values = self.read_settings(&names).await?;

@@ -8,7 +8,7 @@ use bytes::BufMut;
 use super::demand::Demand;
 use super::mark::{self, Freshness, PrimaryVerdict, ReplicaVerdict};
 use super::{End, Role, Session, canceled};
-use crate::backend::pool::{AcquireError, Lease};
+use crate::backend::pool::{AcquireError, Lease, Wish};
 use crate::consistency::{LagLimit, Level, OnStale, Route};
 use crate::metrics::WaitFor;
 use crate::positions::{Incarnation, SampleBody};
@@ -619,10 +619,17 @@ impl Session {
 
     async fn lease_from(&self, node: NodeId) -> Result<Result<Lease, AcquireError>, End> {
         let patience = self.patience();
-        let last_written_by = self.asks_sequences.then_some(self.handle.pid);
-        let lease = tokio::select! {
+        let session = self.handle.pid;
+        let wish = if self.asks_sequences {
+            Wish::Writer(session)
+        } else if self.asks_process {
+            Wish::Own(session)
+        } else {
+            Wish::Recent(session)
+        };
+        let mut lease = tokio::select! {
             biased;
-            lease = self.pools.nodes[node.index()].acquire(&self.startup, self.worker, last_written_by, patience) => lease,
+            lease = self.pools.nodes[node.index()].acquire(&self.startup, self.worker, wish, patience) => lease,
             () = self.handle.interrupted() => {
                 if self.handle.ending() == super::handle::Ending::Now {
                     return Err(End::shutdown());
@@ -630,6 +637,9 @@ impl Session {
                 Err(AcquireError::Timeout)
             }
         };
+        if let Ok(lease) = &mut lease {
+            lease.last_user = session;
+        }
         Ok(lease)
     }
 

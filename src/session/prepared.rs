@@ -247,6 +247,8 @@ pub struct Statements {
     /// The session's number among all, and how often a name was taken away: what a backend was given under
     /// the client's own names is good for this alone.
     version: (u64, u64),
+    /// There may be some that SQL has prepared.
+    of_sql: bool,
 }
 
 impl Statements {
@@ -260,8 +262,14 @@ impl Statements {
         self.version
     }
 
+    /// Whether SQL has prepared statements (some of which may be gone).
+    pub fn any_of_sql(&self) -> bool {
+        self.of_sql
+    }
+
     /// SQL has prepared a statement.
     pub fn add(&mut self, name: Vec<u8>, statement: Arc<Statement>) {
+        self.of_sql = true;
         self.put(name, Found::Statement(statement));
     }
 
@@ -411,6 +419,7 @@ impl Statements {
 
     /// DEALLOCATE ALL, DISCARD ALL: the unnamed statement outlives them.
     pub fn clear(&mut self) {
+        self.of_sql = false;
         self.named.clear();
         self.version.1 += 1;
     }

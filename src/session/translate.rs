@@ -286,11 +286,14 @@ impl Exchange<'_> {
             return Ok(stopped);
         }
         self.backend.unnamed = None;
-        if self.unit.leaves != Leaves::Nothing {
+        if !self.unit.leaves.is_nothing() {
             self.backend.dirt = self.backend.dirt.max(Dirt::State);
         }
         let earlier = self.unit.expects.len();
         self.materialize(self.unit.leaves);
+        if !self.unit.begun {
+            self.give_what_may_be_named();
+        }
         if self.unit.expects.len() > earlier {
             // An error in what was put in must not take the Query with it.
             self.inject_sync();
@@ -415,7 +418,9 @@ impl Exchange<'_> {
             return;
         }
         self.unit.leave(leaves);
-        self.backend.dirt = self.backend.dirt.max(Dirt::State);
+        if !leaves.is_nothing() {
+            self.backend.dirt = self.backend.dirt.max(Dirt::State);
+        }
         self.materialize(leaves);
     }
 
@@ -487,6 +492,9 @@ impl Exchange<'_> {
         if let Some(refused) = self.refuse_on_replica(!class.is_some_and(is_read)) {
             return Ok(refused);
         }
+        if let Some(class) = class {
+            self.prepare_for(class.leaves);
+        }
         if parse.name.is_empty() {
             self.backend.unnamed = Some(statement.serial);
             self.session.statements.sent(b"", Found::Statement(statement));
@@ -520,14 +528,20 @@ impl Exchange<'_> {
             );
             return Ok(Step::On);
         }
-        self.prepare(parse.name, statement, len);
+        self.prepare(parse.name, statement, class, len);
         Ok(Step::On)
     }
 
     /// A Parse of a new name.
-    fn prepare(&mut self, name: &[u8], statement: Arc<Statement>, len: usize) {
+    fn prepare(
+        &mut self,
+        name: &[u8],
+        statement: Arc<Statement>,
+        class: Option<StatementClass>,
+        len: usize,
+    ) {
         self.session.statements.sent(name, Found::Statement(statement.clone()));
-        let expect = if self.session.uses_own_names() {
+        let expect = if self.session.uses_own_names() || class.is_some_and(|class| self.shows_statements(class)) {
             self.backend.own_names.insert(name.to_vec());
             self.pass(len);
             self.unit.expects.push_back(Expect::Parse(NameOnServer::Own(name.to_vec())));
@@ -732,8 +746,10 @@ impl Exchange<'_> {
         if let Some(refused) = self.refuse_on_replica(!class.is_some_and(is_read)) {
             return Resolved::Stopped(refused);
         }
+        let shows = class.is_some_and(|class| self.shows_statements(class));
         match class {
             Some(class) => {
+                self.prepare_for(class.leaves);
                 self.unit.binding = class.settings.then(|| statement.clone());
                 self.unit.login_settings |=
                     class.kind == Kind::Ddl && classify::alters_login(statement.text());
@@ -752,7 +768,7 @@ impl Exchange<'_> {
                 self.prepared_again(NameOnServer::Unnamed, &statement);
             }
             Vec::new()
-        } else if self.session.uses_own_names() || statement.is_sql() {
+        } else if self.session.uses_own_names() || statement.is_sql() || shows {
             self.give(name, &statement);
             name.to_vec()
         } else {
@@ -887,17 +903,71 @@ impl Exchange<'_> {
         if leaves != Leaves::Pins(PinReason::SqlPrepare) || self.session.role == Role::Replica {
             return;
         }
+        self.session.pin_now(PinReason::SqlPrepare);
+        self.give_all(|_| true);
+    }
+
+    /// Gives the backend those of the session's statements that it lacks.
+    fn give_all(&mut self, which: impl Fn(&Statement) -> bool) {
         let missing: Vec<(Vec<u8>, Arc<Statement>)> = self
             .session
             .statements
             .named()
-            .filter(|(name, _)| !self.backend.own_names.contains(*name))
+            .filter(|(name, statement)| !self.backend.own_names.contains(*name) && which(statement))
             .map(|(name, statement)| (name.clone(), statement.clone()))
             .collect();
-        self.session.pin_now(PinReason::SqlPrepare);
         for (name, statement) in missing {
             self.give(&name, &statement);
         }
+    }
+
+    /// Code that is not understood may EXECUTE what SQL has prepared, and so may any code of the transaction
+    /// that begins here. What fails ahead of a Query outside a transaction harms nobody.
+    fn give_what_may_be_named(&mut self) {
+        if self.session.role != Role::Primary || self.session.status != TransactionStatus::Idle {
+            return;
+        }
+        match self.unit.leaves {
+            Leaves::ShowsStatements => self.show_statements(),
+            Leaves::Unproven if self.session.statements.any_of_sql() => self.give_all(Statement::is_sql),
+            _ if self.unit.control && self.session.statements.any_of_sql() => {
+                self.give_all(Statement::is_sql);
+            }
+            _ => {}
+        }
+    }
+
+    /// The same ahead of a unit of the extended protocol; and what is prepared there of EXECUTE is described by
+    /// what it names when it is parsed.
+    fn prepare_for(&mut self, leaves: Leaves) {
+        let earlier = self.unit.expects.len();
+        match leaves {
+            Leaves::Pins(PinReason::SqlPrepare) => self.leave(leaves),
+            Leaves::ShowsStatements
+                if !self.unit.begun
+                    && self.session.role == Role::Primary
+                    && self.session.status == TransactionStatus::Idle =>
+            {
+                self.show_statements();
+            }
+            _ => return,
+        }
+        if !self.unit.begun && self.unit.expects.len() > earlier {
+            self.inject_sync();
+        }
+    }
+
+    /// The backend is to show the session's statements under the session's names, and nobody else's.
+    fn show_statements(&mut self) {
+        while let Some((name, there)) = self.backend.prepared.pop_lru() {
+            self.close_shared(name, there);
+        }
+        self.give_all(|_| true);
+    }
+
+    /// Whether a statement shows what is prepared, and so is to be found there under its own name.
+    fn shows_statements(&self, class: StatementClass) -> bool {
+        class.leaves == Leaves::ShowsStatements && self.session.role == Role::Primary
     }
 
     /// Whether an error belongs to what we have put in ahead of a Query, closed by a Sync of ours.
