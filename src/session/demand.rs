@@ -469,6 +469,7 @@ impl Session {
         bytes::BufMut::put_slice(&mut self.client.output, &out);
         self.client.input.advance(len);
         self.statements.drop_unnamed();
+        self.affinity = self.shared.names.number();
         if matches!(batch, ResetBatch::DiscardAll | ResetBatch::DeallocateAll) {
             self.statements.clear();
         }

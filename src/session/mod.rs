@@ -281,6 +281,9 @@ pub struct Session {
     /// In this transaction ALTER ROLE or DATABASE ran, which may change what logins give.
     login_settings: bool,
     statements: Statements,
+    /// Its number for its backends, which no other session has: what code has left hidden on the one it used last
+    /// is its own. Another one when that is to be forgotten.
+    affinity: u64,
     /// The unit calls `currval` or `lastval`.
     asks_sequences: bool,
     /// It runs code that is not understood, which may keep something in its server process.
@@ -384,6 +387,7 @@ impl Session {
             ddl: false,
             login_settings: false,
             statements: Statements::new(shared.names.number()),
+            affinity: shared.names.number(),
             asks_sequences: false,
             asks_process: false,
             sql: None,

@@ -8,7 +8,7 @@ use bytes::BufMut;
 use super::demand::Demand;
 use super::mark::{self, Freshness, PrimaryVerdict, ReplicaVerdict};
 use super::{End, Role, Session, canceled};
-use crate::backend::pool::{AcquireError, Lease, Wish};
+use crate::backend::pool::{AcquireError, Asker, Lease, Wish};
 use crate::consistency::{LagLimit, Level, OnStale, Route};
 use crate::metrics::WaitFor;
 use crate::positions::{Incarnation, SampleBody};
@@ -619,17 +619,18 @@ impl Session {
 
     async fn lease_from(&self, node: NodeId) -> Result<Result<Lease, AcquireError>, End> {
         let patience = self.patience();
-        let session = self.handle.pid;
+        let session = self.affinity;
         let wish = if self.asks_sequences {
-            Wish::Writer(session)
+            Wish::Writer(self.handle.pid)
         } else if self.asks_process {
-            Wish::Own(session)
+            Wish::Own
         } else {
-            Wish::Recent(session)
+            Wish::Recent
         };
+        let asker = Asker { session, worker: self.worker, wish };
         let mut lease = tokio::select! {
             biased;
-            lease = self.pools.nodes[node.index()].acquire(&self.startup, self.worker, wish, patience) => lease,
+            lease = self.pools.nodes[node.index()].acquire(&self.startup, asker, patience) => lease,
             () = self.handle.interrupted() => {
                 if self.handle.ending() == super::handle::Ending::Now {
                     return Err(End::shutdown());

@@ -286,9 +286,7 @@ impl Exchange<'_> {
             return Ok(stopped);
         }
         self.backend.unnamed = None;
-        if !self.unit.leaves.is_nothing() {
-            self.backend.dirt = self.backend.dirt.max(Dirt::State);
-        }
+        self.backend.dirt = self.backend.dirt.max(dirt_of(self.unit.leaves));
         let earlier = self.unit.expects.len();
         self.materialize(self.unit.leaves);
         if !self.unit.begun {
@@ -418,9 +416,7 @@ impl Exchange<'_> {
             return;
         }
         self.unit.leave(leaves);
-        if !leaves.is_nothing() {
-            self.backend.dirt = self.backend.dirt.max(Dirt::State);
-        }
+        self.backend.dirt = self.backend.dirt.max(dirt_of(leaves));
         self.materialize(leaves);
     }
 
@@ -533,28 +529,23 @@ impl Exchange<'_> {
     }
 
     /// A Parse of a new name.
-    fn prepare(
-        &mut self,
-        name: &[u8],
-        statement: Arc<Statement>,
-        class: Option<StatementClass>,
-        len: usize,
-    ) {
+    fn prepare(&mut self, name: &[u8], statement: Arc<Statement>, class: Option<StatementClass>, len: usize) {
         self.session.statements.sent(name, Found::Statement(statement.clone()));
-        let expect = if self.session.uses_own_names() || class.is_some_and(|class| self.shows_statements(class)) {
-            self.backend.own_names.insert(name.to_vec());
-            self.pass(len);
-            self.unit.expects.push_back(Expect::Parse(NameOnServer::Own(name.to_vec())));
-            return self.ask_shape(NameOnServer::Own(name.to_vec()), statement, false);
-        } else if self.is_up_to_date(statement.shared) && !self.is_refused_here(&statement) {
-            self.take(len);
-            Expect::OwnParseComplete
-        } else {
-            self.put_shared(&statement);
-            self.take(len);
-            self.unit.expects.push_back(Expect::Parse(NameOnServer::Shared(statement.shared)));
-            return self.ask_shape(NameOnServer::Shared(statement.shared), statement, false);
-        };
+        let expect =
+            if self.session.uses_own_names() || class.is_some_and(|class| self.shows_statements(class)) {
+                self.backend.own_names.insert(name.to_vec());
+                self.pass(len);
+                self.unit.expects.push_back(Expect::Parse(NameOnServer::Own(name.to_vec())));
+                return self.ask_shape(NameOnServer::Own(name.to_vec()), statement, false);
+            } else if self.is_up_to_date(statement.shared) && !self.is_refused_here(&statement) {
+                self.take(len);
+                Expect::OwnParseComplete
+            } else {
+                self.put_shared(&statement);
+                self.take(len);
+                self.unit.expects.push_back(Expect::Parse(NameOnServer::Shared(statement.shared)));
+                return self.ask_shape(NameOnServer::Shared(statement.shared), statement, false);
+            };
         self.unit.expects.push_back(expect);
         self.answer_ourselves();
     }
@@ -1074,6 +1065,15 @@ impl Exchange<'_> {
 /// The server's own words. Drivers prepare anew when they see this code together with this routine.
 fn changed_result_type() -> ErrorReport {
     ErrorReport::error("0A000", "cached plan must not change result type").routine("RevalidateCachedQuery")
+}
+
+/// What a backend is to be taken for that has run a statement which leaves this.
+fn dirt_of(leaves: Leaves) -> Dirt {
+    match leaves {
+        Leaves::Nothing | Leaves::ShowsStatements => Dirt::Clean,
+        Leaves::Unproven => Dirt::Hidden,
+        Leaves::Pins(_) | Leaves::DiscardsAll | Leaves::DeallocatesAll => Dirt::State,
+    }
 }
 
 fn is_read(class: StatementClass) -> bool {

@@ -1,5 +1,6 @@
 //! What is promised to those who connect to the proxy.
 
+mod affinity;
 mod cancel;
 mod consistency;
 mod drivers;
