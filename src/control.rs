@@ -18,6 +18,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::config::{Config, FailoverMode};
+use crate::monitor::clock::{self, Clocks};
 use crate::monitor::health::{Answering, Health, HealthSettings};
 use crate::monitor::lag::{LagTime, ReplayLag};
 use crate::monitor::probe::{self, Observation, ProbeSettings, Seen};
@@ -135,6 +136,8 @@ pub fn start(
             .map(|node| NodeFacts { delayed_ok: node.delayed_ok, ..NodeFacts::default() })
             .collect(),
         tick: failover.check_interval,
+        clocks: Clocks::new(count, Instant::now()),
+        clock_tolerance: config.consistency.clock_tolerance,
         nodes,
         topology,
         positions,
@@ -151,6 +154,8 @@ struct Loop {
     health: HealthSettings,
     facts: Vec<NodeFacts>,
     tick: Duration,
+    clocks: Clocks,
+    clock_tolerance: Duration,
     nodes: Arc<Nodes>,
     topology: Arc<TopologyHandle>,
     positions: Arc<Positions>,
@@ -187,6 +192,9 @@ impl Loop {
         let Some(facts) = self.facts.get_mut(observation.node.index()) else {
             return;
         };
+        if let Some(reading) = observation.clock {
+            self.clocks.observe(observation.node.index(), reading);
+        }
         match observation.result {
             Ok(seen) => {
                 facts.health.answered(self.health, now);
@@ -235,6 +243,7 @@ impl Loop {
             facts.lag = facts.replay.and_then(|replay| self.track.lag(replay, now));
         }
         let next = decide(&before, &self.facts, &self.policy, self.track.last_sample(), now);
+        self.compare_clocks(next.primary, now);
         if has_reachable_primary(&next) {
             // A replica that only waits to be measured need not wait for the next round of probes.
             for view in next.nodes.iter().filter(|v| v.standing == Standing::Excluded(Exclusion::LagUnknown))
@@ -266,6 +275,17 @@ impl Loop {
         }
         // Whoever waits for a position decides anew whether to.
         self.positions.wake_all();
+    }
+}
+
+impl Loop {
+    /// Tells sessions whose clock reads must not go by.
+    fn compare_clocks(&self, primary: Option<NodeId>, now: Instant) {
+        for id in (0..self.facts.len()).map(|index| NodeId(index as u16)) {
+            let offset = primary.and_then(|primary| self.clocks.offset(id.index(), primary.index(), now));
+            let late = clock::is_late(offset, self.clock_tolerance);
+            self.positions.node(id).set_clock(offset, late);
+        }
     }
 }
 

@@ -312,6 +312,7 @@ impl Parts {
             let pools = self.door.shared.pools.clone();
             let classifier = self.door.shared.classifier.clone();
             let positions = self.door.shared.positions.clone();
+            let clocks = positions.clone();
             let ids: Vec<NodeId> = (0u16..).map(NodeId).take(config.nodes.len()).collect();
             tokio::spawn(admin::serve(
                 listener,
@@ -324,6 +325,10 @@ impl Parts {
                         let (hits, misses) = classifier.hits_and_misses();
                         let replaced_parsers = classifier.replaced_parsers();
                         ClassCacheFigures { hits, misses, replaced_parsers }
+                    }),
+                    clock_offsets: Arc::new({
+                        let ids = ids.clone();
+                        move || ids.iter().map(|id| clocks.node(*id).clock().map(|c| c.seconds())).collect()
                     }),
                     samples: Arc::new(move || ids.iter().map(|id| positions.node(*id).counter()).collect()),
                 },

@@ -38,7 +38,9 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 
 pub use catalog::Catalog;
 pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
-pub use transaction::{Isolation, TransactionCommand, depends_on_transaction, parameters_name_the_clock};
+pub use transaction::{
+    Isolation, TransactionCommand, asks_for_time, depends_on_transaction, parameters_name_the_clock,
+};
 
 use crate::config::LimitsConfig;
 use builtin::Vocabulary;

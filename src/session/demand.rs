@@ -9,8 +9,10 @@ use bytes::Buf;
 use super::exchange::Again;
 use super::messages::{self, Parse, Target};
 use super::prepared::{Found, SqlCommand, Statement};
+use super::transaction::Splits;
 use super::{End, Session};
 use crate::backend::SharedName;
+use crate::classify::hint::Hints;
 use crate::classify::setting::{self, ResetBatch};
 use crate::classify::{self, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass};
 use crate::route::{ClassLabel, RouteReason};
@@ -160,7 +162,7 @@ impl Session {
             return Ok(Demand::Ours);
         }
         (self.asked_for, self.hinted) = (self.promise, false);
-        if self.splits && self.answer_transaction_commands().await? {
+        if self.splits != Splits::None && self.answer_transaction_commands().await? {
             return Ok(Demand::Ours);
         }
         let demand = self.demand_of_unit().await?;
@@ -312,7 +314,7 @@ impl Session {
         }
         let text = query_text(&self.client.input[HEADER..header.len])?;
         let class = match self.lookup(text, &[]) {
-            Lookup::Known(class, _) if class.is_mere_read() => {
+            Lookup::Known(class, _) if class.is_mere_read() && class.hints == Hints::default() => {
                 return Some(Demand::Read { vetted: 0, redone: false });
             }
             Lookup::Known(class, _) => class,
@@ -321,6 +323,7 @@ impl Session {
             Lookup::Ask(_) => return Some(Demand::not_a_read(ClassLabel::Unit)),
         };
         let text = text.to_vec();
+        self.bad_hint = self.take_hints(&text, class.hints);
         if self.deallocated(&text, class, header.len) {
             return Some(Demand::Ours);
         }

@@ -93,6 +93,13 @@ impl Statement {
         }
     }
 
+    /// Whether it may begin a transaction, as far as its first letters tell.
+    fn may_begin(&self) -> bool {
+        let text = self.text().trim_ascii_start();
+        let starts = |word: &[u8]| text.get(..word.len()).is_some_and(|w| w.eq_ignore_ascii_case(word));
+        starts(b"begin") || starts(b"start") || starts(b"/*") || starts(b"--")
+    }
+
     /// Whether it was prepared by SQL: then what `tail` has is a PREPARE.
     pub fn is_sql(&self) -> bool {
         self.sql.is_some()
@@ -249,6 +256,8 @@ pub struct Statements {
     version: (u64, u64),
     /// There may be some that SQL has prepared.
     of_sql: bool,
+    /// There may be some that begin a transaction.
+    begins: bool,
 }
 
 impl Statements {
@@ -362,8 +371,14 @@ impl Statements {
         known.into_iter().find(|(_, found)| stands_for(found)).map(|(name, _)| name.clone())
     }
 
+    /// Whether there may be one that begins a transaction.
+    pub fn any_begins(&self) -> bool {
+        self.begins
+    }
+
     /// A Parse or Close (`Nothing`) was sent (or will be answered by us in its turn).
     pub fn sent(&mut self, name: &[u8], found: Found) {
+        self.begins |= matches!(&found, Found::Statement(statement) if statement.may_begin());
         let (times, latest) = self.latest.entry(name.to_vec()).or_insert((0, Found::Nothing));
         *times += 1;
         *latest = found.clone();

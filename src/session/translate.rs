@@ -268,8 +268,9 @@ impl Exchange<'_> {
         {
             return Ok(stopped);
         }
-        if let Some(report) =
-            self.session.refused_own(self.unit.settings.iter().flat_map(|(_, changes)| changes))
+        let bad_hint = self.session.bad_hint.take();
+        if let Some(report) = bad_hint
+            .or_else(|| self.session.refused_own(self.unit.settings.iter().flat_map(|(_, changes)| changes)))
         {
             self.unit.settings.clear();
             self.own_error(report);
@@ -485,8 +486,15 @@ impl Exchange<'_> {
         // Units are classified before they are placed; what is parsed later in an open unit is
         // classified here, without asking for a second opinion: unknown is not a read.
         let class = self.session.known_class(&statement);
-        if let Some(refused) = self.refuse_on_replica(!class.is_some_and(is_read)) {
+        let off = self.session.is_kept_off_by_clock(self.backend.node, statement.text());
+        if let Some(refused) = self.refuse_on_replica(off || !class.is_some_and(is_read)) {
             return Ok(refused);
+        }
+        if class.is_some_and(|class| class.hints.invalid)
+            && let Some(report) = super::own::refused_hint(statement.text())
+        {
+            self.own_error(report);
+            return self.drop_message(len);
         }
         if let Some(class) = class {
             self.prepare_for(class.leaves);
@@ -674,6 +682,10 @@ impl Exchange<'_> {
             };
         };
         let (portal, name) = (portal.to_vec(), name.to_vec());
+        let off = self.session.are_kept_off_by_clock(self.backend.node, &head[names_len..]);
+        if let Some(refused) = self.refuse_on_replica(off) {
+            return Ok(refused);
+        }
         let (own, shared);
         let on_server: &[u8] = match self.resolve(&name) {
             Resolved::Name(on_server) => {
@@ -734,7 +746,8 @@ impl Exchange<'_> {
             Found::Nothing => return Resolved::Name(self.unknown_name(name)),
         };
         let class = self.session.known_class(&statement);
-        if let Some(refused) = self.refuse_on_replica(!class.is_some_and(is_read)) {
+        let off = self.session.is_kept_off_by_clock(self.backend.node, statement.text());
+        if let Some(refused) = self.refuse_on_replica(off || !class.is_some_and(is_read)) {
             return Resolved::Stopped(refused);
         }
         let shows = class.is_some_and(|class| self.shows_statements(class));
