@@ -2,6 +2,7 @@
 
 mod affinity;
 mod cancel;
+mod clocks;
 mod consistency;
 mod drivers;
 mod faults;
