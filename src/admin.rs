@@ -50,6 +50,8 @@ pub struct AdminState {
     pub class_cache: Arc<dyn Fn() -> ClassCacheFigures + Send + Sync>,
     /// Samples sent to each node so far; called once a scrape, must not block.
     pub samples: Arc<dyn Fn() -> Vec<u64> + Send + Sync>,
+    /// How far each node's clock is from the primary's, in seconds.
+    pub clock_offsets: Arc<dyn Fn() -> Vec<Option<f64>> + Send + Sync>,
 }
 
 /// Serves until the future is dropped; connections then end by their own time limit.
@@ -130,6 +132,7 @@ fn scrape(state: &AdminState) -> String {
         pools: &pools,
         class_cache,
         samples: &(state.samples)(),
+        clock_offsets: &(state.clock_offsets)(),
         topology_changes: state.topology.changes(),
     })
 }
@@ -233,6 +236,7 @@ mod tests {
             pools: Arc::new(Vec::new),
             class_cache: Arc::new(ClassCacheFigures::default),
             samples: Arc::new(|| vec![7, 8]),
+            clock_offsets: Arc::new(|| vec![None, Some(0.5)]),
         }
     }
 

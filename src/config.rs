@@ -342,6 +342,8 @@ pub struct ConsistencyConfig {
     pub sample_interval: Duration,
     /// The least time between two samples of a node when somebody waits.
     pub sample_gap: Duration,
+    /// A replica whose clock is known to be behind the primary's by more serves no reads that ask for the time.
+    pub clock_tolerance: Duration,
 }
 
 /// Where statements go.
@@ -355,6 +357,8 @@ pub struct RoutingConfig {
     pub rules: Vec<RoutingRule>,
     /// Where explicit transactions run.
     pub transactions: Transactions,
+    /// Whether those that are READ ONLY, at READ COMMITTED, read on replicas all the same.
+    pub read_only_on_replicas: bool,
     /// What the operator knows of functions.
     pub functions: FunctionOverrides,
 }
@@ -539,10 +543,11 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "named_session_idle",
             "sample_interval",
             "sample_gap",
+            "clock_tolerance",
         ],
     ),
     ("consistency.rules[]", &["user", "database", "level", "max_lag", "on_stale"]),
-    ("routing", &["split", "shadow", "transactions", "functions", "rules"]),
+    ("routing", &["split", "shadow", "transactions", "read_only_transactions", "functions", "rules"]),
     ("routing.rules[]", &["user", "database", "split", "route"]),
     ("routing.functions", &["safe", "primary"]),
     (
@@ -1516,6 +1521,7 @@ impl Reader<'_> {
             catch_up_wait: self.time(&section, "catch_up_wait", Duration::from_millis(20), Duration::ZERO),
             sample_interval: self.time(&section, "sample_interval", Duration::from_millis(20), least),
             sample_gap: self.time(&section, "sample_gap", Duration::from_millis(1), least),
+            clock_tolerance: self.time(&section, "clock_tolerance", Duration::from_millis(1), Duration::ZERO),
         };
         if config.sample_gap > config.sample_interval {
             let at = section.get("sample_gap").or(section.get("sample_interval"));
@@ -1593,6 +1599,8 @@ impl Reader<'_> {
         let section = self.child(top, "routing");
         let words = [("primary", Transactions::Primary), ("split", Transactions::Split)];
         let transactions = self.choice(&section, "transactions", &words, &[], Transactions::Primary);
+        let places = [("replica", true), ("primary", false)];
+        let read_only_on_replicas = self.choice(&section, "read_only_transactions", &places, &[], true);
         let functions = match section.get("functions") {
             Some((tree, trail)) => self.section("routing.functions", tree, trail),
             None => Section { trail: section.trail.clone(), entries: &[] },
@@ -1608,6 +1616,7 @@ impl Reader<'_> {
         RoutingConfig {
             split: self.flag(&section, "split", true),
             transactions,
+            read_only_on_replicas,
             shadow: self.flag(&section, "shadow", false),
             rules: self.routing_rules(&section),
             functions,

@@ -19,6 +19,7 @@ use tokio::time::sleep_until;
 
 use crate::config::live::LiveConfig;
 use crate::config::{Config, FailoverMode};
+use crate::monitor::clock::{self, Clocks};
 use crate::monitor::health::{Answering, Health, HealthSettings};
 use crate::monitor::lag::{LagTime, ReplayLag};
 use crate::monitor::probe::{Observation, Seen};
@@ -119,7 +120,8 @@ pub fn start(
     let count = topology.load().nodes.len();
     (0u16..).map(NodeId).take(count).for_each(|id| watch.start(id));
     let facts = now.nodes.iter().take(count).map(NodeFacts::of).collect();
-    let state = Loop { config, facts, nodes, topology, positions, track, watch };
+    let clocks = Clocks::new(places, Instant::now());
+    let state = Loop { config, facts, clocks, nodes, topology, positions, track, watch };
     let mut tasks = JoinSet::new();
     tasks.spawn(state.run(observations, reports, changes));
     let last_ms = (0..places).map(|_| AtomicU64::new(0)).collect();
@@ -130,6 +132,7 @@ pub fn start(
 struct Loop {
     config: Arc<LiveConfig>,
     facts: Vec<NodeFacts>,
+    clocks: Clocks,
     nodes: Arc<Nodes>,
     topology: Arc<TopologyHandle>,
     positions: Arc<Positions>,
@@ -172,6 +175,9 @@ impl Loop {
         let Some(facts) = self.facts.get_mut(observation.node.index()).filter(|facts| !facts.removed) else {
             return;
         };
+        if let Some(reading) = observation.clock {
+            self.clocks.observe(observation.node.index(), reading);
+        }
         match observation.result {
             Ok(seen) => {
                 facts.health.answered(health, now);
@@ -219,6 +225,7 @@ impl Loop {
         }
         let policy = Policy::of(&self.config.load());
         let next = decide(&before, &self.facts, &policy, self.track.last_sample(), now);
+        self.compare_clocks(next.primary, now);
         if has_reachable_primary(&next) {
             // A replica that only waits to be measured need not wait for the next round of probes.
             for view in next.nodes.iter().filter(|v| v.standing == Standing::Excluded(Exclusion::LagUnknown))
@@ -248,6 +255,18 @@ impl Loop {
         }
         // Whoever waits for a position decides anew whether to.
         self.positions.wake_all();
+    }
+}
+
+impl Loop {
+    /// Tells sessions whose clock reads must not go by.
+    fn compare_clocks(&self, primary: Option<NodeId>, now: Instant) {
+        let tolerance = self.config.load().consistency.clock_tolerance;
+        for id in (0u16..).map(NodeId).take(self.facts.len()) {
+            let offset = primary.and_then(|primary| self.clocks.offset(id.index(), primary.index(), now));
+            let late = clock::is_late(offset, tolerance);
+            self.positions.node(id).set_clock(offset, late);
+        }
     }
 }
 

@@ -88,6 +88,7 @@ impl Explanation {
     fn leaves(&self) -> String {
         match self.class.leaves {
             Leaves::Nothing => "nothing".to_owned(),
+            Leaves::ShowsStatements => "nothing; it shows what the session has prepared".to_owned(),
             Leaves::Pins(reason) => {
                 format!("session state ({}): the session keeps its backend", reason.label())
             }

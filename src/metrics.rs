@@ -73,6 +73,8 @@ pub struct Scrape<'a> {
     pub class_cache: ClassCacheFigures,
     /// Samples sent to each node since the start, in the configuration's order.
     pub samples: &'a [u64],
+    /// How far each node's clock is from the primary's, in seconds, likewise.
+    pub clock_offsets: &'a [Option<f64>],
     /// Changes of the topology since the start.
     pub topology_changes: u64,
 }
@@ -477,6 +479,18 @@ impl Metrics {
         for (node, count) in self.nodes.iter().map_while(OnceLock::get).zip(scrape.samples) {
             samples.with_label_values(&[node.name.as_str()]).inc_by(*count);
         }
+        let clocks = register(
+            &now,
+            GaugeVec::new(
+                Opts::new("highwater_node_clock_offset_seconds", "The node's clock less the primary's."),
+                &["node"],
+            ),
+        );
+        for (node, offset) in self.nodes.iter().map_while(OnceLock::get).zip(scrape.clock_offsets) {
+            if let Some(offset) = offset {
+                clocks.with_label_values(&[node.name.as_str()]).set(*offset);
+            }
+        }
         counter(&now, "highwater_topology_changes_total", "Changes of the topology.")
             .inc_by(scrape.topology_changes);
         let mut families = self.registry.gather();
@@ -656,6 +670,7 @@ pub(crate) mod tests {
             pools: &pools,
             class_cache,
             samples: &samples,
+            clock_offsets: &[Some(0.0), Some(-0.25), None],
             topology_changes: 3,
         });
         for line in [
@@ -667,6 +682,7 @@ pub(crate) mod tests {
             "highwater_backends_closed_total{node=\"n0\",reason=\"idle\"} 1",
             "highwater_samples_total{node=\"n2\"} 6",
             "highwater_topology_changes_total 3",
+            "highwater_node_clock_offset_seconds{node=\"n1\"} -0.25",
             "highwater_node_up{node=\"n2\"} 0",
             "highwater_node_role{node=\"n0\",role=\"primary\"} 1",
             "highwater_replica_replay_lag_bytes{node=\"n1\"} 4096",

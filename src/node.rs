@@ -244,7 +244,8 @@ SELECT (SELECT system_identifier FROM pg_control_system()), \
     (SELECT sum(confl_tablespace + confl_lock + confl_snapshot + confl_bufferpin + confl_deadlock)::text \
      FROM pg_stat_database_conflicts)] \
   ELSE ARRAY['primary', pg_current_wal_insert_lsn()::text, \
-    left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)] END";
+    left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)] END, \
+  (extract(epoch FROM clock_timestamp()) * 1000000)::int8";
 
 // A crash of any backend restarts all processes but the postmaster, whose start time stays: the checkpointer's
 // tells of it. The checkpoint at the end of recovery, or of a shutdown, has its redo position at itself; any
@@ -580,10 +581,11 @@ impl NodeClient {
         self.start.as_ref()
     }
 
-    /// What the node is. One round trip.
-    pub async fn probe(&self) -> Result<ProbeAnswer, NodeError> {
+    /// What the node is, and what its clock shows, in microseconds since 1970. One round trip.
+    pub async fn probe(&self) -> Result<(ProbeAnswer, Option<i64>), NodeError> {
         let row = self.ask(self.probe.as_ref()).await?;
-        read_probe(&row, self.wal_sizes).ok_or_else(|| self.unreadable())
+        let answer = read_probe(&row, self.wal_sizes).ok_or_else(|| self.unreadable())?;
+        Ok((answer, row.try_get(3).ok()))
     }
 
     /// The history of `timeline`, as the node's `pg_wal` has it. `Ok(None)`: there is no such file, or

@@ -77,6 +77,22 @@ pub struct Note {
     pub counter: u64,
 }
 
+/// How far a node's clock is from the primary's, in nanoseconds: between these two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClockOffset {
+    /// At least (negative: it is behind).
+    pub low: i64,
+    /// At most.
+    pub high: i64,
+}
+
+impl ClockOffset {
+    /// What lies between, in seconds.
+    pub fn seconds(self) -> f64 {
+        (self.low as f64 / 2.0 + self.high as f64 / 2.0) / 1e9
+    }
+}
+
 /// The samples of one node.
 #[derive(Default)]
 pub struct NodePositions {
@@ -87,6 +103,8 @@ pub struct NodePositions {
     wake_sampler: Notify,
     noted: AtomicBool,
     idle: AtomicBool,
+    late_clock: AtomicBool,
+    clock: Mutex<Option<ClockOffset>>,
 }
 
 impl NodePositions {
@@ -125,6 +143,22 @@ impl NodePositions {
                 self.wake_sampler.notify_one();
             }
         }
+    }
+
+    /// Whether the node's clock is too far behind the primary's for reads that ask for the time.
+    pub fn has_late_clock(&self) -> bool {
+        self.late_clock.load(Ordering::Relaxed)
+    }
+
+    /// How far its clock is from the primary's, as far as that is known.
+    pub fn clock(&self) -> Option<ClockOffset> {
+        *self.clock.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// What is known of its clock now.
+    pub fn set_clock(&self, offset: Option<ClockOffset>, late: bool) {
+        *self.clock.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = offset;
+        self.late_clock.store(late, Ordering::Relaxed);
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Sample>> {

@@ -349,6 +349,8 @@ impl Parts {
             let classifier = self.door.shared.classifier.clone();
             let positions = self.door.shared.positions.clone();
             let topology = self.door.shared.topology.clone();
+            let clocks = positions.clone();
+            let clocked = topology.clone();
             tokio::spawn(admin::serve(
                 listener,
                 AdminState {
@@ -360,6 +362,10 @@ impl Parts {
                         let (hits, misses) = classifier.hits_and_misses();
                         let replaced_parsers = classifier.replaced_parsers();
                         ClassCacheFigures { hits, misses, replaced_parsers }
+                    }),
+                    clock_offsets: Arc::new(move || {
+                        let offset = |id| clocks.node(id).clock().map(|c| c.seconds());
+                        clocked.load().nodes.iter().map(|view| offset(view.id)).collect()
                     }),
                     samples: Arc::new(move || {
                         topology.load().nodes.iter().map(|view| positions.node(view.id).counter()).collect()

@@ -160,7 +160,7 @@ pub async fn clean(backend: &mut Backend) -> Result<(), Broken> {
     match backend.dirt {
         Dirt::Clean => Ok(()),
         Dirt::Unknown => Err(Broken),
-        Dirt::State => {
+        Dirt::Hidden | Dirt::State => {
             let answer = ask(backend, "DISCARD ALL").await?;
             if answer.tags != [b"DISCARD ALL".to_vec()] {
                 return Err(Broken);

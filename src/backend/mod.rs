@@ -89,6 +89,9 @@ pub struct Prepared {
 pub enum Dirt {
     /// Nothing.
     Clean,
+    /// Code that is not understood ran, and nothing of it shows: its session may go on with the backend as it is;
+    /// for anybody else it is cleaned.
+    Hidden,
     /// Session state: it is cleaned (DISCARD ALL, verified) before anybody else gets it.
     State,
     /// It cannot be told what: it is closed.
@@ -144,6 +147,8 @@ pub struct Backend {
     /// The session (by the process id it shows) that last ran on it what is not a read: what it may have
     /// drawn from sequences is what `currval` and `lastval` speak of. None: nobody.
     pub last_writer: Option<u32>,
+    /// The session that used it last, by a number that no other has; 0: nobody.
+    pub last_user: u64,
     /// The worker on whose reactor its socket is registered.
     pub worker: usize,
 }
@@ -291,6 +296,7 @@ impl Backend {
             dirt: Dirt::Clean,
             applied: Arc::default(),
             last_writer: None,
+            last_user: 0,
             worker,
         }
     }

@@ -212,11 +212,79 @@ struct Waiter {
     grant: oneshot::Sender<Grant>,
 }
 
+/// Which of the idle backends that fit a session would rather have. Whatever it wishes, it does not wait for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// The one that it used last, if that was just now: it has its settings and statements. After a pause the most
+    /// recently used one of its worker does as well, and lets the pool shrink.
+    Recent,
+    /// The one that it used last, whenever that was and whichever worker's it is: what it asks for may depend on
+    /// what its server process has kept of it.
+    Own,
+    /// The one on which the session of this process id wrote last: what it has drawn from sequences is known there.
+    Writer(u32),
+}
+
+/// For how long after it was given back [`Wish::Recent`] counts.
+const RECENT: Duration = Duration::from_secs(1);
+
+/// A backend that nobody uses, with what the choice among them goes by at hand.
+struct Idle {
+    /// See [`Backend::last_user`].
+    last_user: u64,
+    /// See [`Backend::worker`].
+    worker: usize,
+    /// Whoever gets it need not wait for it to be cleaned.
+    clean: bool,
+    // Boxed once, when opened: a backend changes hands with every statement.
+    backend: Box<Backend>,
+}
+
+impl Idle {
+    fn new(backend: Box<Backend>) -> Idle {
+        Idle {
+            last_user: backend.last_user,
+            worker: backend.worker,
+            clean: backend.dirt == Dirt::Clean,
+            backend,
+        }
+    }
+}
+
+/// Who asks for a backend.
+#[derive(Clone, Copy, Debug)]
+pub struct Asker {
+    /// The session, by a number that no other has.
+    pub session: u64,
+    /// The worker it runs on.
+    pub worker: usize,
+    /// What it would rather have.
+    pub wish: Wish,
+}
+
+/// Which of the idle backends a session gets: the one it wishes for; else the latest of its worker, else the
+/// latest; clean ones first.
+fn choose(idle: &[Idle], startup: &StartupParameters, asker: Asker) -> Option<usize> {
+    let Asker { session, worker, wish } = asker;
+    let fits = |idle: &Idle| *idle.backend.startup == *startup;
+    let wished = match wish {
+        Wish::Recent => idle
+            .iter()
+            .rposition(|b| b.last_user == session && b.worker == worker && fits(b))
+            .filter(|at| idle[*at].backend.idle_since.elapsed() < RECENT),
+        Wish::Own => idle.iter().rposition(|b| b.last_user == session && fits(b)),
+        Wish::Writer(pid) => idle.iter().rposition(|b| b.backend.last_writer == Some(pid) && fits(b)),
+    };
+    wished
+        .or_else(|| idle.iter().rposition(|b| b.worker == worker && b.clean && fits(b)))
+        .or_else(|| idle.iter().rposition(|b| b.clean && fits(b)))
+        .or_else(|| idle.iter().rposition(fits))
+}
+
 #[derive(Default)]
 struct State {
-    // Boxed once, when opened: a backend changes hands with every statement.
-    #[allow(clippy::vec_box)]
-    idle: Vec<Box<Backend>>,
+    /// In the order in which they were given back.
+    idle: Vec<Idle>,
     waiters: VecDeque<Waiter>,
     /// Lent, idle, being cleaned or being opened.
     open: usize,
@@ -263,16 +331,23 @@ impl Pool {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Lends a backend that was opened with `startup`. Waits in line for up to `patience`.
+    /// Lends a backend that was opened with `startup`, if it can one that `wish` asks for. Waits in line for
+    /// up to `patience`.
     pub async fn acquire(
         self: &Arc<Pool>,
         startup: &Arc<StartupParameters>,
-        worker: usize,
-        last_written_by: Option<u32>,
+        asker: Asker,
         patience: Duration,
     ) -> Result<Lease, AcquireError> {
-        if let Some(backend) = self.take_idle(startup, worker, last_written_by) {
-            return Ok(self.lend(backend));
+        while let Some(backend) = self.take_idle(startup, asker) {
+            let mut lease = self.lend(backend);
+            if lease.dirt == Dirt::Clean || lease.last_user == asker.session {
+                return Ok(lease);
+            }
+            match clean::clean(&mut lease).await {
+                Ok(()) => return Ok(lease),
+                Err(clean::Broken) => lease.close(CloseReason::Unclean),
+            }
         }
         let begun = Instant::now();
         let (sender, receiver) = oneshot::channel();
@@ -281,7 +356,7 @@ impl Pool {
             let mut state = self.lock();
             state.waiters.push_back(Waiter {
                 startup: startup.clone(),
-                worker,
+                worker: asker.worker,
                 coming: false,
                 grant: sender,
             });
@@ -297,12 +372,7 @@ impl Pool {
         }
     }
 
-    fn take_idle(
-        self: &Arc<Pool>,
-        startup: &StartupParameters,
-        worker: usize,
-        last_written_by: Option<u32>,
-    ) -> Option<Box<Backend>> {
+    fn take_idle(self: &Arc<Pool>, startup: &StartupParameters, asker: Asker) -> Option<Box<Backend>> {
         let epoch = self.context.topology.load().epoch;
         let mut state = self.lock();
         if state.waiters.iter().any(|w| !w.coming) {
@@ -311,13 +381,8 @@ impl Pool {
             return None;
         }
         loop {
-            let fits = |b: &Backend| *b.startup == *startup;
-            let wanted = |b: &Backend| b.last_writer == last_written_by && fits(b);
-            let at = last_written_by
-                .and_then(|_| state.idle.iter().rposition(|b| wanted(b)))
-                .or_else(|| state.idle.iter().rposition(|b| b.worker == worker && fits(b)))
-                .or_else(|| state.idle.iter().rposition(|b| fits(b)))?;
-            let mut backend = state.idle.remove(at);
+            let at = choose(&state.idle, startup, asker)?;
+            let mut backend = state.idle.remove(at).backend;
             let valid = backend.login_settings == Some(self.context.login_settings.generation());
             let open = self.context.ways.is_open_to(&backend);
             if valid && open && backend.epoch == epoch && backend.is_alive() {
@@ -467,7 +532,7 @@ impl Pool {
             self.open_more(state);
             return;
         }
-        state.idle.push(backend);
+        state.idle.push(Idle::new(backend));
         // Who waits could not use it; with the pool full, it makes room.
         self.open_more(state);
     }
@@ -484,10 +549,15 @@ impl Pool {
     }
 
     /// Takes a backend back. It must be idle, with nothing unread.
-    fn give_back(self: &Arc<Pool>, mut backend: Box<Backend>) {
-        if backend.dirt == Dirt::Clean && !backend.cancel.was_sent() {
+    fn give_back(self: &Arc<Pool>, backend: Box<Backend>) {
+        if backend.dirt <= Dirt::Hidden && !backend.cancel.was_sent() {
             return self.keep(backend);
         }
+        self.clean(backend);
+    }
+
+    /// Cleans a backend before anybody gets it.
+    fn clean(self: &Arc<Pool>, mut backend: Box<Backend>) {
         let pool = self.clone();
         tokio::spawn(async move {
             match clean::clean(&mut backend).await {
@@ -518,6 +588,11 @@ impl Pool {
             drop(state);
             return self.closed(CloseReason::Reload);
         }
+        if backend.dirt != Dirt::Clean && !state.waiters.is_empty() {
+            // It is not for who waits as it is.
+            drop(state);
+            return self.clean(backend);
+        }
         // Nobody overtakes a head for whom nothing is on its way: it gets this one's place.
         let passed_over = state.waiters.front().is_some_and(|w| !w.coming && *w.startup != *backend.startup);
         if passed_over {
@@ -537,9 +612,9 @@ impl Pool {
 
     fn close_idle(self: &Arc<Pool>) {
         let mut state = self.lock();
-        for backend in std::mem::take(&mut state.idle) {
+        for idle in std::mem::take(&mut state.idle) {
             state.open -= 1;
-            self.context.count_closed(backend.node, CloseReason::DatabaseCommand);
+            self.context.count_closed(idle.backend.node, CloseReason::DatabaseCommand);
         }
         self.open_more(&mut state);
     }
@@ -552,7 +627,7 @@ impl Pool {
         let mut state = self.lock();
         let before = state.idle.len();
         let mut too_many = state.open.saturating_sub(size);
-        state.idle.retain_mut(|b| {
+        state.idle.retain_mut(|Idle { backend: b, .. }| {
             let reason = if !self.context.ways.is_open_to(b) {
                 CloseReason::Reload
             } else if b.epoch != epoch {
@@ -663,6 +738,13 @@ impl Lease {
             context.stop(&target).await;
             drop(self);
         });
+    }
+
+    /// Closes it, for this reason.
+    fn close(mut self, reason: CloseReason) {
+        if self.backend.take().is_some() {
+            self.pool.closed(reason);
+        }
     }
 
     /// Gives an idle backend back to its pool, which cleans it first where it must.

@@ -700,7 +700,7 @@ const SPECIALS: &[(&str, Special)] = &[
          pg_conf_load_time pg_relation_size pg_table_size pg_indexes_size pg_total_relation_size \
          pg_database_size pg_tablespace_size pg_blocking_pids pg_cancel_backend pg_terminate_backend \
          pg_my_temp_schema pg_is_other_temp_schema pg_client_encoding pg_relation_filenode \
-         pg_relation_filepath pg_switch_wal pg_create_restore_point pg_reload_conf \
+         pg_relation_filepath pg_prepared_statement pg_switch_wal pg_create_restore_point pg_reload_conf \
          lo_creat lo_create lo_unlink lo_from_bytea lo_put lo_open lo_close loread lowrite lo_lseek lo_tell",
         Special::LeavesNothing,
     ),

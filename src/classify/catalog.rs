@@ -392,8 +392,8 @@ impl CatalogRows {
             }
             let before = texts.len();
             texts.retain(|row| {
-                let depends = round == MAX_ROUNDS
-                    || transaction::depends_on_transaction(row.source.as_bytes(), catalog);
+                let depends =
+                    round == MAX_ROUNDS || transaction::asks_for_time(row.source.as_bytes(), catalog);
                 found.extend(depends.then_some(Object::Function(row.oid)));
                 !depends
             });

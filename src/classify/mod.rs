@@ -42,7 +42,9 @@ pub use catalog::Catalog;
 pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
 pub use skeleton::skeleton_text;
 pub use trace::traceparent;
-pub use transaction::{Isolation, TransactionCommand, depends_on_transaction, parameters_name_the_clock};
+pub use transaction::{
+    Isolation, TransactionCommand, asks_for_time, depends_on_transaction, parameters_name_the_clock,
+};
 
 use crate::config::LimitsConfig;
 use builtin::Vocabulary;
@@ -540,6 +542,8 @@ impl ClassReason {
 pub enum Leaves {
     /// Nothing.
     Nothing,
+    /// Nothing; but it shows what the session has prepared (`pg_prepared_statements`).
+    ShowsStatements,
     /// Session state for sure: the session stays on this backend.
     Pins(PinReason),
     /// It ran code that is not understood (a user's function, DO, CALL): the backend is looked at afterwards.
@@ -551,14 +555,20 @@ pub enum Leaves {
 }
 
 impl Leaves {
+    /// Whether nothing is left.
+    pub fn is_nothing(self) -> bool {
+        matches!(self, Leaves::Nothing | Leaves::ShowsStatements)
+    }
+
     /// The one of two that asks for more.
     pub fn or_stronger(self, other: Leaves) -> Leaves {
         let rank = |leaves| match leaves {
             Leaves::Nothing => 0,
-            Leaves::DeallocatesAll => 1,
-            Leaves::DiscardsAll => 2,
-            Leaves::Unproven => 3,
-            Leaves::Pins(reason) => 4 + reason.staying_power(),
+            Leaves::ShowsStatements => 1,
+            Leaves::DeallocatesAll => 2,
+            Leaves::DiscardsAll => 3,
+            Leaves::Unproven => 4,
+            Leaves::Pins(reason) => 5 + reason.staying_power(),
         };
         if rank(other) > rank(self) { other } else { self }
     }

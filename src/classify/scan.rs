@@ -333,6 +333,7 @@ impl Scan<'_> {
         let flags = self.catalog.name(name);
         let unclear = self.ascii_names && !name.is_ascii();
         let pg_prefix = name.starts_with(b"pg_");
+        let shows_statements = pg_prefix && name == b"pg_prepared_statements";
         let temporary_schema = pg_prefix && (name == b"pg_temp" || name.starts_with(b"pg_temp_"));
         let is_operator_word = !quoted && name == b"operator";
         let of_from = !quoted && matches!(name, b"only" | b"lateral" | b"rows");
@@ -361,6 +362,9 @@ impl Scan<'_> {
             && (statement.into_table || matches!(statement.lead, Some(Lead::Create | Lead::Define)))
         {
             statement.leave(Leaves::Pins(PinReason::TemporaryTable));
+        }
+        if shows_statements {
+            statement.leave(Leaves::ShowsStatements);
         }
         if flags.code || flags.elsewhere {
             statement.refuse(Kind::Write, ClassReason::UnsafeName);

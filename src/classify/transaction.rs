@@ -17,6 +17,8 @@ pub enum TransactionCommand {
         isolation: Isolation,
         /// `BEGIN` or `START TRANSACTION`.
         tag: &'static str,
+        /// It asks for READ ONLY.
+        read_only: bool,
     },
     /// COMMIT, END.
     Commit,
@@ -147,7 +149,7 @@ fn ends(rest: &[Part]) -> bool {
 /// The transaction modes behind BEGIN, with commas or without.
 fn begin(mut modes: &[Part], tag: &'static str) -> Option<TransactionCommand> {
     use Part as P;
-    let mut isolation = Isolation::Default;
+    let (mut isolation, mut read_only) = (Isolation::Default, false);
     while !modes.is_empty() {
         let used = match modes {
             [P::Isolation, P::Level, level @ ..] => {
@@ -164,7 +166,12 @@ fn begin(mut modes: &[Part], tag: &'static str) -> Option<TransactionCommand> {
                 isolation = found;
                 used
             }
-            [P::Read, P::Only | P::Write, ..] | [P::Not, P::Deferrable, ..] => 2,
+            [P::Read, access @ (P::Only | P::Write), ..] => {
+                // Of several the last counts.
+                read_only = *access == P::Only;
+                2
+            }
+            [P::Not, P::Deferrable, ..] => 2,
             [P::Deferrable, ..] => 1,
             _ => return None,
         };
@@ -174,11 +181,31 @@ fn begin(mut modes: &[Part], tag: &'static str) -> Option<TransactionCommand> {
             rest => rest,
         };
     }
-    Some(TransactionCommand::Begin { isolation, tag })
+    Some(TransactionCommand::Begin { isolation, tag, read_only })
 }
 
 /// Whether the answer to a read may depend on when its transaction began. What is not understood does.
 pub fn depends_on_transaction(text: &[u8], catalog: &Catalog) -> bool {
+    names_a_moment(text, catalog, |name| matches!(name, b"now" | b"transaction_timestamp" | b"age"))
+}
+
+/// Whether the answer to a read may depend on what the server's clock shows, be it only once a transaction.
+pub fn asks_for_time(text: &[u8], catalog: &Catalog) -> bool {
+    names_a_moment(text, catalog, |name| {
+        matches!(
+            name,
+            b"now"
+                | b"transaction_timestamp"
+                | b"age"
+                | b"statement_timestamp"
+                | b"clock_timestamp"
+                | b"timeofday"
+                | b"pg_sleep_until"
+        )
+    })
+}
+
+fn names_a_moment(text: &[u8], catalog: &Catalog, is_function: fn(&[u8]) -> bool) -> bool {
     let mut lexer = Lexer::new(text);
     loop {
         match lexer.next_token() {
@@ -198,8 +225,7 @@ pub fn depends_on_transaction(text: &[u8], catalog: &Catalog) -> bool {
                             | b"localtimestamp"
                     );
                 // age() of one argument counts from today.
-                let function = matches!(name, b"now" | b"transaction_timestamp" | b"age");
-                if keyword || catalog.name(name).moment || (function && called()) {
+                if keyword || catalog.name(name).moment || (is_function(name) && called()) {
                     return true;
                 }
             }
@@ -228,22 +254,27 @@ mod tests {
     #[test]
     fn commands_are_read_to_their_last_word() {
         use Isolation::{Default, Other, ReadCommitted};
-        let begin = |isolation| Some(TransactionCommand::Begin { isolation, tag: "BEGIN" });
-        let start = |isolation| Some(TransactionCommand::Begin { isolation, tag: "START TRANSACTION" });
+        let begins =
+            |isolation, tag, read_only| Some(TransactionCommand::Begin { isolation, tag, read_only });
+        let begin = |isolation| begins(isolation, "BEGIN", false);
+        let reads = |isolation| begins(isolation, "BEGIN", true);
+        let start = |isolation| begins(isolation, "START TRANSACTION", false);
         let (commit, rollback) = (Some(TransactionCommand::Commit), Some(TransactionCommand::Rollback));
         for (text, expected) in [
             ("BEGIN", begin(Default)),
             (" begin ; ", begin(Default)),
             ("begin work", begin(Default)),
             ("BEGIN /* for the report */ TRANSACTION -- so", begin(Default)),
-            ("BEGIN READ ONLY", begin(Default)),
+            ("BEGIN READ ONLY", reads(Default)),
+            ("BEGIN READ WRITE READ ONLY", reads(Default)),
+            ("BEGIN READ ONLY, READ WRITE", begin(Default)),
             ("begin read write, not deferrable", begin(Default)),
             ("BEGIN ISOLATION LEVEL READ COMMITTED", begin(ReadCommitted)),
-            ("begin isolation level read uncommitted read only deferrable", begin(ReadCommitted)),
-            ("BEGIN TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY", begin(Other)),
+            ("begin isolation level read uncommitted read only deferrable", reads(ReadCommitted)),
+            ("BEGIN TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY", reads(Other)),
             ("begin isolation level serializable", begin(Other)),
             ("START TRANSACTION", start(Default)),
-            ("start transaction read only", start(Default)),
+            ("start transaction read only", begins(Default, "START TRANSACTION", true)),
             ("COMMIT", commit),
             ("commit work;", commit),
             ("end transaction and no chain", commit),
@@ -313,6 +344,26 @@ mod tests {
             "select * from t where name = 'anna'",
         ] {
             assert!(!depends(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn reads_that_ask_for_the_time_are_found() {
+        let catalog = Catalog::unknown(1);
+        let asks = |text: &str| asks_for_time(text.as_bytes(), &catalog);
+        for text in [
+            "select now()",
+            "select clock_timestamp () - '1 s'",
+            "select * from t where at <= statement_timestamp()",
+            "select timeofday()",
+            "select * from t where at <= localtimestamp",
+            "select * from t where at <= 'NOW'",
+            "select 'unclear",
+        ] {
+            assert!(asks(text), "{text}");
+        }
+        for text in ["select 1", "select clock_timestamp from t", "select 'clock_timestamp()'"] {
+            assert!(!asks(text), "{text}");
         }
     }
 

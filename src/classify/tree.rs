@@ -37,7 +37,7 @@ pub enum Use {
 const CURRENT_SETTING: [u32; 2] = [2077, 3294];
 
 /// Built-in functions that tell when their transaction began: now, transaction_timestamp, age (from today).
-pub(super) const MOMENTS: [u32; 4] = [1299, 2647, 1386, 2059];
+pub(super) const MOMENTS: [u32; 7] = [1299, 2647, 1386, 2059, 2648, 2649, 274];
 
 /// Whether the tree has CURRENT_TIMESTAMP or one of its kin, which are no functions: `SVFOP_CURRENT_DATE` (0) to
 /// `SVFOP_LOCALTIMESTAMP_N` (8). Or a constant, in bytes, with a word that is turned into a time.

@@ -536,6 +536,7 @@ impl PrivateCluster {
                 run_as: home.run_as,
                 roles: template.roles.clone(),
                 process: Mutex::new(None),
+                environment: Mutex::default(),
             };
             let mut copy = home.run_as.command("cp");
             copy.args(["-a", "--reflink=auto"]).arg(template.data()).arg(&node.data);
@@ -630,6 +631,8 @@ pub struct PrivateNode {
     roles: Roles,
     /// The postmaster, while it is our child.
     process: Mutex<Option<Child>>,
+    /// Variables that its next start gets beside ours.
+    environment: Mutex<Vec<(String, String)>>,
 }
 
 impl PrivateNode {
@@ -735,6 +738,7 @@ impl PrivateNode {
         let mut command = self.run_as.command(self.bin.join("postgres"));
         // PostgreSQL goes there by itself; from the start on it is where the janitor looks.
         command.current_dir(&self.data).arg("-D").arg(&self.data);
+        command.envs(lock(&self.environment).iter().map(|(name, value)| (name, value)));
         command.stdout(system(&what, log.try_clone())?).stderr(log);
         *process = Some(system(&what, command.spawn())?);
         Ok(())
@@ -839,6 +843,12 @@ impl PrivateNode {
     pub async fn stop_immediate(&self) -> Result<(), ClusterError> {
         self.signal_postmaster(Signal::SIGQUIT)?;
         self.wait_gone().await
+    }
+
+    /// Sets the variables that its next start gets beside ours.
+    pub fn set_environment(&self, variables: &[(&str, &str)]) {
+        *lock(&self.environment) =
+            variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
     }
 
     /// Stops fast and starts again.

@@ -5,6 +5,7 @@
 //! node that does not answer costs one task some waiting and nobody else anything. Deliberately does
 //! not decide who is the primary or who may serve: that is `control`.
 
+pub mod clock;
 pub mod floor;
 pub mod health;
 pub mod lag;

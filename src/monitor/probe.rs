@@ -13,6 +13,7 @@ use tokio::time::{sleep_until, timeout};
 
 use crate::config::live::LiveConfig;
 use crate::monitor::ReceivedTimeline;
+use crate::monitor::clock::ClockReading;
 use crate::node::{NodeClient, NodeError, NodeFailure, Nodes, ProbeAnswer, ProbedRole, Start};
 use crate::topology::NodeId;
 use crate::wal::{TimelineHistory, TimelineId};
@@ -44,6 +45,8 @@ pub struct Observation {
     pub asked_at: Instant,
     /// What was seen, or how it failed.
     pub result: Result<Seen, NodeError>,
+    /// What its clock showed, if it answered.
+    pub clock: Option<ClockReading>,
 }
 
 /// Probes `node` until the receiver of `results` is gone.
@@ -54,7 +57,7 @@ pub async fn run(
     now_please: Arc<Notify>,
     results: mpsc::Sender<Observation>,
 ) {
-    let mut probe = Probe { node, nodes, config, held: None };
+    let mut probe = Probe { node, nodes, config, held: None, clock: None };
     loop {
         let asked_at = Instant::now();
         let result = probe.once().await;
@@ -64,7 +67,7 @@ pub async fn run(
             Err(e) if matches!(e.kind, NodeFailure::Refused | NodeFailure::Starting) => interval.min(RETRY),
             _ => interval,
         };
-        if results.send(Observation { node, asked_at, result }).await.is_err() {
+        if results.send(Observation { node, asked_at, result, clock: probe.clock.take() }).await.is_err() {
             return;
         }
         probe.wait(asked_at + pause, &now_please).await;
@@ -76,6 +79,7 @@ struct Probe {
     nodes: Arc<Nodes>,
     config: Arc<LiveConfig>,
     held: Option<Held>,
+    clock: Option<ClockReading>,
 }
 
 struct Held {
@@ -109,7 +113,7 @@ impl Probe {
     async fn ask(&mut self, deadline: Duration) -> Result<Seen, NodeError> {
         if let Some(held) = &mut self.held {
             held.client.answer_within(deadline);
-            match held.look().await {
+            match held.look(&mut self.clock).await {
                 // A broken connection says little by itself: a new one tells refused, starting and well apart.
                 Err(error) if error.kind == NodeFailure::Broken => self.held = None,
                 result => return result,
@@ -117,7 +121,7 @@ impl Probe {
         }
         let client = self.nodes.open(self.node, deadline).await?;
         let held = Held { client, received: ReceivedTimeline::default(), history: None };
-        self.held.insert(held).look().await
+        self.held.insert(held).look(&mut self.clock).await
     }
 
     async fn wait(&mut self, due: Instant, now_please: &Notify) {
@@ -142,8 +146,11 @@ impl Probe {
 }
 
 impl Held {
-    async fn look(&mut self) -> Result<Seen, NodeError> {
-        let answer = self.client.probe().await?;
+    async fn look(&mut self, clock: &mut Option<ClockReading>) -> Result<Seen, NodeError> {
+        let sent = Instant::now();
+        let (answer, server_micros) = self.client.probe().await?;
+        *clock =
+            server_micros.map(|server_micros| ClockReading { server_micros, sent, came: Instant::now() });
         let (timeline, history) = match &answer.role {
             ProbedRole::Replica { positions, .. } => (self.received.observe(positions), None),
             ProbedRole::Primary { timeline, .. } => {

@@ -68,11 +68,13 @@ pub enum RouteReason {
     Asked,
     /// `routing.shadow` is on: a read that would have gone elsewhere, perhaps.
     Shadow,
+    /// A read that asks for the time, while the clocks of the replicas that might serve it are behind.
+    Clock,
 }
 
 impl RouteReason {
     /// All labels, in the order of the discriminants.
-    pub const LABELS: [&'static str; 12] = [
+    pub const LABELS: [&'static str; 13] = [
         "read",
         "not_a_read",
         "in_transaction",
@@ -85,6 +87,7 @@ impl RouteReason {
         "settings",
         "asked",
         "shadow",
+        "clock",
     ];
 
     /// One word for a metric label or a log field.

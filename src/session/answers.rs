@@ -387,7 +387,10 @@ impl Exchange<'_> {
     /// first.
     fn skip_expected(&mut self) {
         let parsing_unnamed = matches!(self.unit.expects.front(), Some(Expect::Parse(NameOnServer::Unnamed)));
-        self.session.statements.failed(parsing_unnamed);
+        // What was sent behind a Sync of ours is not skipped with what was put in ahead of it.
+        if !self.is_ours() {
+            self.session.statements.failed(parsing_unnamed);
+        }
         if matches!(self.unit.expects.front(), Some(Expect::Query | Expect::FunctionCall)) {
             return;
         }

@@ -9,8 +9,10 @@ use bytes::Buf;
 use super::exchange::Again;
 use super::messages::{self, Parse, Target};
 use super::prepared::{Found, SqlCommand, Statement};
+use super::transaction::Splits;
 use super::{End, Session};
 use crate::backend::SharedName;
+use crate::classify::hint::Hints;
 use crate::classify::setting::{self, ResetBatch};
 use crate::classify::{self, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass};
 use crate::route::{ClassLabel, RouteReason};
@@ -160,7 +162,7 @@ impl Session {
             return Ok(Demand::Ours);
         }
         (self.asked_for, self.hinted) = (self.promise, false);
-        if self.splits && self.answer_transaction_commands().await? {
+        if self.splits != Splits::None && self.answer_transaction_commands().await? {
             return Ok(Demand::Ours);
         }
         let demand = self.demand_of_unit().await?;
@@ -200,7 +202,7 @@ impl Session {
                         return Ok(Demand::Ours);
                     }
                     if !matches!(class.kind, Kind::Read | Kind::Empty) {
-                        self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
+                        self.ask_for_own(class);
                         self.look_for_own(statement.text(), class).await?;
                         return Ok(Demand::not_a_read(ClassLabel::of(class.kind)));
                     }
@@ -226,7 +228,7 @@ impl Session {
                             return Ok(Demand::Ours);
                         }
                         if !matches!(class.kind, Kind::Read | Kind::Empty) {
-                            self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
+                            self.ask_for_own(class);
                             self.look_for_own(statement.text(), class).await?;
                             return Ok(Demand::not_a_read(ClassLabel::of(class.kind)));
                         }
@@ -259,6 +261,12 @@ impl Session {
         Ok(Demand::Read { vetted: at, redone: false })
     }
 
+    /// What a statement asks for may depend on what the session did before on its backend.
+    fn ask_for_own(&mut self, class: StatementClass) {
+        self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
+        self.asks_process |= class.leaves == Leaves::Unproven;
+    }
+
     async fn demand_query(&mut self, at: usize, len: usize) -> Result<Demand, End> {
         let text = query_text(&self.client.input[at + HEADER..at + len])
             .ok_or_else(|| End::protocol("invalid message format"))?;
@@ -287,7 +295,7 @@ impl Session {
         if at == 0 && matches!(class.kind, Kind::Read | Kind::Empty) {
             return Ok(Demand::Read { vetted: len, redone: false });
         }
-        self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
+        self.ask_for_own(class);
         self.look_for_own(&text, class).await?;
         // In the middle of an open unit even a read goes where the rest of it goes.
         Ok(Demand::of_query(class))
@@ -306,7 +314,7 @@ impl Session {
         }
         let text = query_text(&self.client.input[HEADER..header.len])?;
         let class = match self.lookup(text, &[]) {
-            Lookup::Known(class, _) if class.is_mere_read() => {
+            Lookup::Known(class, _) if class.is_mere_read() && class.hints == Hints::default() => {
                 return Some(Demand::Read { vetted: 0, redone: false });
             }
             Lookup::Known(class, _) => class,
@@ -315,6 +323,7 @@ impl Session {
             Lookup::Ask(_) => return Some(Demand::not_a_read(ClassLabel::Unit)),
         };
         let text = text.to_vec();
+        self.bad_hint = self.take_hints(&text, class.hints);
         if self.deallocated(&text, class, header.len) {
             return Some(Demand::Ours);
         }
@@ -463,6 +472,7 @@ impl Session {
         bytes::BufMut::put_slice(&mut self.client.output, &out);
         self.client.input.advance(len);
         self.statements.drop_unnamed();
+        self.affinity = self.shared.names.number();
         if matches!(batch, ResetBatch::DiscardAll | ResetBatch::DeallocateAll) {
             self.statements.clear();
         }

@@ -240,6 +240,8 @@ pub struct Unit {
     pub before: TransactionStatus,
     /// It contains data definition.
     pub ddl: bool,
+    /// Its Query begins or ends a transaction, and does nothing else.
+    pub control: bool,
     /// It may change what logins give.
     pub login_settings: bool,
     /// It has statements that are not reads.
@@ -345,6 +347,7 @@ impl Unit {
             discarded: false,
             before: TransactionStatus::Idle,
             ddl: false,
+            control: false,
             login_settings: false,
             writes: false,
         }
@@ -356,7 +359,7 @@ impl Unit {
         match leaves {
             Leaves::Pins(reason) => self.pins |= PinSet::of(reason),
             Leaves::Unproven => self.unproven = true,
-            Leaves::Nothing | Leaves::DiscardsAll | Leaves::DeallocatesAll => {}
+            Leaves::Nothing | Leaves::ShowsStatements | Leaves::DiscardsAll | Leaves::DeallocatesAll => {}
         }
     }
 

@@ -7,6 +7,7 @@
 //! only if it was a read and nothing of its first answer has left.
 
 mod answers;
+mod clock;
 mod demand;
 mod exchange;
 pub mod handle;
@@ -44,7 +45,7 @@ use self::promise::{OwnState, PrimaryReads, take_own};
 use self::settings::{AtReady, Settings};
 use self::shared_mark::{GlobalMark, NamedMarks, SharedMark};
 use self::timeouts::{Overdue, Timeouts};
-use self::transaction::Lazy;
+use self::transaction::{Lazy, Splits};
 use crate::backend::pool::{Lease, Pools, UserPools, Welcome};
 use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
 use crate::catalogs::{Catalogs, DatabaseCatalog};
@@ -52,7 +53,7 @@ use crate::classify::setting::{self, Change};
 use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
 use crate::config::live::LiveConfig;
 use crate::config::{Config, PoolMode, Transactions};
-use crate::consistency::Promise;
+use crate::consistency::{Level, Promise};
 use crate::log;
 use crate::metrics::Metrics;
 use crate::net::Stream;
@@ -257,8 +258,8 @@ pub struct Session {
     keeps_backend: bool,
     timeouts: Timeouts,
     status: TransactionStatus,
-    /// `routing.transactions: split` holds for it.
-    splits: bool,
+    /// Which of its transactions begin without a backend.
+    splits: Splits,
     /// Its transaction, while no node knows of that.
     lazy: Option<Lazy>,
     mark: Mark,
@@ -288,8 +289,17 @@ pub struct Session {
     /// In this transaction ALTER ROLE or DATABASE ran, which may change what logins give.
     login_settings: bool,
     statements: Statements,
+    /// Its number for its backends, which no other session has: what code has left hidden on the one it used last
+    /// is its own. Another one when that is to be forgotten.
+    affinity: u64,
     /// The unit calls `currval` or `lastval`.
     asks_sequences: bool,
+    /// It runs code that is not understood, which may keep something in its server process.
+    asks_process: bool,
+    /// It asks for the time; none: nobody has looked.
+    asks_for_time: Option<bool>,
+    /// A comment in it has a value that is none: the error that is to be its answer.
+    bad_hint: Option<ErrorReport>,
     /// The unit is a Query that is about one name.
     sql: Option<SqlCommand>,
     /// The unit is to run again because a shared statement was out of date.
@@ -374,7 +384,7 @@ impl Session {
             keeps_backend: mode == PoolMode::Session && !arrival.read_only,
             timeouts: Timeouts::new(config.timeouts),
             status: TransactionStatus::Idle,
-            splits: false,
+            splits: Splits::None,
             lazy: None,
             mark: Mark::new(&*shared.positions, &topology),
             promise: own_state.promise(),
@@ -392,7 +402,11 @@ impl Session {
             ddl: false,
             login_settings: false,
             statements: Statements::new(shared.names.number()),
+            affinity: shared.names.number(),
             asks_sequences: false,
+            asks_process: false,
+            asks_for_time: None,
+            bad_hint: None,
             sql: None,
             prepare_anew: false,
             unit: Unit::none(),
@@ -426,14 +440,20 @@ impl Session {
             None => {
                 let broken = || End::fatal(ErrorReport::fatal("08006", "the connection to the node broke"));
                 let mut lease = self.lease_for_login().await?;
+                if !lease.applied.entries().is_empty() {
+                    // What another session has set could change the answers, or keep them away.
+                    lease.dirt = lease.dirt.max(Dirt::State);
+                }
+                clean::clean(&mut lease).await.map_err(|_| broken())?;
                 let idle_session_timeout =
                     clean::idle_session_timeout(&mut lease).await.map_err(|_| broken())?;
-                let isolation = match self.config.routing.transactions {
-                    Transactions::Primary => Arc::default(),
-                    Transactions::Split => {
+                let routing = &self.config.routing;
+                let isolation =
+                    if routing.transactions == Transactions::Split || routing.read_only_on_replicas {
                         clean::default_isolation(&mut lease).await.map_err(|_| broken())?
-                    }
-                };
+                    } else {
+                        Arc::default()
+                    };
                 let parameters = lease.login_parameters.clone();
                 let welcome = Welcome { parameters, idle_session_timeout, isolation };
                 self.pools.remember_welcome(&lease, &welcome);
@@ -697,9 +717,10 @@ impl Session {
         }
         self.handle.begin();
         self.forget_own();
-        self.asked_for = self.promise;
+        (self.asked_for, self.hinted) = (self.promise, false);
         self.sql = None;
-        self.asks_sequences = false;
+        (self.asks_sequences, self.asks_process) = (false, false);
+        (self.asks_for_time, self.bad_hint) = (None, None);
         let result = if self.lease.is_some() { self.held_unit().await } else { self.free_unit().await };
         if self.lease.is_none() {
             self.handle.idle();
@@ -788,6 +809,7 @@ impl Session {
                 Ok(Outcome::Move) => {
                     self.count(node, demand.label(), reason);
                     self.leave_replica();
+                    self.asks_for_time = None;
                     self.started = Instant::now();
                     demand = match self.demand().await? {
                         Demand::Ours => return Ok(()),
@@ -904,6 +926,7 @@ impl Session {
         self.unit.leave(demand.leaves());
         self.unit.writes = !demand.is_read() && !self.read_only;
         self.unit.ddl = demand.is_ddl();
+        self.unit.control = demand.label() == ClassLabel::TransactionControl;
         if (demand.sets() || demand.is_ddl())
             && let Ok(Some(header)) = wire::header(&self.client.input)
             && let Some(body) = self.client.input.get(HEADER..header.len)
@@ -924,7 +947,11 @@ impl Session {
             Some(demand) => Some(demand),
             None => None,
         };
-        if self.role == Role::Primary && self.status == TransactionStatus::Idle {
+        let asks_by_comment = self.hinted && self.asked_for.level == Level::Strong;
+        if self.role == Role::Primary
+            && (self.status == TransactionStatus::Idle
+                || asks_by_comment && self.status == TransactionStatus::InTransaction)
+        {
             // A pinned session's mark holds for its backend, too.
             self.ask_freshness();
             if let Err(report) = self.await_primary().await? {
@@ -1154,7 +1181,7 @@ impl Session {
                 self.settings.perhaps(changes);
             }
         }
-        let opaque = !matches!(self.unit.leaves, Leaves::Nothing);
+        let opaque = !self.unit.leaves.is_nothing();
         let mut outcome = self.settings.ready(self.status, failed, opaque);
         if let AtReady::ReadBack(names) = outcome {
             let values = self.read_settings(&names).await?;

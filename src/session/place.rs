@@ -8,7 +8,7 @@ use bytes::BufMut;
 use super::demand::Demand;
 use super::mark::{self, Freshness, PrimaryVerdict, ReplicaVerdict};
 use super::{End, Role, Session, canceled};
-use crate::backend::pool::{AcquireError, Lease};
+use crate::backend::pool::{AcquireError, Asker, Lease, Wish};
 use crate::consistency::{LagLimit, Level, OnStale, Route};
 use crate::metrics::WaitFor;
 use crate::positions::{Incarnation, SampleBody};
@@ -151,6 +151,7 @@ impl Session {
             }
             match hope {
                 Hope::NobodyServes => return Ok(Tried::Primary(RouteReason::NoReplica)),
+                Hope::LateClocks => return Ok(Tried::Primary(RouteReason::Clock)),
                 Hope::Soon if Instant::now() < wait_until => {}
                 // Asked for a replica, one waits also for one that is far behind.
                 Hope::TooFar
@@ -189,6 +190,7 @@ impl Session {
         match hope {
             _ if !candidates.is_empty() => RouteReason::Read,
             Hope::NobodyServes => RouteReason::NoReplica,
+            Hope::LateClocks => RouteReason::Clock,
             Hope::Soon | Hope::TooFar => {
                 self.want_samples(&[]);
                 RouteReason::Behind
@@ -315,11 +317,17 @@ impl Session {
     fn candidates(&mut self, avoid: &[NodeId], patience: Duration) -> (Vec<Candidate>, Hope) {
         let topology = self.shared.topology.load_full();
         self.bring_mark_forward(&topology);
+        let keeps_off = self.keeps_off_late_clocks(&topology);
+        let mut kept_off = false;
         let mut candidates = Vec::new();
         let late = Standing::Excluded(Exclusion::TooFarBehind);
         let mut hope =
             if topology.nodes.iter().any(|v| v.standing == late) { Hope::TooFar } else { Hope::NobodyServes };
         for view in topology.serving_replicas().filter(|v| !avoid.contains(&v.id)) {
+            if keeps_off && self.shared.positions.node(view.id).has_late_clock() {
+                kept_off = true;
+                continue;
+            }
             match self.verdict(&topology, view.id) {
                 ReplicaVerdict::Serves { .. } => candidates.push(Candidate {
                     node: view.id,
@@ -335,6 +343,9 @@ impl Session {
                     }
                 }
             }
+        }
+        if kept_off && hope == Hope::NobodyServes {
+            hope = Hope::LateClocks;
         }
         (candidates, hope)
     }
@@ -619,10 +630,18 @@ impl Session {
 
     async fn lease_from(&self, node: NodeId) -> Result<Result<Lease, AcquireError>, End> {
         let patience = self.patience();
-        let last_written_by = self.asks_sequences.then_some(self.handle.pid);
-        let lease = tokio::select! {
+        let session = self.affinity;
+        let wish = if self.asks_sequences {
+            Wish::Writer(self.handle.pid)
+        } else if self.asks_process {
+            Wish::Own
+        } else {
+            Wish::Recent
+        };
+        let asker = Asker { session, worker: self.worker, wish };
+        let mut lease = tokio::select! {
             biased;
-            lease = self.pools.node(node).acquire(&self.startup, self.worker, last_written_by, patience) => lease,
+            lease = self.pools.node(node).acquire(&self.startup, asker, patience) => lease,
             () = self.handle.interrupted() => {
                 if self.handle.ending() == super::handle::Ending::Now {
                     return Err(End::shutdown());
@@ -630,6 +649,9 @@ impl Session {
                 Err(AcquireError::Timeout)
             }
         };
+        if let Ok(lease) = &mut lease {
+            lease.last_user = session;
+        }
         Ok(lease)
     }
 
@@ -669,6 +691,8 @@ impl Session {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Hope {
     NobodyServes,
+    /// Those that might have clocks that are behind, and the read asks for the time.
+    LateClocks,
     TooFar,
     Soon,
 }

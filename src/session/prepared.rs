@@ -93,6 +93,13 @@ impl Statement {
         }
     }
 
+    /// Whether it may begin a transaction, as far as its first letters tell.
+    fn may_begin(&self) -> bool {
+        let text = self.text().trim_ascii_start();
+        let starts = |word: &[u8]| text.get(..word.len()).is_some_and(|w| w.eq_ignore_ascii_case(word));
+        starts(b"begin") || starts(b"start") || starts(b"/*") || starts(b"--")
+    }
+
     /// Whether it was prepared by SQL: then what `tail` has is a PREPARE.
     pub fn is_sql(&self) -> bool {
         self.sql.is_some()
@@ -247,6 +254,10 @@ pub struct Statements {
     /// The session's number among all, and how often a name was taken away: what a backend was given under
     /// the client's own names is good for this alone.
     version: (u64, u64),
+    /// There may be some that SQL has prepared.
+    of_sql: bool,
+    /// There may be some that begin a transaction.
+    begins: bool,
 }
 
 impl Statements {
@@ -260,8 +271,14 @@ impl Statements {
         self.version
     }
 
+    /// Whether SQL has prepared statements (some of which may be gone).
+    pub fn any_of_sql(&self) -> bool {
+        self.of_sql
+    }
+
     /// SQL has prepared a statement.
     pub fn add(&mut self, name: Vec<u8>, statement: Arc<Statement>) {
+        self.of_sql = true;
         self.put(name, Found::Statement(statement));
     }
 
@@ -354,8 +371,14 @@ impl Statements {
         known.into_iter().find(|(_, found)| stands_for(found)).map(|(name, _)| name.clone())
     }
 
+    /// Whether there may be one that begins a transaction.
+    pub fn any_begins(&self) -> bool {
+        self.begins
+    }
+
     /// A Parse or Close (`Nothing`) was sent (or will be answered by us in its turn).
     pub fn sent(&mut self, name: &[u8], found: Found) {
+        self.begins |= matches!(&found, Found::Statement(statement) if statement.may_begin());
         let (times, latest) = self.latest.entry(name.to_vec()).or_insert((0, Found::Nothing));
         *times += 1;
         *latest = found.clone();
@@ -411,6 +434,7 @@ impl Statements {
 
     /// DEALLOCATE ALL, DISCARD ALL: the unnamed statement outlives them.
     pub fn clear(&mut self) {
+        self.of_sql = false;
         self.named.clear();
         self.version.1 += 1;
     }

@@ -28,6 +28,15 @@ use crate::wire::{self, HEADER, TransactionStatus};
 
 use std::sync::Arc;
 
+/// Which of a session's transactions may begin without a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Splits {
+    None,
+    /// Those that are READ ONLY.
+    ReadOnly,
+    All,
+}
+
 /// A transaction that the client has begun and no node knows of.
 #[derive(Debug)]
 pub(super) struct Lazy {
@@ -80,15 +89,20 @@ pub(super) enum Apart {
 }
 
 impl Session {
-    /// Whether this session's transactions may begin without a backend. `default_isolation`: what the server takes
+    /// Which of this session's transactions may begin without a backend. `default_isolation`: what the server takes
     /// where BEGIN says nothing.
-    pub(super) fn splits_transactions(&self, default_isolation: &[u8]) -> bool {
+    pub(super) fn splits_transactions(&self, default_isolation: &[u8]) -> Splits {
         let routing = &self.config.routing;
-        routing.transactions == Transactions::Split
-            && routing.split
+        let possible = routing.split
             && !self.read_only
             && !self.keeps_backend
-            && matches!(default_isolation, b"read committed" | b"read uncommitted")
+            && matches!(default_isolation, b"read committed" | b"read uncommitted");
+        match routing.transactions {
+            _ if !possible => Splits::None,
+            Transactions::Split => Splits::All,
+            Transactions::Primary if routing.read_only_on_replicas => Splits::ReadOnly,
+            Transactions::Primary => Splits::None,
+        }
     }
 
     /// The level that counts for the next statement: within a transaction no read goes back behind another.
@@ -133,7 +147,7 @@ impl Session {
     /// Begins or ends a transaction without a backend. Whether that could be done.
     fn answer_command(&mut self, command: TransactionCommand, text: Box<[u8]>, answers: &[u8]) -> bool {
         let tag: &[u8] = match command {
-            TransactionCommand::Begin { isolation, tag } => {
+            TransactionCommand::Begin { isolation, tag, .. } => {
                 if !self.begin_lazily(isolation, text) {
                     return false;
                 }
@@ -188,6 +202,9 @@ impl Session {
         if header.len > LONGEST_COMMAND || !matches!(header.tag, b'Q' | b'P' | b'B' | b'D') {
             return Ok(Start::Other);
         }
+        if matches!(header.tag, b'B' | b'D') && self.lazy.is_none() && !self.statements.any_begins() {
+            return Ok(Start::Other);
+        }
         let Some(body) = input.get(HEADER..header.len) else { return Ok(Start::Incomplete) };
         if header.tag != b'Q' {
             return Ok(self.executed_at_start(input));
@@ -205,8 +222,13 @@ impl Session {
     /// The command, if it may be one for us.
     fn own_command(&self, text: &[u8]) -> Option<TransactionCommand> {
         let command = TransactionCommand::read(text)?;
-        let begins = matches!(command, TransactionCommand::Begin { .. });
-        (begins != self.lazy.is_some()).then_some(command)
+        let is_ours = match command {
+            TransactionCommand::Begin { read_only, .. } => {
+                self.lazy.is_none() && (read_only || self.splits == Splits::All)
+            }
+            TransactionCommand::Commit | TransactionCommand::Rollback => self.lazy.is_some(),
+        };
+        is_ours.then_some(command)
     }
 
     /// Parse (unless the client has prepared it before), Bind, Describe of either, Execute, all of one command.

@@ -268,8 +268,9 @@ impl Exchange<'_> {
         {
             return Ok(stopped);
         }
-        if let Some(report) =
-            self.session.refused_own(self.unit.settings.iter().flat_map(|(_, changes)| changes))
+        let bad_hint = self.session.bad_hint.take();
+        if let Some(report) = bad_hint
+            .or_else(|| self.session.refused_own(self.unit.settings.iter().flat_map(|(_, changes)| changes)))
         {
             self.unit.settings.clear();
             self.own_error(report);
@@ -286,11 +287,12 @@ impl Exchange<'_> {
             return Ok(stopped);
         }
         self.backend.unnamed = None;
-        if self.unit.leaves != Leaves::Nothing {
-            self.backend.dirt = self.backend.dirt.max(Dirt::State);
-        }
+        self.backend.dirt = self.backend.dirt.max(dirt_of(self.unit.leaves));
         let earlier = self.unit.expects.len();
         self.materialize(self.unit.leaves);
+        if !self.unit.begun {
+            self.give_what_may_be_named();
+        }
         if self.unit.expects.len() > earlier {
             // An error in what was put in must not take the Query with it.
             self.inject_sync();
@@ -415,7 +417,7 @@ impl Exchange<'_> {
             return;
         }
         self.unit.leave(leaves);
-        self.backend.dirt = self.backend.dirt.max(Dirt::State);
+        self.backend.dirt = self.backend.dirt.max(dirt_of(leaves));
         self.materialize(leaves);
     }
 
@@ -484,8 +486,18 @@ impl Exchange<'_> {
         // Units are classified before they are placed; what is parsed later in an open unit is
         // classified here, without asking for a second opinion: unknown is not a read.
         let class = self.session.known_class(&statement);
-        if let Some(refused) = self.refuse_on_replica(!class.is_some_and(is_read)) {
+        let off = self.session.is_kept_off_by_clock(self.backend.node, statement.text());
+        if let Some(refused) = self.refuse_on_replica(off || !class.is_some_and(is_read)) {
             return Ok(refused);
+        }
+        if class.is_some_and(|class| class.hints.invalid)
+            && let Some(report) = super::own::refused_hint(statement.text())
+        {
+            self.own_error(report);
+            return self.drop_message(len);
+        }
+        if let Some(class) = class {
+            self.prepare_for(class.leaves);
         }
         if parse.name.is_empty() {
             self.backend.unnamed = Some(statement.serial);
@@ -520,27 +532,28 @@ impl Exchange<'_> {
             );
             return Ok(Step::On);
         }
-        self.prepare(parse.name, statement, len);
+        self.prepare(parse.name, statement, class, len);
         Ok(Step::On)
     }
 
     /// A Parse of a new name.
-    fn prepare(&mut self, name: &[u8], statement: Arc<Statement>, len: usize) {
+    fn prepare(&mut self, name: &[u8], statement: Arc<Statement>, class: Option<StatementClass>, len: usize) {
         self.session.statements.sent(name, Found::Statement(statement.clone()));
-        let expect = if self.session.uses_own_names() {
-            self.backend.own_names.insert(name.to_vec());
-            self.pass(len);
-            self.unit.expects.push_back(Expect::Parse(NameOnServer::Own(name.to_vec())));
-            return self.ask_shape(NameOnServer::Own(name.to_vec()), statement, false);
-        } else if self.is_up_to_date(statement.shared) && !self.is_refused_here(&statement) {
-            self.take(len);
-            Expect::OwnParseComplete
-        } else {
-            self.put_shared(&statement);
-            self.take(len);
-            self.unit.expects.push_back(Expect::Parse(NameOnServer::Shared(statement.shared)));
-            return self.ask_shape(NameOnServer::Shared(statement.shared), statement, false);
-        };
+        let expect =
+            if self.session.uses_own_names() || class.is_some_and(|class| self.shows_statements(class)) {
+                self.backend.own_names.insert(name.to_vec());
+                self.pass(len);
+                self.unit.expects.push_back(Expect::Parse(NameOnServer::Own(name.to_vec())));
+                return self.ask_shape(NameOnServer::Own(name.to_vec()), statement, false);
+            } else if self.is_up_to_date(statement.shared) && !self.is_refused_here(&statement) {
+                self.take(len);
+                Expect::OwnParseComplete
+            } else {
+                self.put_shared(&statement);
+                self.take(len);
+                self.unit.expects.push_back(Expect::Parse(NameOnServer::Shared(statement.shared)));
+                return self.ask_shape(NameOnServer::Shared(statement.shared), statement, false);
+            };
         self.unit.expects.push_back(expect);
         self.answer_ourselves();
     }
@@ -669,6 +682,10 @@ impl Exchange<'_> {
             };
         };
         let (portal, name) = (portal.to_vec(), name.to_vec());
+        let off = self.session.are_kept_off_by_clock(self.backend.node, &head[names_len..]);
+        if let Some(refused) = self.refuse_on_replica(off) {
+            return Ok(refused);
+        }
         let (own, shared);
         let on_server: &[u8] = match self.resolve(&name) {
             Resolved::Name(on_server) => {
@@ -729,11 +746,14 @@ impl Exchange<'_> {
             Found::Nothing => return Resolved::Name(self.unknown_name(name)),
         };
         let class = self.session.known_class(&statement);
-        if let Some(refused) = self.refuse_on_replica(!class.is_some_and(is_read)) {
+        let off = self.session.is_kept_off_by_clock(self.backend.node, statement.text());
+        if let Some(refused) = self.refuse_on_replica(off || !class.is_some_and(is_read)) {
             return Resolved::Stopped(refused);
         }
+        let shows = class.is_some_and(|class| self.shows_statements(class));
         match class {
             Some(class) => {
+                self.prepare_for(class.leaves);
                 self.unit.binding = class.settings.then(|| statement.clone());
                 self.unit.login_settings |=
                     class.kind == Kind::Ddl && classify::alters_login(statement.text());
@@ -752,7 +772,7 @@ impl Exchange<'_> {
                 self.prepared_again(NameOnServer::Unnamed, &statement);
             }
             Vec::new()
-        } else if self.session.uses_own_names() || statement.is_sql() {
+        } else if self.session.uses_own_names() || statement.is_sql() || shows {
             self.give(name, &statement);
             name.to_vec()
         } else {
@@ -887,17 +907,71 @@ impl Exchange<'_> {
         if leaves != Leaves::Pins(PinReason::SqlPrepare) || self.session.role == Role::Replica {
             return;
         }
+        self.session.pin_now(PinReason::SqlPrepare);
+        self.give_all(|_| true);
+    }
+
+    /// Gives the backend those of the session's statements that it lacks.
+    fn give_all(&mut self, which: impl Fn(&Statement) -> bool) {
         let missing: Vec<(Vec<u8>, Arc<Statement>)> = self
             .session
             .statements
             .named()
-            .filter(|(name, _)| !self.backend.own_names.contains(*name))
+            .filter(|(name, statement)| !self.backend.own_names.contains(*name) && which(statement))
             .map(|(name, statement)| (name.clone(), statement.clone()))
             .collect();
-        self.session.pin_now(PinReason::SqlPrepare);
         for (name, statement) in missing {
             self.give(&name, &statement);
         }
+    }
+
+    /// Code that is not understood may EXECUTE what SQL has prepared, and so may any code of the transaction
+    /// that begins here. What fails ahead of a Query outside a transaction harms nobody.
+    fn give_what_may_be_named(&mut self) {
+        if self.session.role != Role::Primary || self.session.status != TransactionStatus::Idle {
+            return;
+        }
+        match self.unit.leaves {
+            Leaves::ShowsStatements => self.show_statements(),
+            Leaves::Unproven if self.session.statements.any_of_sql() => self.give_all(Statement::is_sql),
+            _ if self.unit.control && self.session.statements.any_of_sql() => {
+                self.give_all(Statement::is_sql);
+            }
+            _ => {}
+        }
+    }
+
+    /// The same ahead of a unit of the extended protocol; and what is prepared there of EXECUTE is described by
+    /// what it names when it is parsed.
+    fn prepare_for(&mut self, leaves: Leaves) {
+        let earlier = self.unit.expects.len();
+        match leaves {
+            Leaves::Pins(PinReason::SqlPrepare) => self.leave(leaves),
+            Leaves::ShowsStatements
+                if !self.unit.begun
+                    && self.session.role == Role::Primary
+                    && self.session.status == TransactionStatus::Idle =>
+            {
+                self.show_statements();
+            }
+            _ => return,
+        }
+        if !self.unit.begun && self.unit.expects.len() > earlier {
+            self.inject_sync();
+        }
+    }
+
+    /// The backend is to show the session's statements under the session's names, and nobody else's.
+    fn show_statements(&mut self) {
+        while let Some((name, there)) = self.backend.prepared.pop_lru() {
+            self.close_shared(name, there);
+        }
+        self.give_all(|_| true);
+    }
+
+    /// Whether a statement shows what is prepared, and so is to be found there under its own name.
+    fn shows_statements(&self, class: StatementClass) -> bool {
+        class.leaves == Leaves::ShowsStatements && self.session.role == Role::Primary
     }
 
     /// Whether an error belongs to what we have put in ahead of a Query, closed by a Sync of ours.
@@ -1004,6 +1078,15 @@ impl Exchange<'_> {
 /// The server's own words. Drivers prepare anew when they see this code together with this routine.
 fn changed_result_type() -> ErrorReport {
     ErrorReport::error("0A000", "cached plan must not change result type").routine("RevalidateCachedQuery")
+}
+
+/// What a backend is to be taken for that has run a statement which leaves this.
+fn dirt_of(leaves: Leaves) -> Dirt {
+    match leaves {
+        Leaves::Nothing | Leaves::ShowsStatements => Dirt::Clean,
+        Leaves::Unproven => Dirt::Hidden,
+        Leaves::Pins(_) | Leaves::DiscardsAll | Leaves::DeallocatesAll => Dirt::State,
+    }
 }
 
 fn is_read(class: StatementClass) -> bool {

@@ -510,6 +510,52 @@ async fn a_comment_with_a_value_that_is_none_fails_its_statement_only() {
 }
 
 #[tokio::test]
+async fn a_comment_counts_in_transactions_and_on_held_backends_too() {
+    let cluster = with_counter(1).await;
+    let proxy = Proxy::start(&cluster).await;
+    let bad = "SELECT n /* highwater.consistency=best */ FROM counter";
+    let bad_units = || {
+        [
+            crate::fixture::query(bad),
+            [
+                crate::fixture::parse("", bad),
+                crate::fixture::bind("", &[]),
+                crate::fixture::execute(),
+                crate::fixture::sync(),
+            ]
+            .concat(),
+        ]
+    };
+    // In a transaction it fails that, on the server as well; on a pinned session its statement only.
+    for (begin, status, end) in [("BEGIN", b"E", "ROLLBACK"), ("LISTEN here", b"I", "UNLISTEN here")] {
+        for unit in bad_units() {
+            let mut client = proxy.raw_login().await;
+            client.ask(&crate::fixture::query(begin)).await;
+            client.ask(&crate::fixture::query("UPDATE counter SET n = n + 1")).await;
+            let answer = client.ask(&unit).await;
+            assert_eq!(crate::fixture::tags(&answer), "EZ", "{begin}: {answer:?}");
+            assert_eq!(answer[0].field(b'C').as_deref(), Some("22023"), "{begin}");
+            assert_eq!(answer[1].body, status, "{begin}");
+            let next = client.ask(&crate::fixture::query("SELECT 1")).await;
+            let code = next[0].tag == b'E';
+            assert_eq!(code, begin == "BEGIN", "{begin}: {next:?}");
+            assert_eq!(client.ask(&crate::fixture::query(end)).await.last().unwrap().body, b"I");
+        }
+    }
+    let client = proxy.connect().await;
+    let n: i64 = client.query_one("SELECT n FROM counter", &[]).await.unwrap().get(0);
+    assert_eq!(n, 2, "what the pinned sessions wrote, and nothing of the transactions");
+    // A level that is one does no harm there.
+    let strong = "SELECT n /* highwater.consistency=strong */ FROM counter";
+    client.batch_execute("BEGIN").await.unwrap();
+    assert_eq!(client.query_one(strong, &[]).await.unwrap().get::<_, i64>(0), 2);
+    client.simple_query(strong).await.unwrap();
+    client.batch_execute("COMMIT; LISTEN here").await.unwrap();
+    client.simple_query(strong).await.unwrap();
+    assert_eq!(client.query_one(strong, &[]).await.unwrap().get::<_, i64>(0), 2);
+}
+
+#[tokio::test]
 async fn who_asks_for_a_replica_waits_longer_for_one() {
     let cluster = with_counter(1).await;
     let proxy = start(&cluster, "catch_up_wait: 1ms, on_stale: primary, primary_read_wait: 20s").await;

@@ -1,6 +1,8 @@
 //! What is promised to those who connect to the proxy.
 
+mod affinity;
 mod cancel;
+mod clocks;
 mod consistency;
 mod drivers;
 mod faults;

@@ -200,7 +200,7 @@ async fn thousands_of_statements_stay_within_max_prepared_at_every_moment() {
     let (_cluster, proxy) =
         start(0, "{ pool: { size: 1, max_prepared: 20 }, limits: { statements_per_session: 10000 } }").await;
     let mut client = proxy.raw_login().await;
-    let count = "SELECT count(*) FROM pg_prepared_statements";
+    let count = "SELECT count(*) FROM pg_prepared_statement()";
     for round in 0..3 {
         let mut bytes = Vec::new();
         for number in 0..3_000 {

@@ -201,7 +201,7 @@ async fn one_backend() -> (Cluster, Proxy) {
     eventually("statements stay prepared", || async {
         let mut client = proxy.raw_login().await;
         client.ask(&[parse("probe", "SELECT 1"), bind("probe", &[]), execute(), sync()].concat()).await;
-        let left = client.ask(&query("SELECT count(*) FROM pg_prepared_statements")).await;
+        let left = client.ask(&query("SELECT count(*) FROM pg_prepared_statement()")).await;
         left[1].columns() != [Some("0".to_owned())]
     })
     .await;
@@ -224,7 +224,7 @@ async fn the_unnamed_statement_of_one_session_is_not_met_by_another() {
     // Nor are shared statements, by a name that the server shows.
     let named = [parse("s", "SELECT 'secret'"), bind("s", &[]), execute(), sync()].concat();
     assert_eq!(tags(&one.ask(&named).await), "12DCZ");
-    let shown = one.ask(&query("SELECT name FROM pg_prepared_statements")).await;
+    let shown = one.ask(&query("SELECT name FROM pg_prepared_statement()")).await;
     let shown = shown.iter().find(|message| message.tag == b'D').unwrap().columns()[0].clone().unwrap();
     let answer = other.ask(&[bind(&shown, &[]), execute(), sync()].concat()).await;
     assert_eq!(code(&answer).as_deref(), Some("26000"), "{answer:?}");
@@ -247,7 +247,7 @@ async fn statements_above_max_prepared_are_closed_and_prepared_again() {
         }
     }
     let left =
-        client.ask(&query("SELECT count(*) FROM pg_prepared_statements WHERE name LIKE '\\_\\_hw%'")).await;
+        client.ask(&query("SELECT count(*) FROM pg_prepared_statement() WHERE name LIKE '\\_\\_hw%'")).await;
     assert_eq!(left[1].columns(), [Some("3".to_owned())]);
 }
 

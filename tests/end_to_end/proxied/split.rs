@@ -113,6 +113,100 @@ async fn explicit_transactions_stay_on_the_primary_if_nobody_asks_for_it() {
 }
 
 #[tokio::test]
+async fn read_only_transactions_read_on_replicas_whatever_is_said_of_others() {
+    let cluster = Cluster::start_logging(1).await;
+    cluster.set_up(ROWS).await;
+    let overrides = "consistency: { catch_up_wait: 2s }";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    let probe = proxy.connect().await;
+    eventually("a read runs on a replica", async || {
+        probe.simple_query("SELECT n FROM t").await.unwrap();
+        reads_on_replicas(&proxy).await > 0.0
+    })
+    .await;
+    let (mut client, mut direct) = beside(&cluster, &proxy).await;
+    let simple = [
+        "BEGIN READ ONLY",
+        "SELECT n /* one */ FROM t WHERE id = 1",
+        "SELECT n /* one */ FROM t WHERE id = 2",
+        "COMMIT",
+    ];
+    let mut extended: Vec<Vec<u8>> =
+        simple.map(|sql| [executed(&sql.replace("one", "two")), sync()].concat()).to_vec();
+    // As drivers do that prepare all they send.
+    for (name, sql) in [
+        ("b", "START TRANSACTION READ ONLY"),
+        ("r", "SELECT n /* two */ FROM t WHERE id = 3"),
+        ("c", "COMMIT"),
+    ] {
+        extended.push([parse(name, sql), sync()].concat());
+        extended.push([bind(name, &[]), execute(), sync()].concat());
+    }
+    extended.extend(["b", "r", "c"].map(|name| [bind(name, &[]), execute(), sync()].concat()));
+    let units = simple.map(query).into_iter().chain(extended);
+    for (number, unit) in units.enumerate() {
+        let (ours, theirs) = (client.ask(&unit).await, direct.ask(&unit).await);
+        assert_eq!(seen(&ours), seen(&theirs), "unit {number}");
+    }
+    // The direct session has run as many on the primary.
+    assert_eq!(cluster.ran("/* one */"), [2, 2]);
+    assert_eq!(cluster.ran("/* two */"), [4, 4]);
+    // What is not a read fails, in the server's words; so does what comes behind it.
+    for unit in
+        ["BEGIN READ ONLY", "SELECT n FROM t WHERE id = 1", "UPDATE t SET n = 9", "SELECT 1", "COMMIT"]
+            .map(query)
+    {
+        let (ours, theirs) = (client.ask(&unit).await, direct.ask(&unit).await);
+        assert_eq!(seen(&ours), seen(&theirs));
+    }
+    for unit in ["BEGIN READ ONLY", "SHOW transaction_read_only", "SELECT n FROM t WHERE id = 1", "ROLLBACK"]
+        .map(query)
+    {
+        let (ours, theirs) = (client.ask(&unit).await, direct.ask(&unit).await);
+        assert_eq!(seen(&ours), seen(&theirs));
+    }
+    // One that may write stays where it was, and so does one that sees one snapshot.
+    for begin in ["BEGIN", "BEGIN READ WRITE", "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"] {
+        for sql in [begin, "SELECT n /* three */ FROM t WHERE id = 1", "COMMIT"] {
+            client.ask(&query(sql)).await;
+        }
+    }
+    assert_eq!(cluster.ran("/* three */"), [3, 0]);
+}
+
+#[tokio::test]
+async fn a_read_only_transaction_shows_all_that_was_committed_before_it_began() {
+    let cluster = Cluster::start_logging(1).await;
+    cluster.set_up(ROWS).await;
+    let overrides = "consistency: { level: eventual, catch_up_wait: 1ms }";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    let (writer, mut reader) =
+        (cluster.primary().connect("app", proxy.app()).await.unwrap(), proxy.raw_login().await);
+    cluster.node(1).pause_replay().await.unwrap();
+    for n in 1..=5 {
+        writer.batch_execute(&format!("UPDATE t SET n = {n} WHERE id = 1")).await.unwrap();
+        reader.ask(&query("BEGIN READ ONLY")).await;
+        let answer = reader.ask(&query("SELECT n FROM t WHERE id = 1")).await;
+        assert_eq!(answer[1].columns(), [Some(n.to_string())]);
+        reader.ask(&query("COMMIT")).await;
+    }
+    cluster.node(1).resume_replay().await.unwrap();
+}
+
+#[tokio::test]
+async fn read_only_transactions_stay_on_the_primary_if_that_is_asked_for() {
+    let cluster = Cluster::start_logging(1).await;
+    cluster.set_up(ROWS).await;
+    let overrides = "routing: { read_only_transactions: primary }";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    let client = proxy.connect().await;
+    for sql in ["BEGIN READ ONLY", "SELECT n /* whole */ FROM t", "COMMIT"] {
+        client.batch_execute(sql).await.unwrap();
+    }
+    assert_eq!(cluster.ran("/* whole */"), [1, 0]);
+}
+
+#[tokio::test]
 async fn what_binds_a_transaction_together_runs_on_the_primary() {
     let cluster = Cluster::start_logging(1).await;
     cluster.set_up(ROWS).await;
