@@ -134,8 +134,8 @@ pub struct Metrics {
     node_names: Vec<String>,
     /// `[node][class][reason]`, flattened.
     statements: Vec<IntCounter>,
-    classes: usize,
-    reasons: usize,
+    classes: &'static [&'static str],
+    reasons: &'static [&'static str],
     statement_seconds: Vec<Histogram>,
     waits: [Histogram; 4],
     backends_opened: Vec<IntCounter>,
@@ -369,8 +369,8 @@ impl Metrics {
                 "highwater_primary_reads_refused_total",
                 "Reads above consistency.primary_read_cap that failed.",
             ),
-            classes: classes.len(),
-            reasons: reasons.len(),
+            classes,
+            reasons,
             node_names: node_names.to_vec(),
             statements,
             registry,
@@ -379,13 +379,25 @@ impl Metrics {
 
     /// Counts a statement; indexes into the lists given to [`new`](Self::new). Out of range: not counted.
     pub fn statement(&self, node: NodeId, class: usize, reason: usize) {
-        if class < self.classes
-            && reason < self.reasons
+        if class < self.classes.len()
+            && reason < self.reasons.len()
             && let Some(counter) =
-                self.statements.get((node.index() * self.classes + class) * self.reasons + reason)
+                self.statements.get((node.index() * self.classes.len() + class) * self.reasons.len() + reason)
         {
             counter.inc();
         }
+    }
+
+    /// Every count of [`statement`](Self::statement) so far, as (node, class, reason, count).
+    pub fn statements_so_far(&self) -> impl Iterator<Item = (NodeId, &'static str, &'static str, u64)> {
+        let pairs =
+            self.classes.iter().flat_map(|class| self.reasons.iter().map(move |reason| (class, reason)));
+        let nodes = (0u16..).map(NodeId).take(self.node_names.len());
+        let cells =
+            nodes.flat_map(move |node| pairs.clone().map(move |(class, reason)| (node, *class, *reason)));
+        cells
+            .zip(&self.statements)
+            .map(|((node, class, reason), counter)| (node, class, reason, counter.get()))
     }
 
     /// Observes a statement's time on `node`.

@@ -15,7 +15,8 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 use tracing::info;
 
-use crate::admin::{self, AdminState};
+use crate::admin::access::Access;
+use crate::admin::{self, AdminState, Memory};
 use crate::backend::pool::{CloseReason, PoolContext, Pools};
 use crate::catalogs::Catalogs;
 use crate::classify::{Classifier, PinReason};
@@ -326,6 +327,8 @@ impl Parts {
                         ClassCacheFigures { hits, misses, replaced_parsers }
                     }),
                     samples: Arc::new(move || ids.iter().map(|id| positions.node(*id).counter()).collect()),
+                    access: Arc::new(Access::new(config.http_token.as_ref())),
+                    memory: Arc::new(Memory::new(config.http_history)),
                 },
             ));
         }

@@ -69,6 +69,10 @@ const PURE: &[&str] = &[
     "monitor/floor.rs",
     "failover/decide.rs",
     "failover/candidate.rs",
+    "admin/history.rs",
+    "admin/chart.rs",
+    "admin/page.rs",
+    "admin/words.rs",
 ];
 
 /// What lies in a pure folder and is not: `opinion` keeps a thread for the second parser, and the
@@ -93,9 +97,15 @@ const IMPURE: &[&str] = &[
     "println!",
 ];
 
-/// Exceptions to [`IMPURE`], by file: the handle that publishes topologies wakes its readers.
-const ALLOWED: &[(&str, &str)] =
-    &[("topology.rs", "tokio::sync"), ("topology.rs", "async fn"), ("topology.rs", ".await")];
+/// Exceptions to [`IMPURE`], by file: the handle that publishes topologies wakes its readers; the status page
+/// shows values that metrics names.
+const ALLOWED: &[(&str, &str)] = &[
+    ("topology.rs", "tokio::sync"),
+    ("topology.rs", "async fn"),
+    ("topology.rs", ".await"),
+    ("admin/history.rs", "crate::metrics"),
+    ("admin/page.rs", "crate::metrics"),
+];
 
 /// A source file as far as the rules go: comments, texts and unit tests blanked out, lines kept.
 struct Source {
