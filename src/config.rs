@@ -2045,6 +2045,19 @@ mod tests {
     }
 
     #[test]
+    fn the_configurations_of_the_migration_page_load() {
+        let page = include_str!("../docs/MIGRATION.md");
+        let env = |name: &str| (name == "HIGHWATER_PASSWORD").then(|| "x".to_owned());
+        let blocks: Vec<&str> =
+            page.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+        assert_eq!(blocks.len(), 3);
+        for block in blocks {
+            let config = Config::parse(block, "MIGRATION.md", &env).unwrap_or_else(|e| panic!("{e}"));
+            assert!(config.nodes.len() >= 2 && config.warnings.is_empty(), "{:?}", config.warnings);
+        }
+    }
+
+    #[test]
     fn the_reference_page_describes_every_key() {
         let page = include_str!("../docs/CONFIGURATION.md");
         let mut described: Vec<&str> =

@@ -31,4 +31,8 @@ pub mod admin;
 pub mod check;
 pub mod demo;
 pub mod explain;
+pub mod healthcheck;
+pub mod manual;
+pub mod progress;
 pub mod server;
+pub mod supervisor;

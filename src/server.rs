@@ -36,6 +36,7 @@ use crate::session::promise::PrimaryReads;
 use crate::session::shared_mark::{GlobalMark, NamedMarks};
 use crate::session::timeouts::Overdue;
 use crate::session::{REDONE_LABELS, Shared};
+use crate::supervisor::{self, Pulse};
 use crate::topology::{NodeId, Topology, TopologyHandle};
 
 /// Why the proxy could not start.
@@ -80,6 +81,7 @@ pub struct ServerHandle {
     pub topology: Arc<TopologyHandle>,
     /// Counts.
     pub metrics: Arc<Metrics>,
+    pulse: Arc<Pulse>,
     stop: watch::Sender<Stop>,
     main: Option<JoinHandle<()>>,
 }
@@ -122,6 +124,7 @@ pub fn start(config: Config) -> Result<ServerHandle, StartError> {
             http: started.http,
             topology: started.topology,
             metrics: started.metrics,
+            pulse: started.pulse,
             stop,
             main: Some(main),
         }),
@@ -144,6 +147,8 @@ pub fn run(config: Config) -> Result<(), StartError> {
         use tokio::signal::unix::{SignalKind, signal};
         let mut terminate = signal(SignalKind::terminate()).map_err(failed("listen for SIGTERM"))?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("listen for SIGINT"))?;
+        tokio::spawn(server.pulse.clone().feed());
+        supervisor::ready(&format!("accepting clients on {}", server.address));
         loop {
             let running = *server.stop.borrow() == Stop::Run;
             let stop = tokio::select! {
@@ -151,10 +156,12 @@ pub fn run(config: Config) -> Result<(), StartError> {
                 _ = interrupt.recv() => Stop::Fast,
                 () = server.stop.closed() => return Ok::<(), StartError>(()),
             };
-            match stop {
-                Stop::Drain => info!("SIGTERM: draining"),
-                _ => info!("ending all sessions"),
-            }
+            let how = match stop {
+                Stop::Drain => "SIGTERM: draining",
+                _ => "ending all sessions",
+            };
+            info!("{how}");
+            supervisor::stopping(how);
             server.stop.send_replace(stop);
         }
     })?;
@@ -168,6 +175,7 @@ struct Started {
     http: Option<SocketAddr>,
     topology: Arc<TopologyHandle>,
     metrics: Arc<Metrics>,
+    pulse: Arc<Pulse>,
 }
 
 fn run_main(
@@ -203,6 +211,8 @@ struct Parts {
     address: SocketAddr,
     http: Option<(TcpListener, SocketAddr)>,
     door: Arc<Door>,
+    /// Of the main thread, and behind it of each worker.
+    pulse: Arc<Pulse>,
     /// Holds the control loop's tasks.
     _control: control::Control,
 }
@@ -274,7 +284,8 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
         .map_err(|error| StartError { what: "set up the login".to_owned(), cause: error.to_string() })?;
     let door =
         Arc::new(Door { shared, tls: client_tls, verifiers, drain: Arc::default(), census: Arc::default() });
-    Ok(Parts { listener, listener_read_only, address, http, door, _control: control })
+    let pulse = Arc::new(Pulse::new(1 + config.workers));
+    Ok(Parts { listener, listener_read_only, address, http, door, pulse, _control: control })
 }
 
 impl Parts {
@@ -284,6 +295,7 @@ impl Parts {
             http: self.http.as_ref().map(|(_, address)| *address),
             topology: self.door.shared.topology.clone(),
             metrics: self.door.shared.metrics.clone(),
+            pulse: self.pulse.clone(),
         }
     }
 
@@ -291,12 +303,14 @@ impl Parts {
         let (senders, receivers) = listener::handover(config.workers);
         let mut threads = Vec::new();
         let (quit, quitting) = watch::channel(false);
+        tokio::spawn(self.pulse.clone().beat(0));
         for (worker, handed) in receivers.into_iter().enumerate() {
             let door = self.door.clone();
             let quitting = quitting.clone();
+            let pulse = self.pulse.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("hw-worker-{worker}"))
-                .spawn(move || run_worker(&door, handed, worker, quitting));
+                .spawn(move || run_worker(&door, handed, worker, pulse, quitting));
             match thread {
                 Ok(thread) => threads.push(thread),
                 Err(error) => tracing::error!(%error, "could not start a worker"),
@@ -360,12 +374,14 @@ fn run_worker(
     door: &Arc<Door>,
     handed: listener::Handover,
     worker: usize,
+    pulse: Arc<Pulse>,
     mut quitting: watch::Receiver<bool>,
 ) {
     match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => {
             let door = door.clone();
             runtime.block_on(async move {
+                tokio::spawn(pulse.beat(1 + worker));
                 tokio::spawn(listener::work(door, handed, worker));
                 let _ = quitting.wait_for(|quit| *quit).await;
             });

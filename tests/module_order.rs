@@ -43,10 +43,14 @@ const MAY_USE: &[(&str, &str)] = &[
     (
         "server",
         "admin backend catalogs classify client config control listener metrics monitor net node positions \
-         route session topology wal",
+         route session supervisor topology wal",
     ),
-    ("demo", "config metrics server topology"),
-    ("main", "check config demo explain server classify route"),
+    ("supervisor", ""),
+    ("healthcheck", ""),
+    ("manual", ""),
+    ("progress", ""),
+    ("demo", "config metrics progress server topology"),
+    ("main", "check config demo explain healthcheck manual progress server classify route"),
 ];
 
 /// Files (or folders) of pure code: no I/O, clock, chance, logging, metrics.

@@ -85,7 +85,7 @@ pub fn strip(what: &str, roles: &[(f32, Role)]) -> String {
             Role::Primary => ("primary", 100.0),
             Role::Replica => ("replica", 60.0),
             Role::Excluded => ("excluded", 30.0),
-            Role::PrimaryLost | Role::Down => ("down", 12.0),
+            Role::PrimaryLost | Role::Down => ("down", 18.0),
         };
         let _ = write!(
             svg,
@@ -152,6 +152,6 @@ mod tests {
             svg.contains("class=\"primary\" x=\"500.0\" y=\"0\" width=\"250.0\" height=\"100\""),
             "{svg}"
         );
-        assert!(svg.contains("class=\"down\" x=\"750.0\" y=\"88\" width=\"250.0\" height=\"12\""), "{svg}");
+        assert!(svg.contains("class=\"down\" x=\"750.0\" y=\"82\" width=\"250.0\" height=\"18\""), "{svg}");
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::metrics::is_up;
-use crate::topology::{Epoch, NodeId, Standing, Topology};
+use crate::topology::{Epoch, Exclusion, NodeId, Standing, Topology};
 
 /// Events that are kept; of older ones, the log tells.
 pub const MAX_EVENTS: usize = 100;
@@ -36,6 +36,8 @@ impl Role {
             Standing::Primary { reachable: true } => Role::Primary,
             Standing::Primary { reachable: false } => Role::PrimaryLost,
             Standing::Replica => Role::Replica,
+            // Not yet asked is not yet down.
+            Standing::Excluded(Exclusion::NotProbed) => Role::Excluded,
             excluded if is_up(excluded) => Role::Excluded,
             Standing::Excluded(_) => Role::Down,
         }
@@ -240,10 +242,15 @@ fn new_primary(topology: &Topology, clock: Duration) -> Event {
 }
 
 fn standing_words(standing: &Standing) -> (String, Weight) {
+    use Exclusion::{LagUnknown, NoPrimary, NotProbed, Starting};
     match standing {
         Standing::Primary { reachable: true } => ("is the primary and answers".to_owned(), Weight::Good),
         Standing::Primary { reachable: false } => ("the primary does not answer".to_owned(), Weight::Bad),
         Standing::Replica => ("serves reads".to_owned(), Weight::Good),
+        // As every node begins.
+        Standing::Excluded(why @ (NotProbed | Starting | NoPrimary | LagUnknown)) => {
+            (format!("is not used yet: {why}"), Weight::Plain)
+        }
         Standing::Excluded(why) => (format!("is not used: {why}"), Weight::Bad),
     }
 }
@@ -252,7 +259,6 @@ fn standing_words(standing: &Standing) -> (String, Weight) {
 mod tests {
     use super::*;
     use crate::metrics::tests::topology;
-    use crate::topology::Exclusion;
 
     const UP: Standing = Standing::Primary { reachable: true };
 

@@ -211,7 +211,7 @@ fn status_page(state: &AdminState) -> Response<Full<Bytes>> {
     let page = page::page(&View {
         topology: &state.topology.load(),
         history: &memory.lock(),
-        window: memory.keep,
+        keep: memory.keep,
         draining: state.draining.load(Ordering::Relaxed),
         pools: &(state.pools)(),
         clients: state.metrics.clients.get(),

@@ -38,8 +38,8 @@ pub struct View<'a> {
     pub topology: &'a Topology,
     /// The last minutes.
     pub history: &'a History,
-    /// How much of them is shown.
-    pub window: Duration,
+    /// How much of them is kept.
+    pub keep: Duration,
     /// The proxy drains.
     pub draining: bool,
     /// The pools' backends.
@@ -246,17 +246,31 @@ fn groups<'a>(view: &View<'a>) -> Vec<(f32, &'a [Point])> {
         .collect()
 }
 
+/// How much is drawn: all that is kept, or less while there is less.
+fn window(view: &View<'_>) -> Duration {
+    let points = view.history.points();
+    let recorded = points
+        .last()
+        .map_or(Duration::ZERO, |p| p.at)
+        .saturating_sub(points.first().map_or(Duration::ZERO, |p| p.at));
+    [2, 4, 6, 10, 20, 30]
+        .map(|minutes| MINUTE * minutes)
+        .into_iter()
+        .find(|w| *w > recorded)
+        .map_or(view.keep, |w| w.min(view.keep))
+}
+
 /// Where in the window a point lies: 0 at its beginning, 1 now.
 fn place(view: &View<'_>, at: Duration) -> f32 {
     let newest = view.history.points().last().map_or(Duration::ZERO, |p| p.at);
-    1.0 - newest.saturating_sub(at).as_secs_f32() / view.window.as_secs_f32().max(1.0)
+    1.0 - newest.saturating_sub(at).as_secs_f32() / window(view).as_secs_f32().max(1.0)
 }
 
 fn time_axis(view: &View<'_>) -> String {
     format!(
         "<div class=\"x\"><span>{} ago</span><span>{} ago</span><span>now</span></div>",
-        ago(view.window),
-        ago(view.window / 2)
+        ago(window(view)),
+        ago(window(view) / 2)
     )
 }
 
@@ -493,7 +507,7 @@ fn footer(view: &View<'_>) -> String {
     format!(
         "<footer><span>One point a second, {} kept in memory (<code>http_history</code>).</span>\
          <a href=\"metrics\">metrics</a><a href=\"topology\">topology</a><a href=\"readyz\">readyz</a></footer>",
-        ago(view.window)
+        ago(view.keep)
     )
 }
 
@@ -511,7 +525,7 @@ mod tests {
         View {
             topology,
             history,
-            window: Duration::from_secs(600),
+            keep: Duration::from_secs(600),
             draining: false,
             pools: &[],
             clients: 3,
