@@ -20,7 +20,11 @@ BENCH_ARGS ?=
 # Of `make bench-levels`: --seconds N, --clients N, --writes 1,10, --idle N, --only NAME.
 LEVELS_ARGS ?=
 
+# How long the traffic of `make page` runs before the pictures are taken, in seconds.
+PAGE_SECONDS ?= 90
+
 .DEFAULT_GOAL := help
+.PHONY: page metrics-check man deb images
 .PHONY: help setup demo test matrix sizes consistency soak-consistency leaks drivers suites regress corpus lint fmt clippy doc bench bench-levels audit
 
 help: ## this list
@@ -62,6 +66,28 @@ leaks: setup ## LEAKS_CLIENTS over LEAKS_BACKENDS change all kinds of session st
 	HIGHWATER_LEAKS_CLIENTS=$(LEAKS_CLIENTS) HIGHWATER_LEAKS_BACKENDS=$(LEAKS_BACKENDS) \
 		HIGHWATER_LEAKS_SECONDS=$(LEAKS_SECONDS) HIGHWATER_BINARY=$(CURDIR)/target/release/highwater \
 		$(CARGO) test --locked --test end_to_end leaks:: -- --nocapture
+
+page: setup ## the status page in headless Chromium (installs Debian's): pictures in target/page/
+	@command -v chromium >/dev/null || .ci/debian install chromium fonts-dejavu-core
+	HIGHWATER_BROWSER=$$(command -v chromium) HIGHWATER_PAGE_SECONDS=$(PAGE_SECONDS) \
+		$(CARGO) test --locked --test end_to_end page:: -- --nocapture --test-threads=1
+
+metrics-check: setup ## metrics, alert rules and dashboard with Debian's Prometheus (unpacked in target/, not installed)
+	@.ci/debian unpack prometheus target/prometheus
+	HIGHWATER_PROMETHEUS=$(CURDIR)/target/prometheus/usr/bin \
+		$(CARGO) test --locked --test end_to_end prometheus:: -- --nocapture --test-threads=1
+
+man: ## the manual pages and the shells' completions, in target/package/
+	$(CARGO) run --locked --quiet -- manual --to target/package
+
+deb: ## a Debian package, with a release build (installs cargo-deb: minutes)
+	@command -v cargo-deb >/dev/null || $(CARGO) install --locked cargo-deb
+	$(CARGO) build --locked --release
+	target/release/highwater manual --to target/package
+	$(CARGO) deb --no-build
+
+images: ## the images of docker/, without an engine: Debian's buildah on a base made by debootstrap (root; long)
+	@docker/build-without-engine
 
 lint: fmt clippy doc ## format, lints as errors, documentation
 

@@ -72,8 +72,8 @@ const MD5_ROLES: &str =
     "SELECT count(*) FROM pg_catalog.pg_authid WHERE rolcanlogin AND rolpassword LIKE 'md5%'";
 
 /// Asks the nodes; returns after at most `pool.connect_timeout` plus `failover.check_timeout`, about.
-/// Must run on a tokio runtime.
-pub async fn check(config: &Config) -> Report {
+/// Must run on a tokio runtime. `progress` hears of each answer as it comes.
+pub async fn check(config: &Config, progress: &mut dyn FnMut(&str)) -> Report {
     let tls = match NodeTls::new(&config.node_tls) {
         Ok(tls) => tls,
         Err(error) => return unusable(config, error.to_string()),
@@ -87,6 +87,8 @@ pub async fn check(config: &Config) -> Report {
     let mut nodes: Vec<_> = config.nodes.iter().map(|n| (n.name.clone(), unanswered())).collect();
     while let Some(done) = asking.join_next().await {
         if let Ok((index, answer)) = done {
+            let how = if answer.is_ok() { "has answered" } else { "has not answered" };
+            progress(&format!("node {} {how}", nodes[index].0));
             nodes[index].1 = answer;
         }
     }

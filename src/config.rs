@@ -36,6 +36,10 @@ pub struct Config {
     pub listen_read_only: Option<String>,
     /// Address and port for /metrics, /healthz and /readyz; `None`: no HTTP.
     pub http: Option<String>,
+    /// What HTTP asks for, but for /healthz and /readyz; `None`: nothing.
+    pub http_token: Option<Secret>,
+    /// How much the status page remembers, at one point a second.
+    pub http_history: Duration,
     /// I/O threads.
     pub workers: usize,
     /// Client connections at most.
@@ -486,6 +490,10 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "listen",
             "listen_read_only",
             "http",
+            "http_token",
+            "http_token_env",
+            "http_token_file",
+            "http_history",
             "workers",
             "max_clients",
             "reserved_clients",
@@ -594,6 +602,8 @@ const MAX_PROBLEMS: usize = 20;
 /// Nodes at most.
 pub const MAX_NODES: usize = 64;
 const MAX_TIME: Duration = Duration::from_secs(365 * 86_400);
+/// What the status page may remember: one point a second, so at most 3600.
+const HTTP_HISTORY: RangeInclusive<Duration> = Duration::from_secs(60)..=Duration::from_secs(3600);
 
 /// One thing wrong with a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -738,6 +748,13 @@ impl Config {
             }
         }
     }
+}
+
+/// Whether only this machine reaches it; a name other than localhost may be anything.
+fn is_loopback(address: &str) -> bool {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || bare.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 fn read_capped(path: &Path, cap: u64) -> Result<Vec<u8>, String> {
@@ -1077,16 +1094,28 @@ impl Reader<'_> {
     }
 
     fn time(&mut self, section: &Section<'_>, key: &str, default: Duration, least: Duration) -> Duration {
+        self.time_within(section, key, default, least..=MAX_TIME)
+    }
+
+    fn time_within(
+        &mut self,
+        section: &Section<'_>,
+        key: &str,
+        default: Duration,
+        allowed: RangeInclusive<Duration>,
+    ) -> Duration {
         let Some((tree, trail)) = section.get(key) else { return default };
         let parsed = match tree {
             Tree::Text(text) => parse_duration(text),
             _ => None,
         };
         match parsed {
-            Some(time) if time >= least && time <= MAX_TIME => time,
+            Some(time) if allowed.contains(&time) => time,
             Some(_) => {
+                let (least, most) = (allowed.start(), allowed.end());
                 let least = if least.is_zero() { "0s".to_owned() } else { format!("{least:?}") };
-                self.wrong(&trail, format!("expected a time from {least} to 365d, not {}", tree.kind()));
+                let most = if *most == MAX_TIME { "365d".to_owned() } else { format!("{most:?}") };
+                self.wrong(&trail, format!("expected a time from {least} to {most}, not {}", tree.kind()));
                 default
             }
             None => {
@@ -1173,18 +1202,20 @@ impl Reader<'_> {
         text
     }
 
-    /// The secret of `password`, `password_env` or `password_file`, of which one at most may be given.
-    fn secret(&mut self, section: &Section<'_>) -> Option<Secret> {
-        let given: Vec<_> = ["password", "password_env", "password_file"]
+    /// The secret of `password`, `password_env` or `password_file` (or of another `what` than password), of
+    /// which one at most may be given.
+    fn secret(&mut self, section: &Section<'_>, what: &str) -> Option<Secret> {
+        let [env, file] = ["env", "file"].map(|from| format!("{what}_{from}"));
+        let given: Vec<_> = [what, &env, &file]
             .into_iter()
             .filter_map(|key| section.get(key).map(|(tree, trail)| (key, tree, trail)))
             .collect();
         if let [_, (_, _, second), ..] = given.as_slice() {
-            self.wrong(second, "give only one of password, password_env and password_file");
+            self.wrong(second, format!("give only one of {what}, {env} and {file}"));
             return None;
         }
         let (key, tree, trail) = given.into_iter().next()?;
-        if key == "password" {
+        if key == what {
             return match tree {
                 Tree::Text(text) if !text.is_empty() && !text.contains('\0') => Some(Secret(text.clone())),
                 // Not through `text_of`, which shows the value.
@@ -1195,7 +1226,7 @@ impl Reader<'_> {
             };
         }
         let name = self.text_of(tree, &trail)?;
-        let answer = if key == "password_env" {
+        let answer = if key == env {
             // The name is not shown: it may be the password itself, under the wrong key.
             (self.env)(&name).ok_or_else(|| "the environment variable named here is not set".to_owned())
         } else {
@@ -1207,7 +1238,10 @@ impl Reader<'_> {
         match answer {
             Ok(secret) if !secret.is_empty() && !secret.contains('\0') => Some(Secret(secret)),
             Ok(_) => {
-                self.wrong(&trail, "what is named here holds no usable password: empty, or with a zero byte");
+                self.wrong(
+                    &trail,
+                    format!("what is named here holds no usable {what}: empty, or with a zero byte"),
+                );
                 None
             }
             Err(message) => {
@@ -1248,6 +1282,14 @@ impl Reader<'_> {
                 self.wrong(&trail, "reserved for nobody: `auth.admins` is empty");
             }
         }
+        let http_token = self.secret(&top, "http_token");
+        if let (Some(address), None, Some((_, trail))) = (&http, &http_token, top.get("http"))
+            && !is_loopback(address)
+        {
+            let message =
+                "anybody who reaches this address can read it: set http_token, or bind it to 127.0.0.1";
+            self.ignored.push((trail, message.to_owned()));
+        }
         if let Some((_, trail)) = top.get("http")
             && http.as_ref() == Some(&listen)
             && !listen.ends_with(":0")
@@ -1258,6 +1300,8 @@ impl Reader<'_> {
             listen,
             listen_read_only,
             http,
+            http_token,
+            http_history: self.time_within(&top, "http_history", Duration::from_secs(600), HTTP_HISTORY),
             workers: self.number(&top, "workers", 1..=1024, cores as u64) as usize,
             max_clients,
             reserved_clients,
@@ -1330,7 +1374,7 @@ impl Reader<'_> {
         }
         let section = self.child(top, "control");
         let user = self.needed(&section, "user");
-        let password = self.secret(&section);
+        let password = self.secret(&section, "password");
         let database = if section.has("database") {
             self.text(&section, "database")
         } else {
@@ -1348,7 +1392,7 @@ impl Reader<'_> {
             let user = self.section("auth.users[]", tree, trail);
             let name = self.needed(&user, "name");
             let before = self.found.len();
-            let password = self.secret(&user);
+            let password = self.secret(&user, "password");
             if password.is_none() && self.found.len() == before {
                 self.wrong(&user.trail, "a password is missing: password, password_env or password_file");
             }
@@ -1867,6 +1911,21 @@ mod tests {
     }
 
     #[test]
+    fn http_that_others_reach_without_a_token_is_warned_of() {
+        let with = |text: &str| parse(&format!("{text}\n{MINIMAL}")).unwrap();
+        for quiet in ["http: 127.0.0.1:1", "http: '[::1]:1'", "http: localhost:1", "http: null"] {
+            assert!(with(quiet).warnings.is_empty(), "{quiet}");
+        }
+        for open in ["http: 0.0.0.0:1", "http: '[::]:1'", "http: example.net:1"] {
+            assert!(with(open).warnings[0].contains("set http_token"), "{open}");
+            assert!(with(&format!("{open}\nhttp_token_env: PW")).warnings.is_empty(), "{open}");
+        }
+        assert_eq!(with("http_token: abc").http_token, Some(Secret("abc".to_owned())));
+        let error = parse(&format!("http_history: 2h\n{MINIMAL}")).unwrap_err().to_string();
+        assert!(error.contains("http_history: expected a time from 60s to 3600s"), "{error}");
+    }
+
+    #[test]
     fn a_secret_under_a_wrong_key_is_not_shown() {
         const SECRET: &str = "hunter2x";
         let texts = SECTIONS.iter().flat_map(|(section, keys)| {
@@ -2017,6 +2076,19 @@ mod tests {
         let text = readme.split("```yaml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let env = |name: &str| (name == "HIGHWATER_PASSWORD").then(|| "x".to_owned());
         assert_eq!(Config::parse(text, "README.md", &env).unwrap().nodes.len(), 2);
+    }
+
+    #[test]
+    fn the_configurations_of_the_migration_page_load() {
+        let page = include_str!("../docs/MIGRATION.md");
+        let env = |name: &str| (name == "HIGHWATER_PASSWORD").then(|| "x".to_owned());
+        let blocks: Vec<&str> =
+            page.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+        assert_eq!(blocks.len(), 3);
+        for block in blocks {
+            let config = Config::parse(block, "MIGRATION.md", &env).unwrap_or_else(|e| panic!("{e}"));
+            assert!(config.nodes.len() >= 2 && config.warnings.is_empty(), "{:?}", config.warnings);
+        }
     }
 
     #[test]

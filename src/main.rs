@@ -3,14 +3,16 @@
 //! Exit codes: 0 fine; 1 it failed while running, or `check` found problems; 2 the arguments or the
 //! configuration are wrong, and nothing was started.
 
+use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use highwater::config::Config;
 use highwater::demo::DemoOptions;
 use highwater::explain::Explanation;
+use highwater::progress::Progress;
 
 /// A transparent PostgreSQL replication proxy.
 #[derive(Parser)]
@@ -43,6 +45,25 @@ enum Command {
         #[arg(long, value_name = "TIME", value_parser = duration)]
         exit_after: Option<Duration>,
     },
+    /// Ask a running proxy whether it lives; exits with 1 if it does not.
+    Healthcheck {
+        /// The configuration file, whose `http` says where to ask.
+        #[arg(short = 'c', long = "config", value_name = "FILE", required_unless_present = "http")]
+        config: Option<PathBuf>,
+        /// Where to ask.
+        #[arg(long, value_name = "HOST:PORT", conflicts_with = "config")]
+        http: Option<String>,
+        /// Ask whether it should be sent clients: whether there is a node to serve them.
+        #[arg(long)]
+        ready: bool,
+    },
+    /// Write the manual pages and the shells' completions, for packages.
+    #[command(hide = true)]
+    Manual {
+        /// The directory.
+        #[arg(long, value_name = "DIRECTORY")]
+        to: PathBuf,
+    },
 }
 
 #[derive(clap::Args)]
@@ -71,10 +92,23 @@ fn main() -> ExitCode {
             }
         },
         Command::Demo { exit_after } => demo(exit_after),
+        Command::Healthcheck { config, http, ready } => match (http, config) {
+            (Some(address), _) => healthcheck(&address, ready),
+            (None, Some(file)) => with_config(ConfigFile { config: file }, |config| match &config.http {
+                Some(address) => healthcheck(address, ready),
+                None => {
+                    eprintln!("highwater: `http` is null: there is nothing to ask");
+                    ExitCode::from(2)
+                }
+            }),
+            // clap does not let this happen.
+            (None, None) => ExitCode::from(2),
+        },
+        Command::Manual { to } => ended(highwater::manual::write(&Arguments::command(), &to)),
     }
 }
 
-fn with_config(file: ConfigFile, command: fn(Config) -> ExitCode) -> ExitCode {
+fn with_config(file: ConfigFile, command: impl FnOnce(Config) -> ExitCode) -> ExitCode {
     match Config::load(&file.config) {
         Ok(config) => command(config),
         Err(e) => {
@@ -90,6 +124,20 @@ fn run(config: Config) -> ExitCode {
         tracing::warn!("{warning}");
     }
     match highwater::server::run(config, level) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("highwater: {e}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn healthcheck(address: &str, ready: bool) -> ExitCode {
+    ended(highwater::healthcheck::ask(address, ready).map(|said| println!("{said}")))
+}
+
+fn ended(result: Result<(), impl std::fmt::Display>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("highwater: {e}");
@@ -147,7 +195,11 @@ fn check(config: Config) -> ExitCode {
     for warning in &config.warnings {
         eprintln!("warning: {warning}");
     }
-    let report = runtime.block_on(highwater::check::check(&config));
+    let terminal = std::io::stderr().is_terminal();
+    let mut progress = Progress::new(std::io::stderr(), terminal, config.nodes.len());
+    // Nobody may be there to see it; the report counts.
+    let report = runtime.block_on(highwater::check::check(&config, &mut |step| drop(progress.step(step))));
+    drop(progress);
     print!("{report}");
     if report.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) }
 }

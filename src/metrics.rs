@@ -436,6 +436,17 @@ impl Metrics {
         }
     }
 
+    /// Every count of [`statement`](Self::statement) so far, as (node, class, reason, count).
+    pub fn statements_so_far(&self) -> impl Iterator<Item = (NodeId, &'static str, &'static str, u64)> {
+        let Labels { classes, reasons, .. } = &self.labels;
+        let series = self.nodes.iter().map(OnceLock::get);
+        (0u16..).map(NodeId).zip(series).flat_map(move |(node, series)| {
+            let pairs = classes.iter().flat_map(|class| reasons.iter().map(move |reason| (*class, *reason)));
+            let counters = series.map_or(&[][..], |series| &series.statements);
+            pairs.zip(counters).map(move |((class, reason), counter)| (node, class, reason, counter.get()))
+        })
+    }
+
     /// Observes a statement's time on `node`.
     pub fn statement_took(&self, node: NodeId, time: Duration) {
         if let Some(series) = self.node(node) {

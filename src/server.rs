@@ -19,7 +19,8 @@ use tokio::time::Instant;
 use tracing::info;
 
 use self::apply::Applier;
-use crate::admin::{self, AdminState};
+use crate::admin::access::Access;
+use crate::admin::{self, AdminState, Memory};
 use crate::backend::pool::{CloseReason, PoolContext, Pools, Ways};
 use crate::catalogs::Catalogs;
 use crate::classify::{Classifier, PinReason};
@@ -42,6 +43,7 @@ use crate::session::promise::PrimaryReads;
 use crate::session::shared_mark::{GlobalMark, NamedMarks};
 use crate::session::timeouts::Overdue;
 use crate::session::{REDONE_LABELS, Shared};
+use crate::supervisor::{self, Pulse};
 use crate::topology::{Topology, TopologyHandle};
 
 /// Why the proxy could not start.
@@ -88,6 +90,7 @@ pub struct ServerHandle {
     pub metrics: Arc<Metrics>,
     /// Reads the configuration's file again.
     pub reload: Reload,
+    pulse: Arc<Pulse>,
     stop: watch::Sender<Stop>,
     main: Option<JoinHandle<()>>,
 }
@@ -134,6 +137,7 @@ fn start_with(config: Config, level: Option<log::Level>) -> Result<ServerHandle,
             topology: started.topology,
             metrics: started.metrics,
             reload: started.reload,
+            pulse: started.pulse,
             stop,
             main: Some(main),
         }),
@@ -162,10 +166,14 @@ pub fn run(config: Config, level: log::Level) -> Result<(), StartError> {
         tokio::spawn(async move {
             while hangup.recv().await.is_some() {
                 info!("SIGHUP: reloading the configuration");
+                supervisor::reloading();
                 // Whatever comes of it has been logged.
                 let _ = reload.reload().await;
+                supervisor::ready("accepting clients");
             }
         });
+        tokio::spawn(server.pulse.clone().feed());
+        supervisor::ready(&format!("accepting clients on {}", server.address));
         loop {
             let running = *server.stop.borrow() == Stop::Run;
             let stop = tokio::select! {
@@ -173,10 +181,12 @@ pub fn run(config: Config, level: log::Level) -> Result<(), StartError> {
                 _ = interrupt.recv() => Stop::Fast,
                 () = server.stop.closed() => return Ok::<(), StartError>(()),
             };
-            match stop {
-                Stop::Drain => info!("SIGTERM: draining"),
-                _ => info!("ending all sessions"),
-            }
+            let how = match stop {
+                Stop::Drain => "SIGTERM: draining",
+                _ => "ending all sessions",
+            };
+            info!("{how}");
+            supervisor::stopping(how);
             server.stop.send_replace(stop);
         }
     })?;
@@ -191,6 +201,7 @@ struct Started {
     topology: Arc<TopologyHandle>,
     metrics: Arc<Metrics>,
     reload: Reload,
+    pulse: Arc<Pulse>,
 }
 
 fn run_main(
@@ -230,6 +241,8 @@ struct Parts {
     address: SocketAddr,
     http: Option<(TcpListener, SocketAddr)>,
     door: Arc<Door>,
+    /// Of the main thread, and behind it of each worker.
+    pulse: Arc<Pulse>,
     /// Holds the control loop's tasks.
     control: control::Control,
 }
@@ -306,7 +319,8 @@ async fn build(config: Config) -> Result<Parts, StartError> {
         .map_err(|error| StartError { what: "set up the login".to_owned(), cause: error.to_string() })?;
     let tls = ArcSwap::from_pointee(client_tls);
     let door = Arc::new(Door { shared, tls, verifiers, drain: Arc::default(), census: Arc::default() });
-    Ok(Parts { listener, listener_read_only, address, http, door, control })
+    let pulse = Arc::new(Pulse::new(1 + config.workers));
+    Ok(Parts { listener, listener_read_only, address, http, door, pulse, control })
 }
 
 impl Parts {
@@ -317,6 +331,7 @@ impl Parts {
             topology: self.door.shared.topology.clone(),
             metrics: self.door.shared.metrics.clone(),
             reload,
+            pulse: self.pulse.clone(),
         }
     }
 
@@ -326,12 +341,14 @@ impl Parts {
         let (senders, receivers) = listener::handover(config.workers);
         let mut threads = Vec::new();
         let (quit, quitting) = watch::channel(false);
+        tokio::spawn(self.pulse.clone().beat(0));
         for (worker, handed) in receivers.into_iter().enumerate() {
             let door = self.door.clone();
             let quitting = quitting.clone();
+            let pulse = self.pulse.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("hw-worker-{worker}"))
-                .spawn(move || run_worker(&door, handed, worker, quitting));
+                .spawn(move || run_worker(&door, handed, worker, pulse, quitting));
             match thread {
                 Ok(thread) => threads.push(thread),
                 Err(error) => tracing::error!(%error, "could not start a worker"),
@@ -370,6 +387,8 @@ impl Parts {
                     samples: Arc::new(move || {
                         topology.load().nodes.iter().map(|view| positions.node(view.id).counter()).collect()
                     }),
+                    access: Arc::new(Access::new(config.http_token.as_ref())),
+                    memory: Arc::new(Memory::new(config.http_history)),
                 },
             ));
         }
@@ -401,12 +420,14 @@ fn run_worker(
     door: &Arc<Door>,
     handed: listener::Handover,
     worker: usize,
+    pulse: Arc<Pulse>,
     mut quitting: watch::Receiver<bool>,
 ) {
     match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => {
             let door = door.clone();
             runtime.block_on(async move {
+                tokio::spawn(pulse.beat(1 + worker));
                 tokio::spawn(listener::work(door, handed, worker));
                 let _ = quitting.wait_for(|quit| *quit).await;
             });

@@ -38,7 +38,7 @@ impl Applies {
 /// changed, and what is kept.
 macro_rules! table {
     ($($key:literal $applies:ident $($field:ident).+;)*) => {
-        /// Each key of the file and when a change of it takes effect. A list stands for its entries, a password for
+        /// Each key of the file and when a change of it takes effect. A list stands for its entries, a secret for
         /// the three ways to give it.
         pub const RELOADS: &[(&str, Applies)] = &[$(($key, Applies::$applies)),*];
 
@@ -64,6 +64,8 @@ table! {
     "listen" Restart listen;
     "listen_read_only" Restart listen_read_only;
     "http" Restart http;
+    "http_token" Restart http_token;
+    "http_history" Restart http_history;
     "workers" Restart workers;
     "max_clients" Live max_clients;
     "reserved_clients" Live reserved_clients;
@@ -102,6 +104,7 @@ table! {
     "consistency.catch_up_wait" Live consistency.catch_up_wait;
     "consistency.primary_read_cap" Live consistency.primary_read_cap;
     "consistency.primary_read_wait" Live consistency.primary_read_wait;
+    "consistency.clock_tolerance" Live consistency.clock_tolerance;
     "consistency.named_sessions" Live consistency.named_sessions;
     "consistency.named_session_idle" Live consistency.named_session_idle;
     "consistency.sample_interval" Live consistency.sample_interval;
@@ -110,6 +113,7 @@ table! {
     "routing.shadow" Live routing.shadow;
     "routing.rules" Live routing.rules;
     "routing.transactions" NewSessions routing.transactions;
+    "routing.read_only_transactions" NewSessions routing.read_only_on_replicas;
     "routing.functions" Live routing.functions;
     "limits.unit_hold" Live limits.unit_hold;
     "limits.statement_text" Live limits.statement_text;
@@ -153,7 +157,10 @@ pub fn applies(key: &str) -> Option<Applies> {
     let find = |key: &str| {
         EXCEPTIONS.iter().chain(RELOADS).find(|(name, _)| *name == key).map(|(_, applies)| *applies)
     };
-    let plain = key.strip_suffix("_env").or(key.strip_suffix("_file")).filter(|k| k.ends_with("password"));
+    let plain = key
+        .strip_suffix("_env")
+        .or(key.strip_suffix("_file"))
+        .filter(|k| k.ends_with("password") || k.ends_with("token"));
     find(plain.unwrap_or(key))
         .or_else(|| find(key.split_once("[]")?.0))
         .or_else(|| find(key.rsplit_once('.')?.0))

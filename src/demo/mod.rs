@@ -12,7 +12,7 @@ pub mod port;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal as _, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,6 +26,7 @@ use tokio::time::Instant;
 
 use self::cluster::{ClusterError, ClusterOptions, Identity, Login, PrivateCluster, connect};
 use self::port::ReservedPort;
+use crate::progress::Progress;
 
 /// The metric of statements answered, with labels for the node and for why it was that one.
 const STATEMENTS: &str = "highwater_statements_total";
@@ -160,12 +161,16 @@ where
     // An identity of its own, so that the template goes as soon as it has been copied.
     let cluster_options =
         ClusterOptions { replicas: 2, identity: Identity::Own, ..ClusterOptions::default() };
-    let cluster = PrivateCluster::start(&cluster_options, &mut |step| drop(say(step))).await?;
+    // A data directory, three servers, the proxy.
+    let mut progress = Progress::new(io::stdout(), io::stdout().is_terminal(), 5);
+    let cluster = PrivateCluster::start(&cluster_options, &mut |step| drop(progress.step(step))).await?;
     let claim = || ReservedPort::claim().map_err(|error| DemoError::System("no free port", error));
     let (port, http) = (claim()?, claim()?);
     let proxy = Proxy { port: port.number(), http: http.number() };
 
-    say(&format!("starting the proxy on 127.0.0.1:{}", proxy.port))?;
+    progress
+        .step(&format!("starting the proxy on 127.0.0.1:{}", proxy.port))
+        .map_err(|error| DemoError::System("cannot print", error))?;
     let config = cluster.directory().join("config.yaml");
     let text = config_text(&cluster, &proxy);
     std::fs::write(&config, text)
@@ -176,6 +181,7 @@ where
         .unwrap_or_else(|error| Err(error.to_string()))
         .map_err(DemoError::Proxy)?;
     proxy.wait_ready().await?;
+    drop(progress);
 
     introduce(&cluster, &proxy)?;
     let app = cluster.roles().app.clone();
@@ -210,7 +216,8 @@ fn introduce(cluster: &PrivateCluster, proxy: &Proxy) -> Result<(), DemoError> {
     say("")?;
     say("try it yourself, from another terminal:")?;
     say(&format!("  psql 'postgresql://{user}:{password}@127.0.0.1:{}/app'", proxy.port))?;
-    say(&format!("  curl -s http://127.0.0.1:{}/metrics | grep ^highwater_", proxy.http))
+    say(&format!("  curl -s http://127.0.0.1:{}/metrics | grep ^highwater_", proxy.http))?;
+    say(&format!("or look at http://127.0.0.1:{}/ in a browser", proxy.http))
 }
 
 /// Where the proxy listens.

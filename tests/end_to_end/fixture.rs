@@ -431,6 +431,11 @@ impl Proxy {
         self.port.number()
     }
 
+    /// Its port for HTTP.
+    pub fn http_port(&self) -> u16 {
+        self.http.number()
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.process.lock().unwrap().id()
@@ -478,9 +483,15 @@ impl Proxy {
 
     /// GET of its HTTP port: status and body; `None` when it does not answer.
     pub async fn get(&self, path: &str) -> Option<(u16, String)> {
+        self.get_with(path, "").await
+    }
+
+    /// The same with header lines of the test's own, each with its line end.
+    pub async fn get_with(&self, path: &str, headers: &str) -> Option<(u16, String)> {
         let ask = async {
             let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.http.number())).await.ok()?;
-            let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+            let request =
+                format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{headers}\r\n");
             stream.write_all(request.as_bytes()).await.ok()?;
             let mut answer = String::new();
             stream.read_to_string(&mut answer).await.ok()?;

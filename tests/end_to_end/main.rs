@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod allow_lists;
+mod browser;
 mod fixture;
 mod fixture_holds;
 mod history;

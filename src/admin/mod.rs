@@ -1,25 +1,38 @@
-//! The HTTP side door: `/metrics`, `/healthz`, `/readyz`, `/topology`.
+//! The HTTP side door: the status page, `/metrics`, `/healthz`, `/readyz`, `/topology`.
 //!
 //! Promises: GET and HEAD only; connections, header bytes and the time of a request are bounded, so that
 //! a slow or greedy peer costs at most [`MAX_CONNECTIONS`] small buffers; no answer shows a secret.
-//! Deliberately has no login and changes nothing: bind it to where only operators reach it.
+//! Deliberately changes nothing. Without a token it has no login: bind it to where only operators reach it.
+
+pub mod access;
+pub mod chart;
+pub mod history;
+pub mod page;
+pub mod words;
 
 use std::convert::Infallible;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Incoming;
-use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE};
+use hyper::header::{
+    ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue, REFERRER_POLICY,
+    WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
+};
 use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio::time::{Instant, MissedTickBehavior};
 
+use self::access::Access;
+use self::history::History;
+use self::page::View;
 use crate::metrics::{ClassCacheFigures, Metrics, PoolFigure, Scrape, is_up, role_label};
 use crate::topology::{Standing, Topology, TopologyHandle};
 
@@ -31,6 +44,10 @@ const HEADER_TIME: Duration = Duration::from_secs(5);
 const MAX_HEADER_BYTES: usize = 16 * 1024;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// Between two points of the status page's history.
+const POINT_EVERY: Duration = Duration::from_secs(1);
+
+const HTML: &str = "text/html; charset=utf-8";
 const TEXT: &str = "text/plain; charset=utf-8";
 const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 const JSON: &str = "application/json";
@@ -52,10 +69,66 @@ pub struct AdminState {
     pub samples: Arc<dyn Fn() -> Vec<u64> + Send + Sync>,
     /// How far each node's clock is from the primary's, in seconds.
     pub clock_offsets: Arc<dyn Fn() -> Vec<Option<f64>> + Send + Sync>,
+    /// What is asked for, but for /healthz and /readyz.
+    pub access: Arc<Access>,
+    /// What the status page shows of the last minutes.
+    pub memory: Arc<Memory>,
+}
+
+/// The status page's memory, and since when it runs.
+pub struct Memory {
+    history: Mutex<History>,
+    keep: Duration,
+    begun: Instant,
+    policy: HeaderValue,
+}
+
+impl Memory {
+    /// Remembers `keep`; begins now.
+    pub fn new(keep: Duration) -> Memory {
+        let policy = HeaderValue::from_str(&page::policy()).expect("hashes and words are visible ASCII");
+        Memory { history: Mutex::new(History::new(keep)), keep, begun: Instant::now(), policy }
+    }
+
+    /// A panic while it was held leaves a point or an event too few, at most.
+    fn lock(&self) -> std::sync::MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Serves until the future is dropped; connections then end by their own time limit.
 pub async fn serve(listener: TcpListener, state: AdminState) {
+    let remembering = remember(state.clone());
+    tokio::select! {
+        () = accept(listener, state) => {}
+        () = remembering => {}
+    }
+}
+
+/// One point a second; and what changes between two, when it does.
+async fn remember(state: AdminState) {
+    let mut tick = tokio::time::interval(POINT_EVERY);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    loop {
+        // Before the look: a change in between wakes it, too.
+        let changed = state.topology.changed();
+        state.memory.lock().observe(&state.topology.load(), clock());
+        tokio::select! {
+            _ = tick.tick() => {
+                let counts = state.metrics.statements_so_far().collect();
+                state.memory.lock().record(state.memory.begun.elapsed(), &state.topology.load(), counts);
+            }
+            () = changed => {}
+        }
+    }
+}
+
+fn clock() -> Duration {
+    // A clock before 1970 is shown as 1970.
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+async fn accept(listener: TcpListener, state: AdminState) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         // The semaphore is never closed; an error would mean it, and then there is nothing to serve.
@@ -79,7 +152,7 @@ pub async fn serve(listener: TcpListener, state: AdminState) {
 
 async fn connection(stream: TcpStream, state: AdminState) {
     let service = service_fn(move |request: Request<Incoming>| {
-        let response = answer(request.method(), request.uri().path(), &state);
+        let response = answer(request.method(), request.uri().path(), request.headers(), &state);
         std::future::ready(Ok::<_, Infallible>(response))
     });
     let serving = hyper::server::conn::http1::Builder::new()
@@ -91,13 +164,23 @@ async fn connection(stream: TcpStream, state: AdminState) {
     let _ = tokio::time::timeout(CONNECTION_TIME, serving).await;
 }
 
-fn answer(method: &Method, path: &str, state: &AdminState) -> Response<Full<Bytes>> {
+fn answer(method: &Method, path: &str, headers: &HeaderMap, state: &AdminState) -> Response<Full<Bytes>> {
     if method != Method::GET && method != Method::HEAD {
         let mut refusal = response(StatusCode::METHOD_NOT_ALLOWED, TEXT, "only GET and HEAD\n".to_owned());
-        refusal.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
+        refusal.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+        return refusal;
+    }
+    // Whoever starts, watches and balances proxies need not hold the token: these two say one word.
+    if !["/healthz", "/readyz"].contains(&path) && !state.access.allows(headers) {
+        let mut refusal =
+            response(StatusCode::UNAUTHORIZED, TEXT, "a token is needed (http_token)\n".to_owned());
+        for scheme in ["Bearer realm=\"highwater\"", "Basic realm=\"highwater\", charset=\"UTF-8\""] {
+            refusal.headers_mut().append(WWW_AUTHENTICATE, HeaderValue::from_static(scheme));
+        }
         return refusal;
     }
     match path {
+        "/" => status_page(state),
         "/metrics" => response(StatusCode::OK, METRICS, scrape(state)),
         "/healthz" => response(StatusCode::OK, TEXT, "alive\n".to_owned()),
         "/readyz" => {
@@ -110,7 +193,7 @@ fn answer(method: &Method, path: &str, state: &AdminState) -> Response<Full<Byte
         _ => response(
             StatusCode::NOT_FOUND,
             TEXT,
-            "here are /metrics, /healthz, /readyz and /topology\n".to_owned(),
+            "here are /, /metrics, /healthz, /readyz and /topology\n".to_owned(),
         ),
     }
 }
@@ -119,8 +202,29 @@ fn response(status: StatusCode, kind: &'static str, body: String) -> Response<Fu
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
     let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(kind));
-    headers.insert(CACHE_CONTROL, hyper::header::HeaderValue::from_static("no-store"));
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
+}
+
+fn status_page(state: &AdminState) -> Response<Full<Bytes>> {
+    let memory = &state.memory;
+    let page = page::page(&View {
+        topology: &state.topology.load(),
+        history: &memory.lock(),
+        keep: memory.keep,
+        draining: state.draining.load(Ordering::Relaxed),
+        pools: &(state.pools)(),
+        clients: state.metrics.clients.get(),
+        pinned: state.metrics.pinned_sessions.get(),
+        clock: clock(),
+        uptime: memory.begun.elapsed(),
+    });
+    let mut response = response(StatusCode::OK, HTML, page);
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_SECURITY_POLICY, memory.policy.clone());
+    headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     response
 }
 
@@ -237,6 +341,8 @@ mod tests {
             class_cache: Arc::new(ClassCacheFigures::default),
             samples: Arc::new(|| vec![7, 8]),
             clock_offsets: Arc::new(|| vec![None, Some(0.5)]),
+            access: Arc::default(),
+            memory: Arc::new(Memory::new(Duration::from_secs(60))),
         }
     }
 
@@ -288,6 +394,41 @@ mod tests {
         assert!(ask(address, b"\x00\x01garbage\r\n\r\n").await.starts_with("HTTP/1.1 400"));
         let huge = format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "a".repeat(MAX_HEADER_BYTES));
         assert!(ask(address, huge.as_bytes()).await.starts_with("HTTP/1.1 431"));
+        server.abort();
+    }
+
+    #[tokio::test]
+    async fn with_a_token_all_but_the_two_words_ask_for_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let state = state();
+        state.access.set(Some(&crate::config::Secret("s3cret".to_owned())));
+        let server = tokio::spawn(serve(listener, state));
+        for path in ["/", "/metrics", "/topology", "/nothing", "/healthz", "/readyz"] {
+            let with =
+                |header: &str| format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\n");
+            let without = ask(address, with("").as_bytes()).await;
+            let wrong = ask(address, with("Authorization: Bearer guess\r\n").as_bytes()).await;
+            let right = ask(address, with("Authorization: Bearer s3cret\r\n").as_bytes()).await;
+            let open = ["/healthz", "/readyz"].contains(&path);
+            assert_eq!(without.starts_with("HTTP/1.1 401"), !open, "{without}");
+            assert_eq!(wrong.starts_with("HTTP/1.1 401"), !open, "{wrong}");
+            assert_eq!(without.contains("www-authenticate: Basic"), !open, "{without}");
+            assert!(!right.starts_with("HTTP/1.1 401") && !(without + &right).contains("s3cret"));
+        }
+        server.abort();
+    }
+
+    #[tokio::test]
+    async fn the_status_page_answers_under_a_strict_policy() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(serve(listener, state()));
+        let page = ask(address, b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
+        let (head, body) = page.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.1 200") && head.contains("text/html"), "{head}");
+        assert!(head.contains("content-security-policy: default-src 'none'; style-src 'sha256-"), "{head}");
+        assert!(body.contains("n0 is the primary") && body.contains("its lag is above max_lag"), "{body}");
         server.abort();
     }
 
