@@ -152,16 +152,22 @@ fn start_with(config: Config, level: Option<log::Level>) -> Result<ServerHandle,
 /// PostgreSQL's fast shutdown does; SIGQUIT ends the process with no words, as its immediate one. SIGHUP reloads the
 /// configuration; `level` follows it.
 pub fn run(config: Config, level: log::Level) -> Result<(), StartError> {
-    let server = start_with(config, Some(level))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(failed("start a runtime"))?;
-    runtime.block_on(async {
+    // Before anybody can know that we run: a signal that nobody listens for ends the process.
+    let (mut terminate, mut interrupt, mut hangup) = {
         use tokio::signal::unix::{SignalKind, signal};
-        let mut terminate = signal(SignalKind::terminate()).map_err(failed("listen for SIGTERM"))?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("listen for SIGINT"))?;
-        let mut hangup = signal(SignalKind::hangup()).map_err(failed("listen for SIGHUP"))?;
+        let _inside = runtime.enter();
+        (
+            signal(SignalKind::terminate()).map_err(failed("listen for SIGTERM"))?,
+            signal(SignalKind::interrupt()).map_err(failed("listen for SIGINT"))?,
+            signal(SignalKind::hangup()).map_err(failed("listen for SIGHUP"))?,
+        )
+    };
+    let server = start_with(config, Some(level))?;
+    runtime.block_on(async {
         let reload = server.reload.clone();
         tokio::spawn(async move {
             while hangup.recv().await.is_some() {

@@ -747,6 +747,12 @@ impl Lease {
         }
     }
 
+    /// Whether its node is still where it was when this was opened: else samples of the node say nothing of it. Ask
+    /// after the sample was looked at: a node is sampled at another address only once its way has changed.
+    pub fn is_current(&self) -> bool {
+        self.pool.context.ways.is_open_to(self)
+    }
+
     /// Gives an idle backend back to its pool, which cleans it first where it must.
     pub fn give_back(mut self) {
         if let Some(backend) = self.backend.take() {

@@ -121,7 +121,9 @@ impl Session {
                 match self.lease_from(node).await? {
                     Ok(lease) => {
                         // Only samples sent after the backend was connected speak for it.
-                        if self.await_fresh_sample(&lease, &mut wait_until, patience).await? {
+                        if self.await_fresh_sample(&lease, &mut wait_until, patience).await?
+                            && lease.is_current()
+                        {
                             return Ok(Tried::Placed(Placed {
                                 lease,
                                 node,
