@@ -328,6 +328,8 @@ impl Parts {
             let classifier = self.door.shared.classifier.clone();
             let positions = self.door.shared.positions.clone();
             let ids: Vec<NodeId> = (0u16..).map(NodeId).take(config.nodes.len()).collect();
+            let (seen, seen_ids) = (positions.clone(), ids.clone());
+            let age = move |id: &NodeId| seen.node(*id).seen_at().map(|at| at.elapsed());
             tokio::spawn(admin::serve(
                 listener,
                 AdminState {
@@ -341,6 +343,7 @@ impl Parts {
                         ClassCacheFigures { hits, misses, replaced_parsers }
                     }),
                     samples: Arc::new(move || ids.iter().map(|id| positions.node(*id).counter()).collect()),
+                    sample_ages: Arc::new(move || seen_ids.iter().map(&age).collect()),
                     access: Arc::new(Access::new(config.http_token.as_ref())),
                     memory: Arc::new(Memory::new(config.http_history)),
                 },
