@@ -77,6 +77,8 @@ pub struct Scrape<'a> {
     pub clock_offsets: &'a [Option<f64>],
     /// Changes of the topology since the start.
     pub topology_changes: u64,
+    /// How long ago each node's WAL position was last seen, in the configuration's order.
+    pub sample_ages: &'a [Option<Duration>],
 }
 
 /// Every value of the labels that are known beforehand, so that each series is there from the start.
@@ -504,6 +506,13 @@ impl Metrics {
         }
         counter(&now, "highwater_topology_changes_total", "Changes of the topology.")
             .inc_by(scrape.topology_changes);
+        let primary = scrape.topology.primary.and_then(|id| *scrape.sample_ages.get(id.index())?);
+        if let Some(age) = primary {
+            let name = "highwater_primary_lsn_sample_age_seconds";
+            let made: Gauge =
+                register(&now, Gauge::new(name, "How long ago the primary's position was seen."));
+            made.set(age.as_secs_f64());
+        }
         let mut families = self.registry.gather();
         families.extend(now.gather());
         // A family without a sample is an error to the encoder.
@@ -683,6 +692,7 @@ pub(crate) mod tests {
             samples: &samples,
             clock_offsets: &[Some(0.0), Some(-0.25), None],
             topology_changes: 3,
+            sample_ages: &[Some(Duration::from_millis(1500)), None, None],
         });
         for line in [
             "highwater_statements_total{class=\"write\",node=\"n1\",reason=\"unclear\"} 2",
@@ -694,6 +704,7 @@ pub(crate) mod tests {
             "highwater_samples_total{node=\"n2\"} 6",
             "highwater_topology_changes_total 3",
             "highwater_node_clock_offset_seconds{node=\"n1\"} -0.25",
+            "highwater_primary_lsn_sample_age_seconds 1.5",
             "highwater_node_up{node=\"n2\"} 0",
             "highwater_node_role{node=\"n0\",role=\"primary\"} 1",
             "highwater_replica_replay_lag_bytes{node=\"n1\"} 4096",

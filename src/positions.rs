@@ -99,6 +99,8 @@ pub struct NodePositions {
     counter: AtomicU64,
     incarnation: AtomicU64,
     latest: Mutex<Option<Sample>>,
+    /// When the last sample that was answered had been sent; for display only.
+    seen_at: Mutex<Option<Instant>>,
     wanted: AtomicBool,
     wake_sampler: Notify,
     noted: AtomicBool,
@@ -124,6 +126,11 @@ impl NodePositions {
     /// sessions that wrote before the primary went away can read on replicas while it is away.
     pub fn latest(&self) -> Option<Sample> {
         *self.lock()
+    }
+
+    /// When this node's position was last seen: when the last sample that was answered had been sent.
+    pub fn seen_at(&self) -> Option<Instant> {
+        *self.seen_at.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Asks the sampler for a sample at once (subject to its least gap). The flag stays set until a
@@ -178,6 +185,11 @@ impl NodePositions {
     /// The sampler's connection broke: no replay position is known until it has a new one.
     pub fn lost(&self) {
         self.connected();
+    }
+
+    /// A sample sent at `at` has shown a position.
+    pub fn seen(&self, at: Instant) {
+        *self.seen_at.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(at);
     }
 
     /// Counts a sample that is about to be sent; its number.

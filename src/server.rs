@@ -44,7 +44,7 @@ use crate::session::shared_mark::{GlobalMark, NamedMarks};
 use crate::session::timeouts::Overdue;
 use crate::session::{REDONE_LABELS, Shared};
 use crate::supervisor::{self, Pulse};
-use crate::topology::{Topology, TopologyHandle};
+use crate::topology::{NodeId, Topology, TopologyHandle};
 
 /// Why the proxy could not start.
 #[derive(Debug)]
@@ -372,8 +372,10 @@ impl Parts {
             let classifier = self.door.shared.classifier.clone();
             let positions = self.door.shared.positions.clone();
             let topology = self.door.shared.topology.clone();
-            let clocks = positions.clone();
-            let clocked = topology.clone();
+            let (clocks, seen) = (positions.clone(), positions.clone());
+            let ids: Arc<dyn Fn() -> Vec<NodeId> + Send + Sync> =
+                Arc::new(move || topology.load().nodes.iter().map(|view| view.id).collect());
+            let (clocked, aged) = (ids.clone(), ids.clone());
             tokio::spawn(admin::serve(
                 listener,
                 AdminState {
@@ -387,11 +389,13 @@ impl Parts {
                         ClassCacheFigures { hits, misses, replaced_parsers }
                     }),
                     clock_offsets: Arc::new(move || {
-                        let offset = |id| clocks.node(id).clock().map(|c| c.seconds());
-                        clocked.load().nodes.iter().map(|view| offset(view.id)).collect()
+                        clocked().into_iter().map(|id| clocks.node(id).clock().map(|c| c.seconds())).collect()
                     }),
                     samples: Arc::new(move || {
-                        topology.load().nodes.iter().map(|view| positions.node(view.id).counter()).collect()
+                        ids().into_iter().map(|id| positions.node(id).counter()).collect()
+                    }),
+                    sample_ages: Arc::new(move || {
+                        aged().into_iter().map(|id| seen.node(id).seen_at().map(|at| at.elapsed())).collect()
                     }),
                     access: Arc::new(Access::new(config.http_token.as_ref())),
                     memory: Arc::new(Memory::new(config.http_history)),

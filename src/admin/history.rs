@@ -108,11 +108,11 @@ pub struct Event {
     pub epoch: Option<Epoch>,
 }
 
-/// The last minutes.
-#[derive(Debug)]
+/// The last minutes. A clone is cheap: it shares the points.
+#[derive(Clone, Debug)]
 pub struct History {
     keep: usize,
-    points: VecDeque<Point>,
+    points: VecDeque<Arc<Point>>,
     events: VecDeque<Event>,
     /// The table of statements at the newest point.
     counts: Vec<StatementCount>,
@@ -127,7 +127,7 @@ impl History {
     }
 
     /// The points, oldest first.
-    pub fn points(&self) -> &[Point] {
+    pub fn points(&self) -> &[Arc<Point>] {
         // One piece at all times: `record` makes it so.
         self.points.as_slices().0
     }
@@ -140,7 +140,7 @@ impl History {
     /// The points of the last `time`, oldest first.
     pub fn last(&self, time: Duration) -> impl Iterator<Item = &Point> {
         let newest = self.points().last().map_or(Duration::ZERO, |p| p.at);
-        self.points().iter().filter(move |p| newest.saturating_sub(p.at) < time)
+        self.points().iter().map(Arc::as_ref).filter(move |p| newest.saturating_sub(p.at) < time)
     }
 
     /// Reads on the primary since the start, by the reason of their route.
@@ -212,7 +212,7 @@ impl History {
             }
         }
         self.counts = counts;
-        self.points.push_back(Point { at, nodes, kept_reads });
+        self.points.push_back(Arc::new(Point { at, nodes, kept_reads }));
         while self.points.len() > self.keep {
             self.points.pop_front();
         }

@@ -69,6 +69,8 @@ pub struct AdminState {
     pub samples: Arc<dyn Fn() -> Vec<u64> + Send + Sync>,
     /// How far each node's clock is from the primary's, in seconds.
     pub clock_offsets: Arc<dyn Fn() -> Vec<Option<f64>> + Send + Sync>,
+    /// How long ago each node's position was last seen; must not block.
+    pub sample_ages: Arc<dyn Fn() -> Vec<Option<Duration>> + Send + Sync>,
     /// What is asked for, but for /healthz and /readyz.
     pub access: Arc<Access>,
     /// What the status page shows of the last minutes.
@@ -152,8 +154,11 @@ async fn accept(listener: TcpListener, state: AdminState) {
 
 async fn connection(stream: TcpStream, state: AdminState) {
     let service = service_fn(move |request: Request<Incoming>| {
-        let response = answer(request.method(), request.uri().path(), request.headers(), &state);
-        std::future::ready(Ok::<_, Infallible>(response))
+        let state = state.clone();
+        async move {
+            let response = answer(request.method(), request.uri().path(), request.headers(), &state).await;
+            Ok::<_, Infallible>(response)
+        }
     });
     let serving = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -164,7 +169,12 @@ async fn connection(stream: TcpStream, state: AdminState) {
     let _ = tokio::time::timeout(CONNECTION_TIME, serving).await;
 }
 
-fn answer(method: &Method, path: &str, headers: &HeaderMap, state: &AdminState) -> Response<Full<Bytes>> {
+async fn answer(
+    method: &Method,
+    path: &str,
+    headers: &HeaderMap,
+    state: &AdminState,
+) -> Response<Full<Bytes>> {
     if method != Method::GET && method != Method::HEAD {
         let mut refusal = response(StatusCode::METHOD_NOT_ALLOWED, TEXT, "only GET and HEAD\n".to_owned());
         refusal.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
@@ -180,7 +190,7 @@ fn answer(method: &Method, path: &str, headers: &HeaderMap, state: &AdminState) 
         return refusal;
     }
     match path {
-        "/" => status_page(state),
+        "/" => status_page(state).await,
         "/metrics" => response(StatusCode::OK, METRICS, scrape(state)),
         "/healthz" => response(StatusCode::OK, TEXT, "alive\n".to_owned()),
         "/readyz" => {
@@ -208,22 +218,32 @@ fn response(status: StatusCode, kind: &'static str, body: String) -> Response<Fu
     response
 }
 
-fn status_page(state: &AdminState) -> Response<Full<Bytes>> {
-    let memory = &state.memory;
-    let page = page::page(&View {
-        topology: &state.topology.load(),
-        history: &memory.lock(),
-        keep: memory.keep,
-        draining: state.draining.load(Ordering::Relaxed),
-        pools: &(state.pools)(),
-        clients: state.metrics.clients.get(),
-        pinned: state.metrics.pinned_sessions.get(),
-        clock: clock(),
-        uptime: memory.begun.elapsed(),
+async fn status_page(state: &AdminState) -> Response<Full<Bytes>> {
+    let state = state.clone();
+    let policy = state.memory.policy.clone();
+    // Not on this thread, which samples the nodes: an hour of many nodes takes a while to draw.
+    let drawn = tokio::task::spawn_blocking(move || {
+        let memory = &state.memory;
+        let history = memory.lock().clone();
+        page::page(&View {
+            topology: &state.topology.load(),
+            history: &history,
+            keep: memory.keep,
+            draining: state.draining.load(Ordering::Relaxed),
+            pools: &(state.pools)(),
+            clients: state.metrics.clients.get(),
+            pinned: state.metrics.pinned_sessions.get(),
+            clock: clock(),
+            uptime: memory.begun.elapsed(),
+        })
     });
+    let Ok(page) = drawn.await else {
+        let failed = "the page could not be drawn; the log says why\n".to_owned();
+        return response(StatusCode::INTERNAL_SERVER_ERROR, TEXT, failed);
+    };
     let mut response = response(StatusCode::OK, HTML, page);
     let headers = response.headers_mut();
-    headers.insert(CONTENT_SECURITY_POLICY, memory.policy.clone());
+    headers.insert(CONTENT_SECURITY_POLICY, policy);
     headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     response
 }
@@ -238,6 +258,7 @@ fn scrape(state: &AdminState) -> String {
         samples: &(state.samples)(),
         clock_offsets: &(state.clock_offsets)(),
         topology_changes: state.topology.changes(),
+        sample_ages: &(state.sample_ages)(),
     })
 }
 
@@ -341,6 +362,7 @@ mod tests {
             class_cache: Arc::new(ClassCacheFigures::default),
             samples: Arc::new(|| vec![7, 8]),
             clock_offsets: Arc::new(|| vec![None, Some(0.5)]),
+            sample_ages: Arc::new(Vec::new),
             access: Arc::default(),
             memory: Arc::new(Memory::new(Duration::from_secs(60))),
         }

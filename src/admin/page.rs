@@ -6,6 +6,7 @@
 //! buttons: it changes nothing.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -235,10 +236,10 @@ fn role_class(role: Role) -> &'static str {
 
 /// The points to draw in groups: as many as a screen can show apart, however many there are. A group is of the
 /// same seconds each time it is drawn, so that the drawing moves and does not flicker.
-fn groups<'a>(view: &View<'a>) -> Vec<(f32, &'a [Point])> {
+fn groups<'a>(view: &View<'a>) -> Vec<(f32, &'a [Arc<Point>])> {
     let points = view.history.points();
     let step = (points.len() / DRAWN).max(1) as u64;
-    let begun = |p: &Point| p.at.as_secs() / step;
+    let begun = |p: &Arc<Point>| p.at.as_secs() / step;
     points
         .chunk_by(|a, b| begun(a) == begun(b))
         .map(|group| (place(view, group[group.len() - 1].at), group))
@@ -277,7 +278,7 @@ fn time_axis(view: &View<'_>) -> String {
 fn roles(view: &View<'_>) -> String {
     let mut strips = String::new();
     for node in &view.topology.nodes {
-        let role = |p: &Point| Some((place(view, p.at), p.nodes.get(node.id.index())?.role));
+        let role = |p: &Arc<Point>| Some((place(view, p.at), p.nodes.get(node.id.index())?.role));
         let roles: Vec<(f32, Role)> =
             view.history.points().iter().filter_map(role).filter(|(x, _)| *x >= 0.0).collect();
         let what = format!("{}: now {}", node.name, Role::of(&node.standing).label());
@@ -331,7 +332,7 @@ fn lag(view: &View<'_>) -> String {
     let mut greatest = 0f32;
     for (index, node) in drawn.iter().enumerate() {
         // The greatest of a group: a peak is what one looks for.
-        let of_group = |group: &[Point]| group.iter().filter_map(|p| lag_of(node, p)).reduce(f32::max);
+        let of_group = |group: &[Arc<Point>]| group.iter().filter_map(|p| lag_of(node, p)).reduce(f32::max);
         let curve: chart::Curve = groups.iter().map(|(x, group)| (*x, of_group(group))).collect();
         greatest = curve.iter().filter_map(|(_, lag)| *lag).fold(greatest, f32::max);
         let now = node.replay_lag.map_or_else(|| "not known".to_owned(), |lag| seconds(lag.as_secs_f32()));
@@ -514,8 +515,6 @@ fn footer(view: &View<'_>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::metrics::tests::topology;
     use crate::route::RouteReason;
@@ -581,6 +580,24 @@ mod tests {
                 - page.matches("http_history").count(),
             1
         );
+    }
+
+    #[test]
+    fn a_full_memory_of_many_nodes_makes_a_page_of_bounded_size() {
+        let mut standings = vec![Standing::Replica; 64];
+        standings[0] = Standing::Primary { reachable: true };
+        let now = topology(standings);
+        let mut history = History::new(Duration::from_secs(3600));
+        for at in 0..4000u64 {
+            let counts = (0..64).map(|node| (NodeId(node), "read", "read", at * u64::from(node))).collect();
+            history.record(Duration::from_secs(at), &now, counts);
+        }
+        let mut view = view(&now, &history);
+        view.keep = Duration::from_secs(3600);
+        let begun = std::time::Instant::now();
+        let length = page(&view).len();
+        println!("64 nodes, an hour: {length} bytes in {:?}", begun.elapsed());
+        assert!((100_000..600_000).contains(&length), "{length}");
     }
 
     #[test]

@@ -231,6 +231,7 @@ impl Sampler {
                     answered += 1;
                     if let Some(sample) = self.read(&mut state, answer, number, epoch, asked_at) {
                         self.positions.publish(self.node, sample);
+                        positions.seen(asked_at);
                     }
                 }
                 // Even an error as answer: whatever it means, nothing is known of the position.

@@ -104,6 +104,17 @@ async fn what_happens_for_the_first_time_has_been_zero_before() {
     .await;
 }
 
+#[tokio::test]
+async fn the_age_of_the_primarys_position_grows_while_it_does_not_answer_and_is_small_again_after() {
+    let cluster = Cluster::start(0).await;
+    let proxy = Proxy::start(&cluster).await;
+    let age = || async { proxy.metrics().await.sum("highwater_primary_lsn_sample_age_seconds", &[]) };
+    cluster.link(0).silence();
+    eventually("it grows", || async { age().await > 2.0 }).await;
+    cluster.link(0).heal();
+    eventually("it is small again", || async { age().await < 1.0 }).await;
+}
+
 /// The first block of this language in a file of the project.
 fn block_of(file: &str, language: &str) -> String {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
