@@ -15,6 +15,8 @@ HISTORY_OPERATIONS ?= 50000
 LEAKS_CLIENTS ?= 200
 LEAKS_BACKENDS ?= 10
 LEAKS_SECONDS ?= 60
+# How long `make fuzz` runs.
+FUZZ_SECONDS ?= 60
 # Of `make bench`: --long, --rounds N, --seconds N, --only NAME.
 BENCH_ARGS ?=
 # Of `make bench-levels`: --seconds N, --clients N, --writes 1,10, --idle N, --only NAME.
@@ -24,8 +26,8 @@ LEVELS_ARGS ?=
 PAGE_SECONDS ?= 90
 
 .DEFAULT_GOAL := help
-.PHONY: page metrics-check man deb images
-.PHONY: help setup demo test matrix sizes consistency soak-consistency leaks drivers suites regress corpus lint fmt clippy doc bench bench-levels audit
+.PHONY: help setup demo test matrix sizes consistency soak-consistency leaks drivers suites regress corpus fuzz page metrics-check man deb images
+.PHONY: lint fmt clippy doc bench bench-levels audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -105,6 +107,9 @@ bench: setup ## Highwater beside a direct connection, a bare relay and PgBouncer
 
 bench-levels: setup ## what each level of consistency costs, and the share of reads on replicas (3 minutes)
 	$(CARGO) bench --locked --bench levels -- $(LEVELS_ARGS)
+
+fuzz: ## random texts and mutations against the token scan, for FUZZ_SECONDS
+	HIGHWATER_FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --locked --lib classify::fuzz -- --nocapture --include-ignored
 
 corpus: ## PostgreSQL 15's regression SQL against the classifier (root, Debian, network; minutes)
 	@tests/corpus.sh

@@ -99,13 +99,19 @@ impl<'a> Lexer<'a> {
 
     /// The next token.
     pub fn next_token(&mut self) -> Token {
+        #[cfg(test)]
+        let before = self.at;
         self.hint = None;
         if !self.skip_blank() {
+            #[cfg(test)]
+            work::add(self.text.len() - before);
             return Token::Unclear;
         }
         self.start = self.at;
         let token = self.token();
         self.end = self.at;
+        #[cfg(test)]
+        work::add(if token == Token::Unclear { self.text.len() } else { self.at } - before);
         token
     }
 
@@ -414,7 +420,11 @@ impl<'a> Lexer<'a> {
                     at += memchr::memchr2(b'\n', b'\r', &self.text[at..])?;
                 }
                 b'\'' if line_ended => return Some(at),
-                _ => return None,
+                _ => {
+                    #[cfg(test)]
+                    work::add(at - self.at);
+                    return None;
+                }
             }
         }
     }
@@ -517,6 +527,25 @@ fn is_name_byte(byte: u8) -> bool {
 
 fn is_escape_character(byte: u8) -> bool {
     byte.is_ascii() && !byte.is_ascii_hexdigit() && !matches!(byte, b'+' | b'\'' | b'"') && byte > b' '
+}
+
+/// Counts bytes looked at and tokens made, to show that both are bounded by the text's length.
+#[cfg(test)]
+pub(super) mod work {
+    use std::cell::Cell;
+
+    thread_local! {
+        static DONE: Cell<u64> = const { Cell::new(0) };
+    }
+
+    pub(super) fn add(bytes: usize) {
+        DONE.with(|done| done.set(done.get() + 1 + bytes as u64));
+    }
+
+    /// What was done on this thread since the last call.
+    pub(in crate::classify) fn take() -> u64 {
+        DONE.with(|done| done.replace(0))
+    }
 }
 
 #[cfg(test)]

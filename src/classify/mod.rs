@@ -20,6 +20,8 @@ mod builtin;
 mod cache;
 pub mod catalog;
 mod extension;
+#[cfg(test)]
+mod fuzz;
 pub mod hint;
 mod lexer;
 mod named;
