@@ -8,6 +8,9 @@ use crate::wal::{Lsn, TimelineId};
 /// How many failovers are remembered.
 pub const MAX_HISTORY: usize = 64;
 
+/// How many ends of timelines are remembered.
+pub const MAX_FORKS: usize = 16;
+
 /// All that is kept.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Record {
@@ -19,8 +22,8 @@ pub struct Record {
     pub primary: Option<NodeId>,
     /// That one's timeline.
     pub timeline: Option<TimelineId>,
-    /// How the timeline before ended, if a failover of ours ended it.
-    pub forked: Option<Forked>,
+    /// How earlier timelines ended, oldest first; bounded.
+    pub forks: Vec<Forked>,
     /// What is under way.
     pub intent: Option<Intent>,
     /// Standbys that have been told to cut themselves off (or may yet be by a late statement), and are to follow again.
