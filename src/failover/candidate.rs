@@ -95,11 +95,7 @@ pub fn elect(cuts: &[Cut], election: &Election<'_>) -> Result<NodeId, BlockReaso
 
 /// Whose confirmation commits on `candidate` wait for from its first one on (I11): the other members that are cut off,
 /// hence at hand; with fewer than `num` of them nobody's, else no commit would ever end.
-pub fn sync_of_new_epoch(
-    sync: &SyncState,
-    candidate: NodeId,
-    at_hand: impl Fn(NodeId) -> bool,
-) -> SyncState {
+pub fn sync_of_new_epoch(sync: &SyncState, candidate: NodeId, at_hand: impl Fn(NodeId) -> bool) -> SyncState {
     let members: Vec<NodeId> =
         sync.members.iter().copied().filter(|member| *member != candidate && at_hand(*member)).collect();
     let enough = members.len() >= usize::try_from(sync.num).unwrap_or(usize::MAX);

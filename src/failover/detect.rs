@@ -66,6 +66,11 @@ pub struct Watch {
 }
 
 impl Watch {
+    /// A primary that has just said itself that it takes writes.
+    pub fn promoted() -> Watch {
+        Watch { heard: true, well: true, ..Watch::default() }
+    }
+
     /// Takes a probe's result. `timeline` is the one of the epoch.
     pub fn observe(&mut self, fact: &Fact, timeline: Option<TimelineId>, patience: &Patience, now: Instant) {
         self.heard = true;
@@ -127,7 +132,8 @@ impl Watch {
             return Verdict::Unknown;
         }
         if let Some(since) = self.restarting {
-            let looping = u32::try_from(self.restarts.len()).unwrap_or(u32::MAX) >= patience.crash_loop_restarts.max(1);
+            let looping =
+                u32::try_from(self.restarts.len()).unwrap_or(u32::MAX) >= patience.crash_loop_restarts.max(1);
             if !looping && now.saturating_duration_since(since) < patience.restart_grace {
                 return Verdict::Restarting;
             }
@@ -264,7 +270,13 @@ mod tests {
             ),
             // Slow is not dead: an answer in between starts the count anew.
             (
-                vec![(0, Fact::Silent), (1, Fact::Silent), (2, well.clone()), (3, Fact::Silent), (4, Fact::Silent)],
+                vec![
+                    (0, Fact::Silent),
+                    (1, Fact::Silent),
+                    (2, well.clone()),
+                    (3, Fact::Silent),
+                    (4, Fact::Silent),
+                ],
                 Verdict::Doubtful,
             ),
             // A planned restart: refused between two 57P03.

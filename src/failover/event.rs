@@ -328,7 +328,8 @@ pub enum Gate {
 /// What the shell is to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Make this durable before doing anything behind it.
+    /// Make this durable before doing anything behind it. At most one in a step, and then the first action. When that
+    /// fails, drop the step's other actions (commands answered in it failed) and say [`Event::RecordFailed`].
     Record(Box<Record>),
     /// For statements that want the primary.
     Gate(Gate),

@@ -26,8 +26,11 @@ pub struct Record {
     pub forks: Vec<Forked>,
     /// What is under way.
     pub intent: Option<Intent>,
-    /// Standbys that have been told to cut themselves off (or may yet be by a late statement), and are to follow again.
+    /// Standbys of this epoch that have been told to cut themselves off (or may yet be, by a late statement): they are
+    /// to follow its primary again, unless it is replaced.
     pub severed: Vec<NodeId>,
+    /// Standbys that an earlier epoch left behind: they are to follow the new primary.
+    pub repoint: Vec<NodeId>,
     /// Nodes whose sessions were made read-only, and may be allowed to write again.
     pub fenced: Vec<NodeId>,
     /// Nodes that are kept out until repaired.
