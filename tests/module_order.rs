@@ -25,7 +25,8 @@ const MAY_USE: &[(&str, &str)] = &[
     // The way of the cluster.
     ("node", "config net topology wal"),
     ("monitor", "config metrics node topology positions wal"),
-    ("control", "config metrics monitor node topology positions wal"),
+    ("failover", "config node topology wal"),
+    ("control", "config failover metrics monitor node topology positions wal"),
     ("catalogs", "classify config metrics node topology wal"),
     // The way of a statement. A session and its backends tell `control` and `node` of failures they
     // meet (a handle that sends); they ask them nothing.
@@ -67,8 +68,12 @@ const PURE: &[&str] = &[
     "monitor/health.rs",
     "monitor/lag.rs",
     "monitor/floor.rs",
+    "failover/mod.rs",
+    "failover/event.rs",
     "failover/decide.rs",
+    "failover/detect.rs",
     "failover/candidate.rs",
+    "failover/record.rs",
 ];
 
 /// What lies in a pure folder and is not: `opinion` keeps a thread for the second parser, and the

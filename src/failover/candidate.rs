@@ -1,0 +1,1 @@
+//! Who is promoted, or why nobody is. Pure.

@@ -1,0 +1,1 @@
+//! Whether the primary is gone. Pure.
