@@ -22,6 +22,7 @@ pub mod scram;
 // The way of the cluster.
 pub mod catalogs;
 pub mod control;
+pub mod gate;
 pub mod monitor;
 pub mod node;
 pub mod positions;
