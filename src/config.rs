@@ -441,8 +441,10 @@ pub struct FailoverConfig {
     pub eject_time: Duration,
     /// Unacknowledged data on a connection to a node closes it after this.
     pub tcp_user_timeout: Duration,
-    /// How long a statement for the primary waits for one to be found.
+    /// How long a statement for the primary waits for one to be found, or to be let there.
     pub pause_timeout: Duration,
+    /// Sessions that may wait to be let to the primary.
+    pub max_paused: usize,
 }
 
 /// How log lines look.
@@ -568,6 +570,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "eject_time",
             "tcp_user_timeout",
             "pause_timeout",
+            "max_paused",
             "state_dir",
         ],
     ),
@@ -1660,6 +1663,7 @@ impl Reader<'_> {
             eject_time: self.time(&section, "eject_time", Duration::from_secs(1), least),
             tcp_user_timeout: self.time(&section, "tcp_user_timeout", Duration::from_secs(5), least),
             pause_timeout: self.time(&section, "pause_timeout", Duration::from_secs(10), Duration::ZERO),
+            max_paused: self.number(&section, "max_paused", 1..=1_000_000, 1000) as usize,
         }
     }
 
