@@ -15,6 +15,7 @@
 //! | `detect` | whether the primary is gone: hard and soft evidence, what the standbys say |
 //! | `candidate` | who is promoted, or why nobody is |
 //! | `record` | what must survive a crash of the proxy |
+//! | `sync` | whose confirmation commits wait for, and what may be promised meanwhile (I9) |
 //!
 //! Promises (the invariants' numbers are those of docs/FAILOVER.md): one write target per epoch, each epoch durable
 //! before a promotion is sent (I1); no promotion before all sockets of the old epoch are closed (I2) and every
@@ -27,3 +28,4 @@ pub mod decide;
 pub mod detect;
 pub mod event;
 pub mod record;
+pub mod sync;
