@@ -87,6 +87,17 @@ pub struct NodeConfig {
     pub weight: u32,
     /// Whether it serves reads though it is told to apply what it receives late.
     pub delayed_ok: bool,
+    /// Where the other nodes reach it for replication, which need not be where the proxy does.
+    pub replication: ReplicationAddress,
+}
+
+/// Where replicas of a node connect to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReplicationAddress {
+    /// Host name or address.
+    pub host: String,
+    /// TCP port.
+    pub port: u16,
 }
 
 /// The proxy's own login.
@@ -488,7 +499,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "drain_timeout",
         ],
     ),
-    ("nodes[]", &["name", "host", "port", "weight", "delayed_ok"]),
+    ("nodes[]", &["name", "host", "port", "weight", "delayed_ok", "replication_host", "replication_port"]),
     ("control", &["user", "password", "password_env", "password_file", "database"]),
     ("auth", &["source", "users", "admins", "query", "login_timeout"]),
     ("auth.users[]", &["name", "password", "password_env", "password_file"]),
@@ -1278,6 +1289,10 @@ impl Reader<'_> {
             let port = self.number(&section, "port", 1..=65_535, 5432) as u16;
             let weight = self.number(&section, "weight", 0..=1000, 1) as u32;
             let delayed_ok = self.flag(&section, "delayed_ok", false);
+            let replication = ReplicationAddress {
+                host: self.text(&section, "replication_host").unwrap_or_else(|| host.clone()),
+                port: self.number(&section, "replication_port", 1..=65_535, u64::from(port)) as u16,
+            };
             if !name.is_empty() && nodes.iter().any(|n| n.name == name) {
                 let at = section.get("name").map_or(section.trail.clone(), |(_, t)| t);
                 self.wrong(&at, format!("another node is already named `{name}`"));
@@ -1295,7 +1310,7 @@ impl Reader<'_> {
                     section.get("port").or(section.get("host")).map_or(section.trail.clone(), |(_, t)| t);
                 self.wrong(&at, message);
             }
-            nodes.push(NodeConfig { name, host, port, weight, delayed_ok });
+            nodes.push(NodeConfig { name, host, port, weight, delayed_ok, replication });
         }
         nodes
     }

@@ -18,7 +18,7 @@ use deadpool_postgres::{
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{Client, Row, Statement};
+use tokio_postgres::{Client, Row, SimpleQueryMessage, Statement};
 
 use crate::config::{Config, FunctionOverrides};
 use crate::net::NodeTls;
@@ -32,6 +32,11 @@ const MAX_POOLS: usize = 128;
 /// Settings that a role's or database's defaults must not change under our questions: names resolve
 /// to the server's own, and a standby refuses every statement under `serializable`.
 const SETTINGS: &str = "-c search_path=pg_catalog -c default_transaction_isolation=read\\ committed -c idle_session_timeout=0 -c jit=off";
+
+/// Settings of the sessions that give orders: they write also to a node that has been fenced, and where that
+/// needs a commit it is not for them to wait for other nodes.
+const ORDER_SETTINGS: &str =
+    "-c default_transaction_read_only=off -c synchronous_commit=local -c statement_timeout=0 -c lock_timeout=0";
 
 /// What kind of failure a node gave: health weighs them differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -373,6 +378,20 @@ impl Nodes {
         connection.prepared().await
     }
 
+    /// A connection of its own to the control database of `node`, for orders: under `application` as its name,
+    /// able to write where new sessions are read-only by default, and not waiting for synchronous standbys.
+    pub async fn session(
+        &self,
+        node: NodeId,
+        application: &str,
+        deadline: Duration,
+    ) -> Result<ControlSession, NodeError> {
+        let mut settings = self.settings(node, &self.config.control.database)?;
+        settings.application_name(application).options(format!("{SETTINGS} {ORDER_SETTINGS}"));
+        let (client, task) = self.dial(node, &settings, deadline).await?;
+        Ok(ControlSession { client, _task: EndWithOwner(task), name: self.name(node) })
+    }
+
     /// A shared connection out of a small bounded pool per (node, database): auth query, catalog facts,
     /// the floor's question. It resolves unqualified names in `pg_catalog` only.
     ///
@@ -498,8 +517,17 @@ impl Nodes {
         deadline: Duration,
     ) -> Result<(Client, JoinHandle<()>), NodeError> {
         let settings = self.settings(node, database)?;
+        self.dial(node, &settings, deadline).await
+    }
+
+    async fn dial(
+        &self,
+        node: NodeId,
+        settings: &tokio_postgres::Config,
+        deadline: Duration,
+    ) -> Result<(Client, JoinHandle<()>), NodeError> {
         // A frozen server still accepts TCP: the deadline must span the login as well.
-        match timeout(deadline, self.dialer.dial(&settings)).await {
+        match timeout(deadline, self.dialer.dial(settings)).await {
             Ok(connected) => connected.map_err(|error| self.error(node, &error)),
             Err(_) => Err(self.failure(node, NodeFailure::Timeout, "connection timed out".to_owned())),
         }
@@ -633,6 +661,45 @@ impl NodeClient {
             cause: "its answer cannot be read".to_owned(),
             kind: NodeFailure::Answered,
         }
+    }
+}
+
+/// A connection that gives orders, each a statement of its own: `ALTER SYSTEM` takes no company. Dropping it
+/// closes it at once; what was sent and not answered may still be carried out.
+pub struct ControlSession {
+    client: Client,
+    _task: EndWithOwner,
+    name: String,
+}
+
+impl ControlSession {
+    /// Runs one statement; its rows, as text.
+    pub async fn ask(
+        &self,
+        sql: &str,
+        deadline: Duration,
+    ) -> Result<Vec<Vec<Option<String>>>, NodeError> {
+        let messages = timeout(deadline, self.client.simple_query(sql))
+            .await
+            .map_err(|_| NodeError {
+                node: self.name.clone(),
+                cause: "no answer in time".to_owned(),
+                kind: NodeFailure::Timeout,
+            })?
+            .map_err(|error| describe(self.name.clone(), &error))?;
+        let columns = |row: &tokio_postgres::SimpleQueryRow| {
+            (0..row.len()).map(|column| row.get(column).map(str::to_owned)).collect()
+        };
+        let rows = messages.iter().filter_map(|message| match message {
+            SimpleQueryMessage::Row(row) => Some(columns(row)),
+            _ => None,
+        });
+        Ok(rows.collect())
+    }
+
+    /// Whether the connection has ended.
+    pub fn is_closed(&self) -> bool {
+        self.client.is_closed()
     }
 }
 

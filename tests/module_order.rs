@@ -73,6 +73,7 @@ const PURE: &[&str] = &[
     "failover/decide.rs",
     "failover/detect.rs",
     "failover/candidate.rs",
+    "failover/command.rs",
     "failover/record.rs",
     "failover/sync.rs",
 ];

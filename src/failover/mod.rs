@@ -13,6 +13,7 @@
 //! | `event` | what goes in and out: facts, orders, results, commands, states |
 //! | `decide` | [`decide::Machine`]: the states and the order of steps |
 //! | `detect` | whether the primary is gone: hard and soft evidence, what the standbys say |
+//! | `command` | what operators ask for, and are told |
 //! | `candidate` | who is promoted, or why nobody is |
 //! | `record` | what must survive a crash of the proxy |
 //! | `sync` | whose confirmation commits wait for, and what may be promised meanwhile (I9) |
@@ -24,6 +25,7 @@
 //! nodes, keep time, write files, or know sessions.
 
 pub mod candidate;
+mod command;
 pub mod decide;
 pub mod detect;
 pub mod event;
