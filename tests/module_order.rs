@@ -77,6 +77,7 @@ const PURE: &[&str] = &[
     "failover/candidate.rs",
     "failover/command.rs",
     "failover/record.rs",
+    "failover/sync.rs",
 ];
 
 /// What lies in a pure folder and is not: `opinion` keeps a thread for the second parser, and the

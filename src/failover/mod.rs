@@ -16,6 +16,7 @@
 //! | `command` | what operators ask for, and are told |
 //! | `candidate` | who is promoted, or why nobody is |
 //! | `record` | what must survive a crash of the proxy |
+//! | `sync` | whose confirmation commits wait for, and what may be promised meanwhile (I9) |
 //!
 //! Promises (the invariants' numbers are those of docs/FAILOVER.md): one write target per epoch, each epoch durable
 //! before a promotion is sent (I1); no promotion before all sockets of the old epoch are closed (I2) and every
@@ -29,3 +30,4 @@ pub mod decide;
 pub mod detect;
 pub mod event;
 pub mod record;
+pub mod sync;
