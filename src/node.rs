@@ -33,11 +33,6 @@ const MAX_POOLS: usize = 128;
 /// to the server's own, and a standby refuses every statement under `serializable`.
 const SETTINGS: &str = "-c search_path=pg_catalog -c default_transaction_isolation=read\\ committed -c idle_session_timeout=0 -c jit=off";
 
-/// Settings of the sessions that give orders: they write also to a node that has been fenced, and where that
-/// needs a commit it is not for them to wait for other nodes.
-const ORDER_SETTINGS: &str =
-    "-c default_transaction_read_only=off -c synchronous_commit=local -c statement_timeout=0 -c lock_timeout=0";
-
 /// What kind of failure a node gave: health weighs them differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeFailure {
@@ -378,8 +373,7 @@ impl Nodes {
         connection.prepared().await
     }
 
-    /// A connection of its own to the control database of `node`, for orders: under `application` as its name,
-    /// able to write where new sessions are read-only by default, and not waiting for synchronous standbys.
+    /// A connection of its own to the control database of `node`, for orders, under `application` as its name.
     pub async fn session(
         &self,
         node: NodeId,
@@ -387,7 +381,7 @@ impl Nodes {
         deadline: Duration,
     ) -> Result<ControlSession, NodeError> {
         let mut settings = self.settings(node, &self.config.control.database)?;
-        settings.application_name(application).options(format!("{SETTINGS} {ORDER_SETTINGS}"));
+        settings.application_name(application);
         let (client, task) = self.dial(node, &settings, deadline).await?;
         Ok(ControlSession { client, _task: EndWithOwner(task), name: self.name(node) })
     }
@@ -674,11 +668,7 @@ pub struct ControlSession {
 
 impl ControlSession {
     /// Runs one statement; its rows, as text.
-    pub async fn ask(
-        &self,
-        sql: &str,
-        deadline: Duration,
-    ) -> Result<Vec<Vec<Option<String>>>, NodeError> {
+    pub async fn ask(&self, sql: &str, deadline: Duration) -> Result<Vec<Vec<Option<String>>>, NodeError> {
         let messages = timeout(deadline, self.client.simple_query(sql))
             .await
             .map_err(|_| NodeError {

@@ -74,6 +74,8 @@ const PURE: &[&str] = &[
     "failover/detect.rs",
     "failover/candidate.rs",
     "failover/record.rs",
+    "failover/conninfo.rs",
+    "failover/text.rs",
 ];
 
 /// What lies in a pure folder and is not: `opinion` keeps a thread for the second parser, and the

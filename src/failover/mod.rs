@@ -15,6 +15,10 @@
 //! | `detect` | whether the primary is gone: hard and soft evidence, what the standbys say |
 //! | `candidate` | who is promoted, or why nobody is |
 //! | `record` | what must survive a crash of the proxy |
+//! | `text` | the record as lines of text, nodes by name |
+//! | `store` | those on disk, and how standbys were configured before they were cut off |
+//! | `orders` | each order as SQL on its node |
+//! | `conninfo` | `primary_conninfo`, changed in host and port only |
 //!
 //! Promises (the invariants' numbers are those of docs/FAILOVER.md): one write target per epoch, each epoch durable
 //! before a promotion is sent (I1); no promotion before all sockets of the old epoch are closed (I2) and every
@@ -23,7 +27,11 @@
 //! nodes, keep time, write files, or know sessions.
 
 pub mod candidate;
+pub mod conninfo;
 pub mod decide;
 pub mod detect;
 pub mod event;
+pub mod orders;
 pub mod record;
+pub mod store;
+pub mod text;
