@@ -78,6 +78,8 @@ const PURE: &[&str] = &[
     "failover/command.rs",
     "failover/record.rs",
     "failover/sync.rs",
+    "failover/conninfo.rs",
+    "failover/text.rs",
 ];
 
 /// What lies in a pure folder and is not: `opinion` keeps a thread for the second parser, and the

@@ -17,6 +17,10 @@
 //! | `candidate` | who is promoted, or why nobody is |
 //! | `record` | what must survive a crash of the proxy |
 //! | `sync` | whose confirmation commits wait for, and what may be promised meanwhile (I9) |
+//! | `text` | the record as lines of text, nodes by name |
+//! | `store` | those on disk, and how standbys were configured before they were cut off |
+//! | `orders` | each order as SQL on its node |
+//! | `conninfo` | `primary_conninfo`, changed in host and port only |
 //!
 //! Promises (the invariants' numbers are those of docs/FAILOVER.md): one write target per epoch, each epoch durable
 //! before a promotion is sent (I1); no promotion before all sockets of the old epoch are closed (I2) and every
@@ -26,8 +30,12 @@
 
 pub mod candidate;
 mod command;
+pub mod conninfo;
 pub mod decide;
 pub mod detect;
 pub mod event;
+pub mod orders;
 pub mod record;
 pub mod sync;
+pub mod store;
+pub mod text;
