@@ -117,9 +117,9 @@ impl fmt::Display for Exclusion {
             Exclusion::Quarantined(Quarantine::OldPrimary) => {
                 f.write_str("it was the primary of an epoch that is over: it needs pg_rewind or a new copy")
             }
-            Exclusion::Quarantined(Quarantine::Diverged) => {
-                f.write_str("it holds changes that the primary does not have: it needs pg_rewind or a new copy")
-            }
+            Exclusion::Quarantined(Quarantine::Diverged) => f.write_str(
+                "it holds changes that the primary does not have: it needs pg_rewind or a new copy",
+            ),
         }
     }
 }

@@ -36,6 +36,6 @@ pub mod detect;
 pub mod event;
 pub mod orders;
 pub mod record;
-pub mod sync;
 pub mod store;
+pub mod sync;
 pub mod text;
