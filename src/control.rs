@@ -18,6 +18,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::config::{Config, FailoverMode};
+use crate::gate::Gate;
 use crate::monitor::health::{Answering, Health, HealthSettings};
 use crate::monitor::lag::{LagTime, ReplayLag};
 use crate::monitor::probe::{self, Observation, ProbeSettings, Seen};
@@ -89,6 +90,7 @@ pub fn start(
     nodes: Arc<Nodes>,
     topology: Arc<TopologyHandle>,
     positions: Arc<Positions>,
+    gate: Arc<Gate>,
 ) -> Control {
     let count = topology.load().nodes.len();
     let failover = &config.failover;
@@ -138,6 +140,7 @@ pub fn start(
         nodes,
         topology,
         positions,
+        gate,
         track,
         probe_now,
     };
@@ -154,6 +157,7 @@ struct Loop {
     nodes: Arc<Nodes>,
     topology: Arc<TopologyHandle>,
     positions: Arc<Positions>,
+    gate: Arc<Gate>,
     track: Arc<PrimaryTrack>,
     probe_now: Vec<Arc<Notify>>,
 }
@@ -254,6 +258,10 @@ impl Loop {
         let new_epoch = epoch != before.epoch;
         if new_epoch {
             self.track.begin(epoch);
+        }
+        if new_epoch && let Some(old) = before.primary {
+            // Before anybody can act on the new one: whatever the old one still says is not passed on.
+            self.gate.close_sockets(old);
         }
         drop(before);
         self.topology.publish(next);

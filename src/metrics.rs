@@ -33,6 +33,8 @@ pub enum WaitFor {
     Backend,
     /// A primary being found.
     Primary,
+    /// Being let to the primary, while it is changed.
+    Gate,
 }
 
 /// The backends of one pool in one state, for a scrape.
@@ -92,6 +94,10 @@ pub struct Labels {
     pub login_failures: &'static [&'static str],
     /// What becomes of cancel requests.
     pub cancels: &'static [&'static str],
+    /// Why statements are not let to the primary.
+    pub gate_refused: &'static [&'static str],
+    /// What sessions have that ends with their primary.
+    pub sessions_ended: &'static [&'static str],
     /// What takes too long.
     pub timeouts: &'static [&'static str],
     /// Why backends are closed.
@@ -137,7 +143,7 @@ pub struct Metrics {
     classes: usize,
     reasons: usize,
     statement_seconds: Vec<Histogram>,
-    waits: [Histogram; 4],
+    waits: [Histogram; 5],
     backends_opened: Vec<IntCounter>,
     backends_closed: IntCounterVec,
     /// Statements run again elsewhere, by why.
@@ -176,6 +182,16 @@ pub struct Metrics {
     pub protocol_errors: IntCounter,
     /// Statements whose outcome could not be learned.
     pub unknown_outcomes: IntCounter,
+    /// Statements that wait to be let to the primary.
+    pub gate_waiting: IntGauge,
+    /// Those that were not let there, by why.
+    pub gate_refused: ReasonCounter,
+    /// Sessions ended with their primary, by what they had there.
+    pub sessions_ended: ReasonCounter,
+    /// Sessions that were made to listen again on another backend.
+    pub listens_resumed: IntCounter,
+    /// Commits that the server says may not have been replicated.
+    pub unreplicated_commits: IntCounter,
     /// Sessions told that an acknowledged write may have been lost in a failover.
     pub lost_write: IntCounter,
     /// Reads that waited because the primary had its share of reads that no replica could serve.
@@ -269,7 +285,7 @@ impl Metrics {
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Metrics {
             statement_seconds: node_names.iter().map(|n| seconds.with_label_values(&[n])).collect(),
-            waits: ["mark", "floor", "backend", "primary"].map(|w| wait.with_label_values(&[w])),
+            waits: ["mark", "floor", "backend", "primary", "gate"].map(|w| wait.with_label_values(&[w])),
             backends_opened: node_names.iter().map(|n| opened.with_label_values(&[n])).collect(),
             backends_closed: closed,
             redone: by_reason(
@@ -357,6 +373,33 @@ impl Metrics {
                 r,
                 "highwater_unknown_outcomes_total",
                 "Statements whose outcome is unknown.",
+            ),
+            gate_waiting: gauge(
+                r,
+                "highwater_gate_waiting",
+                "Statements that wait to be let to the primary while it is being changed.",
+            ),
+            gate_refused: by_reason(
+                "highwater_gate_refused_total",
+                "Statements that were not let to the primary while it was being changed, by why.",
+                "reason",
+                labels.gate_refused,
+            ),
+            sessions_ended: by_reason(
+                "highwater_sessions_ended_total",
+                "Sessions ended because their primary was lost or left, by what they had there.",
+                "reason",
+                labels.sessions_ended,
+            ),
+            listens_resumed: counter(
+                r,
+                "highwater_listens_resumed_total",
+                "Sessions that were made to listen again after their backend was lost.",
+            ),
+            unreplicated_commits: counter(
+                r,
+                "highwater_unreplicated_commits_total",
+                "Commits whose wait for a synchronous replica was cancelled; told to the client as 08007.",
             ),
             lost_write: counter(r, "highwater_lost_write_total", "Sessions told of a possibly lost write."),
             primary_reads_queued: counter(

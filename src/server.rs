@@ -35,7 +35,7 @@ use crate::session::prepared::Names;
 use crate::session::promise::PrimaryReads;
 use crate::session::shared_mark::{GlobalMark, NamedMarks};
 use crate::session::timeouts::Overdue;
-use crate::session::{REDONE_LABELS, Shared};
+use crate::session::{ENDED_LABELS, GATE_REFUSED_LABELS, REDONE_LABELS, Shared};
 use crate::topology::{NodeId, Topology, TopologyHandle};
 
 /// Why the proxy could not start.
@@ -235,7 +235,7 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
     let names: Vec<String> = config.nodes.iter().map(|n| n.name.clone()).collect();
     let metrics = Arc::new(Metrics::new(&names, &labels()));
     let nodes = Nodes::new(config.clone(), &node_tls);
-    let control = control::start(config.clone(), nodes.clone(), topology.clone(), positions.clone());
+    let control = control::start(config.clone(), nodes.clone(), topology.clone(), positions.clone(), gate.clone());
     let catalogs = Catalogs::new(
         nodes.clone(),
         topology.clone(),
@@ -312,6 +312,10 @@ impl Parts {
         accepting.push(tokio::spawn(listener::accept(self.listener, senders, false)));
         let pools = self.door.shared.pools.clone();
         tokio::spawn(async move { pools.reap().await });
+        let (gate, sessions) = (self.door.shared.gate.clone(), self.door.shared.sessions.clone());
+        let pools = self.door.shared.pools.clone();
+        tokio::spawn(async move { pools.close_left().await });
+        tokio::spawn(async move { sessions.wake_at(&gate).await });
         if let Some((listener, _)) = self.http {
             let pools = self.door.shared.pools.clone();
             let classifier = self.door.shared.classifier.clone();
@@ -386,6 +390,8 @@ fn labels() -> Labels {
         client_refused: &listener::REFUSED_LABELS,
         login_failures: &AuthFailure::LABELS,
         cancels: &listener::CANCEL_LABELS,
+        gate_refused: &GATE_REFUSED_LABELS,
+        sessions_ended: &ENDED_LABELS,
         timeouts: &Overdue::LABELS,
         backends_closed: &CloseReason::LABELS,
     }
