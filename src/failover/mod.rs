@@ -20,6 +20,7 @@
 //! | `text` | the record as lines of text, nodes by name |
 //! | `store` | those on disk, and how standbys were configured before they were cut off |
 //! | `orders` | each order as SQL on its node |
+//! | `shell` | carries out what the machine decides |
 //! | `conninfo` | `primary_conninfo`, changed in host and port only |
 //!
 //! Promises (the invariants' numbers are those of docs/FAILOVER.md): one write target per epoch, each epoch durable
@@ -36,6 +37,7 @@ pub mod detect;
 pub mod event;
 pub mod orders;
 pub mod record;
+pub mod shell;
 pub mod store;
 pub mod sync;
 pub mod text;

@@ -416,7 +416,10 @@ impl Session {
         }
     }
 
-    pub(super) async fn place_on_primary(&mut self, reason: RouteReason) -> Result<Result<Placed, ErrorReport>, End> {
+    pub(super) async fn place_on_primary(
+        &mut self,
+        reason: RouteReason,
+    ) -> Result<Result<Placed, ErrorReport>, End> {
         let begun = Instant::now();
         let pause_until = begun + self.shared.config.failover.pause_timeout;
         let mut paused = false;
