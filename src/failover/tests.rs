@@ -205,8 +205,11 @@ fn a_frozen_primary_is_replaced_once_the_standbys_cannot_connect_anew() {
     play.sees(C, standby(T1, Some(A), 100));
     assert_eq!(play.open(), [("kick", B), ("kick", C)]);
     play.ends("kick", B, OrderResult::Kicked(Kick::Gone));
+    // Alone for a moment, as any that connects anew.
+    play.sees(C, standby(T1, None, 100));
     assert_eq!(play.machine.state(), &State::Confirming);
     play.ends("kick", C, OrderResult::Kicked(Kick::SameProcess));
+    play.sees(C, standby(T1, Some(A), 100));
     assert_eq!(play.machine.state(), &State::Severing);
 }
 
@@ -219,7 +222,11 @@ fn a_primary_that_a_standby_still_streams_from_is_not_replaced() {
     assert!(play.open().is_empty(), "hard evidence: they are given a moment to notice");
     play.after(Duration::from_millis(301));
     assert_eq!(play.open(), [("kick", B)]);
+    play.sees(B, standby(T1, None, 100));
+    assert_eq!(play.machine.state(), &State::Confirming);
     play.ends("kick", B, OrderResult::Kicked(Kick::Streams));
+    // A probe that was on its way says that it is alone: the kick has shown better.
+    play.sees(B, standby(T1, None, 100));
     assert_eq!(play.machine.state(), &State::Suspect);
     assert!(play.actions.contains(&Action::Alarm(Alarm::OnlyWeAreCutOff)));
     play.sees(A, writer(T1, 120));
