@@ -39,7 +39,7 @@ const MAY_USE: &[(&str, &str)] = &[
     ("listener", "backend catalogs client config metrics net node session topology wal wire"),
     // The way of the operator.
     ("admin", "config metrics positions topology wal"),
-    ("check", "config monitor net node topology wal"),
+    ("check", "config failover monitor net node topology wal"),
     ("explain", "catalogs classify config net node topology"),
     (
         "server",

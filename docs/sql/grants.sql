@@ -24,7 +24,7 @@ GRANT ALTER SYSTEM ON PARAMETER default_transaction_read_only TO highwater;
 GRANT ALTER SYSTEM ON PARAMETER synchronous_standby_names TO highwater;
 
 -- The same, optional: a row for each promotion, in the database itself.
-CREATE SCHEMA highwater;
+CREATE SCHEMA IF NOT EXISTS highwater;
 CREATE TABLE highwater.epoch (epoch bigint PRIMARY KEY, promotion_uuid uuid NOT NULL, tli bigint NOT NULL, fork_lsn pg_lsn NOT NULL, written_at timestamptz NOT NULL DEFAULT now());
 GRANT USAGE ON SCHEMA highwater TO highwater;
 GRANT SELECT, INSERT ON highwater.epoch TO highwater;

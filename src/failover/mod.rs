@@ -18,6 +18,7 @@
 //! | `text` | the record as lines of text, nodes by name |
 //! | `store` | those on disk, and how standbys were configured before they were cut off |
 //! | `orders` | each order as SQL on its node |
+//! | `preconditions` | what nodes must grant and be set to, asked in advance |
 //! | `conninfo` | `primary_conninfo`, changed in host and port only |
 //!
 //! Promises (the invariants' numbers are those of docs/FAILOVER.md): one write target per epoch, each epoch durable
@@ -32,6 +33,7 @@ pub mod decide;
 pub mod detect;
 pub mod event;
 pub mod orders;
+pub mod preconditions;
 pub mod record;
 pub mod store;
 pub mod text;

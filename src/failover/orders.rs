@@ -704,18 +704,14 @@ impl Hand {
         let session = connecting.await.map_err(unknown)?;
         let (class, object) = LOCK_KEYS;
         let take = format!("SELECT pg_try_advisory_lock({class}, {object})");
-        let end_holder = format!(
-            "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory' AND granted \
-             AND classid = {class} AND objid = {object} AND objsubid = 2 AND pid <> pg_backend_pid() \
-             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-        );
+        let end_holders = lock_holders("pg_terminate_backend(a.pid)");
         loop {
             let taken = session.ask(&take, self.left(until, self.limits.statement)).await.map_err(unknown)?;
             if first(&taken).as_deref() == Some("t") {
                 session.ask(SETTINGS, self.left(until, self.limits.statement)).await.map_err(unknown)?;
                 return Ok(session);
             }
-            session.ask(&end_holder, self.left(until, self.limits.statement)).await.map_err(unknown)?;
+            session.ask(&end_holders, self.left(until, self.limits.statement)).await.map_err(unknown)?;
             self.wait(until, || "the session that holds the control lock does not end".to_owned()).await?;
         }
     }
@@ -737,6 +733,17 @@ impl Hand {
     fn unreadable(&self) -> Trouble {
         unreadable(&self.name)
     }
+}
+
+/// A query of `column` of those other sessions that hold the control lock.
+pub(crate) fn lock_holders(column: &str) -> String {
+    let (class, object) = LOCK_KEYS;
+    format!(
+        "SELECT {column} FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid) \
+         WHERE l.locktype = 'advisory' AND l.granted AND l.classid = {class} AND l.objid = {object} \
+         AND l.objsubid = 2 AND pid <> pg_backend_pid() \
+         AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
 }
 
 #[derive(Clone, Copy, Debug)]
