@@ -23,6 +23,7 @@ pub mod scram;
 pub mod catalogs;
 pub mod control;
 pub mod failover;
+pub mod gate;
 pub mod monitor;
 pub mod node;
 pub mod positions;

@@ -23,6 +23,7 @@ use crate::client::auth::AuthFailure;
 use crate::client::verifiers::Verifiers;
 use crate::config::Config;
 use crate::control;
+use crate::gate::Gate;
 use crate::listener::{self, Door};
 use crate::metrics::{ClassCacheFigures, Labels, Metrics, PoolFigure};
 use crate::net::{ClientTls, NodeTls};
@@ -230,6 +231,7 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
 
     let topology = Arc::new(TopologyHandle::new(Topology::initial(config)));
     let positions = Arc::new(Positions::new(config.nodes.len()));
+    let gate = Arc::new(Gate::new(config.nodes.len(), config.workers, config.failover.max_paused));
     let names: Vec<String> = config.nodes.iter().map(|n| n.name.clone()).collect();
     let metrics = Arc::new(Metrics::new(&names, &labels()));
     let nodes = Nodes::new(config.clone(), &node_tls);
@@ -247,6 +249,7 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
         topology: topology.clone(),
         metrics: metrics.clone(),
         login_settings: nodes.login_settings.clone(),
+        gate: gate.clone(),
         outstanding: config.nodes.iter().map(|_| AtomicU32::new(0)).collect(),
     })));
     let shared = Arc::new(Shared {
@@ -258,6 +261,7 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
         nodes: nodes.clone(),
         making_room: AtomicBool::new(false),
         pools,
+        gate,
         metrics,
         sessions: Arc::new(Sessions::default()),
         names: Names::new(rand::random()),

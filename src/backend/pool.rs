@@ -16,6 +16,7 @@ use super::clean;
 use super::login::{self, LoginError, LoginTarget};
 use super::{Backend, CancelTarget, Dirt, StartupParameters};
 use crate::config::Config;
+use crate::gate::Gate;
 use crate::metrics::{Metrics, WaitFor};
 use crate::net::NodeTls;
 use crate::node::{LoginSettings, NodeFailure};
@@ -37,6 +38,8 @@ pub struct PoolContext {
     pub metrics: Arc<Metrics>,
     /// What logins give.
     pub login_settings: Arc<LoginSettings>,
+    /// Which connections are to be there.
+    pub gate: Arc<Gate>,
     /// Per node: statements that sessions have sent and not seen the end of.
     pub outstanding: Box<[AtomicU32]>,
 }

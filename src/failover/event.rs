@@ -3,7 +3,8 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use crate::failover::record::Record;
+use crate::failover::record::{Forked, Record};
+pub use crate::topology::Quarantine;
 use crate::topology::{Epoch, NodeId};
 use crate::wal::{Lsn, TimelineId};
 
@@ -242,6 +243,8 @@ pub enum Event {
         epoch: Epoch,
         /// The cluster.
         system_identifier: u64,
+        /// How the timeline before ended, where another one has begun and that could be learned.
+        forked: Option<Forked>,
     },
     /// An order has ended.
     OrderDone {
@@ -326,7 +329,8 @@ pub enum Gate {
 /// What the shell is to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Make this durable before doing anything behind it.
+    /// Make this durable before doing anything behind it. At most one in a step, and then the first action. When that
+    /// fails, drop the step's other actions (commands answered in it failed) and say [`Event::RecordFailed`].
     Record(Box<Record>),
     /// For statements that want the primary.
     Gate(Gate),
@@ -417,25 +421,6 @@ pub enum Alarm {
     },
 }
 
-/// Why a node is kept out until somebody repairs it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Quarantine {
-    /// It was the primary of an epoch that is over (I8).
-    OldPrimary,
-    /// It holds WAL that the primary does not have (I5).
-    Diverged,
-}
-
-impl Quarantine {
-    /// One word for a metric label or a log field.
-    pub fn label(self) -> &'static str {
-        match self {
-            Quarantine::OldPrimary => "old_primary",
-            Quarantine::Diverged => "diverged",
-        }
-    }
-}
-
 /// Where the machine stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum State {
@@ -463,13 +448,11 @@ pub enum State {
     Draining(NodeId),
     /// A switchover: the old primary takes no more writes, the new one catches up.
     AtBarrier(NodeId),
-    /// Two nodes take writes and it cannot be known which one is right: neither is used.
-    SplitBrain,
 }
 
 impl State {
     /// All labels, for the metric.
-    pub const LABELS: [&'static str; 13] = [
+    pub const LABELS: [&'static str; 12] = [
         "starting",
         "healthy",
         "suspect",
@@ -482,7 +465,6 @@ impl State {
         "blocked",
         "draining",
         "barrier",
-        "split_brain",
     ];
 
     /// One word for a metric label or a log field.
@@ -500,7 +482,6 @@ impl State {
             State::Blocked(_) => "blocked",
             State::Draining(_) => "draining",
             State::AtBarrier(_) => "barrier",
-            State::SplitBrain => "split_brain",
         }
     }
 }

@@ -13,8 +13,10 @@
 //! | `event` | what goes in and out: facts, orders, results, commands, states |
 //! | `decide` | [`decide::Machine`]: the states and the order of steps |
 //! | `detect` | whether the primary is gone: hard and soft evidence, what the standbys say |
+//! | `command` | what operators ask for, and are told |
 //! | `candidate` | who is promoted, or why nobody is |
 //! | `record` | what must survive a crash of the proxy |
+//! | `sync` | whose confirmation commits wait for, and what may be promised meanwhile (I9) |
 //! | `text` | the record as lines of text, nodes by name |
 //! | `store` | those on disk, and how standbys were configured before they were cut off |
 //! | `orders` | each order as SQL on its node |
@@ -28,6 +30,7 @@
 //! nodes, keep time, write files, or know sessions.
 
 pub mod candidate;
+mod command;
 pub mod conninfo;
 pub mod decide;
 pub mod detect;
@@ -36,4 +39,5 @@ pub mod orders;
 pub mod preconditions;
 pub mod record;
 pub mod store;
+pub mod sync;
 pub mod text;

@@ -8,6 +8,9 @@ use crate::wal::{Lsn, TimelineId};
 /// How many failovers are remembered.
 pub const MAX_HISTORY: usize = 64;
 
+/// How many ends of timelines are remembered.
+pub const MAX_FORKS: usize = 16;
+
 /// All that is kept.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Record {
@@ -19,12 +22,15 @@ pub struct Record {
     pub primary: Option<NodeId>,
     /// That one's timeline.
     pub timeline: Option<TimelineId>,
-    /// How the timeline before ended, if a failover of ours ended it.
-    pub forked: Option<Forked>,
+    /// How earlier timelines ended, oldest first; bounded.
+    pub forks: Vec<Forked>,
     /// What is under way.
     pub intent: Option<Intent>,
-    /// Standbys that have been told to cut themselves off (or may yet be by a late statement), and are to follow again.
+    /// Standbys of this epoch that have been told to cut themselves off (or may yet be, by a late statement): they are
+    /// to follow its primary again, unless it is replaced.
     pub severed: Vec<NodeId>,
+    /// Standbys that an earlier epoch left behind: they are to follow the new primary.
+    pub repoint: Vec<NodeId>,
     /// Nodes whose sessions were made read-only, and may be allowed to write again.
     pub fenced: Vec<NodeId>,
     /// Nodes that are kept out until repaired.

@@ -47,7 +47,7 @@ pub fn write(record: &Record, names: &[String]) -> String {
     if let Some(timeline) = record.timeline {
         line("timeline", timeline.to_string());
     }
-    if let Some(Forked { old_primary, old_timeline, fork }) = &record.forked {
+    for Forked { old_primary, old_timeline, fork } in &record.forks {
         line("forked", format!("{} {old_timeline} {fork}", name(old_primary)));
     }
     if let Some(Intent { from, planned, epoch, stage }) = &record.intent {
@@ -58,6 +58,7 @@ pub fn write(record: &Record, names: &[String]) -> String {
         line("intent", format!("{} {planned} {} {stage}", name(from), epoch.0));
     }
     line("severed", list(&record.severed));
+    line("repoint", list(&record.repoint));
     line("fenced", list(&record.fenced));
     for (node, why) in &record.quarantined {
         line("quarantined", format!("{} {}", name(node), why.label()));
@@ -106,7 +107,7 @@ fn take_line(record: &mut Record, fields: &mut Fields<'_>) -> Result<(), String>
         "primary" => record.primary = Some(fields.node()?),
         "timeline" => record.timeline = Some(TimelineId(fields.number()?)),
         "forked" => {
-            record.forked = Some(Forked {
+            record.forks.push(Forked {
                 old_primary: fields.node()?,
                 old_timeline: TimelineId(fields.number()?),
                 fork: fields.lsn()?,
@@ -125,6 +126,7 @@ fn take_line(record: &mut Record, fields: &mut Fields<'_>) -> Result<(), String>
             });
         }
         "severed" => record.severed = fields.nodes()?,
+        "repoint" => record.repoint = fields.nodes()?,
         "fenced" => record.fenced = fields.nodes()?,
         "quarantined" => {
             let node = fields.node()?;
@@ -205,11 +207,10 @@ mod tests {
             epoch: Epoch(4),
             primary: Some(NodeId(1)),
             timeline: Some(TimelineId(3)),
-            forked: Some(Forked {
-                old_primary: NodeId(0),
-                old_timeline: TimelineId(2),
-                fork: Lsn(0x1_0000_0028),
-            }),
+            forks: vec![
+                Forked { old_primary: NodeId(2), old_timeline: TimelineId(1), fork: Lsn(0x28) },
+                Forked { old_primary: NodeId(0), old_timeline: TimelineId(2), fork: Lsn(0x1_0000_0028) },
+            ],
             intent: Some(Intent {
                 from: NodeId(1),
                 planned: true,
@@ -217,6 +218,7 @@ mod tests {
                 stage: Stage::Promote(NodeId(2)),
             }),
             severed: vec![NodeId(2), NodeId(0)],
+            repoint: vec![NodeId(2)],
             fenced: vec![NodeId(1)],
             quarantined: vec![(NodeId(0), Quarantine::OldPrimary), (NodeId(2), Quarantine::Diverged)],
             sync: SyncState { members: vec![NodeId(1), NodeId(2)], num: 1, degraded: true },

@@ -51,6 +51,7 @@ use crate::classify::setting::{self, Change};
 use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
 use crate::config::{Config, PoolMode, Transactions};
 use crate::consistency::Promise;
+use crate::gate::Gate;
 use crate::metrics::Metrics;
 use crate::net::Stream;
 use crate::node::{NodeFailure, Nodes};
@@ -80,6 +81,8 @@ pub struct Shared {
     pub making_room: AtomicBool,
     /// Backends.
     pub pools: Arc<Pools>,
+    /// Before the primary.
+    pub gate: Arc<Gate>,
     /// Counts.
     pub metrics: Arc<Metrics>,
     /// All sessions.
