@@ -21,6 +21,7 @@
 //! | `store` | those on disk, and how standbys were configured before they were cut off |
 //! | `orders` | each order as SQL on its node |
 //! | `preconditions` | what nodes must grant and be set to, asked in advance |
+//! | `recipe` | how a node becomes a replica again, for an operator |
 //! | `conninfo` | `primary_conninfo`, changed in host and port only |
 //!
 //! Promises (the invariants' numbers are those of docs/FAILOVER.md): one write target per epoch, each epoch durable
@@ -37,6 +38,7 @@ pub mod detect;
 pub mod event;
 pub mod orders;
 pub mod preconditions;
+pub mod recipe;
 pub mod record;
 pub mod store;
 pub mod sync;

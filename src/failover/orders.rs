@@ -280,7 +280,7 @@ impl Hand {
         let until = Instant::now() + self.limits.other;
         let before = self.standby(until).await?;
         if !before.in_recovery {
-            // Promoted since: it follows nobody, and what is kept of it is of no more use.
+            // Promoted since: it follows nobody.
             self.reset_receiver(until).await?;
             return Ok(self.upstreams.forget(&self.name)?);
         }
@@ -369,7 +369,6 @@ impl Hand {
         }
         let timeline = self.writes(until).await?;
         let fork = self.history(timeline, until).await?.fork_of(ended);
-        // Out of the way of a later demotion; what it followed is of no more use.
         self.reset_receiver(until).await?;
         self.upstreams.forget(&self.name)?;
         match fork {
@@ -571,9 +570,11 @@ impl Hand {
         self.restore("recovery_min_apply_delay", &kept.apply_delay, until).await
     }
 
-    /// On a node that has been promoted: the settings of a standby as they were, for a later day.
+    /// On a node that has been promoted: the settings of a standby as they were. They mean nothing to a primary;
+    /// who makes a replica of another node reads there how replicas log in.
     async fn reset_receiver(&mut self, until: Instant) -> Result<(), Trouble> {
         if let Some(kept) = self.upstreams.get(&self.name) {
+            self.restore("primary_conninfo", &kept.conninfo, until).await?;
             self.restore_receiver(&kept, until).await?;
             self.reload(until).await?;
         }
