@@ -335,15 +335,18 @@ impl Socket {
     }
 
     /// Resolves when it is told to close.
-    pub async fn closed(&self) {
-        loop {
-            let told = self.0.told.notified();
-            tokio::pin!(told);
-            told.as_mut().enable();
-            if self.0.closed.load(Ordering::SeqCst) {
-                return;
+    pub fn closed(&self) -> impl Future<Output = ()> + Send + use<> {
+        let sockets = self.0.clone();
+        async move {
+            loop {
+                let told = sockets.told.notified();
+                tokio::pin!(told);
+                told.as_mut().enable();
+                if sockets.closed.load(Ordering::SeqCst) {
+                    return;
+                }
+                told.await;
             }
-            told.await;
         }
     }
 }

@@ -92,6 +92,8 @@ pub struct Settings {
     pub allow_minority: bool,
     /// Fence an old primary in SQL when it can be reached.
     pub fence_sql: bool,
+    /// `Quorum`: how many standbys are to confirm a commit.
+    pub sync_num: u32,
     /// Whether orders may be given at all: they take a durable record (`state_dir`).
     pub hands: bool,
 }
@@ -945,7 +947,7 @@ impl Machine {
             Ok(chosen) => chosen,
             Err(reason) => return self.block(reason, now),
         };
-        let wants_sync = self.settings.durability == Durability::Quorum && self.record.sync.num > 0;
+        let wants_sync = self.settings.durability == Durability::Quorum;
         let ready = !wants_sync || attempt.sync.as_ref().is_some_and(|(of, _)| *of == chosen);
         self.enter(State::Electing(chosen));
         if !ready {
@@ -984,10 +986,8 @@ impl Machine {
     }
 
     fn next_sync(&self, chosen: NodeId) -> SyncState {
-        let cuts = self.attempt.as_ref().map(|attempt| &attempt.cuts);
-        candidate::sync_of_new_epoch(&self.record.sync, chosen, |member| {
-            cuts.is_some_and(|cuts| cuts.contains_key(&member))
-        })
+        let cuts = self.attempt.iter().flat_map(|attempt| attempt.cuts.values());
+        candidate::sync_of_new_epoch(self.settings.sync_num, chosen, cuts)
     }
 
     fn order_promotion(&mut self, node: NodeId, epoch: Epoch) {

@@ -22,6 +22,7 @@
 //! | `orders` | each order as SQL on its node |
 //! | `preconditions` | what nodes must grant and be set to, asked in advance |
 //! | `recipe` | how a node becomes a replica again, for an operator |
+//! | `shell` | carries out what the machine decides |
 //! | `conninfo` | `primary_conninfo`, changed in host and port only |
 //!
 //! Promises (the invariants' numbers are those of docs/FAILOVER.md): one write target per epoch, each epoch durable
@@ -40,6 +41,7 @@ pub mod orders;
 pub mod preconditions;
 pub mod recipe;
 pub mod record;
+pub mod shell;
 pub mod store;
 pub mod sync;
 pub mod text;
