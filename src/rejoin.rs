@@ -28,6 +28,8 @@ use crate::topology::NodeId;
 
 /// How long a started replica may take to stream.
 const STREAMING: Duration = Duration::from_secs(60);
+/// How long a checkpoint on the primary may take.
+const CHECKPOINT: Duration = Duration::from_secs(600);
 /// Configuration that is the node's own, and that pg_rewind and pg_basebackup replace by the primary's.
 const OWN_FILES: &[&str] = &["postgresql.conf", "postgresql.auto.conf", "pg_hba.conf", "pg_ident.conf"];
 
@@ -391,6 +393,7 @@ impl<'a> Job<'a> {
 
     /// `false`: it cannot be rewound; the directory may be half changed and is good for nothing else then.
     async fn rewind(&self, say: &mut dyn FnMut(&str)) -> Result<bool, RejoinError> {
+        self.checkpoint(say).await?;
         say(&format!("pg_rewind: taking back what {} does not have", self.source.name));
         let mut command = self.program("pg_rewind");
         let source = format!(
@@ -410,6 +413,25 @@ impl<'a> Job<'a> {
             say("pg_rewind cannot do it (see above): the node is copied anew");
         }
         Ok(status.success())
+    }
+
+    /// Up to PostgreSQL 15 pg_rewind reads the primary's timeline from its last checkpoint, which after a promotion
+    /// is one of the old timeline for minutes: it would find nothing to take back, and say that all is well.
+    async fn checkpoint(&self, say: &mut dyn FnMut(&str)) -> Result<(), RejoinError> {
+        let deadline = self.config.pool.connect_timeout;
+        let session = self.nodes.session(self.source.id, "highwater rejoin", deadline).await?;
+        let timeline = "SELECT timeline_id FROM pg_control_checkpoint()";
+        let shown = session.ask(timeline, deadline).await?.into_iter().flatten().flatten().next();
+        if shown.as_ref() == Some(&self.source.timeline) {
+            return Ok(());
+        }
+        say(&format!("a checkpoint on {}, whose last one is of the timeline before", self.source.name));
+        match session.ask("CHECKPOINT", CHECKPOINT).await {
+            Ok(_) => Ok(()),
+            Err(error) => refused(format!(
+                "{error}: pg_rewind would go by an old checkpoint; run CHECKPOINT there as a superuser, then this again"
+            )),
+        }
     }
 
     fn move_aside(&self, say: &mut dyn FnMut(&str)) -> Result<PathBuf, RejoinError> {

@@ -29,7 +29,8 @@ CREATE TABLE highwater.epoch (epoch bigint PRIMARY KEY, promotion_uuid uuid NOT 
 GRANT USAGE ON SCHEMA highwater TO highwater;
 GRANT SELECT, INSERT ON highwater.epoch TO highwater;
 
--- failover.sync.manage: true (a checkpoint proves that a change of synchronous_standby_names is in effect).
+-- failover.sync.manage: true (a checkpoint proves that a change of synchronous_standby_names is in effect), and
+-- highwater rejoin (pg_rewind goes by the new primary's last checkpoint).
 GRANT pg_checkpoint TO highwater;
 
 -- Replicas that use slots (primary_slot_name): to create a missing one on the new primary.

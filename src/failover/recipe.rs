@@ -24,7 +24,10 @@ highwater rejoin -c config.yaml --node {name} --data \"$PGDATA\"
 pg_ctl -D \"$PGDATA\" stop -m fast
 # pg_rewind replaces the configuration by that of {source_name}: keep ours.
 mkdir \"$PGDATA.conf\" && cp -p \"$PGDATA\"/*.conf \"$PGDATA.conf\"/
-# It takes back what {source_name} does not have. It needs data checksums or wal_log_hints, and refuses otherwise;
+# Before PostgreSQL 16 pg_rewind goes by the last checkpoint of {source_name}, which must be of its new timeline.
+psql \"host={host} port={port} user={user} dbname={database}\" -c CHECKPOINT
+# It takes back what {source_name} does not have. It needs data checksums or wal_log_hints here and full_page_writes
+# there, and refuses otherwise;
 # then: pg_basebackup into an empty directory in its place (-X stream -c fast).
 pg_rewind --target-pgdata=\"$PGDATA\" --progress \\
     --source-server=\"host={host} port={port} user={user} dbname={database}\"
