@@ -44,4 +44,6 @@ pub mod record;
 pub mod shell;
 pub mod store;
 pub mod sync;
+#[cfg(test)]
+mod tests;
 pub mod text;
