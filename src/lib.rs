@@ -33,4 +33,5 @@ pub mod admin;
 pub mod check;
 pub mod demo;
 pub mod explain;
+pub mod rejoin;
 pub mod server;

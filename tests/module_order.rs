@@ -41,7 +41,8 @@ const MAY_USE: &[(&str, &str)] = &[
     ("listener", "backend catalogs client config metrics net node session topology wal wire"),
     // The way of the operator.
     ("admin", "config metrics positions topology wal"),
-    ("check", "config monitor net node topology wal"),
+    ("check", "config failover monitor net node topology wal"),
+    ("rejoin", "config failover net node topology"),
     ("explain", "catalogs classify config net node topology"),
     (
         "server",
@@ -49,7 +50,7 @@ const MAY_USE: &[(&str, &str)] = &[
          route session topology wal",
     ),
     ("demo", "config metrics server topology"),
-    ("main", "check config demo explain server classify route"),
+    ("main", "check config demo explain rejoin server classify route"),
 ];
 
 /// Files (or folders) of pure code: no I/O, clock, chance, logging, metrics.
@@ -79,6 +80,7 @@ const PURE: &[&str] = &[
     "failover/record.rs",
     "failover/sync.rs",
     "failover/conninfo.rs",
+    "failover/recipe.rs",
     "failover/text.rs",
 ];
 

@@ -280,7 +280,7 @@ impl Hand {
         let until = Instant::now() + self.limits.other;
         let before = self.standby(until).await?;
         if !before.in_recovery {
-            // Promoted since: it follows nobody, and what is kept of it is of no more use.
+            // Promoted since: it follows nobody.
             self.reset_receiver(until).await?;
             return Ok(self.upstreams.forget(&self.name)?);
         }
@@ -369,7 +369,6 @@ impl Hand {
         }
         let timeline = self.writes(until).await?;
         let fork = self.history(timeline, until).await?.fork_of(ended);
-        // Out of the way of a later demotion; what it followed is of no more use.
         self.reset_receiver(until).await?;
         self.upstreams.forget(&self.name)?;
         match fork {
@@ -571,9 +570,11 @@ impl Hand {
         self.restore("recovery_min_apply_delay", &kept.apply_delay, until).await
     }
 
-    /// On a node that has been promoted: the settings of a standby as they were, for a later day.
+    /// On a node that has been promoted: the settings of a standby as they were. They mean nothing to a primary;
+    /// who makes a replica of another node reads there how replicas log in.
     async fn reset_receiver(&mut self, until: Instant) -> Result<(), Trouble> {
         if let Some(kept) = self.upstreams.get(&self.name) {
+            self.restore("primary_conninfo", &kept.conninfo, until).await?;
             self.restore_receiver(&kept, until).await?;
             self.reload(until).await?;
         }
@@ -704,18 +705,14 @@ impl Hand {
         let session = connecting.await.map_err(unknown)?;
         let (class, object) = LOCK_KEYS;
         let take = format!("SELECT pg_try_advisory_lock({class}, {object})");
-        let end_holder = format!(
-            "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory' AND granted \
-             AND classid = {class} AND objid = {object} AND objsubid = 2 AND pid <> pg_backend_pid() \
-             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-        );
+        let end_holders = lock_holders("pg_terminate_backend(a.pid)");
         loop {
             let taken = session.ask(&take, self.left(until, self.limits.statement)).await.map_err(unknown)?;
             if first(&taken).as_deref() == Some("t") {
                 session.ask(SETTINGS, self.left(until, self.limits.statement)).await.map_err(unknown)?;
                 return Ok(session);
             }
-            session.ask(&end_holder, self.left(until, self.limits.statement)).await.map_err(unknown)?;
+            session.ask(&end_holders, self.left(until, self.limits.statement)).await.map_err(unknown)?;
             self.wait(until, || "the session that holds the control lock does not end".to_owned()).await?;
         }
     }
@@ -737,6 +734,17 @@ impl Hand {
     fn unreadable(&self) -> Trouble {
         unreadable(&self.name)
     }
+}
+
+/// A query of `column` of those other sessions that hold the control lock.
+pub(crate) fn lock_holders(column: &str) -> String {
+    let (class, object) = LOCK_KEYS;
+    format!(
+        "SELECT {column} FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid) \
+         WHERE l.locktype = 'advisory' AND l.granted AND l.classid = {class} AND l.objid = {object} \
+         AND l.objsubid = 2 AND pid <> pg_backend_pid() \
+         AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
 }
 
 #[derive(Clone, Copy, Debug)]
