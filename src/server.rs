@@ -80,6 +80,8 @@ pub struct ServerHandle {
     pub topology: Arc<TopologyHandle>,
     /// Counts.
     pub metrics: Arc<Metrics>,
+    /// Before the primary.
+    pub gate: Arc<Gate>,
     stop: watch::Sender<Stop>,
     main: Option<JoinHandle<()>>,
 }
@@ -122,6 +124,7 @@ pub fn start(config: Config) -> Result<ServerHandle, StartError> {
             http: started.http,
             topology: started.topology,
             metrics: started.metrics,
+            gate: started.gate,
             stop,
             main: Some(main),
         }),
@@ -168,6 +171,7 @@ struct Started {
     http: Option<SocketAddr>,
     topology: Arc<TopologyHandle>,
     metrics: Arc<Metrics>,
+    gate: Arc<Gate>,
 }
 
 fn run_main(
@@ -287,6 +291,7 @@ impl Parts {
             http: self.http.as_ref().map(|(_, address)| *address),
             topology: self.door.shared.topology.clone(),
             metrics: self.door.shared.metrics.clone(),
+            gate: self.door.shared.gate.clone(),
         }
     }
 

@@ -8,6 +8,7 @@
 
 mod answers;
 mod demand;
+mod durability;
 mod exchange;
 mod gate;
 pub mod handle;
@@ -35,6 +36,7 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, BufMut, BytesMut};
 
 use self::demand::Demand;
+use self::durability::Durable;
 use self::exchange::{Again, HIGH_WATER, Outcome, Purpose, Unit, put_report};
 pub use self::gate::GATE_REFUSED_LABELS;
 use self::handle::{Ending, SessionHandle, Sessions};
@@ -282,6 +284,10 @@ pub struct Session {
     presence: Presence,
     /// The channels it listens to.
     listening: Listening,
+    /// How durable its commits must be; `None`: nothing is said of that.
+    durable: Option<Box<Durable>>,
+    /// Its transaction may have written.
+    wrote: bool,
     role: Role,
     /// The sampler connection of the replica that `lease` is on when the session was let there.
     incarnation: Incarnation,
@@ -347,6 +353,8 @@ impl Session {
         let mut promise = shared.config.consistency.promise_for(&arrival.user, &arrival.database);
         let split;
         (split, promise.route) = shared.config.routing.for_session(&arrival.user, &arrival.database);
+        let (base, tables) = shared.config.durability.for_session(&arrival.user, &arrival.database);
+        let durable = Durable::new(base, tables);
         let (at_login, invalid) = match own {
             Ok(own) => (own, None),
             Err(report) => (Vec::new(), Some(report)),
@@ -389,6 +397,8 @@ impl Session {
             lease: None,
             presence: shared.gate.presence(worker),
             listening: Listening::default(),
+            durable,
+            wrote: false,
             role: Role::Primary,
             incarnation: Incarnation::default(),
             pins: Pins::default(),
@@ -695,6 +705,7 @@ impl Session {
             self.presence.leave();
         }
         self.follow_own();
+        self.settle_durability();
         self.timeouts.unit_ended(self.status);
         if self.timeouts.take_stopped() && result.is_ok() {
             if self.status != TransactionStatus::Idle || self.unit.failed() {
@@ -856,13 +867,16 @@ impl Session {
 
     /// Puts what makes the backend's settings the session's ahead of the unit. Whether that was needed.
     fn give_settings(&mut self, backend: &mut Backend) -> bool {
-        if backend.applied == *self.settings.wanted() {
+        let durable = if self.durable.is_some() { self.wanted_for_unit() } else { None };
+        let wanted = durable.as_ref().unwrap_or_else(|| self.settings.wanted());
+        if backend.applied == *wanted {
             return false;
         }
-        let Some(sql) = settings::replay(&backend.applied, self.settings.wanted()) else {
-            backend.applied = self.settings.wanted().clone();
+        let Some(sql) = settings::replay(&backend.applied, wanted) else {
+            backend.applied = wanted.clone();
             return false;
         };
+        self.unit.applies = Some(wanted.clone());
         self.shared.metrics.settings_replays.inc();
         self.unit.put_ahead(backend, sql.as_bytes(), Purpose::Settings);
         true
@@ -915,6 +929,10 @@ impl Session {
             Some(demand) => Some(demand),
             None => None,
         };
+        if self.outlives_backend() {
+            // A backend that has gone since the client was last waited for gets no statement.
+            poll_fn(|cx| Poll::Ready(self.hear_backend(cx))).await?;
+        }
         if self.role == Role::Primary && self.status == TransactionStatus::Idle {
             // A pinned session's mark holds for its backend, too.
             self.ask_freshness();
@@ -936,6 +954,9 @@ impl Session {
             return Err(End::NodeLost { node });
         }
         if let Some((text, class)) = self.first_text() {
+            if class.hints.durability.is_some() {
+                self.hints_durability();
+            }
             self.look_for_own(&text, class).await?;
         }
         let reason = if self.pins.hold() { RouteReason::Pinned } else { RouteReason::InTransaction };
@@ -952,6 +973,9 @@ impl Session {
             if self.status != TransactionStatus::Failed {
                 self.give_own(&mut lease);
             }
+            let mut unit = std::mem::replace(&mut self.unit, Unit::none());
+            self.give_durability(&mut unit, &mut lease);
+            self.unit = unit;
             self.lease = Some(lease);
         }
         if !self.may_be_cancelled() {
