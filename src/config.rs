@@ -544,6 +544,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "node_tls",
             "pool",
             "consistency",
+            "durability",
             "routing",
             "limits",
             "timeouts",

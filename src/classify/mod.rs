@@ -39,7 +39,7 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 
 pub use catalog::Catalog;
 pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
-pub use target::{Target, target};
+pub use target::{Target, listen_target, target};
 pub use transaction::{Isolation, TransactionCommand, depends_on_transaction, parameters_name_the_clock};
 
 use crate::config::LimitsConfig;

@@ -1,4 +1,4 @@
-//! Which table a statement writes to, where its first words say so. Pure.
+//! Which table a statement writes to, or which channel it listens to, where its first words say so. Pure.
 
 use super::lexer::{Lexer, Token};
 
@@ -40,6 +40,18 @@ pub fn target(text: &[u8]) -> Option<Target> {
     let several = command == b"truncate" && next == Token::Punctuation(b',');
     let reads = command == b"copy" && !is_copied_to(&mut lexer, next);
     (!several && !reads && is_the_only(&mut lexer, next)).then_some(Target { schema, table })
+}
+
+/// The channel that a LISTEN names, as the server folds it. `None`: it is something else, or more.
+pub fn listen_target(text: &[u8]) -> Option<Vec<u8>> {
+    let mut lexer = Lexer::new(text);
+    let listens = lexer.next_token() == Token::Word && lexer.name() == b"listen";
+    let channel = name(&mut lexer).filter(|_| listens)?;
+    match lexer.next_token() {
+        Token::End => Some(channel),
+        Token::Punctuation(b';') if lexer.next_token() == Token::End => Some(channel),
+        _ => None,
+    }
 }
 
 /// The first name that is none of the words that may stand before it.
@@ -122,5 +134,20 @@ mod tests {
         check("INSERT", None);
         check("INSERT INTO", None);
         check("INSERT INTO views VALUES (' )", None);
+    }
+
+    #[test]
+    fn the_channel_is_named_by_a_plain_listen() {
+        let check = |text: &str, expected: Option<&str>| {
+            let found = listen_target(text.as_bytes()).map(|name| String::from_utf8(name).unwrap());
+            assert_eq!(found.as_deref(), expected, "{text}");
+        };
+        check("LISTEN Jobs", Some("jobs"));
+        check("/* x */ listen \"My \"\"Jobs\" ;", Some("My \"Jobs"));
+        check("LISTEN a; LISTEN b", None);
+        check("LISTEN a.b", None);
+        check("LISTEN", None);
+        check("UNLISTEN a", None);
+        check("LISTEN 'a'", None);
     }
 }

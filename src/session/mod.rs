@@ -750,7 +750,13 @@ impl Session {
                 Ok(placed) => placed,
                 Err(report) => return self.fail_unit(report),
             };
-            self.flush_client().await?;
+            let left = placed.lease.socket.closed();
+            tokio::select! {
+                biased;
+                flushed = self.flush_client() => flushed?,
+                // The client may take its time; whoever waits for the connection to be closed does not.
+                () = left => continue,
+            }
             let (node, reason) = (placed.node, placed.reason);
             let told_before = self.reported.clone();
             self.begin_on(placed, &demand);
@@ -909,6 +915,12 @@ impl Session {
         self.unit.writes = !demand.is_read() && !self.read_only;
         self.unit.ddl = demand.is_ddl();
         self.unit.may_commit = demand.may_commit();
+        if demand.leaves() == Leaves::Pins(PinReason::Listen)
+            && let Ok(Some(header)) = wire::header(&self.client.input)
+            && let Some((text, _)) = self.client.input.get(HEADER..header.len).and_then(wire::cstr)
+        {
+            self.listening.asked(text);
+        }
         if (demand.sets() || demand.is_ddl())
             && let Ok(Some(header)) = wire::header(&self.client.input)
             && let Some(body) = self.client.input.get(HEADER..header.len)
@@ -1148,8 +1160,10 @@ impl Session {
             self.catalog.invalidate();
         }
         // To which channels it listens now has to be known, should this backend be lost.
-        let listens = self.unit.pins.has(PinReason::Listen) && self.pins.now().has(PinReason::Listen);
-        if next == Next::Look || listens {
+        let certain = done.before == TransactionStatus::Idle && !done.failed && done.commands == 1;
+        let listens = self.pins.now().has(PinReason::Listen);
+        let asks = self.listening.after(certain, listens, done.leaves.has(PinReason::Listen));
+        if next == Next::Look || asks {
             self.look_at_backend().await?;
         }
         if self.role == Role::Replica && self.pins.hold() {
@@ -1257,7 +1271,7 @@ impl Session {
                 None => lease.own_names = had,
             }
         }
-        self.listening.seen(look.listens);
+        self.listening.seen(look.shown.is_some().then(|| look.listens.unwrap_or_default()));
         for message in look.notifications {
             self.notification_heard(message);
         }
@@ -1356,8 +1370,9 @@ impl Session {
         if self.client.output.is_empty() {
             return Ok(());
         }
-        poll_fn(|cx| match self.handle.poll_ending(cx) {
-            Ending::Now => Poll::Ready(Err(End::shutdown())),
+        poll_fn(|cx| match (self.handle.poll_ending(cx), self.is_left()) {
+            (Ending::Now, _) => Poll::Ready(Err(End::shutdown())),
+            (_, Some(node)) => Poll::Ready(Err(End::NodeLost { node })),
             _ => {
                 poll_drain(&mut self.client.stream, &mut self.client.output, cx).map_err(|_| End::ClientGone)
             }

@@ -65,7 +65,6 @@ async fn payments_are_synchronous_and_page_views_asynchronous_on_one_cluster() {
         (&["BEGIN", view, plain, "COMMIT"], "on"),
         (&["BEGIN", plain, view, "COMMIT"], "on"),
         (&["BEGIN", "SAVEPOINT a", payment, "ROLLBACK TO a", view, "COMMIT"], "remote_apply"),
-        (&["BEGIN", "SELECT 1", view, "COMMIT"], "local"),
         // A session's own words.
         (&["SET synchronous_commit TO remote_write", view], "remote_write"),
         (&["RESET synchronous_commit", view], "local"),
