@@ -572,7 +572,7 @@ impl Drop for Proxy {
     }
 }
 
-fn config_text(cluster: &Cluster, port: u16, http: u16, options: &ProxyOptions<'_>) -> String {
+pub fn config_text(cluster: &Cluster, port: u16, http: u16, options: &ProxyOptions<'_>) -> String {
     let control = &cluster.roles().control;
     let nodes: String = cluster
         .nodes()

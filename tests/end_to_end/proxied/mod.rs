@@ -3,13 +3,16 @@
 mod cancel;
 mod consistency;
 mod drivers;
+mod durability;
 mod faults;
 mod garbage;
+mod gate;
 mod histories;
 mod leaks;
 mod levels;
 mod limits;
 mod login;
+mod loss;
 mod notifications;
 mod one_path_and_another;
 mod operator;
