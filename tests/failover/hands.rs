@@ -48,14 +48,14 @@ impl Job {
                 Order::Kick { .. } => vec![Effect::Kick],
                 Order::Fence => vec![Effect::Fence],
                 Order::Unfence => vec![Effect::Unfence],
-                Order::Sever => vec![Effect::Unblock, Effect::Sever],
+                Order::Sever => vec![Effect::Sever],
                 Order::Unsever => vec![Effect::Unsever],
                 Order::Barrier { .. } | Order::EpochRow { .. } => Vec::new(),
                 Order::SetSync { members, num } => {
                     vec![Effect::SetSync(Quorum::any(*num as usize, members.iter().copied()))]
                 }
                 Order::Promote { .. } => vec![Effect::Unblock, Effect::Promote],
-                Order::Repoint { to, .. } => vec![Effect::Repoint(to.index())],
+                Order::Repoint { to, .. } => vec![Effect::Follow(to.index())],
             },
             Task::Sync { prove: true, .. } => Vec::new(),
             Task::Sync { rule, .. } => vec![Effect::SetSync(rule.clone())],
@@ -147,7 +147,13 @@ impl World {
             return self.refuses(job);
         }
         if let Some(effect) = (!job.effects.is_empty()).then(|| job.effects.remove(0)) {
-            return self.send(job, &effect);
+            // It is found promoted already.
+            let moot = effect == Effect::Promote && !self.nodes[node].recovery;
+            let effect = match (effect, self.nodes[node].saved) {
+                (Effect::Unsever, Some(to)) => Effect::Follow(to),
+                (effect, _) => effect,
+            };
+            return if moot { None } else { self.send(job, &effect) };
         }
         self.poll(job)
     }
@@ -201,6 +207,13 @@ impl World {
         if for_standby && !node.recovery {
             return Some(Outcome::Order(OrderResult::Failed("it is not in recovery".to_owned())));
         }
+        if let Order::Promote { timeline, .. } = order
+            && node.recovery
+            && node.timeline != timeline.0
+        {
+            // It was made a standby of another primary meanwhile.
+            return Some(Outcome::Order(OrderResult::Failed("it is on another timeline".to_owned())));
+        }
         if let Order::Repoint { to, fork, timeline } = order {
             let behind = self.nodes[to.index()].fork_of(node.timeline).map_or(*fork, lsn);
             if node.timeline != timeline.0 && node.end() > behind.min(*fork) {
@@ -216,12 +229,8 @@ impl World {
         if self.without == Without::Severing && *effect == Effect::Sever {
             return None;
         }
-        if *effect == Effect::Promote
-            && let Task::Order(_, Order::Promote { epoch, .. }) = &job.task
-        {
-            self.promote_is_sent(node, *epoch);
-        }
-        match self.chance.below(24) {
+        let often = if self.without == Without::Lock { 8 } else { 24 };
+        match self.chance.below(often) {
             0 => {
                 // It is done, and nobody hears of it.
                 self.apply(node, effect);
@@ -287,7 +296,8 @@ impl World {
     }
 
     fn severed(&mut self, at: usize) -> Option<Outcome> {
-        self.nodes[at].blocked = false;
+        // What blocks replay is cleared at every look: readers come back.
+        self.nodes[at].blocked &= self.without == Without::SeverProof;
         let node = &self.nodes[at];
         let believed = matches!(self.without, Without::SeverProof | Without::Severing);
         let cut_off = (node.upstream.is_none() && node.receiver.is_none()) || believed;

@@ -114,27 +114,34 @@ fn without_quorum_there_is_one_write_target_all_the_same() {
 
 #[test]
 fn with_any_part_of_the_rule_left_out_something_breaks() {
-    for (without, most) in [
-        (Without::Lock, 20_000),
-        (Without::RecordFirst, 2000),
-        (Without::ClosedSockets, 2000),
-        (Without::SeverProof, 5000),
-        (Without::Severing, 2000),
-        (Without::FinalPosition, 20_000),
-        (Without::QuorumCount, 2000),
-        (Without::Degraded, 2000),
-        (Without::NewEpochDegraded, 5000),
-        (Without::Barrier, 10_000),
-        (Without::LoosenRecordFirst, 10_000),
-        (Without::InEffect, 20_000),
-        (Without::NoSyncDuringFailover, 10_000),
-        (Without::SameNode, 5000),
+    let mut missed = Vec::new();
+    for without in [
+        Without::Lock,
+        Without::RecordFirst,
+        Without::ClosedSockets,
+        Without::SeverProof,
+        Without::Severing,
+        Without::FinalPosition,
+        Without::QuorumCount,
+        Without::Degraded,
+        Without::NewEpochDegraded,
+        Without::Barrier,
+        Without::LoosenRecordFirst,
+        Without::InEffect,
+        Without::NoSyncDuringFailover,
+        Without::SameNode,
     ] {
-        let found = (1..most).find_map(|seed| {
-            let world = run(Plan::random(seed, Durability::Quorum), without, false);
-            world.violations.first().cloned().map(|broken| (seed, broken))
+        let found = (1..300).find_map(|seed| {
+            let plan = Plan::around(without, seed);
+            let broken = run(plan.clone(), without, false).violations.first().cloned()?;
+            // It is this part that is missed: with the whole rule the same schedule does no harm.
+            assert_eq!(run(plan, Without::Nothing, false).violations, Vec::<String>::new(), "seed {seed}");
+            Some((seed, broken.chars().take(120).collect::<String>()))
         });
         println!("without {without:?}: {found:?}");
-        assert!(found.is_some(), "the model does not miss {without:?}");
+        if found.is_none() {
+            missed.push(without);
+        }
     }
+    assert!(missed.is_empty(), "the model does not miss {missed:?}");
 }

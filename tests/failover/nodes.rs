@@ -55,7 +55,8 @@ pub struct Waiting {
 pub enum Effect {
     Sever,
     Unsever,
-    Repoint(usize),
+    /// What [`Effect::Unsever`] is when it is sent, and [`Effect::Repoint`].
+    Follow(usize),
     Kick,
     Unblock,
     SetSync(Quorum),
@@ -189,12 +190,8 @@ impl Node {
                     self.saved = self.upstream.take();
                 }
             }
-            Effect::Unsever => {
-                if self.upstream.is_none() {
-                    self.upstream = self.saved.take();
-                }
-            }
-            Effect::Repoint(to) => {
+            Effect::Unsever => {}
+            Effect::Follow(to) => {
                 self.upstream = Some(*to);
                 self.saved = None;
             }

@@ -5,7 +5,7 @@ use highwater::failover::event::Command;
 use highwater::topology::NodeId;
 
 use crate::nodes::Ms;
-use crate::world::Chance;
+use crate::world::{Chance, Without};
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Fault {
@@ -87,6 +87,78 @@ impl Plan {
                 plan.fault(at, &mut chance);
             }
         }
+        plan.faults.retain(|(at, _)| *at < plan.faults_end);
+        plan.faults.sort_by_key(|(at, _)| *at);
+        plan
+    }
+
+    /// Schedules that come near to what the part of the rule is there for.
+    pub fn around(without: Without, seed: u64) -> Plan {
+        let mut chance = Chance::new(seed ^ 0xa40d);
+        let start = chance.between(2500, 6000);
+        let again = chance.between(20, 700);
+        let (cut_early, kill_early) = (chance.between(200, 700), chance.between(500, 1200));
+        let mut soon = |from: Ms, to: Ms| start + chance.between(from, to);
+        let durability =
+            if without == Without::ClosedSockets { Durability::Async } else { Durability::Quorum };
+        let (nodes, faults) = match without {
+            // Its answer is on its way when the primary is cut off.
+            Without::ClosedSockets => {
+                let (cut, heal) = (soon(0, 50), soon(4000, 6000));
+                let links = [(0, 1), (0, 2), (0, 3)];
+                let cuts = links.map(|(a, b)| (cut, Fault::Cut(a, b)));
+                (3, [cuts.to_vec(), links.map(|(a, b)| (heal, Fault::Heal(a, b))).to_vec()].concat())
+            }
+            // One standby's replay stands still, so that it goes on receiving once the primary is back.
+            Without::SeverProof => {
+                let faults = vec![
+                    (soon(0, 100), Fault::Block(2)),
+                    (soon(110, 200), Fault::Freeze(0)),
+                    (soon(2000, 5000), Fault::Thaw(0)),
+                ];
+                (3, faults)
+            }
+            // The one that is ahead restarts while it is asked.
+            Without::FinalPosition => {
+                let faults = vec![
+                    (soon(0, 300), Fault::Cut(0, 2)),
+                    (soon(600, 900), Fault::Kill(1)),
+                    (soon(910, 950), Fault::Restart(1)),
+                    (soon(600, 950), Fault::Kill(0)),
+                ];
+                (3, faults)
+            }
+            // Commits that nobody else has when the standbys are first waited for.
+            Without::Barrier | Without::InEffect => {
+                let kill = cut_early.max(kill_early);
+                (2, vec![(cut_early, Fault::Cut(0, 1)), (kill, Fault::Kill(0))])
+            }
+            // The proxy dies between the statement and the record.
+            Without::LoosenRecordFirst => {
+                let crash = soon(1450, 1800);
+                let faults = vec![
+                    (start, Fault::Cut(0, 1)),
+                    (crash, Fault::CrashProxy),
+                    (crash + 20, Fault::StartProxy),
+                    (soon(2000, 2600), Fault::Kill(0)),
+                ];
+                (2, faults)
+            }
+            // The primary comes back while standbys are cut off from it, and goes again.
+            Without::Lock => {
+                let thaw = soon(1200, 2600);
+                let faults = vec![
+                    (start, Fault::Freeze(0)),
+                    (thaw, Fault::Thaw(0)),
+                    (thaw + again, Fault::Freeze(0)),
+                    (soon(5000, 8000), Fault::Thaw(0)),
+                ];
+                (3, faults)
+            }
+            _ => return Plan::random(seed, durability),
+        };
+        let mut plan = Plan::quiet(seed, nodes, durability);
+        plan.faults = faults;
         plan.faults.sort_by_key(|(at, _)| *at);
         plan
     }

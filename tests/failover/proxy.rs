@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use highwater::failover::decide::{Machine, NodeRule, Settings};
 use highwater::failover::event::{
-    Action, Command, CommandId, Event, Fact, Gate, Role, Seen, State, Walreceiver,
+    Action, Command, CommandId, Event, Fact, Gate, Order, Role, Seen, State, Walreceiver,
 };
 use highwater::failover::record::{Record, SyncState};
 use highwater::failover::sync::{Look, Quorum, Standby, Sync, SyncAction, SyncEvent, SyncSettings};
@@ -373,7 +373,12 @@ impl World {
                 let wait = self.chance.between(1, 30);
                 self.after(wait, What::SocketsClosed { run, epoch: epoch.0 });
             }
-            Action::Order { id, node, order } => self.start_job(node.index(), Task::Order(id, order)),
+            Action::Order { id, node, order } => {
+                if let Order::Promote { epoch, .. } = &order {
+                    self.promote_is_sent(node.index(), *epoch);
+                }
+                self.start_job(node.index(), Task::Order(id, order));
+            }
             Action::Probe(node) => self.probe(node.index()),
             Action::Publish(target) => {
                 let (node, epoch) = (target.primary.index(), target.epoch.0);

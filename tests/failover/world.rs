@@ -53,12 +53,31 @@ pub enum What {
     Write,
     Replicate,
     Probe(usize),
-    Probed { run: u64, node: usize, fact: highwater::failover::event::Fact },
-    Pump { run: u64 },
-    Step { run: u64, job: u64 },
-    SocketsClosed { run: u64, epoch: u64 },
-    Drained { run: u64 },
-    Ack { node: usize, waiting: Waiting },
+    Probed {
+        run: u64,
+        node: usize,
+        fact: highwater::failover::event::Fact,
+    },
+    Pump {
+        run: u64,
+    },
+    Step {
+        run: u64,
+        job: u64,
+    },
+    SocketsClosed {
+        run: u64,
+        epoch: u64,
+    },
+    Drained {
+        run: u64,
+    },
+    /// This start of the node sends an answer.
+    Ack {
+        node: usize,
+        start: u64,
+        waiting: Waiting,
+    },
     Fault(usize),
     Settle,
 }
@@ -133,7 +152,9 @@ pub struct World {
     targets: BTreeMap<u64, usize>,
     promote_sent: BTreeMap<u64, usize>,
     pub loss_allowed: bool,
-    settling: bool,
+    /// A switchover has left an old primary that waits for nobody: who goes there, past the fence, gets what is
+    /// promised nowhere.
+    left_uncovered: bool,
     pub happened: Happened,
     pub violations: Vec<String>,
     pub trace: Option<Vec<String>>,
@@ -164,7 +185,7 @@ impl World {
             targets: BTreeMap::new(),
             promote_sent: BTreeMap::new(),
             loss_allowed: false,
-            settling: false,
+            left_uncovered: false,
             happened: Happened::default(),
             violations: Vec::new(),
             trace: traced.then(Vec::new),
@@ -265,7 +286,7 @@ impl World {
             What::Step { run, job } => self.step(run, job),
             What::SocketsClosed { run, epoch } => self.sockets_closed(run, epoch),
             What::Drained { run } => self.drained(run),
-            What::Ack { node, waiting } => self.told_by_proxy(node, waiting),
+            What::Ack { node, start, waiting } => self.told_by_proxy(node, start, waiting),
             What::Fault(at) => {
                 let fault = self.plan.faults[at].1.clone();
                 self.log(|| format!("-- {fault:?}"));
@@ -352,7 +373,6 @@ impl World {
 
     fn heal_all(&mut self) {
         self.log(|| "-- all is well again".to_owned());
-        self.settling = true;
         self.cut.clear();
         self.record_fails = false;
         for at in 0..self.nodes.len() {
@@ -385,7 +405,8 @@ impl World {
 
     /// Statements that were under way when the node froze or could not be reached.
     fn land_late(&mut self, at: usize) {
-        if self.nodes[at].stuck.is_empty() || !self.linked(at, self.us()) || !self.chance.one_in(20) {
+        let soon = if self.without == Without::Lock { 200 } else { 20 };
+        if self.nodes[at].stuck.is_empty() || !self.linked(at, self.us()) || !self.chance.one_in(soon) {
             return;
         }
         let stuck = self.nodes[at].stuck.remove(0);
@@ -398,7 +419,7 @@ impl World {
 
     pub fn apply(&mut self, at: usize, effect: &crate::nodes::Effect) {
         let was_standby = self.nodes[at].recovery;
-        let in_effect_after = self.chance.between(0, 60);
+        let in_effect_after = self.chance.between(0, 250);
         self.nodes[at].apply(effect, self.now, in_effect_after);
         if was_standby && !self.nodes[at].recovery {
             self.promoted(at);
@@ -406,7 +427,7 @@ impl World {
     }
 
     fn standby(&mut self, at: usize) {
-        let busy = self.chance.one_in(4);
+        let busy = if self.nodes[at].reading { !self.chance.one_in(30) } else { self.chance.one_in(4) };
         let node = &mut self.nodes[at];
         if !node.blocked && !busy {
             node.replayed = node.wal.len();
@@ -497,11 +518,10 @@ impl World {
                     self.happened.acked_direct += 1;
                     self.acknowledged(at, waiting.write, "a direct client");
                 }
-                Writer::Proxy { .. } if self.linked(at, self.us()) => {
+                Writer::Proxy { .. } => {
                     let wait = self.chance.between(1, 12);
-                    self.after(wait, What::Ack { node: at, waiting });
+                    self.after(wait, What::Ack { node: at, start: self.nodes[at].start, waiting });
                 }
-                Writer::Proxy { .. } => {}
             }
         }
     }
@@ -550,12 +570,19 @@ impl World {
         self.release(at);
     }
 
-    fn told_by_proxy(&mut self, at: usize, waiting: Waiting) {
+    fn told_by_proxy(&mut self, at: usize, start: u64, waiting: Waiting) {
         let Writer::Proxy { run, epoch, sockets } = waiting.writer else {
             return;
         };
         let closed = self.proxy.as_ref().is_none_or(|proxy| proxy.run != run || proxy.closings > sockets);
         if closed {
+            return;
+        }
+        if !self.linked(at, self.us()) || self.nodes[at].frozen {
+            // The network sends it again, if the server lives to do so.
+            if self.nodes[at].up && self.nodes[at].start == start {
+                self.after(50, What::Ack { node: at, start, waiting });
+            }
             return;
         }
         self.happened.acked += 1;
@@ -573,7 +600,7 @@ impl World {
             return;
         }
         self.acked.insert(write);
-        if at != self.latest && !self.loss_allowed {
+        if at != self.latest && !self.loss_allowed && !self.left_uncovered {
             self.violate(format!(
                 "no_ack_old_side: n{at} acknowledged {write} to {whom}, after n{}",
                 self.latest
@@ -601,12 +628,13 @@ impl World {
             self.promote_sent.iter().filter(|(_, to)| **to == at).map(|(epoch, _)| *epoch).max().unwrap_or(0);
     }
 
-    /// An order to promote is about to be sent.
+    /// An order to promote is given.
     pub fn promote_is_sent(&mut self, node: usize, epoch: Epoch) {
         use highwater::failover::record::Stage;
         let to = NodeId(node as u16);
-        let durable = self.disk.intent.as_ref();
-        if !durable.is_some_and(|intent| intent.epoch == epoch && intent.stage == Stage::Promote(to)) {
+        let durable = self.disk.intent.clone();
+        if !durable.as_ref().is_some_and(|intent| intent.epoch == epoch && intent.stage == Stage::Promote(to))
+        {
             self.violate(format!(
                 "one_target_per_epoch: a promotion of n{node} is sent before its intent is durable"
             ));
@@ -614,6 +642,8 @@ impl World {
         if self.promote_sent.insert(epoch.0, node).is_some_and(|other| other != node) {
             self.violate(format!("one_target_per_epoch: a second candidate, n{node}, of epoch {}", epoch.0));
         }
+        self.left_uncovered |=
+            durable.is_some_and(|intent| intent.planned && self.nodes[intent.from.index()].names.is_none());
         let open = self.proxy.as_ref().is_some_and(|proxy| proxy.sockets_open);
         if open && self.without != Without::ClosedSockets {
             self.violate(format!("sockets to the old primary are open when n{node} is to be promoted"));
@@ -627,7 +657,7 @@ impl World {
     }
 
     fn check_settled(&mut self) {
-        use highwater::failover::event::State;
+        use highwater::failover::event::{BlockReason, State};
         let Some(proxy) = &self.proxy else {
             return self.violate("settles: there is no proxy".to_owned());
         };
@@ -636,7 +666,17 @@ impl World {
         let lives = self.nodes[primary].works(self.now) && !self.nodes[primary].recovery;
         match &state {
             State::Healthy if lives && self.now < self.last_ack + 3000 => self.happened.settled_healthy += 1,
+            // With `strict` commits wait for as many as there should be.
+            State::Healthy if lives && self.plan.strict && self.streaming_from(primary) < self.plan.num => {
+                self.happened.blocked += 1;
+            }
             State::Healthy if lives => self.violate(format!("settles: n{primary} acknowledges nothing")),
+            // It may have been promoted, and only an operator can say that it never will be.
+            State::Blocked(BlockReason::CandidateUnreachable { node })
+                if !self.nodes[node.index()].works(self.now) =>
+            {
+                self.happened.blocked += 1;
+            }
             State::Blocked(_) if !lives => {
                 self.happened.blocked += 1;
                 self.check_not_severed(primary, &record);
@@ -651,11 +691,17 @@ impl World {
         self.check_diverged(primary);
     }
 
+    fn streaming_from(&self, primary: usize) -> usize {
+        let streams = |node: &&Node| node.receiver.is_some_and(|it| it.from == primary && it.streaming);
+        self.nodes.iter().filter(streams).count()
+    }
+
     fn has_successor(&self, primary: usize) -> bool {
         let out = |at: usize| {
             self.proxy.as_ref().and_then(|proxy| proxy.machine.quarantine(NodeId(at as u16))).is_some()
         };
-        (0..self.nodes.len()).any(|at| at != primary && self.nodes[at].works(self.now) && !out(at))
+        let fits = |node: &Node| node.works(self.now) && node.timeline == self.nodes[primary].timeline;
+        (0..self.nodes.len()).any(|at| at != primary && fits(&self.nodes[at]) && !out(at))
     }
 
     fn check_not_severed(&mut self, primary: usize, record: &Record) {
