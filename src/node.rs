@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -33,11 +33,6 @@ const MAX_POOLS: usize = 128;
 /// to the server's own, and a standby refuses every statement under `serializable`.
 const SETTINGS: &str = "-c search_path=pg_catalog -c default_transaction_isolation=read\\ committed -c idle_session_timeout=0 -c jit=off";
 
-/// Settings of the sessions that give orders: they write also to a node that has been fenced, and where that
-/// needs a commit it is not for them to wait for other nodes.
-const ORDER_SETTINGS: &str =
-    "-c default_transaction_read_only=off -c synchronous_commit=local -c statement_timeout=0 -c lock_timeout=0";
-
 /// What kind of failure a node gave: health weighs them differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeFailure {
@@ -47,6 +42,8 @@ pub enum NodeFailure {
     Timeout,
     /// The server says that it is starting up, shutting down or recovering (57P03): not dead.
     Starting,
+    /// An idle connection was ended at an administrator's word: shut down, or restarted, or only that session.
+    ShuttingDown,
     /// The connection broke.
     Broken,
     /// The server answered, with an error: it lives, but does not let us look.
@@ -60,6 +57,7 @@ impl NodeFailure {
             NodeFailure::Refused => "refused",
             NodeFailure::Timeout => "timeout",
             NodeFailure::Starting => "starting",
+            NodeFailure::ShuttingDown => "shutting_down",
             NodeFailure::Broken => "broken",
             NodeFailure::Answered => "answered",
         }
@@ -197,9 +195,22 @@ pub enum ProbedRole {
         positions: ReplicaSample,
         /// The walreceiver's status (`streaming`, `waiting`, ...); `None`: none runs.
         walreceiver: Option<String>,
+        /// That walreceiver, as far as it can be told from others.
+        receiver: Option<Receiver>,
         /// What holds its replay up.
         recovery: Recovery,
     },
+}
+
+/// A walreceiver and whom it receives from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Receiver {
+    /// Its process.
+    pub pid: u32,
+    /// The sender's host, as the walreceiver was told it.
+    pub host: Option<String>,
+    /// The sender's port.
+    pub port: Option<u16>,
 }
 
 /// What a replica said of transactions that a primary still lists as running.
@@ -245,7 +256,10 @@ SELECT (SELECT system_identifier FROM pg_control_system()), \
     (extract(epoch FROM current_setting('recovery_min_apply_delay')::interval) * 1000)::bigint::text, \
     pg_is_wal_replay_paused()::text, \
     (SELECT sum(confl_tablespace + confl_lock + confl_snapshot + confl_bufferpin + confl_deadlock)::text \
-     FROM pg_stat_database_conflicts)] \
+     FROM pg_stat_database_conflicts), \
+    (SELECT pid::text FROM pg_stat_get_wal_receiver()), \
+    (SELECT sender_host FROM pg_stat_get_wal_receiver()), \
+    (SELECT sender_port::text FROM pg_stat_get_wal_receiver())] \
   ELSE ARRAY['primary', pg_current_wal_insert_lsn()::text, \
     left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)] END";
 
@@ -364,9 +378,12 @@ impl Nodes {
     /// statements (samplers, probes). `deadline` bounds the connection with its login, and then each
     /// question.
     pub async fn open(&self, node: NodeId, deadline: Duration) -> Result<NodeClient, NodeError> {
-        let (client, task) = self.dial_within(node, &self.config.control.database, deadline).await?;
+        let settings = self.settings(node, &self.config.control.database)?;
+        let told_to_end = Arc::new(AtomicBool::new(false));
+        let (client, task) = self.dial(node, &settings, deadline, Some(&told_to_end)).await?;
         let connection = NodeClient {
             client,
+            told_to_end,
             task: EndWithOwner(task),
             name: self.name(node),
             deadline,
@@ -378,8 +395,7 @@ impl Nodes {
         connection.prepared().await
     }
 
-    /// A connection of its own to the control database of `node`, for orders: under `application` as its name,
-    /// able to write where new sessions are read-only by default, and not waiting for synchronous standbys.
+    /// A connection of its own to the control database of `node`, for orders, under `application` as its name.
     pub async fn session(
         &self,
         node: NodeId,
@@ -387,8 +403,8 @@ impl Nodes {
         deadline: Duration,
     ) -> Result<ControlSession, NodeError> {
         let mut settings = self.settings(node, &self.config.control.database)?;
-        settings.application_name(application).options(format!("{SETTINGS} {ORDER_SETTINGS}"));
-        let (client, task) = self.dial(node, &settings, deadline).await?;
+        settings.application_name(application);
+        let (client, task) = self.dial(node, &settings, deadline, None).await?;
         Ok(ControlSession { client, _task: EndWithOwner(task), name: self.name(node) })
     }
 
@@ -517,7 +533,7 @@ impl Nodes {
         deadline: Duration,
     ) -> Result<(Client, JoinHandle<()>), NodeError> {
         let settings = self.settings(node, database)?;
-        self.dial(node, &settings, deadline).await
+        self.dial(node, &settings, deadline, None).await
     }
 
     async fn dial(
@@ -525,9 +541,10 @@ impl Nodes {
         node: NodeId,
         settings: &tokio_postgres::Config,
         deadline: Duration,
+        told_to_end: Option<&Arc<AtomicBool>>,
     ) -> Result<(Client, JoinHandle<()>), NodeError> {
         // A frozen server still accepts TCP: the deadline must span the login as well.
-        match timeout(deadline, self.dialer.dial(settings)).await {
+        match timeout(deadline, self.dialer.dial(settings, told_to_end)).await {
             Ok(connected) => connected.map_err(|error| self.error(node, &error)),
             Err(_) => Err(self.failure(node, NodeFailure::Timeout, "connection timed out".to_owned())),
         }
@@ -554,6 +571,7 @@ impl Nodes {
 /// towards a server that does not answer.
 pub struct NodeClient {
     client: Client,
+    told_to_end: Arc<AtomicBool>,
     task: EndWithOwner,
     name: String,
     deadline: Duration,
@@ -608,10 +626,12 @@ impl NodeClient {
         }
     }
 
-    /// Resolves when the connection has ended, for whatever reason.
-    pub async fn ended(&mut self) {
+    /// Resolves when the connection has ended, for whatever reason; whether the server did so at an administrator's
+    /// word, as it does when it is shut down in order.
+    pub async fn ended(&mut self) -> bool {
         // The task is never awaited again once it has ended: the owner then drops the connection.
         let _ = (&mut self.task.0).await;
+        self.told_to_end.load(Ordering::SeqCst)
     }
 
     async fn prepared(mut self) -> Result<NodeClient, NodeError> {
@@ -674,11 +694,7 @@ pub struct ControlSession {
 
 impl ControlSession {
     /// Runs one statement; its rows, as text.
-    pub async fn ask(
-        &self,
-        sql: &str,
-        deadline: Duration,
-    ) -> Result<Vec<Vec<Option<String>>>, NodeError> {
+    pub async fn ask(&self, sql: &str, deadline: Duration) -> Result<Vec<Vec<Option<String>>>, NodeError> {
         let messages = timeout(deadline, self.client.simple_query(sql))
             .await
             .map_err(|_| NodeError {
@@ -712,16 +728,23 @@ struct Dialer {
 
 impl Dialer {
     /// The one place where a control connection is made; its task runs until the connection ends.
+    /// `told_to_end` is set when the server ends it at an administrator's word.
     async fn dial(
         &self,
         settings: &tokio_postgres::Config,
+        told_to_end: Option<&Arc<AtomicBool>>,
     ) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error> {
         let mut settings = settings.clone();
         settings.ssl_mode(self.mode);
         let (client, connection) = settings.connect(self.connector.clone()).await?;
+        let told_to_end = told_to_end.map(Arc::clone);
         let task = tokio::spawn(async move {
-            // Whoever asks over the connection gets its error; there is nobody else to tell.
-            let _ = connection.await;
+            // Whoever asks over the connection gets its error; an idle one's says whether it is a shutdown.
+            let ended = connection.await;
+            let ordered = ended.is_err_and(|error| error.as_db_error().is_some_and(is_shutdown));
+            if let Some(told_to_end) = told_to_end {
+                told_to_end.store(ordered, Ordering::SeqCst);
+            }
         });
         Ok((client, task))
     }
@@ -735,8 +758,13 @@ impl deadpool_postgres::Connect for Dialer {
         Box<dyn Future<Output = Result<(Client, JoinHandle<()>), tokio_postgres::Error>> + Send + '_>,
     > {
         let settings = settings.clone();
-        Box::pin(async move { self.dial(&settings).await })
+        Box::pin(async move { self.dial(&settings, None).await })
     }
+}
+
+/// 57P01 by an administrator: a backend whose postmaster was killed says the same, from another routine.
+fn is_shutdown(error: &tokio_postgres::error::DbError) -> bool {
+    *error.code() == SqlState::ADMIN_SHUTDOWN && error.routine() == Some("ProcessInterrupts")
 }
 
 fn describe(node: String, error: &tokio_postgres::Error) -> NodeError {
@@ -819,6 +847,11 @@ fn read_probe(row: &Row, (block, segment): (u64, u64)) -> Option<ProbeAnswer> {
         "replica" => ProbedRole::Replica {
             positions: replica_positions(&fields),
             walreceiver: fields.get(6).cloned().flatten(),
+            receiver: field(&fields, 10).map(|pid| Receiver {
+                pid,
+                host: fields.get(11).cloned().flatten(),
+                port: field(&fields, 12),
+            }),
             recovery: Recovery {
                 apply_delay: Duration::from_millis(field(&fields, 7).unwrap_or(0)),
                 paused: field(&fields, 8).unwrap_or(false),

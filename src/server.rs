@@ -23,8 +23,10 @@ use crate::client::auth::AuthFailure;
 use crate::client::verifiers::Verifiers;
 use crate::config::Config;
 use crate::control;
+use crate::failover::event::{BlockReason, State};
+use crate::gate::Gate;
 use crate::listener::{self, Door};
-use crate::metrics::{ClassCacheFigures, Labels, Metrics, PoolFigure};
+use crate::metrics::{ClassCacheFigures, FailoverFigures, Labels, Metrics, PoolFigure};
 use crate::net::{ClientTls, NodeTls};
 use crate::node::Nodes;
 use crate::positions::Positions;
@@ -34,7 +36,7 @@ use crate::session::prepared::Names;
 use crate::session::promise::PrimaryReads;
 use crate::session::shared_mark::{GlobalMark, NamedMarks};
 use crate::session::timeouts::Overdue;
-use crate::session::{REDONE_LABELS, Shared};
+use crate::session::{ENDED_LABELS, GATE_REFUSED_LABELS, REDONE_LABELS, Shared};
 use crate::topology::{NodeId, Topology, TopologyHandle};
 
 /// Why the proxy could not start.
@@ -79,6 +81,8 @@ pub struct ServerHandle {
     pub topology: Arc<TopologyHandle>,
     /// Counts.
     pub metrics: Arc<Metrics>,
+    /// Where operators' commands go.
+    pub commands: control::Commands,
     stop: watch::Sender<Stop>,
     main: Option<JoinHandle<()>>,
 }
@@ -121,6 +125,7 @@ pub fn start(config: Config) -> Result<ServerHandle, StartError> {
             http: started.http,
             topology: started.topology,
             metrics: started.metrics,
+            commands: started.commands,
             stop,
             main: Some(main),
         }),
@@ -167,6 +172,7 @@ struct Started {
     http: Option<SocketAddr>,
     topology: Arc<TopologyHandle>,
     metrics: Arc<Metrics>,
+    commands: control::Commands,
 }
 
 fn run_main(
@@ -203,7 +209,7 @@ struct Parts {
     http: Option<(TcpListener, SocketAddr)>,
     door: Arc<Door>,
     /// Holds the control loop's tasks.
-    _control: control::Control,
+    control: control::Control,
 }
 
 async fn bind(address: &str) -> Result<(TcpListener, SocketAddr), StartError> {
@@ -230,10 +236,19 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
 
     let topology = Arc::new(TopologyHandle::new(Topology::initial(config)));
     let positions = Arc::new(Positions::new(config.nodes.len()));
+    let gate = Arc::new(Gate::new(config.nodes.len(), config.workers, config.failover.max_paused));
     let names: Vec<String> = config.nodes.iter().map(|n| n.name.clone()).collect();
     let metrics = Arc::new(Metrics::new(&names, &labels()));
     let nodes = Nodes::new(config.clone(), &node_tls);
-    let control = control::start(config.clone(), nodes.clone(), topology.clone(), positions.clone());
+    let control = control::start(
+        config.clone(),
+        nodes.clone(),
+        topology.clone(),
+        positions.clone(),
+        gate.clone(),
+        metrics.clone(),
+    )
+    .map_err(|error| StartError { what: "use failover.state_dir".to_owned(), cause: error.to_string() })?;
     let catalogs = Catalogs::new(
         nodes.clone(),
         topology.clone(),
@@ -247,6 +262,7 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
         topology: topology.clone(),
         metrics: metrics.clone(),
         login_settings: nodes.login_settings.clone(),
+        gate: gate.clone(),
         outstanding: config.nodes.iter().map(|_| AtomicU32::new(0)).collect(),
     })));
     let shared = Arc::new(Shared {
@@ -258,6 +274,7 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
         nodes: nodes.clone(),
         making_room: AtomicBool::new(false),
         pools,
+        gate,
         metrics,
         sessions: Arc::new(Sessions::default()),
         names: Names::new(rand::random()),
@@ -273,7 +290,7 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
         .map_err(|error| StartError { what: "set up the login".to_owned(), cause: error.to_string() })?;
     let door =
         Arc::new(Door { shared, tls: client_tls, verifiers, drain: Arc::default(), census: Arc::default() });
-    Ok(Parts { listener, listener_read_only, address, http, door, _control: control })
+    Ok(Parts { listener, listener_read_only, address, http, door, control })
 }
 
 impl Parts {
@@ -283,6 +300,7 @@ impl Parts {
             http: self.http.as_ref().map(|(_, address)| *address),
             topology: self.door.shared.topology.clone(),
             metrics: self.door.shared.metrics.clone(),
+            commands: self.control.commands(),
         }
     }
 
@@ -308,10 +326,15 @@ impl Parts {
         accepting.push(tokio::spawn(listener::accept(self.listener, senders, false)));
         let pools = self.door.shared.pools.clone();
         tokio::spawn(async move { pools.reap().await });
+        let (gate, sessions) = (self.door.shared.gate.clone(), self.door.shared.sessions.clone());
+        let pools = self.door.shared.pools.clone();
+        tokio::spawn(async move { pools.close_left().await });
+        tokio::spawn(async move { sessions.wake_at(&gate).await });
         if let Some((listener, _)) = self.http {
             let pools = self.door.shared.pools.clone();
             let classifier = self.door.shared.classifier.clone();
             let positions = self.door.shared.positions.clone();
+            let commands = self.control.commands();
             let ids: Vec<NodeId> = (0u16..).map(NodeId).take(config.nodes.len()).collect();
             tokio::spawn(admin::serve(
                 listener,
@@ -325,6 +348,7 @@ impl Parts {
                         let replaced_parsers = classifier.replaced_parsers();
                         ClassCacheFigures { hits, misses, replaced_parsers }
                     }),
+                    failover: Arc::new(move || failover_figures(&commands.status())),
                     samples: Arc::new(move || ids.iter().map(|id| positions.node(*id).counter()).collect()),
                 },
             ));
@@ -382,8 +406,22 @@ fn labels() -> Labels {
         client_refused: &listener::REFUSED_LABELS,
         login_failures: &AuthFailure::LABELS,
         cancels: &listener::CANCEL_LABELS,
+        gate_refused: &GATE_REFUSED_LABELS,
+        sessions_ended: &ENDED_LABELS,
         timeouts: &Overdue::LABELS,
         backends_closed: &CloseReason::LABELS,
+        failover_states: &State::LABELS,
+        failover_blocks: &BlockReason::LABELS,
+    }
+}
+
+fn failover_figures(status: &control::Status) -> FailoverFigures {
+    FailoverFigures {
+        state: status.state,
+        blocked: status.blocked.as_ref().map(|(label, _)| *label),
+        quarantined: status.quarantined.iter().map(|(_, why)| why.label()).collect(),
+        lost_acked_bytes_min: status.loss.map(|loss| loss.acked_bytes_min),
+        sync: (status.durability == "quorum").then_some(status.covered),
     }
 }
 

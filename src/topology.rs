@@ -55,6 +55,27 @@ pub enum Exclusion {
     ForeignCluster,
     /// It accepts writes, but is not the primary of this epoch.
     SecondPrimary,
+    /// It must be repaired first, whatever it says.
+    Quarantined(Quarantine),
+}
+
+/// Why a node is kept out until somebody repairs it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Quarantine {
+    /// It was the primary of an epoch that is over.
+    OldPrimary,
+    /// It holds WAL that the primary does not have.
+    Diverged,
+}
+
+impl Quarantine {
+    /// One word for a metric label or a log field.
+    pub fn label(self) -> &'static str {
+        match self {
+            Quarantine::OldPrimary => "old_primary",
+            Quarantine::Diverged => "diverged",
+        }
+    }
 }
 
 impl Exclusion {
@@ -73,6 +94,7 @@ impl Exclusion {
             Exclusion::OtherTimeline => "other_timeline",
             Exclusion::ForeignCluster => "foreign_cluster",
             Exclusion::SecondPrimary => "second_primary",
+            Exclusion::Quarantined(_) => "quarantined",
         }
     }
 }
@@ -92,6 +114,12 @@ impl fmt::Display for Exclusion {
             Exclusion::OtherTimeline => f.write_str("it replays another timeline than the primary's"),
             Exclusion::ForeignCluster => f.write_str("its system identifier is not the cluster's"),
             Exclusion::SecondPrimary => f.write_str("it accepts writes, but is not the primary"),
+            Exclusion::Quarantined(Quarantine::OldPrimary) => {
+                f.write_str("it was the primary of an epoch that is over: it needs pg_rewind or a new copy")
+            }
+            Exclusion::Quarantined(Quarantine::Diverged) => f.write_str(
+                "it holds changes that the primary does not have: it needs pg_rewind or a new copy",
+            ),
         }
     }
 }

@@ -14,6 +14,8 @@ const MAY_USE: &[(&str, &str)] = &[
     ("consistency", "wal"),
     ("topology", "config wal"),
     ("positions", "topology wal"),
+    // What both ways stand at: the cluster's sets it, the statements' passes it.
+    ("gate", "topology"),
     ("classify", "config consistency wal wire"),
     ("route", "classify topology positions wal"),
     // A value too, once it has been read.
@@ -25,29 +27,30 @@ const MAY_USE: &[(&str, &str)] = &[
     // The way of the cluster.
     ("node", "config net topology wal"),
     ("monitor", "config metrics node topology positions wal"),
-    ("failover", "config node topology wal"),
-    ("control", "config failover metrics monitor node topology positions wal"),
+    ("failover", "config gate node topology wal"),
+    ("control", "config failover gate metrics monitor node topology positions wal"),
     ("catalogs", "classify config metrics node topology wal"),
     // The way of a statement. A session and its backends tell `control` and `node` of failures they
     // meet (a handle that sends); they ask them nothing.
     ("client", "config metrics net node scram topology wal wire"),
-    ("backend", "classify config metrics net node scram topology positions wal wire"),
+    ("backend", "classify config gate metrics net node scram topology positions wal wire"),
     (
         "session",
-        "backend catalogs classify client config consistency control metrics net node positions route scram topology wal wire",
+        "backend catalogs classify client config consistency control gate metrics net node positions route scram topology wal wire",
     ),
     ("listener", "backend catalogs client config metrics net node session topology wal wire"),
     // The way of the operator.
     ("admin", "config metrics positions topology wal"),
-    ("check", "config monitor net node topology wal"),
+    ("check", "config failover monitor net node topology wal"),
+    ("rejoin", "config failover net node topology"),
     ("explain", "catalogs classify config net node topology"),
     (
         "server",
-        "admin backend catalogs classify client config control listener metrics monitor net node positions \
+        "admin backend catalogs classify client config control failover gate listener metrics monitor net node positions \
          route session topology wal",
     ),
     ("demo", "config metrics server topology"),
-    ("main", "check config demo explain server classify route"),
+    ("main", "check config demo explain rejoin server classify route"),
 ];
 
 /// Files (or folders) of pure code: no I/O, clock, chance, logging, metrics.
@@ -76,6 +79,9 @@ const PURE: &[&str] = &[
     "failover/command.rs",
     "failover/record.rs",
     "failover/sync.rs",
+    "failover/conninfo.rs",
+    "failover/recipe.rs",
+    "failover/text.rs",
 ];
 
 /// What lies in a pure folder and is not: `opinion` keeps a thread for the second parser, and the

@@ -225,6 +225,14 @@ impl Machine {
         format!("failover {mode}; durability {level}")
     }
 
+    /// `async` or `quorum`.
+    pub fn durability_label(&self) -> &'static str {
+        match self.settings.durability {
+            Durability::Async => "async",
+            Durability::Quorum => "quorum",
+        }
+    }
+
     /// Whether the acknowledged commits would survive now, as far as the record knows (`durability: quorum`).
     pub fn covered(&self) -> bool {
         let standbys = self.standbys();

@@ -86,7 +86,8 @@ impl Conninfo {
     /// As keywords and values, which is what `primary_conninfo` usually is.
     pub fn text(&self) -> String {
         let quote = |value: &str| {
-            let plain = !value.is_empty() && !value.contains([' ', '\'', '\\', '\t', '\n', '\r']);
+            let plain = !value.is_empty()
+                && value.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-./:,@%+*".contains(&b));
             if plain {
                 return value.to_owned();
             }
@@ -142,9 +143,13 @@ fn parse_uri(rest: &str) -> Result<Parts, InvalidConninfo> {
     let (login, hosts) = authority.rsplit_once('@').map_or(("", authority), |(a, b)| (a, b));
     let (user, password) = login.split_once(':').map_or((login, ""), |(a, b)| (a, b));
     let (host_list, port_list) = split_hosts(hosts);
-    for (keyword, value) in
-        [("user", user), ("password", password), ("host", &host_list), ("port", &port_list), ("dbname", database)]
-    {
+    for (keyword, value) in [
+        ("user", user),
+        ("password", password),
+        ("host", &host_list),
+        ("port", &port_list),
+        ("dbname", database),
+    ] {
         if !value.is_empty() {
             parts.push((keyword.to_owned(), percent_decoded(value)?));
         }
@@ -204,10 +209,7 @@ mod tests {
                 r"user=r password='it\'s \\ so' host=a hostaddr=10.0.0.1 application_name=b",
                 r"user=r password='it\'s \\ so' host=new application_name=b port=6000",
             ),
-            (
-                "  host = a   port = 1 user = r ",
-                "host=new port=6000 user=r",
-            ),
+            ("  host = a   port = 1 user = r ", "host=new port=6000 user=r"),
             ("host=a,b port=1,2 user=r host=c", "host=new port=6000 user=r"),
             (
                 "postgresql://r:p%20w@a:1,b:2/db?sslmode=require&application_name=x",

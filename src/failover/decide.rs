@@ -92,6 +92,8 @@ pub struct Settings {
     pub allow_minority: bool,
     /// Fence an old primary in SQL when it can be reached.
     pub fence_sql: bool,
+    /// `Quorum`: how many standbys are to confirm a commit.
+    pub sync_num: u32,
     /// Whether orders may be given at all: they take a durable record (`state_dir`).
     pub hands: bool,
 }
@@ -724,7 +726,10 @@ impl Machine {
             .zip(&self.known)
             .filter(|(node, _)| *node != primary && self.quarantine(*node).is_none())
             .map(|(node, known)| {
-                let heard = suspicion.heard.get(node.index()).copied().unwrap_or(false);
+                let kicking =
+                    self.orders.values().any(|p| p.node == node && matches!(p.order, Order::Kick { .. }));
+                // One that connects anew just now is alone for a moment, which says nothing.
+                let heard = !kicking && suspicion.heard.get(node.index()).copied().unwrap_or(false);
                 let fact = known.fact.as_ref().filter(|_| heard);
                 let kicked = suspicion.kicked.get(&node).map(|(kick, _)| *kick);
                 (node, detect::witness(fact, primary, self.record.system_identifier), kicked)
@@ -945,7 +950,7 @@ impl Machine {
             Ok(chosen) => chosen,
             Err(reason) => return self.block(reason, now),
         };
-        let wants_sync = self.settings.durability == Durability::Quorum && self.record.sync.num > 0;
+        let wants_sync = self.settings.durability == Durability::Quorum;
         let ready = !wants_sync || attempt.sync.as_ref().is_some_and(|(of, _)| *of == chosen);
         self.enter(State::Electing(chosen));
         if !ready {
@@ -984,10 +989,8 @@ impl Machine {
     }
 
     fn next_sync(&self, chosen: NodeId) -> SyncState {
-        let cuts = self.attempt.as_ref().map(|attempt| &attempt.cuts);
-        candidate::sync_of_new_epoch(&self.record.sync, chosen, |member| {
-            cuts.is_some_and(|cuts| cuts.contains_key(&member))
-        })
+        let cuts = self.attempt.iter().flat_map(|attempt| attempt.cuts.values());
+        candidate::sync_of_new_epoch(self.settings.sync_num, chosen, cuts)
     }
 
     fn order_promotion(&mut self, node: NodeId, epoch: Epoch) {
@@ -1160,6 +1163,9 @@ impl Machine {
             };
             self.reply(command, answer);
         }
+        if matches!(order, Order::Kick { .. }) && !matches!(result, OrderResult::Kicked(Kick::Gone)) {
+            self.ask_again(node);
+        }
         match (order, result) {
             (Order::Kick { .. }, OrderResult::Kicked(kick)) => self.kicked(node, kick, now.at),
             (Order::Sever, OrderResult::Severed { end, timeline }) => self.severed(node, end, timeline),
@@ -1173,7 +1179,11 @@ impl Machine {
             }
             (Order::Unfence, OrderResult::Done) => self.record.fenced.retain(|of| *of != node),
             (Order::Unsever, OrderResult::Done) => self.record.severed.retain(|of| *of != node),
-            (Order::Repoint { .. }, OrderResult::Done) => self.record.repoint.retain(|of| *of != node),
+            (Order::Repoint { .. }, OrderResult::Done) => {
+                self.record.repoint.retain(|of| *of != node);
+                // Until probes have seen it follow.
+                self.retry_after(node, MEND_RETRY, now.at);
+            }
             (Order::Repoint { .. }, OrderResult::Diverged { .. }) => {
                 self.put_in_quarantine(node, Quarantine::Diverged);
             }
@@ -1202,6 +1212,14 @@ impl Machine {
     fn kicked(&mut self, node: NodeId, kick: Kick, now: Instant) {
         if let Some(suspicion) = &mut self.suspicion {
             suspicion.kicked.insert(node, (kick, now));
+        }
+    }
+
+    /// What was seen while a kick was at work does not count.
+    fn ask_again(&mut self, node: NodeId) {
+        if let Some(heard) = self.suspicion.as_mut().and_then(|s| s.heard.get_mut(node.index())) {
+            *heard = false;
+            self.out.push(Action::Probe(node));
         }
     }
 

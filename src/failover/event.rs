@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use crate::failover::record::{Forked, Record};
+pub use crate::topology::Quarantine;
 use crate::topology::{Epoch, NodeId};
 use crate::wal::{Lsn, TimelineId};
 
@@ -418,25 +419,6 @@ pub enum Alarm {
         /// Why.
         why: String,
     },
-}
-
-/// Why a node is kept out until somebody repairs it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Quarantine {
-    /// It was the primary of an epoch that is over (I8).
-    OldPrimary,
-    /// It holds WAL that the primary does not have (I5).
-    Diverged,
-}
-
-impl Quarantine {
-    /// One word for a metric label or a log field.
-    pub fn label(self) -> &'static str {
-        match self {
-            Quarantine::OldPrimary => "old_primary",
-            Quarantine::Diverged => "diverged",
-        }
-    }
 }
 
 /// Where the machine stands.

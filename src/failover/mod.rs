@@ -17,6 +17,13 @@
 //! | `candidate` | who is promoted, or why nobody is |
 //! | `record` | what must survive a crash of the proxy |
 //! | `sync` | whose confirmation commits wait for, and what may be promised meanwhile (I9) |
+//! | `text` | the record as lines of text, nodes by name |
+//! | `store` | those on disk, and how standbys were configured before they were cut off |
+//! | `orders` | each order as SQL on its node |
+//! | `preconditions` | what nodes must grant and be set to, asked in advance |
+//! | `recipe` | how a node becomes a replica again, for an operator |
+//! | `shell` | carries out what the machine decides |
+//! | `conninfo` | `primary_conninfo`, changed in host and port only |
 //!
 //! Promises (the invariants' numbers are those of docs/FAILOVER.md): one write target per epoch, each epoch durable
 //! before a promotion is sent (I1); no promotion before all sockets of the old epoch are closed (I2) and every
@@ -26,8 +33,17 @@
 
 pub mod candidate;
 mod command;
+pub mod conninfo;
 pub mod decide;
 pub mod detect;
 pub mod event;
+pub mod orders;
+pub mod preconditions;
+pub mod recipe;
 pub mod record;
+pub mod shell;
+pub mod store;
 pub mod sync;
+#[cfg(test)]
+mod tests;
+pub mod text;

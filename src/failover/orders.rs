@@ -26,6 +26,10 @@ use crate::wal::{Lsn, TimelineHistory, TimelineId};
 
 /// The two keys of the advisory lock, `hwtr` and `lock` in ASCII; it lies in the control database.
 const LOCK_KEYS: (i32, i32) = (0x6877_7472, 0x6C6F_636B);
+/// Settings of the session that gives orders: it writes also to a node that has been fenced, and where that takes
+/// a commit it is not for it to wait for other nodes. Sessions that only look do without, to see what others see.
+const SETTINGS: &str = "SET default_transaction_read_only = off; SET synchronous_commit = local; \
+    SET statement_timeout = 0; SET lock_timeout = 0";
 /// How often a state that is waited for is looked at.
 const POLL: Duration = Duration::from_millis(10);
 /// How long replay may be held up by readers before these are ended.
@@ -209,9 +213,7 @@ impl Hand {
             Order::Kick { wait } => self.kick(wait).await.map(OrderResult::Kicked),
             Order::Fence => self.fence().await.map(|end| OrderResult::Fenced { end }),
             Order::Unfence => self.unfence().await.map(|()| OrderResult::Done),
-            Order::Sever => {
-                self.sever().await.map(|(end, timeline)| OrderResult::Severed { end, timeline })
-            }
+            Order::Sever => self.sever().await.map(|(end, timeline)| OrderResult::Severed { end, timeline }),
             Order::Unsever => self.unsever().await.map(|()| OrderResult::Done),
             Order::Barrier { lsn, wait } => self.barrier(lsn, wait).await.map(OrderResult::Reached),
             Order::SetSync { ref members, num } => {
@@ -278,7 +280,7 @@ impl Hand {
         let until = Instant::now() + self.limits.other;
         let before = self.standby(until).await?;
         if !before.in_recovery {
-            // Promoted since: it follows nobody, and what is kept of it is of no more use.
+            // Promoted since: it follows nobody.
             self.reset_receiver(until).await?;
             return Ok(self.upstreams.forget(&self.name)?);
         }
@@ -316,7 +318,9 @@ impl Hand {
         loop {
             let now = self.walreceiver(until).await?;
             match now {
-                Some(Walreceiver { pid, streaming: true, .. }) if Some(pid) != old => return Ok(Kick::Streams),
+                Some(Walreceiver { pid, streaming: true, .. }) if Some(pid) != old => {
+                    return Ok(Kick::Streams);
+                }
                 Some(Walreceiver { pid, .. }) if Some(pid) == old && started.elapsed() >= KICK_RESTART => {
                     return Ok(Kick::SameProcess);
                 }
@@ -365,14 +369,13 @@ impl Hand {
         }
         let timeline = self.writes(until).await?;
         let fork = self.history(timeline, until).await?.fork_of(ended);
-        // Out of the way of a later demotion; what it followed is of no more use.
         self.reset_receiver(until).await?;
         self.upstreams.forget(&self.name)?;
         match fork {
             Some(fork) => Ok((timeline, fork)),
-            None => {
-                Err(Trouble::Refused(format!("its timeline {timeline} does not descend from timeline {ended}")))
-            }
+            None => Err(Trouble::Refused(format!(
+                "its timeline {timeline} does not descend from timeline {ended}"
+            ))),
         }
     }
 
@@ -411,6 +414,7 @@ impl Hand {
             }
         };
         let conninfo = parse_conninfo(&text)?.towards(&target.host, target.port).text();
+        self.provide_slot(to, until).await?;
         self.alter("primary_conninfo", Some(&conninfo), until).await?;
         if let Some(kept) = &kept {
             self.restore_receiver(kept, until).await?;
@@ -507,6 +511,28 @@ impl Hand {
         Ok(())
     }
 
+    /// A standby that uses a slot finds none of its name on a new primary. One is made there when the role may
+    /// (that grant is the operator's leave to do so); else it is for the operator.
+    async fn provide_slot(&mut self, primary: NodeId, until: Instant) -> Result<(), Trouble> {
+        let slot = first(&self.run("SELECT current_setting('primary_slot_name')", until).await?);
+        let Some(slot) = slot.filter(|name| !name.is_empty()) else { return Ok(()) };
+        let create = format!(
+            "SELECT CASE WHEN EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = {0}) THEN 'there' \
+             WHEN (SELECT rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user) \
+             THEN (pg_create_physical_replication_slot({0}, true)).slot_name::text ELSE 'denied' END",
+            literal(&slot)
+        );
+        match first(&self.look_at(primary, &create, until).await?).as_deref() {
+            Some("denied") => Err(Trouble::Refused(format!(
+                "its slot `{slot}` does not exist on {}, and the role may not create it: \
+                 SELECT pg_create_physical_replication_slot({}, true)",
+                self.nodes.name(primary),
+                literal(&slot)
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     async fn keep_upstream(&mut self, paused: bool, until: Instant) -> Result<(), Trouble> {
         let mut settings = HashMap::new();
         for row in self.run(UPSTREAM, until).await? {
@@ -544,9 +570,11 @@ impl Hand {
         self.restore("recovery_min_apply_delay", &kept.apply_delay, until).await
     }
 
-    /// On a node that has been promoted: the settings of a standby as they were, for a later day.
+    /// On a node that has been promoted: the settings of a standby as they were. They mean nothing to a primary;
+    /// who makes a replica of another node reads there how replicas log in.
     async fn reset_receiver(&mut self, until: Instant) -> Result<(), Trouble> {
         if let Some(kept) = self.upstreams.get(&self.name) {
+            self.restore("primary_conninfo", &kept.conninfo, until).await?;
             self.restore_receiver(&kept, until).await?;
             self.reload(until).await?;
         }
@@ -637,9 +665,13 @@ impl Hand {
 
     /// One question by a session of its own.
     async fn look(&self, question: &str, until: Instant) -> Result<Rows, Trouble> {
+        self.look_at(self.node, question, until).await
+    }
+
+    async fn look_at(&self, node: NodeId, question: &str, until: Instant) -> Result<Rows, Trouble> {
         let session = self
             .nodes
-            .session(self.node, "highwater look", self.left(until, self.limits.connect))
+            .session(node, "highwater look", self.left(until, self.limits.connect))
             .await
             .map_err(|error| Trouble::Unknown(error.to_string()))?;
         let answer = session.ask(question, self.left(until, self.limits.statement)).await;
@@ -669,22 +701,18 @@ impl Hand {
     /// A session that holds the lock. Whoever held it before is ended, and has ended when this returns.
     async fn take_over(&self, until: Instant) -> Result<ControlSession, Trouble> {
         let unknown = |error: NodeError| Trouble::Unknown(error.to_string());
-        let connecting =
-            self.nodes.session(self.node, &self.identity, self.left(until, self.limits.connect));
+        let connecting = self.nodes.session(self.node, &self.identity, self.left(until, self.limits.connect));
         let session = connecting.await.map_err(unknown)?;
         let (class, object) = LOCK_KEYS;
         let take = format!("SELECT pg_try_advisory_lock({class}, {object})");
-        let end_holder = format!(
-            "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory' AND granted \
-             AND classid = {class} AND objid = {object} AND objsubid = 2 AND pid <> pg_backend_pid() \
-             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-        );
+        let end_holders = lock_holders("pg_terminate_backend(a.pid)");
         loop {
             let taken = session.ask(&take, self.left(until, self.limits.statement)).await.map_err(unknown)?;
             if first(&taken).as_deref() == Some("t") {
+                session.ask(SETTINGS, self.left(until, self.limits.statement)).await.map_err(unknown)?;
                 return Ok(session);
             }
-            session.ask(&end_holder, self.left(until, self.limits.statement)).await.map_err(unknown)?;
+            session.ask(&end_holders, self.left(until, self.limits.statement)).await.map_err(unknown)?;
             self.wait(until, || "the session that holds the control lock does not end".to_owned()).await?;
         }
     }
@@ -706,6 +734,17 @@ impl Hand {
     fn unreadable(&self) -> Trouble {
         unreadable(&self.name)
     }
+}
+
+/// A query of `column` of those other sessions that hold the control lock.
+pub(crate) fn lock_holders(column: &str) -> String {
+    let (class, object) = LOCK_KEYS;
+    format!(
+        "SELECT {column} FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid) \
+         WHERE l.locktype = 'advisory' AND l.granted AND l.classid = {class} AND l.objid = {object} \
+         AND l.objsubid = 2 AND pid <> pg_backend_pid() \
+         AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -43,7 +43,11 @@ impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             StoreError::Locked(path) => {
-                write!(f, "{} is in use by another highwater: each needs a state_dir of its own", path.display())
+                write!(
+                    f,
+                    "{} is in use by another highwater: each needs a state_dir of its own",
+                    path.display()
+                )
             }
             StoreError::Damaged(path, what) => write!(
                 f,

@@ -16,6 +16,7 @@ mod operator;
 mod pins;
 mod pooling;
 mod prepared;
+mod promotion;
 mod protocol;
 mod read_only;
 mod relay;
