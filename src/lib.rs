@@ -23,6 +23,8 @@ pub mod scram;
 // The way of the cluster.
 pub mod catalogs;
 pub mod control;
+pub mod failover;
+pub mod gate;
 pub mod monitor;
 pub mod node;
 pub mod positions;
@@ -35,6 +37,7 @@ pub mod explain;
 pub mod healthcheck;
 pub mod manual;
 pub mod progress;
+pub mod rejoin;
 pub mod reload;
 pub mod server;
 pub mod supervisor;

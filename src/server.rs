@@ -29,9 +29,11 @@ use crate::client::verifiers::Verifiers;
 use crate::config::Config;
 use crate::config::live::LiveConfig;
 use crate::control;
+use crate::failover::event::{BlockReason, State};
+use crate::gate::Gate;
 use crate::listener::{self, Door};
 use crate::log;
-use crate::metrics::{ClassCacheFigures, Labels, Metrics, PoolFigure};
+use crate::metrics::{ClassCacheFigures, FailoverFigures, Labels, Metrics, PoolFigure};
 use crate::net::{ClientTls, NodeTls};
 use crate::node::Nodes;
 use crate::positions::Positions;
@@ -42,7 +44,7 @@ use crate::session::prepared::Names;
 use crate::session::promise::PrimaryReads;
 use crate::session::shared_mark::{GlobalMark, NamedMarks};
 use crate::session::timeouts::Overdue;
-use crate::session::{REDONE_LABELS, Shared};
+use crate::session::{ENDED_LABELS, GATE_REFUSED_LABELS, REDONE_LABELS, Shared};
 use crate::supervisor::{self, Pulse};
 use crate::topology::{NodeId, Topology, TopologyHandle};
 
@@ -91,6 +93,10 @@ pub struct ServerHandle {
     /// Reads the configuration's file again.
     pub reload: Reload,
     pulse: Arc<Pulse>,
+    /// Where operators' commands go.
+    pub commands: control::Commands,
+    /// Before the primary.
+    pub gate: Arc<Gate>,
     stop: watch::Sender<Stop>,
     main: Option<JoinHandle<()>>,
 }
@@ -138,6 +144,8 @@ fn start_with(config: Config, level: Option<log::Level>) -> Result<ServerHandle,
             metrics: started.metrics,
             reload: started.reload,
             pulse: started.pulse,
+            commands: started.commands,
+            gate: started.gate,
             stop,
             main: Some(main),
         }),
@@ -208,6 +216,8 @@ struct Started {
     metrics: Arc<Metrics>,
     reload: Reload,
     pulse: Arc<Pulse>,
+    commands: control::Commands,
+    gate: Arc<Gate>,
 }
 
 fn run_main(
@@ -280,10 +290,19 @@ async fn build(config: Config) -> Result<Parts, StartError> {
 
     let topology = Arc::new(TopologyHandle::new(Topology::initial(config)));
     let positions = Arc::new(Positions::new(places));
+    let gate = Arc::new(Gate::new(places, config.workers, config.failover.max_paused));
     let names: Vec<String> = config.nodes.iter().map(|n| n.name.clone()).collect();
     let metrics = Arc::new(Metrics::new(&names, &labels()));
     let nodes = Nodes::new(live.clone(), &node_tls);
-    let control = control::start(live.clone(), nodes.clone(), topology.clone(), positions.clone());
+    let control = control::start(
+        live.clone(),
+        nodes.clone(),
+        topology.clone(),
+        positions.clone(),
+        gate.clone(),
+        metrics.clone(),
+    )
+    .map_err(|error| StartError { what: "use failover.state_dir".to_owned(), cause: error.to_string() })?;
     let catalogs = Catalogs::new(
         nodes.clone(),
         topology.clone(),
@@ -298,6 +317,7 @@ async fn build(config: Config) -> Result<Parts, StartError> {
         topology: topology.clone(),
         metrics: metrics.clone(),
         login_settings: nodes.login_settings.clone(),
+        gate: gate.clone(),
         outstanding: (0..places).map(|_| AtomicU32::new(0)).collect(),
     })));
     let shared = Arc::new(Shared {
@@ -309,6 +329,7 @@ async fn build(config: Config) -> Result<Parts, StartError> {
         nodes: nodes.clone(),
         making_room: AtomicBool::new(false),
         pools,
+        gate,
         metrics,
         sessions: Arc::new(Sessions::default()),
         names: Names::new(rand::random()),
@@ -338,6 +359,8 @@ impl Parts {
             metrics: self.door.shared.metrics.clone(),
             reload,
             pulse: self.pulse.clone(),
+            commands: self.control.commands(),
+            gate: self.door.shared.gate.clone(),
         }
     }
 
@@ -367,10 +390,15 @@ impl Parts {
         accepting.push(tokio::spawn(listener::accept(self.listener, senders, false)));
         let pools = self.door.shared.pools.clone();
         tokio::spawn(async move { pools.reap().await });
+        let (gate, sessions) = (self.door.shared.gate.clone(), self.door.shared.sessions.clone());
+        let pools = self.door.shared.pools.clone();
+        tokio::spawn(async move { pools.close_left().await });
+        tokio::spawn(async move { sessions.wake_at(&gate).await });
         if let Some((listener, _)) = self.http {
             let pools = self.door.shared.pools.clone();
             let classifier = self.door.shared.classifier.clone();
             let positions = self.door.shared.positions.clone();
+            let commands = self.control.commands();
             let topology = self.door.shared.topology.clone();
             let (clocks, seen) = (positions.clone(), positions.clone());
             let ids: Arc<dyn Fn() -> Vec<NodeId> + Send + Sync> =
@@ -388,6 +416,7 @@ impl Parts {
                         let replaced_parsers = classifier.replaced_parsers();
                         ClassCacheFigures { hits, misses, replaced_parsers }
                     }),
+                    failover: Arc::new(move || failover_figures(&commands.status())),
                     clock_offsets: Arc::new(move || {
                         clocked().into_iter().map(|id| clocks.node(id).clock().map(|c| c.seconds())).collect()
                     }),
@@ -457,8 +486,22 @@ fn labels() -> Labels {
         client_refused: &listener::REFUSED_LABELS,
         login_failures: &AuthFailure::LABELS,
         cancels: &listener::CANCEL_LABELS,
+        gate_refused: &GATE_REFUSED_LABELS,
+        sessions_ended: &ENDED_LABELS,
         timeouts: &Overdue::LABELS,
         backends_closed: &CloseReason::LABELS,
+        failover_states: &State::LABELS,
+        failover_blocks: &BlockReason::LABELS,
+    }
+}
+
+fn failover_figures(status: &control::Status) -> FailoverFigures {
+    FailoverFigures {
+        state: status.state,
+        blocked: status.blocked.as_ref().map(|(label, _)| *label),
+        quarantined: status.quarantined.iter().map(|(_, why)| why.label()).collect(),
+        lost_acked_bytes_min: status.loss.map(|loss| loss.acked_bytes_min),
+        sync: (status.durability == "quorum").then_some(status.covered),
     }
 }
 

@@ -33,7 +33,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use self::access::Access;
 use self::history::History;
 use self::page::View;
-use crate::metrics::{ClassCacheFigures, Metrics, PoolFigure, Scrape, is_up, role_label};
+use crate::metrics::{ClassCacheFigures, FailoverFigures, Metrics, PoolFigure, Scrape, is_up, role_label};
 use crate::topology::{Standing, Topology, TopologyHandle};
 
 /// Connections at most; further ones wait in the kernel's queue.
@@ -65,6 +65,8 @@ pub struct AdminState {
     pub pools: Arc<dyn Fn() -> Vec<PoolFigure> + Send + Sync>,
     /// The classification cache's figures now; called once a scrape, must not block.
     pub class_cache: Arc<dyn Fn() -> ClassCacheFigures + Send + Sync>,
+    /// Where failover stands; must not block.
+    pub failover: Arc<dyn Fn() -> FailoverFigures + Send + Sync>,
     /// Samples sent to each node so far; called once a scrape, must not block.
     pub samples: Arc<dyn Fn() -> Vec<u64> + Send + Sync>,
     /// How far each node's clock is from the primary's, in seconds.
@@ -197,9 +199,11 @@ async fn answer(
             let readiness = readiness(&state.topology.load(), state.draining.load(Ordering::Relaxed));
             response(readiness.status(), TEXT, format!("{}\n", readiness.text()))
         }
-        "/topology" => {
-            response(StatusCode::OK, JSON, format!("{:#}\n", topology_json(&state.topology.load())))
-        }
+        "/topology" => response(
+            StatusCode::OK,
+            JSON,
+            format!("{:#}\n", topology_json(&state.topology.load(), &(state.failover)())),
+        ),
         _ => response(
             StatusCode::NOT_FOUND,
             TEXT,
@@ -259,6 +263,7 @@ fn scrape(state: &AdminState) -> String {
         clock_offsets: &(state.clock_offsets)(),
         topology_changes: state.topology.changes(),
         sample_ages: &(state.sample_ages)(),
+        failover: (state.failover)(),
     })
 }
 
@@ -307,7 +312,7 @@ pub fn readiness(topology: &Topology, draining: bool) -> Readiness {
     }
 }
 
-fn topology_json(topology: &Topology) -> serde_json::Value {
+fn topology_json(topology: &Topology, failover: &FailoverFigures) -> serde_json::Value {
     let nodes: Vec<_> = topology
         .members()
         .map(|node| {
@@ -338,6 +343,7 @@ fn topology_json(topology: &Topology) -> serde_json::Value {
         "system_identifier": topology.system_identifier.map(|s| s.to_string()),
         "primary": primary,
         "timeline": topology.timeline.map(|t| t.0),
+        "failover": { "state": failover.state, "blocked": failover.blocked },
         "nodes": nodes,
     })
 }
@@ -365,6 +371,7 @@ mod tests {
             sample_ages: Arc::new(Vec::new),
             access: Arc::default(),
             memory: Arc::new(Memory::new(Duration::from_secs(60))),
+            failover: Arc::new(FailoverFigures::default),
         }
     }
 

@@ -21,6 +21,7 @@ use bytes::{Buf, BytesMut};
 use lru::LruCache;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::gate::Socket;
 use crate::net::Stream;
 use crate::topology::{Epoch, NodeId};
 
@@ -151,6 +152,8 @@ pub struct Backend {
     pub last_user: u64,
     /// The worker on whose reactor its socket is registered.
     pub worker: usize,
+    /// Its place in the count of connections; the last to be dropped.
+    pub socket: Socket,
 }
 
 /// The startup parameters of a client that its backends must share, in a canonical order: all but
@@ -269,6 +272,7 @@ impl Backend {
         epoch: Epoch,
         worker: usize,
         now: Instant,
+        socket: Socket,
     ) -> Backend {
         let parameters: Arc<Parameters> = Arc::new(login.parameters.into_iter().collect());
         Backend {
@@ -298,6 +302,7 @@ impl Backend {
             last_writer: None,
             last_user: 0,
             worker,
+            socket,
         }
     }
 

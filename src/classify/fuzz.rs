@@ -395,6 +395,7 @@ fn a_verdict_holds_for_one_reading_of_its_text() {
         statements_per_session: 100,
         session_settings: 1024,
         databases: 2,
+        nodes: 64,
         class_cache: 256,
         parser_text: 16 * 1024,
         parser_deadline: Duration::from_secs(20),

@@ -53,8 +53,13 @@ pub(super) fn keep_positions(config: &Config) -> Duration {
     config.consistency.max_lag.saturating_mul(4).max(Duration::from_secs(60))
 }
 
-/// Why `changes` cannot be followed now.
-fn refusal(topology: &Topology, changes: &[NodeChange]) -> Option<String> {
+/// Why `changes` cannot be followed now. `failover`: it may change the nodes, and its record names them.
+fn refusal(topology: &Topology, changes: &[NodeChange], failover: bool) -> Option<String> {
+    if failover && changes.iter().any(|change| change.what != Membership::Changed) {
+        return Some(
+            "with failover.state_dir, nodes are added, removed and moved by a restart: failover counts with those it began with".to_owned(),
+        );
+    }
     let primary = topology.primary?;
     let change = changes.iter().find(|change| change.index == primary.index())?;
     let name = &topology.node(primary).name;
@@ -79,7 +84,8 @@ impl NodeFacts {
 impl Loop {
     /// Follows a change, or refuses it.
     pub(super) fn take_change(&mut self, change: Change, observations: &mut mpsc::Receiver<Observation>) {
-        let answer = match refusal(&self.topology.load(), &change.nodes) {
+        let failover = self.shell.has_hands();
+        let answer = match refusal(&self.topology.load(), &change.nodes, failover) {
             Some(why) => Err(why),
             None => {
                 (change.commit)();
@@ -158,12 +164,15 @@ mod tests {
     fn the_primary_is_neither_removed_nor_moved() {
         let text = "control: { user: u }\nnodes: [ { name: a, host: h }, { name: b, host: i } ]";
         let mut topology = Topology::initial(&Config::parse(text, "f", &|_| None).unwrap());
-        let why = |topology: &Topology, index, what| refusal(topology, &[NodeChange { index, what }]);
+        let why = |topology: &Topology, index, what| refusal(topology, &[NodeChange { index, what }], false);
         assert_eq!(why(&topology, 0, Membership::Removed), None);
         topology.primary = Some(NodeId(0));
         assert!(why(&topology, 0, Membership::Removed).unwrap().contains("`a` is the primary"));
         assert!(why(&topology, 0, Membership::Moved).unwrap().contains("switch over"));
         assert_eq!(why(&topology, 0, Membership::Changed), None);
         assert_eq!(why(&topology, 1, Membership::Removed), None);
+        let failover = |what| refusal(&topology, &[NodeChange { index: 1, what }], true);
+        assert!(failover(Membership::Added).unwrap().contains("by a restart"));
+        assert_eq!(failover(Membership::Changed), None);
     }
 }

@@ -42,6 +42,8 @@ pub enum Demand {
         ddl: bool,
         /// A Query in it may change settings.
         settings: bool,
+        /// A Query in it may end a transaction.
+        may_commit: bool,
     },
 }
 
@@ -61,6 +63,7 @@ impl Demand {
                 leaves: Leaves::Nothing,
                 ddl: false,
                 settings: false,
+                may_commit: false,
             },
             other => other,
         }
@@ -69,8 +72,15 @@ impl Demand {
     /// The same as part of a transaction on the primary.
     pub fn in_transaction(self) -> Demand {
         match self.unvetted() {
-            Demand::Primary { reason: RouteReason::Read, label, leaves, ddl, settings } => {
-                Demand::Primary { reason: RouteReason::InTransaction, label, leaves, ddl, settings }
+            Demand::Primary { reason: RouteReason::Read, label, leaves, ddl, settings, may_commit } => {
+                Demand::Primary {
+                    reason: RouteReason::InTransaction,
+                    label,
+                    leaves,
+                    ddl,
+                    settings,
+                    may_commit,
+                }
             }
             other => other,
         }
@@ -102,6 +112,11 @@ impl Demand {
         matches!(self, Demand::Primary { settings: true, .. })
     }
 
+    /// Whether a Query in it may end a transaction.
+    pub fn may_commit(&self) -> bool {
+        matches!(self, Demand::Primary { may_commit: true, .. })
+    }
+
     /// Its class, for metrics.
     pub fn label(&self) -> ClassLabel {
         match self {
@@ -125,6 +140,7 @@ impl Demand {
             leaves: class.leaves,
             ddl: class.kind == Kind::Ddl,
             settings: class.settings,
+            may_commit: class.may_commit(),
         }
     }
 
@@ -135,6 +151,7 @@ impl Demand {
             leaves: Leaves::Nothing,
             ddl: false,
             settings: false,
+            may_commit: label == ClassLabel::of(Kind::TransactionControl),
         }
     }
 }
@@ -147,6 +164,7 @@ fn too_long() -> Demand {
         leaves: Leaves::Unproven,
         ddl: true,
         settings: false,
+        may_commit: true,
     }
 }
 
@@ -475,6 +493,9 @@ impl Session {
         self.affinity = self.shared.names.number();
         if matches!(batch, ResetBatch::DiscardAll | ResetBatch::DeallocateAll) {
             self.statements.clear();
+        }
+        if matches!(batch, ResetBatch::DiscardAll | ResetBatch::Asyncpg) {
+            self.listening.forget();
         }
         match batch {
             ResetBatch::DeallocateAll => {}

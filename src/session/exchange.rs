@@ -26,7 +26,7 @@ use super::pins::PinSet;
 use super::prepared::Statement;
 use super::timeouts::Measure;
 use super::{End, Session};
-use crate::backend::{Backend, Prepared, SharedName, poll_drain, poll_fill};
+use crate::backend::{Applied, Backend, Prepared, SharedName, poll_drain, poll_fill};
 use crate::classify::Leaves;
 use crate::classify::setting::{Change, Effects};
 use crate::wire::{ErrorReport, TransactionStatus};
@@ -114,6 +114,10 @@ pub enum Purpose {
     Own,
     /// The backend forgets what another session has drawn from sequences.
     Sequences,
+    /// The backend listens to what another did that was lost.
+    Listen,
+    /// The transaction will be as durable as is asked for.
+    Durability,
     /// The session's transaction begins there.
     Begin,
     /// It is made to fail there, as it has before: an error is what is asked for.
@@ -246,6 +250,14 @@ pub struct Unit {
     pub login_settings: bool,
     /// It has statements that are not reads.
     pub writes: bool,
+    /// The settings that its backend will have been given, where they are not just the session's.
+    pub(super) applies: Option<Arc<Applied>>,
+    /// In a transaction it may have committed that.
+    pub may_commit: bool,
+    /// A wait for a synchronous replica was cancelled in it: what it has committed may be lost with the primary.
+    pub unreplicated: bool,
+    /// A CommandComplete that is held back for that reason.
+    pub(super) held_back: Option<Box<[u8]>>,
 }
 
 /// Why a unit is to be run again.
@@ -350,6 +362,10 @@ impl Unit {
             control: false,
             login_settings: false,
             writes: false,
+            applies: None,
+            may_commit: false,
+            unreplicated: false,
+            held_back: None,
         }
     }
 
@@ -474,6 +490,9 @@ impl Exchange<'_> {
         if self.session.handle.poll_ending(cx) == super::handle::Ending::Now {
             return Poll::Ready(Err(End::shutdown()));
         }
+        if self.backend.socket.is_closed() {
+            return Poll::Ready(self.told_to_close());
+        }
         loop {
             let mut moved = match self.translate() {
                 Ok(Step::Over(outcome)) => return Poll::Ready(Ok(outcome)),
@@ -581,6 +600,14 @@ impl Exchange<'_> {
             Poll::Ready(()) => Err(End::ClientGone),
             Poll::Pending => Ok(false),
         }
+    }
+
+    /// The node is being left. What it says from now on does not count, and neither does what has not been read.
+    fn told_to_close(&mut self) -> Result<Outcome, End> {
+        if self.unit.redoable {
+            return Ok(Outcome::Again(self.unit.discard.unwrap_or(Again::NodeLost)));
+        }
+        Err(End::NodeLost { node: self.backend.node })
     }
 
     /// The node has closed the connection. What it had said before counts first.

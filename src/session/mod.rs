@@ -9,8 +9,11 @@
 mod answers;
 mod clock;
 mod demand;
+mod durability;
 mod exchange;
+mod gate;
 pub mod handle;
+mod loss;
 pub mod mark;
 mod messages;
 pub mod own;
@@ -35,8 +38,12 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, BufMut, BytesMut};
 
 use self::demand::Demand;
+use self::durability::Durable;
 use self::exchange::{Again, HIGH_WATER, Outcome, Purpose, Unit, put_report};
+pub use self::gate::GATE_REFUSED_LABELS;
 use self::handle::{Ending, SessionHandle, Sessions};
+pub use self::loss::ENDED_LABELS;
+use self::loss::Listening;
 use self::mark::{Freshness, Mark, Survival};
 use self::pins::{Done, Next, PinSet, Pins};
 use self::place::Placed;
@@ -54,6 +61,7 @@ use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
 use crate::config::live::LiveConfig;
 use crate::config::{Config, PoolMode, Transactions};
 use crate::consistency::{Level, Promise};
+use crate::gate::{Gate, Presence};
 use crate::log;
 use crate::metrics::Metrics;
 use crate::net::Stream;
@@ -84,6 +92,8 @@ pub struct Shared {
     pub making_room: AtomicBool,
     /// Backends.
     pub pools: Arc<Pools>,
+    /// Before the primary.
+    pub gate: Arc<Gate>,
     /// Counts.
     pub metrics: Arc<Metrics>,
     /// All sessions.
@@ -278,6 +288,14 @@ pub struct Session {
     /// At level `strong`: what the running statement must be shown.
     freshness: Option<Freshness>,
     lease: Option<Lease>,
+    /// Whether it is on the primary, as the gate counts.
+    presence: Presence,
+    /// The channels it listens to.
+    listening: Listening,
+    /// How durable its commits must be; `None`: nothing is said of that.
+    durable: Option<Box<Durable>>,
+    /// Its transaction may have written.
+    wrote: bool,
     role: Role,
     /// The sampler connection of the replica that `lease` is on when the session was let there.
     incarnation: Incarnation,
@@ -355,6 +373,8 @@ impl Session {
         let mut promise = config.consistency.promise_for(&arrival.user, &arrival.database);
         let split;
         (split, promise.route) = config.routing.for_session(&arrival.user, &arrival.database);
+        let (base, tables) = config.durability.for_session(&arrival.user, &arrival.database);
+        let durable = Durable::new(base, tables);
         let (at_login, invalid) = match own {
             Ok(own) => (own, None),
             Err(report) => (Vec::new(), Some(report)),
@@ -395,6 +415,10 @@ impl Session {
             shared_mark: None,
             freshness: None,
             lease: None,
+            presence: shared.gate.presence(worker),
+            listening: Listening::default(),
+            durable,
+            wrote: false,
             role: Role::Primary,
             incarnation: Incarnation::default(),
             pins: Pins::default(),
@@ -538,7 +562,7 @@ impl Session {
 
     /// Waits until the client has sent the header of a message; meanwhile passes on what a held
     /// backend says by itself.
-    async fn await_message(&mut self) -> Result<(), End> {
+    async fn next_message(&mut self) -> Result<(), End> {
         poll_fn(|cx| match self.poll_message(cx) {
             Poll::Pending => self.timeouts.poll_waiting(self.status, cx).map(|what| {
                 self.shared.metrics.timeouts.inc(what.label());
@@ -618,6 +642,9 @@ impl Session {
     /// What a held backend says while nothing runs: notifications, parameters, its end. As much of it as
     /// the client keeps up with.
     fn hear_backend(&mut self, cx: &mut std::task::Context<'_>) -> Result<(), End> {
+        if let Some(node) = self.is_left() {
+            return Err(End::NodeLost { node });
+        }
         let Some(mut lease) = self.lease.take() else { return Ok(()) };
         let heard = self.hear(&mut lease, cx);
         self.lease = Some(lease);
@@ -656,6 +683,13 @@ impl Session {
                 let message = backend.input.split_to(header.len);
                 backend.report(&message[HEADER..]);
                 self.tell_parameter(&message[HEADER..]);
+            }
+            // It is going away, and all that the session has there can be had elsewhere.
+            b'E' if self.outlives_backend() => return Err(End::NodeLost { node: backend.node }),
+            b'N' if self.outlives_backend()
+                && wire::error_fields(&backend.input[HEADER..header.len]).routine == b"quickdie" =>
+            {
+                return Err(End::NodeLost { node: backend.node });
             }
             b'N' | b'E' => {
                 self.client.output.put_slice(&backend.input.split_to(header.len));
@@ -725,7 +759,11 @@ impl Session {
         if self.lease.is_none() {
             self.handle.idle();
         }
+        if self.lease.is_none() || self.status == TransactionStatus::Idle {
+            self.presence.leave();
+        }
         self.follow_own();
+        self.settle_durability();
         self.timeouts.unit_ended(self.status);
         if self.timeouts.take_stopped() && result.is_ok() {
             if self.status != TransactionStatus::Idle || self.unit.failed() {
@@ -770,7 +808,13 @@ impl Session {
                 Ok(placed) => placed,
                 Err(report) => return self.fail_unit(report),
             };
-            self.flush_client().await?;
+            let left = placed.lease.socket.closed();
+            tokio::select! {
+                biased;
+                flushed = self.flush_client() => flushed?,
+                // The client may take its time; whoever waits for the connection to be closed does not.
+                () = left => continue,
+            }
             let (node, reason) = (placed.node, placed.reason);
             let told_before = self.reported.clone();
             self.begin_on(placed, &demand);
@@ -852,11 +896,12 @@ impl Session {
         }
         self.give_own(&mut lease);
         self.forget_sequences(&mut lease);
+        let mut unit = std::mem::replace(&mut self.unit, Unit::none());
+        self.give_listens(&mut unit, &mut lease);
         if opens {
-            let mut unit = std::mem::replace(&mut self.unit, Unit::none());
             self.open_transaction(&mut unit, &mut lease);
-            self.unit = unit;
         }
+        self.unit = unit;
         self.lease = Some(lease);
     }
 
@@ -888,13 +933,16 @@ impl Session {
 
     /// Puts what makes the backend's settings the session's ahead of the unit. Whether that was needed.
     fn give_settings(&mut self, backend: &mut Backend) -> bool {
-        if backend.applied == *self.settings.wanted() {
+        let durable = if self.durable.is_some() { self.wanted_for_unit() } else { None };
+        let wanted = durable.as_ref().unwrap_or_else(|| self.settings.wanted());
+        if backend.applied == *wanted {
             return false;
         }
-        let Some(sql) = settings::replay(&backend.applied, self.settings.wanted()) else {
-            backend.applied = self.settings.wanted().clone();
+        let Some(sql) = settings::replay(&backend.applied, wanted) else {
+            backend.applied = wanted.clone();
             return false;
         };
+        self.unit.applies = Some(wanted.clone());
         self.shared.metrics.settings_replays.inc();
         self.unit.put_ahead(backend, sql.as_bytes(), Purpose::Settings);
         true
@@ -927,6 +975,13 @@ impl Session {
         self.unit.writes = !demand.is_read() && !self.read_only;
         self.unit.ddl = demand.is_ddl();
         self.unit.control = demand.label() == ClassLabel::TransactionControl;
+        self.unit.may_commit = demand.may_commit();
+        if demand.leaves() == Leaves::Pins(PinReason::Listen)
+            && let Ok(Some(header)) = wire::header(&self.client.input)
+            && let Some((text, _)) = self.client.input.get(HEADER..header.len).and_then(wire::cstr)
+        {
+            self.listening.asked(text);
+        }
         if (demand.sets() || demand.is_ddl())
             && let Ok(Some(header)) = wire::header(&self.client.input)
             && let Some(body) = self.client.input.get(HEADER..header.len)
@@ -947,6 +1002,10 @@ impl Session {
             Some(demand) => Some(demand),
             None => None,
         };
+        if self.outlives_backend() {
+            // A backend that has gone since the client was last waited for gets no statement.
+            poll_fn(|cx| Poll::Ready(self.hear_backend(cx))).await?;
+        }
         let asks_by_comment = self.hinted && self.asked_for.level == Level::Strong;
         if self.role == Role::Primary
             && (self.status == TransactionStatus::Idle
@@ -954,17 +1013,27 @@ impl Session {
         {
             // A pinned session's mark holds for its backend, too.
             self.ask_freshness();
-            if let Err(report) = self.await_primary().await? {
-                return self.fail_unit(report);
+            loop {
+                if let Err(report) = self.await_primary().await? {
+                    return self.fail_unit(report);
+                }
+                if self.presence.enter() {
+                    break;
+                }
             }
         }
         let Some(lease) = &self.lease else { return Ok(()) };
         let node = lease.node;
-        if self.role != Role::Replica && lease.epoch != self.shared.topology.load().epoch {
+        if self.role != Role::Replica
+            && (lease.epoch != self.shared.topology.load().epoch || lease.socket.is_closed())
+        {
             // Whatever it is, it is no more what it was: not one byte of a statement for it.
             return Err(End::NodeLost { node });
         }
         if let Some((text, class)) = self.first_text() {
+            if class.hints.durability.is_some() {
+                self.hints_durability();
+            }
             self.look_for_own(&text, class).await?;
         }
         let reason = if self.pins.hold() { RouteReason::Pinned } else { RouteReason::InTransaction };
@@ -982,6 +1051,9 @@ impl Session {
             if self.status != TransactionStatus::Failed {
                 self.give_own(&mut lease);
             }
+            let mut unit = std::mem::replace(&mut self.unit, Unit::none());
+            self.give_durability(&mut unit, &mut lease);
+            self.unit = unit;
             self.lease = Some(lease);
         }
         if !self.may_be_cancelled() {
@@ -1155,7 +1227,11 @@ impl Session {
         if std::mem::take(&mut self.ddl) {
             self.catalog.invalidate();
         }
-        if next == Next::Look {
+        // To which channels it listens now has to be known, should this backend be lost.
+        let certain = done.before == TransactionStatus::Idle && !done.failed && done.commands == 1;
+        let listens = self.pins.now().has(PinReason::Listen);
+        let asks = self.listening.after(certain, listens, done.leaves.has(PinReason::Listen));
+        if next == Next::Look || asks {
             self.look_at_backend().await?;
         }
         if self.role == Role::Replica && self.pins.hold() {
@@ -1263,6 +1339,7 @@ impl Session {
                 None => lease.own_names = had,
             }
         }
+        self.listening.seen(look.shown.is_some().then(|| look.listens.unwrap_or_default()));
         for message in look.notifications {
             self.notification_heard(message);
         }
@@ -1358,60 +1435,13 @@ impl Session {
         Ok(())
     }
 
-    /// Whether the session can go on after `end`.
-    fn survive(&mut self, end: End) -> Result<(), End> {
-        let (node, state_lost) = match end {
-            End::NodeLost { node } => (node, false),
-            End::StateLost { node } => (node, true),
-            end => return Err(end),
-        };
-        let node_name = self.shared.nodes.name(node);
-        let in_transaction = self.status != TransactionStatus::Idle && !self.is_apart();
-        let between_units = self.unit.is_over();
-        if !between_units && self.unit.writes {
-            self.shared.metrics.unknown_outcomes.inc();
-        }
-        if state_lost || self.pins.hold() || in_transaction || !self.unit.was_sent_whole() || between_units {
-            return Err(End::fatal(
-                ErrorReport::fatal(
-                    "57P01",
-                    format!("terminating connection because node \"{node_name}\" was lost"),
-                )
-                .detail("The transaction or session state on it is gone.")
-                .hint("In a moment you should be able to reconnect and repeat your command."),
-            ));
-        }
-        if self.unit.is_inside_answer() {
-            // Nothing can be said in the middle of a message.
-            return Err(end);
-        }
-        self.lease = None;
-        self.handle.idle();
-        let report = if self.unit.writes {
-            ErrorReport::error("08007", "transaction resolution unknown")
-                .detail(format!("The connection to node \"{node_name}\" was lost before it answered; the statement may or may not have taken effect."))
-        } else {
-            ErrorReport::error("08006", format!("connection to node \"{node_name}\" lost"))
-                .detail("Part of the result had been sent already.")
-        };
-        put_report(&mut self.client.output, &report);
-        self.statements.failed(false);
-        self.settings.forget_pending();
-        self.portals.clear();
-        self.unit = Unit::none();
-        if self.lazy.is_some() {
-            self.status = TransactionStatus::Failed;
-        }
-        self.put_ready();
-        Ok(())
-    }
-
     async fn flush_client(&mut self) -> Result<(), End> {
         if self.client.output.is_empty() {
             return Ok(());
         }
-        poll_fn(|cx| match self.handle.poll_ending(cx) {
-            Ending::Now => Poll::Ready(Err(End::shutdown())),
+        poll_fn(|cx| match (self.handle.poll_ending(cx), self.is_left()) {
+            (Ending::Now, _) => Poll::Ready(Err(End::shutdown())),
+            (_, Some(node)) => Poll::Ready(Err(End::NodeLost { node })),
             _ => {
                 poll_drain(&mut self.client.stream, &mut self.client.output, cx).map_err(|_| End::ClientGone)
             }
@@ -1447,6 +1477,7 @@ impl Session {
         if let Some(lease) = self.lease.take() {
             self.part_from(lease, &end).await;
         }
+        self.presence.leave();
         if let End::Fatal(report) = &end {
             if report.sqlstate == "08P01" {
                 self.shared.metrics.protocol_errors.inc();

@@ -619,7 +619,7 @@ impl Drop for Proxy {
     }
 }
 
-fn config_text(cluster: &Cluster, port: u16, http: u16, options: &ProxyOptions<'_>) -> String {
+pub fn config_text(cluster: &Cluster, port: u16, http: u16, options: &ProxyOptions<'_>) -> String {
     let control = &cluster.roles().control;
     let nodes: String = cluster
         .nodes()
@@ -627,9 +627,10 @@ fn config_text(cluster: &Cluster, port: u16, http: u16, options: &ProxyOptions<'
         .zip(&cluster.links)
         .map(|(node, link)| {
             format!(
-                "  - {{ name: {}, host: 127.0.0.1, port: {}, delayed_ok: true }}\n",
+                "  - {{ name: {}, host: 127.0.0.1, port: {}, replication_port: {}, delayed_ok: true }}\n",
                 node.name(),
-                link.port()
+                link.port(),
+                node.port()
             )
         })
         .collect();
