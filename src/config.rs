@@ -1757,7 +1757,10 @@ impl Reader<'_> {
                 None => (None, name),
             });
             if whom.user.is_none() && whom.database.is_none() && table.is_none() {
-                self.wrong(&rule.trail, "a rule is for a `user`, a `database`, a `table`, or several of them");
+                self.wrong(
+                    &rule.trail,
+                    "a rule is for a `user`, a `database`, a `table`, or several of them",
+                );
             }
             match self.choice(&rule, "durability", &words, &[], None) {
                 Some(durability) => rules.push(DurabilityRule { whom, table, durability }),

@@ -92,11 +92,16 @@ impl Listening {
             (Some(there), Some(channel)) if certain => {
                 let mut command = b"LISTEN \"".to_vec();
                 for byte in channel {
-                    command.extend_from_slice(if byte == b'"' { b"\"\"" } else { std::slice::from_ref(&byte) });
+                    command.extend_from_slice(if byte == b'"' {
+                        b"\"\""
+                    } else {
+                        std::slice::from_ref(&byte)
+                    });
                 }
                 command.push(b'"');
                 if memchr::memmem::find(there, &command).is_none() {
-                    let both = if there.is_empty() { command } else { [there, &b"; "[..], &command].concat() };
+                    let both =
+                        if there.is_empty() { command } else { [there, &b"; "[..], &command].concat() };
                     self.seen(Some(both));
                 }
                 self.there.is_none()
