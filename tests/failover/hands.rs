@@ -229,7 +229,7 @@ impl World {
         if self.without == Without::Severing && *effect == Effect::Sever {
             return None;
         }
-        let often = if self.without == Without::Lock { 8 } else { 24 };
+        let often = if self.without == Without::Lock { 4 } else { 24 };
         match self.chance.below(often) {
             0 => {
                 // It is done, and nobody hears of it.

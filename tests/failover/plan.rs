@@ -155,9 +155,32 @@ impl Plan {
                 ];
                 (3, faults)
             }
+            // The candidate freezes with the order to promote in its hands.
+            Without::SameNode => {
+                let faults = vec![
+                    (start, Fault::Kill(0)),
+                    (soon(20, 300), Fault::Freeze(1)),
+                    (soon(5000, 7000), Fault::Thaw(1)),
+                ];
+                (4, faults)
+            }
+            // Nobody was at hand for the new primary to wait for; who comes late is not told all, and asked next.
+            Without::NewEpochDegraded => {
+                let late = soon(2300, 3400);
+                let faults = vec![
+                    (start, Fault::Kill(2)),
+                    (soon(2000, 2200), Fault::Kill(0)),
+                    (soon(2100, 2600), Fault::Restart(2)),
+                    (late, Fault::Cut(1, 2)),
+                    (late + 10, Fault::Command(Command::AckRecovery)),
+                    (late + again, Fault::Kill(1)),
+                ];
+                (3, faults)
+            }
             _ => return Plan::random(seed, durability),
         };
         let mut plan = Plan::quiet(seed, nodes, durability);
+        plan.num = if nodes > 3 { 2 } else { 1 };
         plan.faults = faults;
         plan.faults.sort_by_key(|(at, _)| *at);
         plan

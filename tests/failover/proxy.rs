@@ -48,6 +48,10 @@ pub struct Proxy {
     pub sessions: Vec<u64>,
     commands: u64,
     looked: Ms,
+    /// The start of the write target's server.
+    start: Option<std::sync::Arc<str>>,
+    /// A record that waits for its statement, where the rule is left out.
+    held: Option<Quorum>,
 }
 
 impl Proxy {
@@ -79,6 +83,7 @@ pub fn settings(plan: &Plan) -> Settings {
         allow_minority: true,
         fence_sql: true,
         hands: true,
+        sync_num: plan.num as u32,
     }
 }
 
@@ -107,6 +112,8 @@ impl World {
             sessions: vec![0; nodes],
             commands: 0,
             looked: 0,
+            start: None,
+            held: None,
         });
     }
 
@@ -201,15 +208,23 @@ impl World {
         let Some(proxy) = self.proxy.as_mut().filter(|proxy| proxy.run == run) else {
             return;
         };
-        // The first primary that is found, once.
-        if let Fact::Answered(Seen { role: Role::Primary { timeline, .. }, .. }) = &fact
-            && proxy.target.is_none()
-            && proxy.machine.record().primary.is_none()
+        // As `control` does: the first primary that is found is believed, and the same one again after a crash.
+        let record = proxy.machine.record();
+        if let Fact::Answered(Seen { start, role: Role::Primary { timeline, .. }, .. }) = &fact
+            && proxy.machine.may_adopt()
+            && proxy.target.is_none_or(|(target, _)| target == node)
+            && record.timeline.is_none_or(|known| known == *timeline)
         {
-            let (epoch, timeline) = (Epoch(1), *timeline);
-            proxy.target = Some((node, 1));
-            let primary = NodeId(node as u16);
-            self.tell(Event::Adopted { primary, timeline, epoch, system_identifier: 7, forked: None });
+            let crashed = proxy.start.is_some() && proxy.start != *start;
+            let first = record.primary.is_none();
+            proxy.start.clone_from(start);
+            if first || crashed {
+                let (epoch, timeline) = (Epoch(record.epoch.0 + 1), *timeline);
+                proxy.target = Some((node, epoch.0));
+                let primary = NodeId(node as u16);
+                self.published(node, epoch.0);
+                self.tell(Event::Adopted { primary, timeline, epoch, system_identifier: 7, forked: None });
+            }
         }
         self.tell(Event::Observed { node: NodeId(node as u16), fact });
     }
@@ -270,7 +285,8 @@ impl World {
         };
         let mut actions = sync.step(event, now);
         if self.without == Without::LoosenRecordFirst && actions.len() > 1 {
-            actions.reverse();
+            let SyncAction::Record(rule, _) = actions.remove(0) else { unreachable!("the record is first") };
+            self.proxy.as_mut().unwrap().held = Some(rule);
         }
         for action in actions {
             match action {
@@ -308,6 +324,9 @@ impl World {
     pub fn sync_done(&mut self, event: SyncEvent, rule: Quorum) {
         let in_effect = matches!(event, SyncEvent::InEffect(_));
         self.sync_step(event);
+        if let Some(held) = self.proxy.as_mut().and_then(|proxy| proxy.held.take()) {
+            self.record_sync(&held);
+        }
         if self.without == Without::Barrier && in_effect {
             self.record_sync(&rule);
         }
@@ -385,11 +404,11 @@ impl World {
                 self.published(node, epoch);
                 let proxy = self.proxy.as_mut().unwrap();
                 proxy.target = Some((node, epoch));
+                proxy.start = None;
                 if self.without == Without::NewEpochDegraded {
-                    let rule = Quorum::any(
-                        self.plan.num,
-                        (0..self.nodes.len() as u16).map(NodeId).filter(|of| *of != target.primary),
-                    );
+                    let out = |of: NodeId| proxy.machine.quarantine(of).is_some() || of == target.primary;
+                    let all = (0..self.nodes.len() as u16).map(NodeId);
+                    let rule = Quorum::any(self.plan.num, all.filter(|of| !out(*of)));
                     self.tell(Event::Sync(rule.to_record()));
                 }
                 if target.planned {

@@ -59,6 +59,7 @@ impl Gated {
             class_cache: ClassCacheFigures::default(),
             samples: &[],
             topology_changes: 0,
+            failover: highwater::metrics::FailoverFigures::default(),
         };
         self.server()
             .metrics
