@@ -28,9 +28,11 @@ use crate::client::verifiers::Verifiers;
 use crate::config::Config;
 use crate::config::live::LiveConfig;
 use crate::control;
+use crate::failover::event::{BlockReason, State};
+use crate::gate::Gate;
 use crate::listener::{self, Door};
 use crate::log;
-use crate::metrics::{ClassCacheFigures, Labels, Metrics, PoolFigure};
+use crate::metrics::{ClassCacheFigures, FailoverFigures, Labels, Metrics, PoolFigure};
 use crate::net::{ClientTls, NodeTls};
 use crate::node::Nodes;
 use crate::positions::Positions;
@@ -41,7 +43,7 @@ use crate::session::prepared::Names;
 use crate::session::promise::PrimaryReads;
 use crate::session::shared_mark::{GlobalMark, NamedMarks};
 use crate::session::timeouts::Overdue;
-use crate::session::{REDONE_LABELS, Shared};
+use crate::session::{ENDED_LABELS, GATE_REFUSED_LABELS, REDONE_LABELS, Shared};
 use crate::topology::{Topology, TopologyHandle};
 
 /// Why the proxy could not start.
@@ -88,6 +90,8 @@ pub struct ServerHandle {
     pub metrics: Arc<Metrics>,
     /// Reads the configuration's file again.
     pub reload: Reload,
+    /// Where operators' commands go.
+    pub commands: control::Commands,
     stop: watch::Sender<Stop>,
     main: Option<JoinHandle<()>>,
 }
@@ -134,6 +138,7 @@ fn start_with(config: Config, level: Option<log::Level>) -> Result<ServerHandle,
             topology: started.topology,
             metrics: started.metrics,
             reload: started.reload,
+            commands: started.commands,
             stop,
             main: Some(main),
         }),
@@ -197,6 +202,7 @@ struct Started {
     topology: Arc<TopologyHandle>,
     metrics: Arc<Metrics>,
     reload: Reload,
+    commands: control::Commands,
 }
 
 fn run_main(
@@ -267,10 +273,19 @@ async fn build(config: Config) -> Result<Parts, StartError> {
 
     let topology = Arc::new(TopologyHandle::new(Topology::initial(config)));
     let positions = Arc::new(Positions::new(places));
+    let gate = Arc::new(Gate::new(places, config.workers, config.failover.max_paused));
     let names: Vec<String> = config.nodes.iter().map(|n| n.name.clone()).collect();
     let metrics = Arc::new(Metrics::new(&names, &labels()));
     let nodes = Nodes::new(live.clone(), &node_tls);
-    let control = control::start(live.clone(), nodes.clone(), topology.clone(), positions.clone());
+    let control = control::start(
+        live.clone(),
+        nodes.clone(),
+        topology.clone(),
+        positions.clone(),
+        gate.clone(),
+        metrics.clone(),
+    )
+    .map_err(|error| StartError { what: "use failover.state_dir".to_owned(), cause: error.to_string() })?;
     let catalogs = Catalogs::new(
         nodes.clone(),
         topology.clone(),
@@ -285,6 +300,7 @@ async fn build(config: Config) -> Result<Parts, StartError> {
         topology: topology.clone(),
         metrics: metrics.clone(),
         login_settings: nodes.login_settings.clone(),
+        gate: gate.clone(),
         outstanding: (0..places).map(|_| AtomicU32::new(0)).collect(),
     })));
     let shared = Arc::new(Shared {
@@ -296,6 +312,7 @@ async fn build(config: Config) -> Result<Parts, StartError> {
         nodes: nodes.clone(),
         making_room: AtomicBool::new(false),
         pools,
+        gate,
         metrics,
         sessions: Arc::new(Sessions::default()),
         names: Names::new(rand::random()),
@@ -323,6 +340,7 @@ impl Parts {
             topology: self.door.shared.topology.clone(),
             metrics: self.door.shared.metrics.clone(),
             reload,
+            commands: self.control.commands(),
         }
     }
 
@@ -350,10 +368,15 @@ impl Parts {
         accepting.push(tokio::spawn(listener::accept(self.listener, senders, false)));
         let pools = self.door.shared.pools.clone();
         tokio::spawn(async move { pools.reap().await });
+        let (gate, sessions) = (self.door.shared.gate.clone(), self.door.shared.sessions.clone());
+        let pools = self.door.shared.pools.clone();
+        tokio::spawn(async move { pools.close_left().await });
+        tokio::spawn(async move { sessions.wake_at(&gate).await });
         if let Some((listener, _)) = self.http {
             let pools = self.door.shared.pools.clone();
             let classifier = self.door.shared.classifier.clone();
             let positions = self.door.shared.positions.clone();
+            let commands = self.control.commands();
             let topology = self.door.shared.topology.clone();
             tokio::spawn(admin::serve(
                 listener,
@@ -367,6 +390,7 @@ impl Parts {
                         let replaced_parsers = classifier.replaced_parsers();
                         ClassCacheFigures { hits, misses, replaced_parsers }
                     }),
+                    failover: Arc::new(move || failover_figures(&commands.status())),
                     samples: Arc::new(move || {
                         topology.load().nodes.iter().map(|view| positions.node(view.id).counter()).collect()
                     }),
@@ -426,8 +450,22 @@ fn labels() -> Labels {
         client_refused: &listener::REFUSED_LABELS,
         login_failures: &AuthFailure::LABELS,
         cancels: &listener::CANCEL_LABELS,
+        gate_refused: &GATE_REFUSED_LABELS,
+        sessions_ended: &ENDED_LABELS,
         timeouts: &Overdue::LABELS,
         backends_closed: &CloseReason::LABELS,
+        failover_states: &State::LABELS,
+        failover_blocks: &BlockReason::LABELS,
+    }
+}
+
+fn failover_figures(status: &control::Status) -> FailoverFigures {
+    FailoverFigures {
+        state: status.state,
+        blocked: status.blocked.as_ref().map(|(label, _)| *label),
+        quarantined: status.quarantined.iter().map(|(_, why)| why.label()).collect(),
+        lost_acked_bytes_min: status.loss.map(|loss| loss.acked_bytes_min),
+        sync: (status.durability == "quorum").then_some(status.covered),
     }
 }
 

@@ -156,6 +156,12 @@ impl StatementClass {
         matches!(self.kind, Kind::Read | Kind::Empty) && !self.settings && self.leaves == Leaves::Nothing
     }
 
+    /// Whether it may end a transaction that was open before: COMMIT and kin, and what may have one in it.
+    pub fn may_commit(self) -> bool {
+        self.kind == Kind::TransactionControl
+            || matches!(self.reason, ClassReason::Several | ClassReason::Unclear | ClassReason::Lexing)
+    }
+
     fn write(reason: ClassReason) -> StatementClass {
         StatementClass { kind: Kind::Write, reason, ..StatementClass::READ }
     }

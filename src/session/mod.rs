@@ -9,7 +9,9 @@
 mod answers;
 mod demand;
 mod exchange;
+mod gate;
 pub mod handle;
+mod loss;
 pub mod mark;
 mod messages;
 pub mod own;
@@ -35,7 +37,10 @@ use bytes::{Buf, BufMut, BytesMut};
 
 use self::demand::Demand;
 use self::exchange::{Again, HIGH_WATER, Outcome, Purpose, Unit, put_report};
+pub use self::gate::GATE_REFUSED_LABELS;
 use self::handle::{Ending, SessionHandle, Sessions};
+pub use self::loss::ENDED_LABELS;
+use self::loss::Listening;
 use self::mark::{Freshness, Mark, Survival};
 use self::pins::{Done, Next, PinSet, Pins};
 use self::place::Placed;
@@ -53,6 +58,7 @@ use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
 use crate::config::live::LiveConfig;
 use crate::config::{Config, PoolMode, Transactions};
 use crate::consistency::Promise;
+use crate::gate::{Gate, Presence};
 use crate::log;
 use crate::metrics::Metrics;
 use crate::net::Stream;
@@ -83,6 +89,8 @@ pub struct Shared {
     pub making_room: AtomicBool,
     /// Backends.
     pub pools: Arc<Pools>,
+    /// Before the primary.
+    pub gate: Arc<Gate>,
     /// Counts.
     pub metrics: Arc<Metrics>,
     /// All sessions.
@@ -277,6 +285,10 @@ pub struct Session {
     /// At level `strong`: what the running statement must be shown.
     freshness: Option<Freshness>,
     lease: Option<Lease>,
+    /// Whether it is on the primary, as the gate counts.
+    presence: Presence,
+    /// The channels it listens to.
+    listening: Listening,
     role: Role,
     /// The sampler connection of the replica that `lease` is on when the session was let there.
     incarnation: Incarnation,
@@ -385,6 +397,8 @@ impl Session {
             shared_mark: None,
             freshness: None,
             lease: None,
+            presence: shared.gate.presence(worker),
+            listening: Listening::default(),
             role: Role::Primary,
             incarnation: Incarnation::default(),
             pins: Pins::default(),
@@ -518,7 +532,7 @@ impl Session {
 
     /// Waits until the client has sent the header of a message; meanwhile passes on what a held
     /// backend says by itself.
-    async fn await_message(&mut self) -> Result<(), End> {
+    async fn next_message(&mut self) -> Result<(), End> {
         poll_fn(|cx| match self.poll_message(cx) {
             Poll::Pending => self.timeouts.poll_waiting(self.status, cx).map(|what| {
                 self.shared.metrics.timeouts.inc(what.label());
@@ -598,6 +612,9 @@ impl Session {
     /// What a held backend says while nothing runs: notifications, parameters, its end. As much of it as
     /// the client keeps up with.
     fn hear_backend(&mut self, cx: &mut std::task::Context<'_>) -> Result<(), End> {
+        if let Some(node) = self.is_left() {
+            return Err(End::NodeLost { node });
+        }
         let Some(mut lease) = self.lease.take() else { return Ok(()) };
         let heard = self.hear(&mut lease, cx);
         self.lease = Some(lease);
@@ -636,6 +653,13 @@ impl Session {
                 let message = backend.input.split_to(header.len);
                 backend.report(&message[HEADER..]);
                 self.tell_parameter(&message[HEADER..]);
+            }
+            // It is going away, and all that the session has there can be had elsewhere.
+            b'E' if self.outlives_backend() => return Err(End::NodeLost { node: backend.node }),
+            b'N' if self.outlives_backend()
+                && wire::error_fields(&backend.input[HEADER..header.len]).routine == b"quickdie" =>
+            {
+                return Err(End::NodeLost { node: backend.node });
             }
             b'N' | b'E' => {
                 self.client.output.put_slice(&backend.input.split_to(header.len));
@@ -703,6 +727,9 @@ impl Session {
         let result = if self.lease.is_some() { self.held_unit().await } else { self.free_unit().await };
         if self.lease.is_none() {
             self.handle.idle();
+        }
+        if self.lease.is_none() || self.status == TransactionStatus::Idle {
+            self.presence.leave();
         }
         self.follow_own();
         self.timeouts.unit_ended(self.status);
@@ -830,11 +857,12 @@ impl Session {
         }
         self.give_own(&mut lease);
         self.forget_sequences(&mut lease);
+        let mut unit = std::mem::replace(&mut self.unit, Unit::none());
+        self.give_listens(&mut unit, &mut lease);
         if opens {
-            let mut unit = std::mem::replace(&mut self.unit, Unit::none());
             self.open_transaction(&mut unit, &mut lease);
-            self.unit = unit;
         }
+        self.unit = unit;
         self.lease = Some(lease);
     }
 
@@ -904,6 +932,7 @@ impl Session {
         self.unit.leave(demand.leaves());
         self.unit.writes = !demand.is_read() && !self.read_only;
         self.unit.ddl = demand.is_ddl();
+        self.unit.may_commit = demand.may_commit();
         if (demand.sets() || demand.is_ddl())
             && let Ok(Some(header)) = wire::header(&self.client.input)
             && let Some(body) = self.client.input.get(HEADER..header.len)
@@ -927,13 +956,20 @@ impl Session {
         if self.role == Role::Primary && self.status == TransactionStatus::Idle {
             // A pinned session's mark holds for its backend, too.
             self.ask_freshness();
-            if let Err(report) = self.await_primary().await? {
-                return self.fail_unit(report);
+            loop {
+                if let Err(report) = self.await_primary().await? {
+                    return self.fail_unit(report);
+                }
+                if self.presence.enter() {
+                    break;
+                }
             }
         }
         let Some(lease) = &self.lease else { return Ok(()) };
         let node = lease.node;
-        if self.role != Role::Replica && lease.epoch != self.shared.topology.load().epoch {
+        if self.role != Role::Replica
+            && (lease.epoch != self.shared.topology.load().epoch || lease.socket.is_closed())
+        {
             // Whatever it is, it is no more what it was: not one byte of a statement for it.
             return Err(End::NodeLost { node });
         }
@@ -1128,7 +1164,9 @@ impl Session {
         if std::mem::take(&mut self.ddl) {
             self.catalog.invalidate();
         }
-        if next == Next::Look {
+        // To which channels it listens now has to be known, should this backend be lost.
+        let listens = self.unit.pins.has(PinReason::Listen) && self.pins.now().has(PinReason::Listen);
+        if next == Next::Look || listens {
             self.look_at_backend().await?;
         }
         if self.role == Role::Replica && self.pins.hold() {
@@ -1236,6 +1274,7 @@ impl Session {
                 None => lease.own_names = had,
             }
         }
+        self.listening.seen(look.listens);
         for message in look.notifications {
             self.notification_heard(message);
         }
@@ -1331,54 +1370,6 @@ impl Session {
         Ok(())
     }
 
-    /// Whether the session can go on after `end`.
-    fn survive(&mut self, end: End) -> Result<(), End> {
-        let (node, state_lost) = match end {
-            End::NodeLost { node } => (node, false),
-            End::StateLost { node } => (node, true),
-            end => return Err(end),
-        };
-        let node_name = self.shared.nodes.name(node);
-        let in_transaction = self.status != TransactionStatus::Idle && !self.is_apart();
-        let between_units = self.unit.is_over();
-        if !between_units && self.unit.writes {
-            self.shared.metrics.unknown_outcomes.inc();
-        }
-        if state_lost || self.pins.hold() || in_transaction || !self.unit.was_sent_whole() || between_units {
-            return Err(End::fatal(
-                ErrorReport::fatal(
-                    "57P01",
-                    format!("terminating connection because node \"{node_name}\" was lost"),
-                )
-                .detail("The transaction or session state on it is gone.")
-                .hint("In a moment you should be able to reconnect and repeat your command."),
-            ));
-        }
-        if self.unit.is_inside_answer() {
-            // Nothing can be said in the middle of a message.
-            return Err(end);
-        }
-        self.lease = None;
-        self.handle.idle();
-        let report = if self.unit.writes {
-            ErrorReport::error("08007", "transaction resolution unknown")
-                .detail(format!("The connection to node \"{node_name}\" was lost before it answered; the statement may or may not have taken effect."))
-        } else {
-            ErrorReport::error("08006", format!("connection to node \"{node_name}\" lost"))
-                .detail("Part of the result had been sent already.")
-        };
-        put_report(&mut self.client.output, &report);
-        self.statements.failed(false);
-        self.settings.forget_pending();
-        self.portals.clear();
-        self.unit = Unit::none();
-        if self.lazy.is_some() {
-            self.status = TransactionStatus::Failed;
-        }
-        self.put_ready();
-        Ok(())
-    }
-
     async fn flush_client(&mut self) -> Result<(), End> {
         if self.client.output.is_empty() {
             return Ok(());
@@ -1420,6 +1411,7 @@ impl Session {
         if let Some(lease) = self.lease.take() {
             self.part_from(lease, &end).await;
         }
+        self.presence.leave();
         if let End::Fatal(report) = &end {
             if report.sqlstate == "08P01" {
                 self.shared.metrics.protocol_errors.inc();

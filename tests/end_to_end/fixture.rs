@@ -616,9 +616,10 @@ fn config_text(cluster: &Cluster, port: u16, http: u16, options: &ProxyOptions<'
         .zip(&cluster.links)
         .map(|(node, link)| {
             format!(
-                "  - {{ name: {}, host: 127.0.0.1, port: {}, delayed_ok: true }}\n",
+                "  - {{ name: {}, host: 127.0.0.1, port: {}, replication_port: {}, delayed_ok: true }}\n",
                 node.name(),
-                link.port()
+                link.port(),
+                node.port()
             )
         })
         .collect();
