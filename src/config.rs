@@ -1944,7 +1944,7 @@ impl Reader<'_> {
 
     fn candidates(&mut self, failover: &Section<'_>, nodes: &[NodeConfig]) -> Vec<CandidateConfig> {
         let mut candidates: Vec<CandidateConfig> = Vec::new();
-        for (tree, trail) in self.list(failover, "candidates").into_iter().take(MAX_NODES as usize) {
+        for (tree, trail) in self.list(failover, "candidates").into_iter().take(MAX_NODES) {
             let section = self.section("failover.candidates[]", tree, trail);
             let node = self.needed(&section, "node").unwrap_or_default();
             let priority = self.number(&section, "priority", 0..=1_000_000, 100) as u32;

@@ -127,7 +127,7 @@ pub fn start(
     metrics: Arc<Metrics>,
 ) -> Result<Control, StateError> {
     let now = config.load_full();
-    let (shell, ears, commands) = Shell::open(&now, &nodes, &gate)?;
+    let (shell, ears, commands) = Shell::open(&config, &nodes, &gate)?;
     let remembered = remember(&topology.load(), shell.machine().record());
     if let Some(remembered) = remembered {
         topology.publish(remembered);
@@ -234,7 +234,7 @@ impl Loop {
         if self.facts.get(observation.node.index()).is_none_or(|facts| facts.removed) {
             return;
         }
-        if self.shell.knows(observation.node) {
+        if self.facts.get(observation.node.index()).is_some() {
             let fact = self.fact(&observation.result);
             self.tell(Happening::Observed { node: observation.node, fact });
         }
@@ -315,9 +315,7 @@ impl Loop {
     fn take_outcomes(&mut self, outcomes: Vec<Outcome>) {
         for outcome in outcomes {
             match outcome {
-                Outcome::Probe(node) => {
-                    self.watch.probe(node);
-                }
+                Outcome::Probe(node) => self.watch.probe(node),
                 Outcome::Left(state, time) => self.metrics.failover_phase(state, time),
                 Outcome::Blocked(reason) => self.metrics.failover_blocks.inc(reason),
                 Outcome::Publish(target) => {
@@ -383,8 +381,8 @@ impl Loop {
             facts.lag = facts.replay.and_then(|replay| self.track.lag(replay, now));
             facts.quarantine = self.shell.machine().quarantine(id);
         }
-        let mut policy = Policy::of(&self.config.load());
-        policy.hold = self.shell.acts() && !self.shell.machine().may_adopt();
+        let hold = self.shell.acts() && !self.shell.machine().may_adopt();
+        let policy = Policy { hold, ..Policy::of(&self.config.load()) };
         let next = decide(&before, &self.facts, &policy, self.track.last_sample(), now);
         self.compare_clocks(next.primary, now);
         if has_reachable_primary(&next) {
@@ -655,7 +653,7 @@ fn sender(nodes: &[NodeConfig], receiver: &Receiver) -> Option<NodeId> {
         (node.replication.host == host && node.replication.port == port)
             || (node.host == host && node.port == port)
     };
-    let index = nodes.iter().position(same)?;
+    let index = nodes.iter().position(|node| same(node) && !node.removed)?;
     u16::try_from(index).ok().map(NodeId)
 }
 

@@ -81,7 +81,7 @@ pub struct Gate {
     shards: Box<[Arc<Shard>]>,
     line: Mutex<VecDeque<oneshot::Sender<()>>>,
     /// Sessions that may wait at once.
-    most_waiting: usize,
+    most_waiting: AtomicUsize,
     nodes: Box<[Mutex<NodeSockets>]>,
     /// How often connections were told to close.
     closings: AtomicU64,
@@ -131,7 +131,7 @@ impl Gate {
         Gate {
             shards: (0..workers.max(1)).map(|_| shard()).collect(),
             line: Mutex::default(),
-            most_waiting,
+            most_waiting: AtomicUsize::new(most_waiting),
             nodes: (0..nodes).map(|_| sockets()).collect(),
             closings: AtomicU64::new(0),
             signal,
@@ -218,6 +218,11 @@ impl Gate {
         *seen = self.closings.load(Ordering::SeqCst);
     }
 
+    /// So many sessions may wait at once from now on; those that do stay.
+    pub fn bound(&self, most_waiting: usize) {
+        self.most_waiting.store(most_waiting, Ordering::Relaxed);
+    }
+
     // For the way of the statements.
 
     /// Whether new work may go to the primary now.
@@ -239,9 +244,10 @@ impl Gate {
             let _ = sender.send(());
             return Some(Place { gate: self, receiver });
         }
-        if line.len() >= self.most_waiting {
+        let most = self.most_waiting.load(Ordering::Relaxed);
+        if line.len() >= most {
             line.retain(|waiting| !waiting.is_closed());
-            if line.len() >= self.most_waiting {
+            if line.len() >= most {
                 return None;
             }
         }

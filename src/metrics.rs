@@ -168,8 +168,6 @@ pub struct Metrics {
     nodes: Box<[OnceLock<NodeSeries>]>,
     per_node: PerNode,
     labels: Labels,
-    failover_states: &'static [&'static str],
-    failover_block_labels: &'static [&'static str],
     failover_phases: HistogramVec,
     /// Write targets that failover has made, by how.
     pub failovers: ReasonCounter,
@@ -481,8 +479,6 @@ impl Metrics {
                 "Time spent in a state of failover that has been left.",
                 "phase",
             ),
-            failover_states: labels.failover_states,
-            failover_block_labels: labels.failover_blocks,
             registry,
         };
         for (index, name) in node_names.iter().enumerate() {
@@ -640,11 +636,11 @@ impl Metrics {
             register(now, IntGaugeVec::new(Opts::new(name, help), &[label]))
         };
         let states = gauges("highwater_failover_state", "1 at the state that failover is in.", "state");
-        for state in self.failover_states {
+        for state in self.labels.failover_states {
             states.with_label_values(&[state]).set(i64::from(*state == figures.state));
         }
         let blocked = gauges("highwater_failover_blocked", "1 at what a failover waits for.", "reason");
-        for reason in self.failover_block_labels {
+        for reason in self.labels.failover_blocks {
             blocked.with_label_values(&[reason]).set(i64::from(Some(*reason) == figures.blocked));
         }
         let kept_out = gauges("highwater_quarantined_nodes", "Nodes that must be repaired.", "reason");

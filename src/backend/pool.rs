@@ -959,7 +959,7 @@ impl Pools {
         loop {
             self.context.gate.closing(&mut seen).await;
             for user in self.all() {
-                user.made().for_each(|pool| pool.close_left());
+                user.made().for_each(Pool::close_left);
             }
         }
     }

@@ -18,6 +18,8 @@ use crate::topology::{Exclusion, NodeId, NodeView, Standing, Topology};
 /// A change of the configuration, and with it perhaps of the nodes.
 pub struct Change {
     nodes: Vec<NodeChange>,
+    /// Failover goes by something else afterwards.
+    of_failover: bool,
     commit: Box<dyn FnOnce() + Send>,
     done: oneshot::Sender<Result<(), String>>,
 }
@@ -35,15 +37,19 @@ impl Members {
     }
 
     /// Lets the control loop put another configuration in force: it runs `commit` and follows `nodes` in one step;
-    /// or refuses, says why, and nothing has changed.
+    /// or refuses, says why, and nothing has changed. `of_failover`: failover goes by something else afterwards.
     pub async fn change(
         &self,
         nodes: Vec<NodeChange>,
+        of_failover: bool,
         commit: impl FnOnce() + Send + 'static,
     ) -> Result<(), String> {
         let (done, answer) = oneshot::channel();
         let gone = |()| "the proxy is shutting down".to_owned();
-        self.0.send(Change { nodes, commit: Box::new(commit), done }).await.map_err(|_| gone(()))?;
+        self.0
+            .send(Change { nodes, of_failover, commit: Box::new(commit), done })
+            .await
+            .map_err(|_| gone(()))?;
         answer.await.unwrap_or_else(|_| Err(gone(())))
     }
 }
@@ -53,12 +59,17 @@ pub(super) fn keep_positions(config: &Config) -> Duration {
     config.consistency.max_lag.saturating_mul(4).max(Duration::from_secs(60))
 }
 
-/// Why `changes` cannot be followed now. `failover`: it may change the nodes, and its record names them.
-fn refusal(topology: &Topology, changes: &[NodeChange], failover: bool) -> Option<String> {
-    if failover && changes.iter().any(|change| change.what != Membership::Changed) {
-        return Some(
-            "with failover.state_dir, nodes are added, removed and moved by a restart: failover counts with those it began with".to_owned(),
-        );
+/// Why `changes` cannot be followed now.
+fn refusal(topology: &Topology, confirming: &[NodeId], changes: &[NodeChange]) -> Option<String> {
+    let confirms = |change: &&NodeChange| {
+        matches!(change.what, Membership::Removed | Membership::Moved)
+            && confirming.iter().any(|node| node.index() == change.index)
+    };
+    if let Some(change) = changes.iter().find(confirms) {
+        let name = topology.nodes.get(change.index).map_or("?", |view| &view.name);
+        return Some(format!(
+            "node `{name}` confirms commits (failover.sync) and cannot be removed or given another host or port"
+        ));
     }
     let primary = topology.primary?;
     let change = changes.iter().find(|change| change.index == primary.index())?;
@@ -84,17 +95,28 @@ impl NodeFacts {
 impl Loop {
     /// Follows a change, or refuses it.
     pub(super) fn take_change(&mut self, change: Change, observations: &mut mpsc::Receiver<Observation>) {
-        let failover = self.shell.has_hands();
-        let answer = match refusal(&self.topology.load(), &change.nodes, failover) {
+        let answer = match self.refusal(&change) {
             Some(why) => Err(why),
             None => {
                 (change.commit)();
+                if change.of_failover {
+                    self.shell.follow(&self.config.load());
+                }
                 self.follow(&change.nodes, observations);
                 Ok(())
             }
         };
         // Who asked may have gone; the change stands.
         let _ = change.done.send(answer);
+    }
+
+    fn refusal(&self, change: &Change) -> Option<String> {
+        if change.of_failover
+            && let Some(busy) = self.shell.is_busy()
+        {
+            return Some(busy);
+        }
+        refusal(&self.topology.load(), &self.shell.machine().record().sync.members, &change.nodes)
     }
 
     fn follow(&mut self, changes: &[NodeChange], observations: &mut mpsc::Receiver<Observation>) {
@@ -164,15 +186,14 @@ mod tests {
     fn the_primary_is_neither_removed_nor_moved() {
         let text = "control: { user: u }\nnodes: [ { name: a, host: h }, { name: b, host: i } ]";
         let mut topology = Topology::initial(&Config::parse(text, "f", &|_| None).unwrap());
-        let why = |topology: &Topology, index, what| refusal(topology, &[NodeChange { index, what }], false);
+        let why = |topology: &Topology, index, what| refusal(topology, &[], &[NodeChange { index, what }]);
         assert_eq!(why(&topology, 0, Membership::Removed), None);
         topology.primary = Some(NodeId(0));
         assert!(why(&topology, 0, Membership::Removed).unwrap().contains("`a` is the primary"));
         assert!(why(&topology, 0, Membership::Moved).unwrap().contains("switch over"));
         assert_eq!(why(&topology, 0, Membership::Changed), None);
         assert_eq!(why(&topology, 1, Membership::Removed), None);
-        let failover = |what| refusal(&topology, &[NodeChange { index: 1, what }], true);
-        assert!(failover(Membership::Added).unwrap().contains("by a restart"));
-        assert_eq!(failover(Membership::Changed), None);
+        let removed = [NodeChange { index: 1, what: Membership::Removed }];
+        assert!(refusal(&topology, &[NodeId(1)], &removed).unwrap().contains("`b` confirms commits"));
     }
 }

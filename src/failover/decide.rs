@@ -6,7 +6,7 @@
 //! (`mend`); where there is one, it is driven on (`drive`). What is to be durable is compared at the end of each step
 //! and goes out before everything else of it: no order can overtake the record that it leans on (I1).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::time::{Duration, Instant};
 
@@ -196,6 +196,8 @@ pub struct Machine {
     state: State,
     started: Instant,
     known: Vec<Known>,
+    /// Nodes that are none any more: they keep their numbers.
+    removed: BTreeSet<NodeId>,
     pub(super) watch: Watch,
     seen_well: bool,
     suspicion: Option<Suspicion>,
@@ -226,6 +228,7 @@ impl Machine {
             state: State::Starting,
             started: now.at,
             known: vec![Known::default(); count],
+            removed: BTreeSet::new(),
             watch: Watch::default(),
             seen_well: false,
             suspicion: None,
@@ -257,6 +260,17 @@ impl Machine {
             None => {}
         }
         machine
+    }
+
+    /// The same without these nodes: nobody asks them, waits for them, or counts them.
+    #[must_use]
+    pub fn without(self, removed: BTreeSet<NodeId>) -> Machine {
+        Machine { removed, ..self }
+    }
+
+    /// Whether nothing is under way: another machine could take over from the record at once.
+    pub fn is_idle(&self) -> bool {
+        self.record.intent.is_none() && self.attempt.is_none() && self.orders.is_empty()
     }
 
     /// Takes one event; what is to be done about it, in this order. The same machine, event and time give the same
@@ -701,7 +715,8 @@ impl Machine {
     }
 
     fn probe_standbys(&mut self, primary: NodeId) {
-        let others = (0u16..).map(NodeId).take(self.known.len()).filter(|node| *node != primary);
+        let all = (0u16..).map(NodeId).take(self.known.len());
+        let others = all.filter(|node| *node != primary && !self.removed.contains(node));
         self.out.extend(others.map(Action::Probe));
     }
 
@@ -726,7 +741,8 @@ impl Machine {
         let witnesses: Vec<(NodeId, Witness, Option<Kick>)> = (0u16..)
             .map(NodeId)
             .zip(&self.known)
-            .filter(|(node, _)| *node != primary && self.quarantine(*node).is_none())
+            .filter(|(node, _)| *node != primary && !self.removed.contains(node))
+            .filter(|(node, _)| self.quarantine(*node).is_none())
             .map(|(node, known)| {
                 let kicking =
                     self.orders.values().any(|p| p.node == node && matches!(p.order, Order::Kick { .. }));
@@ -804,7 +820,7 @@ impl Machine {
                 Mode::Auto if self.record.cooling => return Some(BlockReason::TooSoon),
                 Mode::Auto => {}
             }
-            let (have, all) = (reachable.len(), self.settings.nodes.len());
+            let (have, all) = (reachable.len(), self.settings.nodes.len() - self.removed.len());
             // Of two nodes the proxy is the third voice.
             let need = if all == 2 { 1 } else { all / 2 + 1 };
             let minority = self.settings.durability == Durability::Async && !self.settings.allow_minority;

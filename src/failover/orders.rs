@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex;
 
-use crate::config::Config;
+use crate::config::live::LiveConfig;
 use crate::failover::conninfo::Conninfo;
 use crate::failover::event::{Kick, Order, OrderResult};
 use crate::failover::store::{Setting, StoreError, Upstream, Upstreams, failpoint};
@@ -92,7 +92,7 @@ pub struct Hands {
 impl Hands {
     /// `identity` tells this proxy from others (and from nobody else: it is the sessions' `application_name`).
     pub fn new(
-        config: &Arc<Config>,
+        config: &Arc<LiveConfig>,
         nodes: &Arc<Nodes>,
         upstreams: &Arc<Upstreams>,
         identity: &str,
@@ -105,12 +105,11 @@ impl Hands {
                 upstreams: Arc::clone(upstreams),
                 identity: identity.to_owned(),
                 node: NodeId(index as u16),
-                name: config.nodes[index].name.clone(),
                 limits,
                 session: None,
             }))
         };
-        Hands { hands: (0..config.nodes.len().min(usize::from(u16::MAX))).map(hand).collect() }
+        Hands { hands: (0..config.load().places()).map(hand).collect() }
     }
 
     /// Carries out one order, after those on the same node before it.
@@ -143,6 +142,15 @@ impl Hands {
         })
     }
 
+    /// Closes the control sessions of nodes that no order runs on: the next order finds the node where it is then.
+    pub fn release_idle(&self) {
+        for hand in &self.hands {
+            if let Ok(mut hand) = hand.try_lock() {
+                hand.session = None;
+            }
+        }
+    }
+
     /// Closes the control session to `node`; its lock is free then.
     pub async fn release(&self, node: NodeId) {
         if let Some(hand) = self.hands.get(node.index()) {
@@ -152,12 +160,11 @@ impl Hands {
 }
 
 struct Hand {
-    config: Arc<Config>,
+    config: Arc<LiveConfig>,
     nodes: Arc<Nodes>,
     upstreams: Arc<Upstreams>,
     identity: String,
     node: NodeId,
-    name: String,
     limits: Limits,
     session: Option<ControlSession>,
 }
@@ -231,6 +238,10 @@ const WALRECEIVER: &str =
 const WRITER: &str = "SELECT left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)";
 
 impl Hand {
+    fn name(&self) -> String {
+        self.nodes.name(self.node)
+    }
+
     async fn carry_out(&mut self, order: &Order) -> OrderResult {
         let done = match *order {
             Order::Kick { wait } => self.kick(wait).await.map(OrderResult::Kicked),
@@ -305,9 +316,9 @@ impl Hand {
         if !before.in_recovery {
             // Promoted since: it follows nobody.
             self.reset_receiver(until).await?;
-            return Ok(self.upstreams.forget(&self.name)?);
+            return Ok(self.upstreams.forget(&self.name())?);
         }
-        let Some(kept) = self.upstreams.get(&self.name) else {
+        let Some(kept) = self.upstreams.get(&self.name()) else {
             return match before.severed {
                 false => Ok(()),
                 true => Err(Trouble::Refused(
@@ -322,7 +333,7 @@ impl Hand {
         if kept.paused {
             self.run("SELECT pg_wal_replay_pause()", until).await?;
         }
-        Ok(self.upstreams.forget(&self.name)?)
+        Ok(self.upstreams.forget(&self.name())?)
     }
 
     async fn kick(&mut self, wait: Duration) -> Result<Kick, Trouble> {
@@ -393,7 +404,7 @@ impl Hand {
         let timeline = self.writes(until).await?;
         let fork = self.history(timeline, until).await?.fork_of(ended);
         self.reset_receiver(until).await?;
-        self.upstreams.forget(&self.name)?;
+        self.upstreams.forget(&self.name())?;
         match fork {
             Some(fork) => Ok((timeline, fork)),
             None => Err(Trouble::Refused(format!(
@@ -405,7 +416,8 @@ impl Hand {
     /// I5: what it holds is compared here, not when it was cut off.
     async fn repoint(&mut self, to: NodeId, timeline: TimelineId, fork: Lsn) -> Result<(), Trouble> {
         let until = Instant::now() + self.limits.repoint;
-        let Some(target) = self.config.nodes.get(to.index()).map(|node| node.replication.clone()) else {
+        let Some(target) = self.config.load().nodes.get(to.index()).map(|node| node.replication.clone())
+        else {
             return Err(Trouble::Refused("no such node in the configuration".to_owned()));
         };
         loop {
@@ -426,7 +438,7 @@ impl Hand {
                 None => self.wait(until, || format!("its position is not known yet ({seen})")).await?,
             }
         }
-        let kept = self.upstreams.get(&self.name);
+        let kept = self.upstreams.get(&self.name());
         let text = match (self.shown_conninfo(until).await?, &kept) {
             (shown, _) if !shown.is_empty() => shown,
             (_, Some(kept)) => kept.conninfo.value.clone(),
@@ -454,7 +466,7 @@ impl Hand {
             self.clear_replay(&seen, Instant::now(), until).await?;
             self.wait(until, || format!("it does not stream on timeline {timeline} yet ({seen})")).await?;
         }
-        Ok(self.upstreams.forget(&self.name)?)
+        Ok(self.upstreams.forget(&self.name())?)
     }
 
     /// The end that it answers covers every commit of those sessions, asynchronous ones too: a commit of our own
@@ -493,9 +505,10 @@ impl Hand {
 
     async fn set_sync(&mut self, members: &[NodeId], num: u32) -> Result<(), Trouble> {
         let until = Instant::now() + self.limits.other;
+        let config = self.config.load_full();
         let names: Vec<&str> = members
             .iter()
-            .filter_map(|member| self.config.nodes.get(member.index()))
+            .filter_map(|member| config.nodes.get(member.index()))
             .map(|node| node.name.as_str())
             .collect();
         let value = standby_names(&names, num);
@@ -593,7 +606,7 @@ impl Hand {
             }
             settings.insert(name.clone(), Setting { value: value.clone(), altered: altered == "t" });
         }
-        let mut take = |name: &str| settings.remove(name).ok_or_else(|| unreadable(&self.name));
+        let mut take = |name: &str| settings.remove(name).ok_or_else(|| unreadable(&self.name()));
         let upstream = Upstream {
             conninfo: take("primary_conninfo")?,
             status_interval: take("wal_receiver_status_interval")?,
@@ -601,11 +614,11 @@ impl Hand {
             paused,
         };
         // An entry that is there is of a sever that was not undone: the brakes it shows now may be ours.
-        let upstream = match self.upstreams.get(&self.name) {
+        let upstream = match self.upstreams.get(&self.name()) {
             Some(kept) => Upstream { conninfo: upstream.conninfo, ..kept },
             None => upstream,
         };
-        Ok(self.upstreams.keep(&self.name, upstream)?)
+        Ok(self.upstreams.keep(&self.name(), upstream)?)
     }
 
     async fn restore(&mut self, name: &str, setting: &Setting, until: Instant) -> Result<(), Trouble> {
@@ -620,7 +633,7 @@ impl Hand {
     /// On a node that has been promoted: the settings of a standby as they were. They mean nothing to a primary;
     /// who makes a replica of another node reads there how replicas log in.
     async fn reset_receiver(&mut self, until: Instant) -> Result<(), Trouble> {
-        if let Some(kept) = self.upstreams.get(&self.name) {
+        if let Some(kept) = self.upstreams.get(&self.name()) {
             self.restore("primary_conninfo", &kept.conninfo, until).await?;
             self.restore_receiver(&kept, until).await?;
             self.reload(until).await?;
@@ -783,7 +796,7 @@ impl Hand {
     }
 
     fn unreadable(&self) -> Trouble {
-        unreadable(&self.name)
+        unreadable(&self.name())
     }
 }
 

@@ -46,6 +46,19 @@ pub struct Record {
     pub history: Vec<Entry>,
 }
 
+impl Record {
+    /// The same, where the nodes of which `gone` holds are none any more: nothing is left to be done with them.
+    #[must_use]
+    pub fn without(&self, gone: impl Fn(NodeId) -> bool) -> Record {
+        let mut record = self.clone();
+        for list in [&mut record.severed, &mut record.repoint, &mut record.fenced] {
+            list.retain(|node| !gone(*node));
+        }
+        record.quarantined.retain(|(node, _)| !gone(*node));
+        record
+    }
+}
+
 /// The end of a timeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Forked {

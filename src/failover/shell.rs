@@ -12,6 +12,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 
+use crate::config::live::LiveConfig;
 use crate::config::{Config, DurabilityMode, FailoverMode};
 use crate::failover::decide::{Durability, Machine, Mode, NodeRule, Settings};
 use crate::failover::event::{
@@ -43,7 +44,6 @@ pub type Answer = Result<String, String>;
 pub struct Commands {
     queue: mpsc::Sender<(Command, oneshot::Sender<Answer>)>,
     status: Arc<ArcSwap<Status>>,
-    names: Arc<[String]>,
 }
 
 impl Commands {
@@ -57,7 +57,7 @@ impl Commands {
 
     /// The node of this name.
     pub fn node(&self, name: &str) -> Option<NodeId> {
-        let index = self.names.iter().position(|known| known == name)?;
+        let index = self.status().names.iter().position(|known| known == name)?;
         u16::try_from(index).ok().map(NodeId)
     }
 
@@ -176,10 +176,11 @@ impl Shell {
     /// Opens the store and makes the machine from what it holds. `Err`: the directory cannot be used, or was not written
     /// for these nodes.
     pub fn open(
-        config: &Arc<Config>,
+        live: &Arc<LiveConfig>,
         nodes: &Arc<Nodes>,
         gate: &Arc<Gate>,
     ) -> Result<(Shell, Ears, Commands), StateError> {
+        let config = &live.load_full();
         let names: Arc<[String]> = config.nodes.iter().map(|node| node.name.clone()).collect();
         let acts = matches!(config.failover.mode, FailoverMode::Manual | FailoverMode::Auto);
         let directory = config.failover.state_dir.as_ref().filter(|_| acts);
@@ -197,7 +198,7 @@ impl Shell {
         };
         let hands = store.as_ref().map(|store| {
             let limits = Limits { sever: config.failover.sever_timeout, ..Limits::default() };
-            Arc::new(Hands::new(config, nodes, &store.upstreams(), "highwater control", limits))
+            Arc::new(Hands::new(live, nodes, &store.upstreams(), "highwater control", limits))
         });
         let machine = Machine::new(settings(config, hands.is_some()), record, now());
         tracing::info!(mode = mode_label(config.failover.mode), "{}", machine.promises());
@@ -232,22 +233,43 @@ impl Shell {
             loss: None,
             status: Arc::clone(&status),
         };
-        Ok((shell, Ears { events: results, commands }, Commands { queue, status, names }))
+        Ok((shell, Ears { events: results, commands }, Commands { queue, status }))
+    }
+
+    /// Why the machine cannot go by another configuration now.
+    pub fn is_busy(&self) -> Option<String> {
+        let state = self.machine.state();
+        let idle = matches!(state, State::Healthy | State::Starting) && self.machine.is_idle();
+        (self.acts() && !idle).then(|| {
+            format!(
+                "failover is at work ({}): nodes and failover's settings stay until that is over",
+                state.label()
+            )
+        })
+    }
+
+    /// The machine goes by `config` from now on: as after a start of the process, with the record that it has. Only
+    /// while it is not [busy](Self::is_busy).
+    pub fn follow(&mut self, config: &Config) {
+        self.names = config.nodes.iter().map(|node| node.name.clone()).collect();
+        self.gate.bound(config.failover.max_paused);
+        if let Some(hands) = &self.hands {
+            hands.release_idle();
+        }
+        if self.acts() {
+            let gone = |node: NodeId| config.nodes.get(node.index()).is_none_or(|node| node.removed);
+            let record = self.machine.record().without(gone);
+            let removed = (0u16..).map(NodeId).take(config.nodes.len()).filter(|node| gone(*node)).collect();
+            self.machine =
+                Machine::new(settings(config, self.hands.is_some()), record, now()).without(removed);
+        }
+        let status = status(&self.machine, self.mode, &self.names, self.since, self.loss);
+        self.status.store(Arc::new(status));
     }
 
     /// Whether the machine takes part at all; else the modes `off` and `follow` go by what others do.
     pub fn acts(&self) -> bool {
         matches!(self.mode, FailoverMode::Manual | FailoverMode::Auto)
-    }
-
-    /// Whether failover counts with the node: it was there when the proxy began.
-    pub fn knows(&self, node: NodeId) -> bool {
-        node.index() < self.names.len()
-    }
-
-    /// Whether failover may change the nodes: then their number and addresses stay as they were recorded.
-    pub fn has_hands(&self) -> bool {
-        self.hands.is_some()
     }
 
     /// The machine.

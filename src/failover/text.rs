@@ -11,6 +11,9 @@ use crate::failover::record::{Entry, Forked, Intent, Record, Stage};
 use crate::topology::{Epoch, NodeId};
 use crate::wal::{Lsn, TimelineId};
 
+/// A node that the configuration does not have any more; written as `?`.
+const GONE: NodeId = NodeId(u16::MAX);
+
 /// A line is not of a record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InvalidRecord {
@@ -108,7 +111,7 @@ fn take_line(record: &mut Record, fields: &mut Fields<'_>) -> Result<(), String>
         "timeline" => record.timeline = Some(TimelineId(fields.number()?)),
         "forked" => {
             record.forks.push(Forked {
-                old_primary: fields.node()?,
+                old_primary: fields.past_node()?,
                 old_timeline: TimelineId(fields.number()?),
                 fork: fields.lsn()?,
             });
@@ -125,14 +128,15 @@ fn take_line(record: &mut Record, fields: &mut Fields<'_>) -> Result<(), String>
                 },
             });
         }
-        "severed" => record.severed = fields.nodes()?,
-        "repoint" => record.repoint = fields.nodes()?,
-        "fenced" => record.fenced = fields.nodes()?,
+        "severed" => record.severed = fields.nodes_left(),
+        "repoint" => record.repoint = fields.nodes_left(),
+        "fenced" => record.fenced = fields.nodes_left(),
         "quarantined" => {
-            let node = fields.node()?;
+            let node = fields.past_node()?;
             let word = fields.word()?;
             let why = [Quarantine::OldPrimary, Quarantine::Diverged].into_iter().find(|q| q.label() == word);
-            record.quarantined.push((node, why.ok_or_else(|| format!("`{word}` is no reason"))?));
+            let why = why.ok_or_else(|| format!("`{word}` is no reason"))?;
+            record.quarantined.extend((node != GONE).then_some((node, why)));
         }
         "sync" => {
             record.sync.num = fields.number()?;
@@ -144,8 +148,8 @@ fn take_line(record: &mut Record, fields: &mut Fields<'_>) -> Result<(), String>
         "history" => record.history.push(Entry {
             unix_ms: fields.number()?,
             epoch: Epoch(fields.number()?),
-            from: fields.node()?,
-            to: fields.node()?,
+            from: fields.past_node()?,
+            to: fields.past_node()?,
             planned: fields.number()?,
             fork: fields.lsn()?,
             lost_acked_bytes_min: fields.number()?,
@@ -181,6 +185,18 @@ impl<'a> Fields<'a> {
         named(self.names, word)
     }
 
+    /// One of which only is told what was: it may have left the configuration.
+    fn past_node(&mut self) -> Result<NodeId, String> {
+        let word = self.word()?;
+        Ok(named(self.names, word).unwrap_or(GONE))
+    }
+
+    /// Those that something is left to be done with: not those that have left the configuration.
+    fn nodes_left(&mut self) -> Vec<NodeId> {
+        let names = self.names;
+        self.rest.by_ref().filter_map(|word| named(names, word).ok()).collect()
+    }
+
     fn nodes(&mut self) -> Result<Vec<NodeId>, String> {
         let names = self.names;
         self.rest.by_ref().map(|word| named(names, word)).collect()
@@ -196,6 +212,23 @@ fn named(names: &[String], word: &str) -> Result<NodeId, String> {
 mod tests {
     use super::*;
     use crate::failover::record::SyncState;
+
+    #[test]
+    fn a_node_may_leave_the_configuration_unless_it_still_matters() {
+        let text = write(&full(), &names());
+        let without = |gone: &str| {
+            let names = names().into_iter().map(|name| if name == gone { "x".to_owned() } else { name });
+            read(&text, &names.collect::<Vec<_>>())
+        };
+        let left = without("a").unwrap();
+        assert_eq!(left.severed, [NodeId(2)]);
+        assert_eq!(left.quarantined, [(NodeId(2), Quarantine::Diverged)]);
+        assert_eq!((left.forks[1].old_primary, left.forks[1].fork), (GONE, full().forks[1].fork));
+        assert_eq!((left.history[0].from, left.history.len()), (GONE, full().history.len()));
+        assert!(read(&write(&left, &names()), &names()).is_ok());
+        // The primary, a candidate, and who confirms commits.
+        assert!(without("b").is_err() && without("c").is_err());
+    }
 
     fn names() -> Vec<String> {
         ["a", "b", "c"].map(str::to_owned).to_vec()

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use highwater::config::Config;
+use highwater::config::live::LiveConfig;
 use highwater::failover::event::{Kick, Order, OrderResult};
 use highwater::failover::orders::{Hands, Limits};
 use highwater::failover::preconditions::{Needs, examine};
@@ -24,7 +25,7 @@ const FIRST: TimelineId = TimelineId(1);
 /// The hands of a proxy over `cluster`, without the proxy, past the links.
 struct Proxyless {
     hands: Hands,
-    config: Arc<Config>,
+    config: Arc<LiveConfig>,
     nodes: Arc<Nodes>,
     _store: Store,
     _directory: tempfile::TempDir,
@@ -43,8 +44,8 @@ impl Proxyless {
              node_tls: {{ mode: disable }}\n",
             control.user, control.password
         );
-        let config = Arc::new(Config::parse(&text, "test", &|_| None).unwrap());
-        let nodes = Nodes::new(Arc::clone(&config), &NodeTls::new(&config.node_tls).unwrap());
+        let config = LiveConfig::new(Config::parse(&text, "test", &|_| None).unwrap());
+        let nodes = Nodes::new(Arc::clone(&config), &NodeTls::new(&config.load().node_tls).unwrap());
         let directory = tempfile::tempdir().unwrap();
         let (store, _) = Store::open(directory.path()).unwrap();
         // Loaded machines are slow; what must be fast is measured apart.
@@ -61,7 +62,7 @@ impl Proxyless {
     async fn findings(&self, node: NodeId, identity: &str) -> Vec<String> {
         let needs = Needs { quorum: true, manage_sync: true };
         let deadline = Duration::from_secs(5);
-        let found = examine(&self.config, &self.nodes, node, needs, Some(identity), deadline).await;
+        let found = examine(&self.config.load(), &self.nodes, node, needs, Some(identity), deadline).await;
         found.unwrap().into_iter().map(|finding| finding.what).collect()
     }
 

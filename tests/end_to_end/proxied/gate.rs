@@ -58,6 +58,8 @@ impl Gated {
             pools: &[],
             class_cache: ClassCacheFigures::default(),
             samples: &[],
+            sample_ages: &[],
+            clock_offsets: &[],
             topology_changes: 0,
             failover: highwater::metrics::FailoverFigures::default(),
         };

@@ -243,6 +243,35 @@ async fn the_primary_is_neither_removed_nor_moved_and_nothing_else_of_that_file_
 }
 
 #[tokio::test]
+async fn nodes_come_and_go_where_failover_has_a_record_and_the_record_is_read_again() {
+    let cluster = Cluster::start(2).await;
+    Load::set_up(&cluster).await;
+    let state = tempfile::tempdir().unwrap();
+    let file = |which: &[usize], threshold: u32| {
+        format!(
+            "failover: {{ mode: manual, state_dir: '{}', failure_threshold: {threshold} }}\n{}",
+            state.path().display(),
+            nodes(&cluster, which, &[])
+        )
+    };
+    let first = file(&[0, 1], 3);
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides: &first, start: Start::Ready }).await;
+    eventually("the replica is in use", || async { proxy.usable_nodes().await == 2 }).await;
+    let load = Load::on(&proxy, 4).await;
+    for (which, threshold) in [(&[0, 1, 2][..], 3), (&[0, 2], 3), (&[0, 2], 5), (&[0, 1, 2], 5), (&[0, 1], 5)]
+    {
+        proxy.configure(&cluster, &file(which, threshold));
+        // Failover looks at the primary anew after each.
+        eventually("the file is applied", || async { proxy.reload().await }).await;
+        eventually("all of them serve", || async { proxy.usable_nodes().await == which.len() }).await;
+        load.goes_on().await;
+    }
+    load.stop().await;
+    proxy.restart().await;
+    proxy.connect().await.simple_query("UPDATE load SET n = 0").await.unwrap();
+}
+
+#[tokio::test]
 async fn nodes_find_no_place_beyond_the_limit_and_the_limit_takes_a_restart() {
     let cluster = Cluster::start(2).await;
     let two = |limit| format!("limits: {{ nodes: {limit} }}\n{}", nodes(&cluster, &[0, 1], &[]));
