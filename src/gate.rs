@@ -126,9 +126,8 @@ impl Gate {
     pub fn new(nodes: usize, workers: usize, most_waiting: usize) -> Gate {
         let signal = Arc::new(Signal::default());
         let shard = || Arc::new(Shard { here: AtomicUsize::new(0), signal: signal.clone() });
-        let sockets = || {
-            Mutex::new(NodeSockets { current: Sockets::new(&signal), closing: Vec::new(), shut: false })
-        };
+        let sockets =
+            || Mutex::new(NodeSockets { current: Sockets::new(&signal), closing: Vec::new(), shut: false });
         Gate {
             shards: (0..workers.max(1)).map(|_| shard()).collect(),
             line: Mutex::default(),

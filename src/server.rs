@@ -239,7 +239,8 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
     let names: Vec<String> = config.nodes.iter().map(|n| n.name.clone()).collect();
     let metrics = Arc::new(Metrics::new(&names, &labels()));
     let nodes = Nodes::new(config.clone(), &node_tls);
-    let control = control::start(config.clone(), nodes.clone(), topology.clone(), positions.clone(), gate.clone());
+    let control =
+        control::start(config.clone(), nodes.clone(), topology.clone(), positions.clone(), gate.clone());
     let catalogs = Catalogs::new(
         nodes.clone(),
         topology.clone(),

@@ -391,10 +391,8 @@ impl Pool {
         let max_lag = self.context.config.consistency.max_lag;
         let valid = primary == Some(self.node) || !settings.changed_within(max_lag);
         let parameters = super::exempt(startup);
-        let (logged_in, socket) = self
-            .context
-            .log_in_apart(self.node, &self.user, &self.database, &parameters, &keys)
-            .await?;
+        let (logged_in, socket) =
+            self.context.log_in_apart(self.node, &self.user, &self.database, &parameters, &keys).await?;
         let cancel = Arc::new(CancelTarget::new(self.node, logged_in.pid, logged_in.key.clone()));
         self.context.metrics.backend_opened(self.node);
         let mut backend = Box::new(Backend::new(

@@ -75,7 +75,8 @@ impl OfTransaction {
 impl Durable {
     /// `None`: nothing is said about such sessions.
     pub(super) fn new(base: Option<Durability>, tables: Vec<TableRule>) -> Option<Box<Durable>> {
-        (base.is_some() || !tables.is_empty()).then(|| Box::new(Durable { base, tables, ..Durable::default() }))
+        (base.is_some() || !tables.is_empty())
+            .then(|| Box::new(Durable { base, tables, ..Durable::default() }))
     }
 
     /// What holds for a write of which nothing else is said. `own`: the session has set `synchronous_commit` itself.
@@ -87,7 +88,10 @@ impl Durable {
     fn of_write(&self, text: &[u8], hint: Option<Durability>, own: bool) -> Option<Durability> {
         let by_table = || {
             let target = classify::target(text).filter(|_| !own && !self.tables.is_empty())?;
-            self.tables.iter().find(|rule| rule.is_about(&target.schema, &target.table)).map(|rule| rule.durability)
+            self.tables
+                .iter()
+                .find(|rule| rule.is_about(&target.schema, &target.table))
+                .map(|rule| rule.durability)
         };
         hint.or(self.said).or_else(by_table).or(self.of_session(own))
     }
@@ -224,7 +228,11 @@ impl Session {
         let wants = durable.transaction.wants(asks, session);
         if durable.transaction.given != Some(wants) {
             let value = wants.map_or("DEFAULT", Durability::synchronous_commit);
-            unit.put_ahead(backend, format!("SET LOCAL {SETTING} TO {value}").as_bytes(), Purpose::Durability);
+            unit.put_ahead(
+                backend,
+                format!("SET LOCAL {SETTING} TO {value}").as_bytes(),
+                Purpose::Durability,
+            );
             durable.transaction.given = Some(wants);
         }
         self.durable = Some(durable);
@@ -234,8 +242,8 @@ impl Session {
     pub(super) fn settle_durability(&mut self) {
         let failed = self.unit.failed();
         let begins = self.unit.before == TransactionStatus::Idle && self.unit.commands <= 1;
-        self.wrote = self.status == TransactionStatus::InTransaction
-            && (self.wrote || self.unit.writes && !begins);
+        self.wrote =
+            self.status == TransactionStatus::InTransaction && (self.wrote || self.unit.writes && !begins);
         let Some(durable) = &mut self.durable else { return };
         durable.hinted = false;
         let saying = durable.saying.take();
@@ -279,7 +287,8 @@ mod tests {
 
     #[test]
     fn what_is_said_in_a_transaction_holds_until_something_of_it_is_rolled_back() {
-        let mut transaction = OfTransaction { said: Some(Async), given: Some(Some(Async)), ..Default::default() };
+        let mut transaction =
+            OfTransaction { said: Some(Async), given: Some(Some(Async)), ..Default::default() };
         assert_eq!(transaction.wants(Some(Some(Sync)), None), Some(Async));
         transaction.rolled_back();
         assert_eq!((transaction.wants(None, None), transaction.given), (Some(Sync), None));

@@ -92,11 +92,16 @@ impl Listening {
             (Some(there), Some(channel)) if certain => {
                 let mut command = b"LISTEN \"".to_vec();
                 for byte in channel {
-                    command.extend_from_slice(if byte == b'"' { b"\"\"" } else { std::slice::from_ref(&byte) });
+                    command.extend_from_slice(if byte == b'"' {
+                        b"\"\""
+                    } else {
+                        std::slice::from_ref(&byte)
+                    });
                 }
                 command.push(b'"');
                 if memchr::memmem::find(there, &command).is_none() {
-                    let both = if there.is_empty() { command } else { [there, &b"; "[..], &command].concat() };
+                    let both =
+                        if there.is_empty() { command } else { [there, &b"; "[..], &command].concat() };
                     self.seen(Some(both));
                 }
                 self.there.is_none()
@@ -146,8 +151,10 @@ impl Session {
             return Ok(());
         }
         let in_transaction = self.status != TransactionStatus::Idle && !self.is_apart();
-        let unknown =
-            !between_units && self.unit.writes && (!in_transaction || self.unit.may_commit) && !self.read_only;
+        let unknown = !between_units
+            && self.unit.writes
+            && (!in_transaction || self.unit.may_commit)
+            && !self.read_only;
         if unknown {
             self.shared.metrics.unknown_outcomes.inc();
         }
@@ -183,8 +190,7 @@ impl Session {
         self.statements.failed(false);
         self.lose_lease();
         self.unit = Unit::none();
-        self.status =
-            if self.lazy.is_some() { TransactionStatus::Failed } else { TransactionStatus::Idle };
+        self.status = if self.lazy.is_some() { TransactionStatus::Failed } else { TransactionStatus::Idle };
         self.put_ready();
         Ok(())
     }
@@ -338,7 +344,9 @@ impl Session {
         self.shared.metrics.listens_resumed.inc();
         let mut notice = Vec::new();
         ErrorReport::error(MISSED, "notifications may have been missed")
-            .detail("The connection on which this session listened is gone; it listens again, on another one.")
+            .detail(
+                "The connection on which this session listened is gone; it listens again, on another one.",
+            )
             .hint("Look for what a notification would have told.")
             .put_notice(&mut notice);
         self.client.output.put_slice(&notice);

@@ -42,7 +42,7 @@ pub use self::gate::GATE_REFUSED_LABELS;
 use self::handle::{Ending, SessionHandle, Sessions};
 pub use self::loss::ENDED_LABELS;
 use self::loss::Listening;
-use self::mark::{Freshness, Mark, Survival};
+use self::mark::{Freshness, Mark, Quorum, Survival};
 use self::pins::{Done, Next, PinSet, Pins};
 use self::place::Placed;
 use self::prepared::{Names, SqlCommand, Statements};
@@ -279,6 +279,8 @@ pub struct Session {
     shared_mark: Option<Arc<SharedMark>>,
     /// At level `strong`: what the running statement must be shown.
     freshness: Option<Freshness>,
+    /// The same, where replicas answer for the primary.
+    quorum: Option<Box<Quorum>>,
     lease: Option<Lease>,
     /// Whether it is on the primary, as the gate counts.
     presence: Presence,
@@ -394,6 +396,7 @@ impl Session {
             own: own_state,
             shared_mark: None,
             freshness: None,
+            quorum: None,
             lease: None,
             presence: shared.gate.presence(worker),
             listening: Listening::default(),
@@ -1480,6 +1483,14 @@ impl Session {
         if let Some(shared) = &self.shared_mark {
             self.join_global(shared, topology);
             self.mark = shared.bring_forward(&*self.shared.positions, topology);
+        }
+        if let Some(quorum) = &mut self.quorum {
+            quorum.absorb(&*self.shared.positions, topology);
+            if let Some(reached) = quorum.reached()
+                && self.shared_mark.is_none()
+            {
+                self.mark.covered_by(reached);
+            }
         }
         let of_transaction = self.lazy.as_mut().map(|lazy| &mut lazy.freshness);
         for freshness in self.freshness.iter_mut().chain(of_transaction) {

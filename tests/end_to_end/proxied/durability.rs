@@ -88,7 +88,8 @@ async fn payments_are_synchronous_and_page_views_asynchronous_on_one_cluster() {
         cluster.set_up("TRUNCATE seen").await;
         let answer = client.ask(&unit).await;
         assert!(!tags(&answer).contains('E'), "{answer:?}");
-        let seen = cluster.primary().query_text("SELECT string_agg(DISTINCT as_, ',') FROM seen").await.unwrap();
+        let seen =
+            cluster.primary().query_text("SELECT string_agg(DISTINCT as_, ',') FROM seen").await.unwrap();
         assert_eq!(seen, expected);
     }
     let mut other = proxy.raw_login().await;
@@ -110,12 +111,22 @@ async fn a_session_a_transaction_and_a_statement_may_say_how_durable_they_are() 
         (&["BEGIN", "SET LOCAL highwater.durability = applied", plain, "COMMIT"], "remote_apply"),
         (&[plain], "local"),
         (&["BEGIN", plain, "SET LOCAL highwater.durability TO sync", "COMMIT"], "on"),
-        (&["BEGIN", "SELECT set_config('highwater.durability', 'applied', true)", plain, "COMMIT"], "remote_apply"),
+        (
+            &["BEGIN", "SELECT set_config('highwater.durability', 'applied', true)", plain, "COMMIT"],
+            "remote_apply",
+        ),
         (&["BEGIN", "SET highwater.durability = sync", plain, "COMMIT"], "on"),
         (&[plain], "on"),
         (&["BEGIN", "SET highwater.durability = async", plain, "ROLLBACK", plain], "on"),
         (
-            &["BEGIN", "SAVEPOINT a", "SET LOCAL highwater.durability = async", "ROLLBACK TO a", plain, "COMMIT"],
+            &[
+                "BEGIN",
+                "SAVEPOINT a",
+                "SET LOCAL highwater.durability = async",
+                "ROLLBACK TO a",
+                plain,
+                "COMMIT",
+            ],
             "on",
         ),
         (&["/* highwater.durability=applied */ INSERT INTO plain VALUES (1)"], "remote_apply"),

@@ -60,7 +60,11 @@ impl Gated {
             samples: &[],
             topology_changes: 0,
         };
-        self.server().metrics.render(&scrape).lines().any(|line| line.contains(label) && !line.ends_with(" 0"))
+        self.server()
+            .metrics
+            .render(&scrape)
+            .lines()
+            .any(|line| line.contains(label) && !line.ends_with(" 0"))
     }
 
     /// Closes, leaves the primary, and waits until nothing of it is left.
@@ -118,7 +122,8 @@ async fn writes_wait_in_the_order_in_which_they_came_while_reads_go_on() {
         for writer in &mut writers {
             assert_eq!(tags(&writer.read_ready().await), "CZ");
         }
-        let order = format!("SELECT string_agg((x % 10)::text, '' ORDER BY id) FROM t WHERE x / 10 = {round}");
+        let order =
+            format!("SELECT string_agg((x % 10)::text, '' ORDER BY id) FROM t WHERE x / 10 = {round}");
         assert_eq!(cluster.primary().query_text(&order).await.unwrap(), "01234567", "{posture:?}");
     }
     proxy.stop().await;
@@ -156,8 +161,7 @@ async fn a_draining_primary_is_left_when_the_last_transaction_is_over_and_pins_d
     cluster.set_up("CREATE TABLE t (x int)").await;
     let proxy = Gated::start(&cluster, "").await;
     let gate = proxy.server().gate.clone();
-    let (mut busy, mut pinned, mut listens) =
-        (proxy.login().await, proxy.login().await, proxy.login().await);
+    let (mut busy, mut pinned, mut listens) = (proxy.login().await, proxy.login().await, proxy.login().await);
     let (mut plain, mut late) = (proxy.login().await, proxy.login().await);
     succeed(&mut pinned, "CREATE TEMP TABLE mine (x int)").await;
     succeed(&mut listens, "LISTEN a").await;
@@ -179,7 +183,11 @@ async fn a_draining_primary_is_left_when_the_last_transaction_is_over_and_pins_d
     let words = pinned.read_to_end().await;
     assert_eq!(code(&words).as_deref(), Some("57P01"), "{words:?}");
     let silence = Duration::from_millis(100);
-    assert!(plain.silent_for(silence).await && listens.silent_for(silence).await && busy.silent_for(silence).await);
+    assert!(
+        plain.silent_for(silence).await
+            && listens.silent_for(silence).await
+            && busy.silent_for(silence).await
+    );
     gate.set(Posture::Open);
     assert_eq!(tags(&late.read_ready().await), "CZ");
     let warning = listens.read().await.unwrap();

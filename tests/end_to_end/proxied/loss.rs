@@ -110,7 +110,11 @@ async fn a_transaction_or_state_that_is_lost_with_its_server_ends_the_session() 
     let cluster = Cluster::start(0).await;
     cluster.set_up("CREATE TABLE t (x int)").await;
     let proxy = quick(&cluster).await;
-    for state in ["BEGIN; INSERT INTO t VALUES (1)", "CREATE TEMP TABLE mine (x int)", "LISTEN a; PREPARE p AS SELECT 1; SELECT pg_advisory_lock(1)"] {
+    for state in [
+        "BEGIN; INSERT INTO t VALUES (1)",
+        "CREATE TEMP TABLE mine (x int)",
+        "LISTEN a; PREPARE p AS SELECT 1; SELECT pg_advisory_lock(1)",
+    ] {
         let mut client = proxy.raw_login().await;
         succeed(&mut client, state).await;
         cluster.link(0).cut();
@@ -146,7 +150,8 @@ async fn a_commit_whose_answer_is_lost_is_said_to_be_unknown() {
         let answer = client.read_ready().await;
         assert_eq!(code(&answer).as_deref(), Some("08007"), "{answer:?}");
         cluster.link(0).heal();
-        let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+        let end =
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
         cluster.primary().query_text(end).await.unwrap();
         written(&proxy, "SELECT 1").await;
         // The session has gone on, outside the transaction.
@@ -179,7 +184,8 @@ async fn a_commit_that_no_synchronous_replica_has_is_no_success() {
         client.send(&unit).await;
         let waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
         cluster.primary().wait_for(waits, "1").await.unwrap();
-        let cancel = "SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+        let cancel =
+            "SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
         cluster.primary().query_text(cancel).await.unwrap();
         let answer = client.read_ready().await;
         let error = answer.iter().find(|message| message.tag == b'E');

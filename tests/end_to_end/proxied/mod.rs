@@ -20,6 +20,7 @@ mod pins;
 mod pooling;
 mod prepared;
 mod protocol;
+mod quorum;
 mod read_only;
 mod relay;
 mod replication;
