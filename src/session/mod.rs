@@ -697,12 +697,17 @@ impl Session {
         }
         self.handle.begin();
         self.forget_own();
+        // What it was told speaks of notes that were taken before it was asked, and of no later ones.
+        self.quorum = None;
         self.asked_for = self.promise;
         self.sql = None;
         self.asks_sequences = false;
         let result = if self.lease.is_some() { self.held_unit().await } else { self.free_unit().await };
         if self.lease.is_none() {
             self.handle.idle();
+            if result.is_ok() {
+                self.without_backend();
+            }
         }
         if self.lease.is_none() || self.status == TransactionStatus::Idle {
             self.presence.leave();
@@ -1096,6 +1101,7 @@ impl Session {
             }
         }
         self.unit = Unit::none();
+        self.without_backend();
         cancelled
     }
 
@@ -1106,7 +1112,8 @@ impl Session {
         {
             // Nothing of it has run; the backend is closed, and what a pinned session had on it is gone.
             self.handle.idle();
-            return if self.pins.hold() { Err(End::StateLost { node: lease.node }) } else { Ok(()) };
+            let lost = self.pins.hold() && !self.carries();
+            return if lost { Err(End::StateLost { node: lease.node }) } else { Ok(()) };
         }
         if !self.unit.is_quiet() {
             self.note();
@@ -1316,6 +1323,7 @@ impl Session {
 
     /// Notes what the node has shown, after its ReadyForQuery or the loss of its connection.
     fn note(&mut self) {
+        self.quorum = None;
         let Some(lease) = &self.lease else { return };
         let (node, epoch, writes) = (lease.node, lease.epoch, self.unit.writes);
         if !writes && !self.level().notes_reads() {

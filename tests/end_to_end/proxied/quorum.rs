@@ -3,7 +3,7 @@
 use crate::fixture::*;
 
 const QUORUM: &str = "
-failover: { check_interval: 100ms, check_timeout: 500ms, failure_threshold: 2, pause_timeout: 3s }
+failover: { check_interval: 100ms, check_timeout: 10s, pause_timeout: 3s }
 consistency:
   level: strong
   max_lag: 1h
@@ -46,7 +46,7 @@ async fn a_strong_read_shows_what_was_acknowledged_when_the_primary_is_gone() {
     // Who has written, who has only read, and who comes now.
     let mut new = proxy.raw_login().await;
     for client in [&mut writer, &mut reader, &mut new] {
-        assert_eq!(value(client).await, Ok("3".to_owned()));
+        assert_eq!(value(client).await, Ok("3".to_owned()), "{}", proxy.log());
     }
     // Without the quorum's word there is nobody who can say.
     assert_eq!(value(&mut plain).await, Err("57P03".to_owned()));
