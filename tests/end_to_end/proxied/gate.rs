@@ -278,6 +278,7 @@ async fn a_read_on_a_primary_that_is_left_runs_elsewhere() {
     cluster.primary().wait_for(active, "1").await.unwrap();
     proxy.leave_primary().await;
     proxy.waiting(1).await;
+    assert_eq!(proxy.server().gate.on_primary(), 0, "it waits outside");
     proxy.server().gate.set(Posture::Open);
     let answer = client.read_ready().await;
     assert_eq!(tags(&answer), "TDCZ", "{answer:?}");

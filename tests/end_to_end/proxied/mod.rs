@@ -27,6 +27,7 @@ mod prepared;
 mod prometheus;
 mod promotion;
 mod protocol;
+mod quorum;
 mod read_only;
 mod relay;
 mod reload;
