@@ -387,6 +387,15 @@ impl DurabilityConfig {
     }
 }
 
+/// Replicas of which some have applied each commit before it is acknowledged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuorumReads {
+    /// Their indexes among the nodes.
+    pub replicas: Vec<u16>,
+    /// How many of them have it.
+    pub applied_by: usize,
+}
+
 /// What sessions are promised.
 #[derive(Clone, Debug)]
 pub struct ConsistencyConfig {
@@ -394,6 +403,8 @@ pub struct ConsistencyConfig {
     pub promise: Promise,
     /// What is said for single users and databases.
     pub rules: Vec<ConsistencyRule>,
+    /// Who may say, in the primary's place, what a read at level `strong` must show.
+    pub quorum_reads: Option<QuorumReads>,
     /// No read is older than this.
     pub max_lag: Duration,
     /// How long a read waits for a replica to reach the mark.
@@ -665,8 +676,10 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "named_session_idle",
             "sample_interval",
             "sample_gap",
+            "quorum_reads",
         ],
     ),
+    ("consistency.quorum_reads", &["replicas", "applied_by"]),
     ("consistency.rules[]", &["user", "database", "level", "max_lag", "on_stale"]),
     ("durability", &["default", "rules"]),
     ("durability.rules[]", &["user", "database", "table", "durability"]),
@@ -1366,6 +1379,7 @@ impl Reader<'_> {
         let top = self.section("", tree, Trail::default());
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let nodes = self.nodes(&top);
+        let consistency = self.consistency(&top, &nodes);
         let control = self.control(&top);
         let auth = self.auth(&top);
         let listen = self.address(&top, "listen", "127.0.0.1:6432");
@@ -1412,7 +1426,7 @@ impl Reader<'_> {
             client_tcp: self.client_tcp(&top),
             node_tls: self.node_tls(&top),
             pool: self.pool(&top),
-            consistency: self.consistency(&top),
+            consistency,
             routing: self.routing(&top),
             limits: self.limits(&top),
             timeouts: self.timeouts(&top),
@@ -1646,13 +1660,31 @@ impl Reader<'_> {
         }
     }
 
-    fn consistency(&mut self, top: &Section<'_>) -> ConsistencyConfig {
+    fn quorum_reads(&mut self, consistency: &Section<'_>, nodes: &[NodeConfig]) -> Option<QuorumReads> {
+        let (tree, trail) =
+            consistency.get("quorum_reads").filter(|(tree, _)| !matches!(tree, Tree::Null))?;
+        let section = self.section("consistency.quorum_reads", tree, trail);
+        let mut replicas = Vec::new();
+        for name in self.names(&section, "replicas") {
+            match nodes.iter().position(|node| node.name == name).and_then(|at| u16::try_from(at).ok()) {
+                Some(at) if !replicas.contains(&at) => replicas.push(at),
+                Some(_) => self.wrong(&section.trail, "a node is named twice"),
+                None => self.wrong(&section.trail, "a name is none of the nodes'"),
+            }
+        }
+        let most = replicas.len().max(1) as u64;
+        let applied_by = self.number(&section, "applied_by", 1..=most, 1) as usize;
+        (!replicas.is_empty()).then_some(QuorumReads { replicas, applied_by })
+    }
+
+    fn consistency(&mut self, top: &Section<'_>, nodes: &[NodeConfig]) -> ConsistencyConfig {
         let section = self.child(top, "consistency");
         let says = self.promise_words(&section);
         let least = Duration::from_micros(100);
         let config = ConsistencyConfig {
             promise: says.over(Promise::default()),
             rules: self.consistency_rules(&section),
+            quorum_reads: self.quorum_reads(&section, nodes),
             primary_read_cap: self.number(&section, "primary_read_cap", 0..=100, 100) as u32,
             primary_read_wait: self.time(
                 &section,
@@ -1691,6 +1723,7 @@ impl Reader<'_> {
             on_stale: self.choice(section, "on_stale", &stale, &[], None),
             max_lag: None,
             route: None,
+            quorum_read: None,
         }
     }
 
@@ -1767,6 +1800,7 @@ impl Reader<'_> {
                 None => self.wrong(&rule.trail, "the rule says nothing: give `durability`"),
             }
         }
+        let words: Vec<_> = std::iter::once(("server", None)).chain(words).collect();
         DurabilityConfig { default: self.choice(&section, "default", &words, &[], None), rules }
     }
 
@@ -2113,6 +2147,10 @@ mod tests {
                         "failover.candidates[]" => format!("failover: {{ candidates: [ {{ {entry} }} ] }}"),
                         "failover.fence" => format!("failover: {{ fence: {{ {entry} }} }}"),
                         "failover.sync" => format!("failover: {{ sync: {{ {entry} }} }}"),
+                        "durability.rules[]" => format!("durability: {{ rules: [ {{ {entry} }} ] }}"),
+                        "consistency.quorum_reads" => {
+                            format!("consistency: {{ quorum_reads: {{ {entry} }} }}")
+                        }
                         _ => format!("{name}: {{ {entry} }}"),
                     })
             })

@@ -183,6 +183,39 @@ impl FromStr for Durability {
     }
 }
 
+/// Whether replicas may say, in the primary's place, what a read at level `strong` must show.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum QuorumRead {
+    /// While the primary does not answer.
+    #[default]
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
+impl QuorumRead {
+    /// The words.
+    pub const WORDS: [&'static str; 3] = ["auto", "on", "off"];
+
+    /// All, in the order of the words.
+    pub const ALL: [QuorumRead; 3] = [QuorumRead::Auto, QuorumRead::On, QuorumRead::Off];
+
+    /// Its word.
+    pub const fn word(self) -> &'static str {
+        QuorumRead::WORDS[self as usize]
+    }
+}
+
+impl FromStr for QuorumRead {
+    type Err = NotAWord;
+
+    fn from_str(text: &str) -> Result<QuorumRead, NotAWord> {
+        one_of(text, &QuorumRead::WORDS, &QuorumRead::ALL)
+    }
+}
+
 fn one_of<T: Copy>(text: &str, words: &'static [&'static str], values: &[T]) -> Result<T, NotAWord> {
     // PostgreSQL takes the words of its settings in any case.
     let at = words.iter().position(|word| word.eq_ignore_ascii_case(text)).ok_or(NotAWord(words))?;
@@ -252,6 +285,8 @@ pub struct Promise {
     pub on_stale: OnStale,
     /// Where reads run.
     pub route: Route,
+    /// Whether replicas may answer for the primary.
+    pub quorum_read: QuorumRead,
 }
 
 impl Promise {
@@ -276,6 +311,8 @@ pub struct Override {
     pub on_stale: Option<OnStale>,
     /// Where reads run.
     pub route: Option<Route>,
+    /// Whether replicas may answer for the primary.
+    pub quorum_read: Option<QuorumRead>,
 }
 
 impl Override {
@@ -286,6 +323,7 @@ impl Override {
             max_lag: self.max_lag.or(base.max_lag),
             on_stale: self.on_stale.unwrap_or(base.on_stale),
             route: self.route.unwrap_or(base.route),
+            quorum_read: self.quorum_read.unwrap_or(base.quorum_read),
         }
     }
 }
@@ -384,6 +422,7 @@ mod tests {
             max_lag: Some(LagLimit::Bytes(1)),
             on_stale: OnStale::Error,
             route: Route::Replica,
+            quorum_read: QuorumRead::Auto,
         };
         let over = Override { level: Some(Level::Eventual), ..Override::default() };
         assert_eq!(over.over(base), Promise { level: Level::Eventual, ..base });

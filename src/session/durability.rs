@@ -166,6 +166,8 @@ impl Session {
             let asks = durable.of_write(text, class.hints.durability, own);
             asked = Some(asked.map_or(asks, |before| Durability::stronger(before, asks)));
         };
+        // What names stand for that the unit gives itself.
+        let mut parsed: Vec<&[u8]> = Vec::new();
         let mut rest = &self.client.input[..];
         while let Ok(Some(header)) = wire::header(rest) {
             let Some(body) = rest.get(HEADER..header.len) else { break };
@@ -179,10 +181,12 @@ impl Session {
                 b'P' => {
                     if let Some(parse) = Parse::read(body) {
                         count(parse.text);
+                        parsed.push(parse.name);
                     }
                 }
                 b'B' => {
                     if let Some((_, name, _)) = messages::bind_names(body)
+                        && !parsed.contains(&name)
                         && let Found::Statement(statement) = self.statements.find(name)
                     {
                         count(statement.text());

@@ -151,10 +151,9 @@ impl Session {
             return Ok(());
         }
         let in_transaction = self.status != TransactionStatus::Idle && !self.is_apart();
-        let unknown = !between_units
-            && self.unit.writes
-            && (!in_transaction || self.unit.may_commit)
-            && !self.read_only;
+        // What was not sent whole has not committed by itself, and in a transaction only what may end that has.
+        let ended = self.unit.may_commit || !in_transaction && self.unit.was_sent_whole();
+        let unknown = !between_units && self.unit.writes && ended && !self.read_only;
         if unknown {
             self.shared.metrics.unknown_outcomes.inc();
         }
@@ -196,7 +195,7 @@ impl Session {
     }
 
     /// What the session has on its backend can be given to another one.
-    fn carries(&self) -> bool {
+    pub(super) fn carries(&self) -> bool {
         let now = self.pins.now();
         now.without(CARRIED).is_empty() && (!now.has(PinReason::Listen) || self.listening.there.is_some())
     }
@@ -229,6 +228,16 @@ impl Session {
         }
         if std::mem::take(&mut self.login_settings) {
             self.shared.nodes.login_settings.changed();
+        }
+    }
+
+    /// The unit is over, or runs again, without the backend on which it ran: if the session was made to listen there, it
+    /// does no more.
+    pub(super) fn without_backend(&mut self) {
+        if self.pins.hold() {
+            self.pins = Pins::default();
+            self.show_pins();
+            self.listening.lose();
         }
     }
 

@@ -42,7 +42,7 @@ pub use self::gate::GATE_REFUSED_LABELS;
 use self::handle::{Ending, SessionHandle, Sessions};
 pub use self::loss::ENDED_LABELS;
 use self::loss::Listening;
-use self::mark::{Freshness, Mark, Survival};
+use self::mark::{Freshness, Mark, Quorum, Survival};
 use self::pins::{Done, Next, PinSet, Pins};
 use self::place::Placed;
 use self::prepared::{Names, SqlCommand, Statements};
@@ -279,6 +279,8 @@ pub struct Session {
     shared_mark: Option<Arc<SharedMark>>,
     /// At level `strong`: what the running statement must be shown.
     freshness: Option<Freshness>,
+    /// The same, where replicas answer for the primary.
+    quorum: Option<Box<Quorum>>,
     lease: Option<Lease>,
     /// Whether it is on the primary, as the gate counts.
     presence: Presence,
@@ -394,6 +396,7 @@ impl Session {
             own: own_state,
             shared_mark: None,
             freshness: None,
+            quorum: None,
             lease: None,
             presence: shared.gate.presence(worker),
             listening: Listening::default(),
@@ -694,12 +697,17 @@ impl Session {
         }
         self.handle.begin();
         self.forget_own();
+        // What it was told speaks of notes that were taken before it was asked, and of no later ones.
+        self.quorum = None;
         self.asked_for = self.promise;
         self.sql = None;
         self.asks_sequences = false;
         let result = if self.lease.is_some() { self.held_unit().await } else { self.free_unit().await };
         if self.lease.is_none() {
             self.handle.idle();
+            if result.is_ok() {
+                self.without_backend();
+            }
         }
         if self.lease.is_none() || self.status == TransactionStatus::Idle {
             self.presence.leave();
@@ -1093,6 +1101,7 @@ impl Session {
             }
         }
         self.unit = Unit::none();
+        self.without_backend();
         cancelled
     }
 
@@ -1103,7 +1112,8 @@ impl Session {
         {
             // Nothing of it has run; the backend is closed, and what a pinned session had on it is gone.
             self.handle.idle();
-            return if self.pins.hold() { Err(End::StateLost { node: lease.node }) } else { Ok(()) };
+            let lost = self.pins.hold() && !self.carries();
+            return if lost { Err(End::StateLost { node: lease.node }) } else { Ok(()) };
         }
         if !self.unit.is_quiet() {
             self.note();
@@ -1313,6 +1323,7 @@ impl Session {
 
     /// Notes what the node has shown, after its ReadyForQuery or the loss of its connection.
     fn note(&mut self) {
+        self.quorum = None;
         let Some(lease) = &self.lease else { return };
         let (node, epoch, writes) = (lease.node, lease.epoch, self.unit.writes);
         if !writes && !self.level().notes_reads() {
@@ -1480,6 +1491,14 @@ impl Session {
         if let Some(shared) = &self.shared_mark {
             self.join_global(shared, topology);
             self.mark = shared.bring_forward(&*self.shared.positions, topology);
+        }
+        if let Some(quorum) = &mut self.quorum {
+            quorum.absorb(&*self.shared.positions, topology);
+            if let Some(reached) = quorum.reached()
+                && self.shared_mark.is_none()
+            {
+                self.mark.covered_by(reached);
+            }
         }
         let of_transaction = self.lazy.as_mut().map(|lazy| &mut lazy.freshness);
         for freshness in self.freshness.iter_mut().chain(of_transaction) {

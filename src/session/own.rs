@@ -6,7 +6,9 @@
 use std::time::Duration;
 
 use crate::classify::hint;
-use crate::consistency::{Durability, LagLimit, Level, NotAWord, OnStale, Override, Route, Token};
+use crate::consistency::{
+    Durability, LagLimit, Level, NotAWord, OnStale, Override, QuorumRead, Route, Token,
+};
 use crate::positions::{Sample, SampleBody};
 use crate::topology::Topology;
 use crate::wal::Lsn;
@@ -28,6 +30,8 @@ pub enum Own {
     OnStale(OnStale),
     /// `highwater.route`.
     Route(Route),
+    /// `highwater.quorum_read`.
+    QuorumRead(QuorumRead),
     /// `highwater.token`.
     Token(Token),
     /// `highwater.session`; `None`: the session's own mark.
@@ -35,11 +39,12 @@ pub enum Own {
 }
 
 /// The names, in the order of the alphabet.
-pub const NAMES: [&str; 7] = [
+pub const NAMES: [&str; 8] = [
     "highwater.consistency",
     "highwater.durability",
     "highwater.max_lag",
     "highwater.on_stale",
+    "highwater.quorum_read",
     "highwater.route",
     "highwater.session",
     "highwater.token",
@@ -60,6 +65,7 @@ impl Own {
             "durability" => word(&name, value).map(|durability| Own::Durability(Some(durability))),
             "on_stale" => word(&name, value).map(Own::OnStale),
             "route" => word(&name, value).map(Own::Route),
+            "quorum_read" => word(&name, value).map(Own::QuorumRead),
             "max_lag" if value.is_empty() => Ok(Own::MaxLag(None)),
             "max_lag" => LagLimit::parse(value).map(|limit| Own::MaxLag(Some(limit))).ok_or_else(|| {
                 invalid(&name, value).hint("A time or a size of write-ahead log, as 250ms, 5s, 64kB or 16MB.")
@@ -113,6 +119,7 @@ pub fn said<'a>(settings: impl IntoIterator<Item = &'a Own>) -> Override {
         Own::MaxLag(limit) => Override { max_lag: *limit, ..said },
         Own::OnStale(on_stale) => Override { on_stale: Some(*on_stale), ..said },
         Own::Route(route) => Override { route: Some(*route), ..said },
+        Own::QuorumRead(word) => Override { quorum_read: Some(*word), ..said },
         Own::Token(_) | Own::Session(_) | Own::Durability(_) => said,
     })
 }

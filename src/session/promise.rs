@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
-use super::mark::{Freshness, Mark};
+use super::mark::{Freshness, Mark, Quorum};
 use super::own::{self, Own};
 use super::shared_mark::{Refused, SharedMark};
 use super::{End, Role, Session};
@@ -13,8 +13,8 @@ use crate::backend::{Applied, StartupParameters};
 use crate::classify::hint::Hints;
 use crate::classify::setting::{self, Change};
 use crate::classify::{ClassReason, Kind, Lookup, StatementClass};
-use crate::consistency::{Durability, Level, Promise, Token};
-use crate::topology::{Epoch, NodeId, Topology};
+use crate::consistency::{Durability, Level, Promise, QuorumRead, Token};
+use crate::topology::{Epoch, NodeId, Standing, Topology};
 use crate::wal::{Lsn, WalPosition};
 use crate::wire::{self, ErrorReport, Severity, TransactionStatus};
 
@@ -164,7 +164,7 @@ impl Session {
                     self.take_name(name).map_err(fatal)?;
                 }
                 Own::Durability(said) => self.take_durability(said, true),
-                Own::Level(_) | Own::MaxLag(_) | Own::OnStale(_) | Own::Route(_) => {}
+                Own::Level(_) | Own::MaxLag(_) | Own::OnStale(_) | Own::Route(_) | Own::QuorumRead(_) => {}
             }
         }
         self.own.asked = false;
@@ -303,7 +303,10 @@ impl Session {
             }
             let value = setting::value_of(sql).unwrap_or_default();
             match Own::read(name, &value) {
-                None | Some(Ok(Own::Level(_) | Own::MaxLag(_) | Own::OnStale(_) | Own::Route(_))) => {}
+                None
+                | Some(Ok(
+                    Own::Level(_) | Own::MaxLag(_) | Own::OnStale(_) | Own::Route(_) | Own::QuorumRead(_),
+                )) => {}
                 Some(Err(report)) => return Some(report),
                 Some(Ok(Own::Durability(said))) => self.sets_durability(said),
                 Some(Ok(Own::Session(_) | Own::Token(_))) if local => {}
@@ -397,6 +400,7 @@ impl Session {
             ("highwater.durability", self.durability().map(Durability::word).unwrap_or_default()),
             ("highwater.max_lag", &max_lag),
             ("highwater.on_stale", self.promise.on_stale.word()),
+            ("highwater.quorum_read", self.promise.quorum_read.word()),
             ("highwater.route", self.promise.route.word()),
             ("highwater.session", self.own.name.as_deref().unwrap_or_default()),
             ("highwater.token", &token),
@@ -495,11 +499,29 @@ impl Session {
 
     /// What the next statement must be shown, if the level is `strong`.
     pub(super) fn ask_freshness(&mut self) {
-        if self.asked_for.level == Level::Strong {
-            let topology = self.shared.topology.load();
-            self.freshness = Freshness::of_now(&*self.shared.positions, &topology);
-        } else {
-            self.freshness = None;
+        (self.freshness, self.quorum) = (None, None);
+        if self.asked_for.level != Level::Strong {
+            return;
+        }
+        let topology = self.shared.topology.load();
+        let positions = &*self.shared.positions;
+        self.freshness = Freshness::of_now(positions, &topology);
+        if let Some(quorum) = &self.shared.config.consistency.quorum_reads
+            && self.asks_a_quorum(&topology)
+        {
+            let replicas = quorum.replicas.iter().copied().map(NodeId);
+            self.quorum = Quorum::of_now(positions, &topology, replicas, quorum.applied_by).map(Box::new);
+        }
+    }
+
+    /// Whether replicas are to say what a strong read must show.
+    fn asks_a_quorum(&self, topology: &Topology) -> bool {
+        match self.asked_for.quorum_read {
+            QuorumRead::On => true,
+            QuorumRead::Off => false,
+            QuorumRead::Auto => !topology
+                .primary
+                .is_some_and(|node| topology.node(node).standing == Standing::Primary { reachable: true }),
         }
     }
 }

@@ -21,6 +21,7 @@ mod pooling;
 mod prepared;
 mod promotion;
 mod protocol;
+mod quorum;
 mod read_only;
 mod relay;
 mod replication;
