@@ -3,6 +3,7 @@
 mod cancel;
 mod consistency;
 mod drivers;
+mod failover;
 mod faults;
 mod garbage;
 mod histories;
