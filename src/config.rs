@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use serde::de::{self, DeserializeSeed as _};
 
-use crate::consistency::{LagLimit, Level, OnStale, Override, Promise, Route};
+use crate::consistency::{Durability, LagLimit, Level, OnStale, Override, Promise, Route};
 
 /// A secret text: never shown by `Debug`.
 #[derive(Clone, PartialEq, Eq)]
@@ -66,6 +66,8 @@ pub struct Config {
     pub replication: ReplicationConfig,
     /// How nodes are watched and a lost primary is replaced.
     pub failover: FailoverConfig,
+    /// Where commits must be.
+    pub durability: DurabilityConfig,
     /// Log lines.
     pub log: LogConfig,
     /// How long SIGTERM lets transactions finish.
@@ -324,6 +326,67 @@ pub struct ConsistencyRule {
     pub says: Override,
 }
 
+/// How durable writes to a table must be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableRule {
+    /// Its schema; `None`: any.
+    pub schema: Option<String>,
+    /// Its name.
+    pub table: String,
+    /// How durable.
+    pub durability: Durability,
+}
+
+impl TableRule {
+    /// Whether it is about a table that a statement names so. A rule that names a schema is about no table that
+    /// is named without one: which that is depends on the search path.
+    pub fn is_about(&self, schema: &Option<Vec<u8>>, table: &[u8]) -> bool {
+        self.table.as_bytes() == table
+            && self.schema.as_ref().is_none_or(|of| schema.as_deref() == Some(of.as_bytes()))
+    }
+}
+
+/// How durable the writes of a user, in a database, or to a table must be.
+#[derive(Clone, Debug)]
+pub struct DurabilityRule {
+    /// For whom.
+    pub whom: Whom,
+    /// Of which table: schema and name; `None`: any.
+    pub table: Option<(Option<String>, String)>,
+    /// How durable.
+    pub durability: Durability,
+}
+
+/// Where commits must be before they are acknowledged.
+#[derive(Clone, Debug, Default)]
+pub struct DurabilityConfig {
+    /// What holds unless a rule or the session says otherwise; `None`: what the server does by itself.
+    pub default: Option<Durability>,
+    /// What is said for single users, databases and tables.
+    pub rules: Vec<DurabilityRule>,
+}
+
+impl DurabilityConfig {
+    /// What holds for the sessions of `user` in `database`, and for single tables there: the first that is about a
+    /// table counts.
+    pub fn for_session(&self, user: &str, database: &str) -> (Option<Durability>, Vec<TableRule>) {
+        let mut base = self.default;
+        let mut tables = Vec::new();
+        for rule in Whom::telling(&self.rules, |rule| &rule.whom, user, database) {
+            match &rule.table {
+                None => base = Some(rule.durability),
+                Some((schema, table)) => tables.push(TableRule {
+                    schema: schema.clone(),
+                    table: table.clone(),
+                    durability: rule.durability,
+                }),
+            }
+        }
+        tables.reverse();
+        (base, tables)
+    }
+}
+
 /// What sessions are promised.
 #[derive(Clone, Debug)]
 pub struct ConsistencyConfig {
@@ -555,6 +618,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "node_tls",
             "pool",
             "consistency",
+            "durability",
             "routing",
             "limits",
             "timeouts",
@@ -604,6 +668,8 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
         ],
     ),
     ("consistency.rules[]", &["user", "database", "level", "max_lag", "on_stale"]),
+    ("durability", &["default", "rules"]),
+    ("durability.rules[]", &["user", "database", "table", "durability"]),
     ("routing", &["split", "shadow", "transactions", "functions", "rules"]),
     ("routing.rules[]", &["user", "database", "split", "route"]),
     ("routing.functions", &["safe", "primary"]),
@@ -1352,6 +1418,7 @@ impl Reader<'_> {
             timeouts: self.timeouts(&top),
             replication: self.replication(&top),
             failover,
+            durability: self.durability(&top),
             log: self.log(&top),
             drain_timeout: self.time(&top, "drain_timeout", Duration::from_secs(30), Duration::ZERO),
             warnings: Vec::new(),
@@ -1675,6 +1742,32 @@ impl Reader<'_> {
             rules.push(ConsistencyRule { whom, says });
         }
         rules
+    }
+
+    fn durability(&mut self, top: &Section<'_>) -> DurabilityConfig {
+        let section = self.child(top, "durability");
+        let words: Vec<(&str, Option<Durability>)> =
+            Durability::WORDS.iter().zip(Durability::ALL).map(|(word, value)| (*word, Some(value))).collect();
+        let mut rules = Vec::new();
+        for (tree, trail) in self.list(&section, "rules") {
+            let rule = self.section("durability.rules[]", tree, trail);
+            let whom = Whom { user: self.text(&rule, "user"), database: self.text(&rule, "database") };
+            let table = self.text(&rule, "table").map(|name| match name.split_once('.') {
+                Some((schema, table)) => (Some(schema.to_owned()), table.to_owned()),
+                None => (None, name),
+            });
+            if whom.user.is_none() && whom.database.is_none() && table.is_none() {
+                self.wrong(
+                    &rule.trail,
+                    "a rule is for a `user`, a `database`, a `table`, or several of them",
+                );
+            }
+            match self.choice(&rule, "durability", &words, &[], None) {
+                Some(durability) => rules.push(DurabilityRule { whom, table, durability }),
+                None => self.wrong(&rule.trail, "the rule says nothing: give `durability`"),
+            }
+        }
+        DurabilityConfig { default: self.choice(&section, "default", &words, &[], None), rules }
     }
 
     fn routing(&mut self, top: &Section<'_>) -> RoutingConfig {

@@ -129,6 +129,60 @@ impl FromStr for Route {
     }
 }
 
+/// Where a commit must be before it is acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Durability {
+    /// On the primary's disk.
+    Async,
+    /// Besides, on the disks of the synchronous replicas.
+    Sync,
+    /// Besides, applied there: who reads from them sees it.
+    Applied,
+}
+
+impl Durability {
+    /// The words.
+    pub const WORDS: [&'static str; 3] = ["async", "sync", "applied"];
+
+    /// All, in the order of the words.
+    pub const ALL: [Durability; 3] = [Durability::Async, Durability::Sync, Durability::Applied];
+
+    /// Its word.
+    pub const fn word(self) -> &'static str {
+        Durability::WORDS[self as usize]
+    }
+
+    /// PostgreSQL's `synchronous_commit` for it. Not `off` for the least: that acknowledges what a mere crash of the
+    /// primary takes away.
+    pub const fn synchronous_commit(self) -> &'static str {
+        match self {
+            Durability::Async => "local",
+            Durability::Sync => "on",
+            Durability::Applied => "remote_apply",
+        }
+    }
+
+    /// Of two writes of one transaction the one that asks for more counts. `None` asks for what the server does by
+    /// itself: at least as much as `async`.
+    pub fn stronger(one: Option<Durability>, other: Option<Durability>) -> Option<Durability> {
+        let rank = |of: Option<Durability>| match of {
+            Some(Durability::Async) => 0,
+            None => 1,
+            Some(Durability::Sync) => 2,
+            Some(Durability::Applied) => 3,
+        };
+        if rank(other) > rank(one) { other } else { one }
+    }
+}
+
+impl FromStr for Durability {
+    type Err = NotAWord;
+
+    fn from_str(text: &str) -> Result<Durability, NotAWord> {
+        one_of(text, &Durability::WORDS, &Durability::ALL)
+    }
+}
+
 fn one_of<T: Copy>(text: &str, words: &'static [&'static str], values: &[T]) -> Result<T, NotAWord> {
     // PostgreSQL takes the words of its settings in any case.
     let at = words.iter().position(|word| word.eq_ignore_ascii_case(text)).ok_or(NotAWord(words))?;

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, MutexGuard};
 
 use crate::config::Config;
 use crate::failover::conninfo::Conninfo;
@@ -49,6 +49,8 @@ pub struct Limits {
     pub sever: Duration,
     /// Re-pointing a standby until it streams.
     pub repoint: Duration,
+    /// A change of `synchronous_standby_names`, which takes a checkpoint.
+    pub names: Duration,
     /// Everything else.
     pub other: Duration,
 }
@@ -60,6 +62,7 @@ impl Default for Limits {
             statement: Duration::from_secs(2),
             sever: Duration::from_secs(3),
             repoint: Duration::from_secs(10),
+            names: Duration::from_secs(60),
             other: Duration::from_secs(5),
         }
     }
@@ -84,7 +87,7 @@ impl From<StoreError> for Trouble {
 
 /// All nodes' control sessions. Orders on one node run one after the other, on several beside each other.
 pub struct Hands {
-    hands: Vec<(Arc<Mutex<Hand>>, Arc<AtomicUsize>)>,
+    hands: Vec<(Mutex<Hand>, Arc<AtomicUsize>)>,
 }
 
 impl Hands {
@@ -109,22 +112,48 @@ impl Hands {
                 limits,
                 session: None,
             };
-            (Arc::new(Mutex::new(hand)), behind)
+            (Mutex::new(hand), behind)
         };
         Hands { hands: (0..config.nodes.len().min(usize::from(u16::MAX))).map(hand).collect() }
     }
 
     /// Carries out one order, after those on the same node before it.
     pub async fn carry_out(&self, node: NodeId, order: &Order) -> OrderResult {
-        let Some((hand, behind)) = self.hands.get(node.index()) else {
+        let Some(mut hand) = self.hand(node).await else {
             return OrderResult::Failed("no such node in the configuration".to_owned());
         };
-        behind.fetch_add(1, Ordering::SeqCst);
-        let mut hand = hand.lock().await;
-        behind.fetch_sub(1, Ordering::SeqCst);
         let result = hand.carry_out(order).await;
         failpoint(order.label());
         result
+    }
+
+    /// On the primary `node`: makes `value` its `synchronous_standby_names` (with `change`; else it must be it already),
+    /// sees that it is in effect for `members` and for nobody else, and answers with a position after that (I9).
+    pub async fn set_names(
+        &self,
+        node: NodeId,
+        value: &str,
+        members: &[&str],
+        change: bool,
+    ) -> Result<Lsn, String> {
+        let Some(mut hand) = self.hand(node).await else {
+            return Err("no such node in the configuration".to_owned());
+        };
+        let result = hand.set_names(value, members, change).await;
+        failpoint("set_names");
+        result.map_err(|trouble| match trouble {
+            Trouble::Refused(why) | Trouble::Unknown(why) => why,
+            Trouble::Diverged(at) => format!("diverged at {at}"),
+        })
+    }
+
+    /// The node's hand, when the order before has ended; one that only waits for something ends for this.
+    async fn hand(&self, node: NodeId) -> Option<MutexGuard<'_, Hand>> {
+        let (hand, behind) = self.hands.get(node.index())?;
+        behind.fetch_add(1, Ordering::SeqCst);
+        let hand = hand.lock().await;
+        behind.fetch_sub(1, Ordering::SeqCst);
+        Some(hand)
     }
 
     /// Closes the control session to `node`; its lock is free then.
@@ -498,6 +527,30 @@ impl Hand {
         self.fresh_shows("synchronous_standby_names", &value, until).await
     }
 
+    async fn set_names(&mut self, value: &str, members: &[&str], change: bool) -> Result<Lsn, Trouble> {
+        let until = Instant::now() + self.limits.names;
+        self.require_primary(until).await?;
+        if change {
+            self.alter("synchronous_standby_names", Some(value), until).await?;
+            self.reload(until).await?;
+        }
+        self.fresh_shows("synchronous_standby_names", value, until).await?;
+        // The checkpointer tells backends whether to wait at all: it has read the file before it makes a checkpoint.
+        // What was acknowledged before that lies behind the position that is asked for afterwards.
+        self.run_within("CHECKPOINT", until, self.limits.names).await?;
+        let list: Vec<String> = members.iter().map(|member| literal(member)).collect();
+        let list = if list.is_empty() { "NULL".to_owned() } else { list.join(", ") };
+        let others = format!(
+            "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming' \
+             AND (sync_priority > 0) IS DISTINCT FROM coalesce(application_name IN ({list}), false)"
+        );
+        while first(&self.run(&others, until).await?).as_deref() != Some("0") {
+            self.wait(until, || "its senders do not go by the new synchronous_standby_names yet".to_owned())
+                .await?;
+        }
+        lsn(&self.run("SELECT pg_current_wal_insert_lsn()", until).await?).ok_or_else(|| self.unreadable())
+    }
+
     async fn epoch_row(&mut self, epoch: Epoch, timeline: TimelineId, fork: Lsn) -> Result<(), Trouble> {
         let until = Instant::now() + self.limits.other;
         self.require_primary(until).await?;
@@ -697,11 +750,15 @@ impl Hand {
 
     /// One statement in the session that holds the lock.
     async fn run(&mut self, statement: &str, until: Instant) -> Result<Rows, Trouble> {
+        self.run_within(statement, until, self.limits.statement).await
+    }
+
+    async fn run_within(&mut self, statement: &str, until: Instant, most: Duration) -> Result<Rows, Trouble> {
         let session = match self.session.take() {
             Some(session) if !session.is_closed() => session,
             _ => self.take_over(until).await?,
         };
-        match session.ask(statement, self.left(until, self.limits.statement)).await {
+        match session.ask(statement, self.left(until, most)).await {
             Ok(rows) => {
                 self.session = Some(session);
                 Ok(rows)

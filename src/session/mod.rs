@@ -8,6 +8,7 @@
 
 mod answers;
 mod demand;
+mod durability;
 mod exchange;
 mod gate;
 pub mod handle;
@@ -35,6 +36,7 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, BufMut, BytesMut};
 
 use self::demand::Demand;
+use self::durability::Durable;
 use self::exchange::{Again, HIGH_WATER, Outcome, Purpose, Unit, put_report};
 pub use self::gate::GATE_REFUSED_LABELS;
 use self::handle::{Ending, SessionHandle, Sessions};
@@ -282,6 +284,10 @@ pub struct Session {
     presence: Presence,
     /// The channels it listens to.
     listening: Listening,
+    /// How durable its commits must be; `None`: nothing is said of that.
+    durable: Option<Box<Durable>>,
+    /// Its transaction may have written.
+    wrote: bool,
     role: Role,
     /// The sampler connection of the replica that `lease` is on when the session was let there.
     incarnation: Incarnation,
@@ -347,6 +353,8 @@ impl Session {
         let mut promise = shared.config.consistency.promise_for(&arrival.user, &arrival.database);
         let split;
         (split, promise.route) = shared.config.routing.for_session(&arrival.user, &arrival.database);
+        let (base, tables) = shared.config.durability.for_session(&arrival.user, &arrival.database);
+        let durable = Durable::new(base, tables);
         let (at_login, invalid) = match own {
             Ok(own) => (own, None),
             Err(report) => (Vec::new(), Some(report)),
@@ -389,6 +397,8 @@ impl Session {
             lease: None,
             presence: shared.gate.presence(worker),
             listening: Listening::default(),
+            durable,
+            wrote: false,
             role: Role::Primary,
             incarnation: Incarnation::default(),
             pins: Pins::default(),
@@ -695,6 +705,7 @@ impl Session {
             self.presence.leave();
         }
         self.follow_own();
+        self.settle_durability();
         self.timeouts.unit_ended(self.status);
         if self.timeouts.take_stopped() && result.is_ok() {
             if self.status != TransactionStatus::Idle || self.unit.failed() {
@@ -739,7 +750,13 @@ impl Session {
                 Ok(placed) => placed,
                 Err(report) => return self.fail_unit(report),
             };
-            self.flush_client().await?;
+            let left = placed.lease.socket.closed();
+            tokio::select! {
+                biased;
+                flushed = self.flush_client() => flushed?,
+                // The client may take its time; whoever waits for the connection to be closed does not.
+                () = left => continue,
+            }
             let (node, reason) = (placed.node, placed.reason);
             let told_before = self.reported.clone();
             self.begin_on(placed, &demand);
@@ -856,13 +873,16 @@ impl Session {
 
     /// Puts what makes the backend's settings the session's ahead of the unit. Whether that was needed.
     fn give_settings(&mut self, backend: &mut Backend) -> bool {
-        if backend.applied == *self.settings.wanted() {
+        let durable = if self.durable.is_some() { self.wanted_for_unit() } else { None };
+        let wanted = durable.as_ref().unwrap_or_else(|| self.settings.wanted());
+        if backend.applied == *wanted {
             return false;
         }
-        let Some(sql) = settings::replay(&backend.applied, self.settings.wanted()) else {
-            backend.applied = self.settings.wanted().clone();
+        let Some(sql) = settings::replay(&backend.applied, wanted) else {
+            backend.applied = wanted.clone();
             return false;
         };
+        self.unit.applies = Some(wanted.clone());
         self.shared.metrics.settings_replays.inc();
         self.unit.put_ahead(backend, sql.as_bytes(), Purpose::Settings);
         true
@@ -895,6 +915,12 @@ impl Session {
         self.unit.writes = !demand.is_read() && !self.read_only;
         self.unit.ddl = demand.is_ddl();
         self.unit.may_commit = demand.may_commit();
+        if demand.leaves() == Leaves::Pins(PinReason::Listen)
+            && let Ok(Some(header)) = wire::header(&self.client.input)
+            && let Some((text, _)) = self.client.input.get(HEADER..header.len).and_then(wire::cstr)
+        {
+            self.listening.asked(text);
+        }
         if (demand.sets() || demand.is_ddl())
             && let Ok(Some(header)) = wire::header(&self.client.input)
             && let Some(body) = self.client.input.get(HEADER..header.len)
@@ -915,6 +941,10 @@ impl Session {
             Some(demand) => Some(demand),
             None => None,
         };
+        if self.outlives_backend() {
+            // A backend that has gone since the client was last waited for gets no statement.
+            poll_fn(|cx| Poll::Ready(self.hear_backend(cx))).await?;
+        }
         if self.role == Role::Primary && self.status == TransactionStatus::Idle {
             // A pinned session's mark holds for its backend, too.
             self.ask_freshness();
@@ -936,6 +966,9 @@ impl Session {
             return Err(End::NodeLost { node });
         }
         if let Some((text, class)) = self.first_text() {
+            if class.hints.durability.is_some() {
+                self.hints_durability();
+            }
             self.look_for_own(&text, class).await?;
         }
         let reason = if self.pins.hold() { RouteReason::Pinned } else { RouteReason::InTransaction };
@@ -952,6 +985,9 @@ impl Session {
             if self.status != TransactionStatus::Failed {
                 self.give_own(&mut lease);
             }
+            let mut unit = std::mem::replace(&mut self.unit, Unit::none());
+            self.give_durability(&mut unit, &mut lease);
+            self.unit = unit;
             self.lease = Some(lease);
         }
         if !self.may_be_cancelled() {
@@ -1124,8 +1160,10 @@ impl Session {
             self.catalog.invalidate();
         }
         // To which channels it listens now has to be known, should this backend be lost.
-        let listens = self.unit.pins.has(PinReason::Listen) && self.pins.now().has(PinReason::Listen);
-        if next == Next::Look || listens {
+        let certain = done.before == TransactionStatus::Idle && !done.failed && done.commands == 1;
+        let listens = self.pins.now().has(PinReason::Listen);
+        let asks = self.listening.after(certain, listens, done.leaves.has(PinReason::Listen));
+        if next == Next::Look || asks {
             self.look_at_backend().await?;
         }
         if self.role == Role::Replica && self.pins.hold() {
@@ -1233,7 +1271,7 @@ impl Session {
                 None => lease.own_names = had,
             }
         }
-        self.listening.seen(look.listens);
+        self.listening.seen(look.shown.is_some().then(|| look.listens.unwrap_or_default()));
         for message in look.notifications {
             self.notification_heard(message);
         }
@@ -1332,8 +1370,9 @@ impl Session {
         if self.client.output.is_empty() {
             return Ok(());
         }
-        poll_fn(|cx| match self.handle.poll_ending(cx) {
-            Ending::Now => Poll::Ready(Err(End::shutdown())),
+        poll_fn(|cx| match (self.handle.poll_ending(cx), self.is_left()) {
+            (Ending::Now, _) => Poll::Ready(Err(End::shutdown())),
+            (_, Some(node)) => Poll::Ready(Err(End::NodeLost { node })),
             _ => {
                 poll_drain(&mut self.client.stream, &mut self.client.output, cx).map_err(|_| End::ClientGone)
             }

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use crate::classify::hint;
-use crate::consistency::{LagLimit, Level, NotAWord, OnStale, Override, Route, Token};
+use crate::consistency::{Durability, LagLimit, Level, NotAWord, OnStale, Override, Route, Token};
 use crate::positions::{Sample, SampleBody};
 use crate::topology::Topology;
 use crate::wal::Lsn;
@@ -20,6 +20,8 @@ pub const PREFIX: &str = "highwater.";
 pub enum Own {
     /// `highwater.consistency`.
     Level(Level),
+    /// `highwater.durability`; `None`: what holds otherwise.
+    Durability(Option<Durability>),
     /// `highwater.max_lag`; `None`: no limit of its own.
     MaxLag(Option<LagLimit>),
     /// `highwater.on_stale`.
@@ -33,8 +35,9 @@ pub enum Own {
 }
 
 /// The names, in the order of the alphabet.
-pub const NAMES: [&str; 6] = [
+pub const NAMES: [&str; 7] = [
     "highwater.consistency",
+    "highwater.durability",
     "highwater.max_lag",
     "highwater.on_stale",
     "highwater.route",
@@ -53,6 +56,8 @@ impl Own {
         let key = name.strip_prefix(PREFIX)?;
         Some(match key {
             "consistency" => word(&name, value).map(Own::Level),
+            "durability" if value.is_empty() => Ok(Own::Durability(None)),
+            "durability" => word(&name, value).map(|durability| Own::Durability(Some(durability))),
             "on_stale" => word(&name, value).map(Own::OnStale),
             "route" => word(&name, value).map(Own::Route),
             "max_lag" if value.is_empty() => Ok(Own::MaxLag(None)),
@@ -85,10 +90,10 @@ fn word<T: std::str::FromStr<Err = NotAWord>>(name: &str, value: &str) -> Result
 /// Why a statement does not run: a comment in it gives one of the settings a value that is none of its words.
 pub fn refused_hint(text: &[u8]) -> Option<ErrorReport> {
     let (name, value) = hint::invalid(text)?;
-    let words = if name == "highwater.route" {
-        Route::WORDS.to_vec()
-    } else {
-        hint::LEVELS.map(Level::word).to_vec()
+    let words = match name {
+        "highwater.route" => Route::WORDS.to_vec(),
+        "highwater.durability" => Durability::WORDS.to_vec(),
+        _ => hint::LEVELS.map(Level::word).to_vec(),
     };
     let report =
         invalid(name, &value).detail("A comment of the statement says so; the statement was not run.");
@@ -108,7 +113,7 @@ pub fn said<'a>(settings: impl IntoIterator<Item = &'a Own>) -> Override {
         Own::MaxLag(limit) => Override { max_lag: *limit, ..said },
         Own::OnStale(on_stale) => Override { on_stale: Some(*on_stale), ..said },
         Own::Route(route) => Override { route: Some(*route), ..said },
-        Own::Token(_) | Own::Session(_) => said,
+        Own::Token(_) | Own::Session(_) | Own::Durability(_) => said,
     })
 }
 

@@ -3,14 +3,17 @@
 mod cancel;
 mod consistency;
 mod drivers;
+mod durability;
 mod failover;
 mod faults;
 mod garbage;
+mod gate;
 mod histories;
 mod leaks;
 mod levels;
 mod limits;
 mod login;
+mod loss;
 mod notifications;
 mod one_path_and_another;
 mod operator;
