@@ -12,9 +12,10 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, MutexGuard};
 
 use crate::config::Config;
 use crate::failover::conninfo::Conninfo;
@@ -86,7 +87,7 @@ impl From<StoreError> for Trouble {
 
 /// All nodes' control sessions. Orders on one node run one after the other, on several beside each other.
 pub struct Hands {
-    hands: Vec<Arc<Mutex<Hand>>>,
+    hands: Vec<(Mutex<Hand>, Arc<AtomicUsize>)>,
 }
 
 impl Hands {
@@ -99,7 +100,9 @@ impl Hands {
         limits: Limits,
     ) -> Hands {
         let hand = |index: usize| {
-            Arc::new(Mutex::new(Hand {
+            let behind = Arc::new(AtomicUsize::new(0));
+            let hand = Hand {
+                behind: Arc::clone(&behind),
                 config: Arc::clone(config),
                 nodes: Arc::clone(nodes),
                 upstreams: Arc::clone(upstreams),
@@ -108,17 +111,18 @@ impl Hands {
                 name: config.nodes[index].name.clone(),
                 limits,
                 session: None,
-            }))
+            };
+            (Mutex::new(hand), behind)
         };
         Hands { hands: (0..config.nodes.len().min(usize::from(u16::MAX))).map(hand).collect() }
     }
 
     /// Carries out one order, after those on the same node before it.
     pub async fn carry_out(&self, node: NodeId, order: &Order) -> OrderResult {
-        let Some(hand) = self.hands.get(node.index()) else {
+        let Some(mut hand) = self.hand(node).await else {
             return OrderResult::Failed("no such node in the configuration".to_owned());
         };
-        let result = hand.lock().await.carry_out(order).await;
+        let result = hand.carry_out(order).await;
         failpoint(order.label());
         result
     }
@@ -132,10 +136,10 @@ impl Hands {
         members: &[&str],
         change: bool,
     ) -> Result<Lsn, String> {
-        let Some(hand) = self.hands.get(node.index()) else {
+        let Some(mut hand) = self.hand(node).await else {
             return Err("no such node in the configuration".to_owned());
         };
-        let result = hand.lock().await.set_names(value, members, change).await;
+        let result = hand.set_names(value, members, change).await;
         failpoint("set_names");
         result.map_err(|trouble| match trouble {
             Trouble::Refused(why) | Trouble::Unknown(why) => why,
@@ -143,9 +147,18 @@ impl Hands {
         })
     }
 
+    /// The node's hand, when the order before has ended; one that only waits for something ends for this.
+    async fn hand(&self, node: NodeId) -> Option<MutexGuard<'_, Hand>> {
+        let (hand, behind) = self.hands.get(node.index())?;
+        behind.fetch_add(1, Ordering::SeqCst);
+        let hand = hand.lock().await;
+        behind.fetch_sub(1, Ordering::SeqCst);
+        Some(hand)
+    }
+
     /// Closes the control session to `node`; its lock is free then.
     pub async fn release(&self, node: NodeId) {
-        if let Some(hand) = self.hands.get(node.index()) {
+        if let Some((hand, _)) = self.hands.get(node.index()) {
             hand.lock().await.session = None;
         }
     }
@@ -160,6 +173,8 @@ struct Hand {
     name: String,
     limits: Limits,
     session: Option<ControlSession>,
+    /// Orders that wait for this one to end.
+    behind: Arc<AtomicUsize>,
 }
 
 type Rows = Vec<Vec<Option<String>>>;
@@ -349,6 +364,7 @@ impl Hand {
                 }
                 _ => {}
             }
+            self.give_way()?;
             if Instant::now() + POLL >= until {
                 let same = old.is_some() && now.map(|seen| seen.pid) == old;
                 return Ok(if same { Kick::SameProcess } else { Kick::Gone });
@@ -365,6 +381,7 @@ impl Hand {
             match seen.replay {
                 Some(replay) if replay >= lsn => return Ok(replay),
                 replay => {
+                    self.give_way()?;
                     self.wait(until, || {
                         format!("it has replayed up to {}, not up to {lsn}", replay.unwrap_or(Lsn::ZERO))
                     })
@@ -377,7 +394,12 @@ impl Hand {
     async fn promote(&mut self, ended: TimelineId, wait: Duration) -> Result<(TimelineId, Lsn), Trouble> {
         let started = Instant::now();
         let until = started + wait;
-        if self.standby(until).await?.in_recovery {
+        let before = self.standby(until).await?;
+        if before.in_recovery {
+            // It was made to follow another primary meanwhile: this order is of a time that is over.
+            if let Some(timeline) = before.timeline.filter(|timeline| *timeline != ended) {
+                return Err(Trouble::Refused(format!("it is on timeline {timeline}, not on {ended}")));
+            }
             // It only signals: an outcome is what is seen, never what this answers.
             self.run("SELECT pg_promote(false)", until).await?;
             failpoint("promote_sent");
@@ -449,6 +471,7 @@ impl Hand {
             if receiver.is_some_and(|seen| seen.streaming && seen.timeline == timeline.0) {
                 break;
             }
+            self.give_way()?;
             // Replay that is held up does not come to the end of the old timeline.
             let seen = self.standby(until).await?;
             self.clear_replay(&seen, Instant::now(), until).await?;
@@ -765,6 +788,14 @@ impl Hand {
             }
             session.ask(&end_holders, self.left(until, self.limits.statement)).await.map_err(unknown)?;
             self.wait(until, || "the session that holds the control lock does not end".to_owned()).await?;
+        }
+    }
+
+    /// Where only something is waited for that has been set going: whoever comes next decided after this did.
+    fn give_way(&self) -> Result<(), Trouble> {
+        match self.behind.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            _ => Err(Trouble::Unknown("another order came before its outcome".to_owned())),
         }
     }
 

@@ -4,6 +4,7 @@ mod cancel;
 mod consistency;
 mod drivers;
 mod durability;
+mod failover;
 mod faults;
 mod garbage;
 mod gate;
