@@ -122,6 +122,8 @@ pub fn start(
     let failover = &config.failover;
     let keep = config.consistency.max_lag.saturating_mul(4).max(Duration::from_secs(60));
     let track = Arc::new(PrimaryTrack::new(keep));
+    // A remembered epoch has begun already: lags count from now, without waiting for the next one.
+    track.begin(topology.load().epoch);
     let (send_observation, observations) = mpsc::channel(count.max(1) * 2);
     let (send_report, reports) = mpsc::channel(REPORT_QUEUE);
     let probe_now: Vec<Arc<Notify>> = (0..count).map(|_| Arc::new(Notify::new())).collect();
