@@ -224,7 +224,10 @@ impl Loop {
             tokio::select! {
                 Some(observation) = observations.recv() => self.take_observation(observation),
                 Some(report) = reports.recv() => self.take_report(&report),
-                Some(happening) = ears.events.recv() => self.tell(happening),
+                Some(heard) = ears.events.recv() => {
+                    let outcomes = self.shell.hear(heard);
+                    self.take_outcomes(outcomes);
+                }
                 Some((command, reply)) = ears.commands.recv() => {
                     let outcomes = self.shell.command(command, reply);
                     self.take_outcomes(outcomes);

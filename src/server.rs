@@ -83,6 +83,8 @@ pub struct ServerHandle {
     pub metrics: Arc<Metrics>,
     /// Where operators' commands go.
     pub commands: control::Commands,
+    /// Before the primary.
+    pub gate: Arc<Gate>,
     stop: watch::Sender<Stop>,
     main: Option<JoinHandle<()>>,
 }
@@ -126,6 +128,7 @@ pub fn start(config: Config) -> Result<ServerHandle, StartError> {
             topology: started.topology,
             metrics: started.metrics,
             commands: started.commands,
+            gate: started.gate,
             stop,
             main: Some(main),
         }),
@@ -173,6 +176,7 @@ struct Started {
     topology: Arc<TopologyHandle>,
     metrics: Arc<Metrics>,
     commands: control::Commands,
+    gate: Arc<Gate>,
 }
 
 fn run_main(
@@ -301,6 +305,7 @@ impl Parts {
             topology: self.door.shared.topology.clone(),
             metrics: self.door.shared.metrics.clone(),
             commands: self.control.commands(),
+            gate: self.door.shared.gate.clone(),
         }
     }
 

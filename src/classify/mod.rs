@@ -27,6 +27,7 @@ mod opinion;
 pub mod refusal;
 mod scan;
 pub mod setting;
+mod target;
 mod transaction;
 pub mod tree;
 
@@ -38,6 +39,7 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 
 pub use catalog::Catalog;
 pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
+pub use target::{Target, listen_target, target};
 pub use transaction::{Isolation, TransactionCommand, depends_on_transaction, parameters_name_the_clock};
 
 use crate::config::LimitsConfig;
@@ -144,7 +146,7 @@ impl StatementClass {
         reason: ClassReason::Read,
         leaves: Leaves::Nothing,
         settings: false,
-        hints: Hints { level: None, route: None, invalid: false },
+        hints: Hints { level: None, route: None, durability: None, invalid: false },
     };
 
     /// Whether it is a read and nothing else: it sets nothing and leaves nothing.

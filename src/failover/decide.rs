@@ -638,6 +638,8 @@ impl Machine {
         }
         let record = &mut self.record;
         if record.primary != Some(primary) {
+            // The setting is each node's own: nothing is known of this one's (I11).
+            record.sync.degraded = true;
             // Those that were cut off from the one before are to follow this one.
             let severed = mem::take(&mut record.severed);
             record.repoint.extend(severed.into_iter().filter(|node| *node != primary));

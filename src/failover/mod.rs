@@ -22,6 +22,7 @@
 //! | `orders` | each order as SQL on its node |
 //! | `preconditions` | what nodes must grant and be set to, asked in advance |
 //! | `recipe` | how a node becomes a replica again, for an operator |
+//! | `keeper` | looks and statements for `sync` |
 //! | `shell` | carries out what the machine decides |
 //! | `conninfo` | `primary_conninfo`, changed in host and port only |
 //!
@@ -37,6 +38,7 @@ pub mod conninfo;
 pub mod decide;
 pub mod detect;
 pub mod event;
+pub mod keeper;
 pub mod orders;
 pub mod preconditions;
 pub mod recipe;
