@@ -88,7 +88,7 @@ fn runs(durability: Durability, without: Without, seeds: Range<u64>) -> Happened
 
 #[test]
 fn under_quorum_nothing_acknowledged_is_lost_and_nobody_acknowledges_beside_the_primary() {
-    let seeds = seeds(1500);
+    let seeds = seeds(1000);
     let each = (seeds.end - seeds.start) as usize;
     let happened = runs(Durability::Quorum, Without::Nothing, seeds);
     println!("{happened:?}");
@@ -104,7 +104,7 @@ fn under_quorum_nothing_acknowledged_is_lost_and_nobody_acknowledges_beside_the_
 
 #[test]
 fn without_quorum_there_is_one_write_target_all_the_same() {
-    let seeds = seeds(600);
+    let seeds = seeds(300);
     let each = (seeds.end - seeds.start) as usize;
     let happened = runs(Durability::Async, Without::Nothing, seeds);
     println!("{happened:?}");
