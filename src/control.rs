@@ -134,6 +134,8 @@ pub fn start(
     }
     let places = now.places();
     let track = Arc::new(PrimaryTrack::new(members::keep_positions(&now)));
+    // A remembered epoch has begun already: lags count from now, without waiting for the next one.
+    track.begin(topology.load().epoch);
     let (send_observation, observations) = mpsc::channel(places * 2);
     let (send_report, reports) = mpsc::channel(REPORT_QUEUE);
     let (members, changes) = Members::new();
@@ -582,7 +584,10 @@ fn take_primary(next: &mut Topology, chosen: NodeId, facts: &[NodeFacts], last_s
     };
     if let (Some(old_primary), Some(old_timeline)) = (next.primary, next.timeline) {
         let fork = seen.history.as_ref().and_then(|history| history.fork_of(old_timeline));
-        push_switch(next, Switch { from: next.epoch, old_primary, old_timeline, fork, last_sample });
+        push_switch(
+            next,
+            Switch { from: next.epoch, old_primary, old_timeline, fork, last_sample, kept: false },
+        );
     }
     next.epoch = Epoch(next.epoch.0 + 1);
     next.primary = Some(chosen);
@@ -613,6 +618,7 @@ fn follow_restart(next: &mut Topology, facts: &[NodeFacts], last_sample: Option<
         old_timeline: timeline,
         fork: start.end,
         last_sample,
+        kept: false,
     };
     push_switch(next, end);
     next.epoch = Epoch(next.epoch.0 + 1);
@@ -627,6 +633,7 @@ fn take_target(next: &mut Topology, target: &Target, last_sample: Option<(u64, L
             old_timeline,
             fork: Some(target.fork),
             last_sample,
+            kept: target.kept,
         };
         push_switch(next, switch);
     }
@@ -1085,6 +1092,7 @@ mod tests {
             old_timeline: TimelineId(1),
             fork: Some(Lsn(0x500)),
             last_sample: Some((7, Lsn(0x510))),
+            kept: false,
         };
         assert_eq!(
             (next.epoch, next.timeline, &next.switches),
@@ -1120,6 +1128,7 @@ mod tests {
                 old_timeline: TimelineId(1),
                 fork: end.map(Lsn),
                 last_sample: Some((7, Lsn(110))),
+                kept: false,
             };
             assert_eq!(
                 (next.epoch, next.primary, &next.switches),

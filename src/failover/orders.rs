@@ -12,9 +12,10 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, MutexGuard};
 
 use crate::config::live::LiveConfig;
 use crate::failover::conninfo::Conninfo;
@@ -86,7 +87,7 @@ impl From<StoreError> for Trouble {
 
 /// All nodes' control sessions. Orders on one node run one after the other, on several beside each other.
 pub struct Hands {
-    hands: Vec<Arc<Mutex<Hand>>>,
+    hands: Vec<(Mutex<Hand>, Arc<AtomicUsize>)>,
 }
 
 impl Hands {
@@ -99,7 +100,9 @@ impl Hands {
         limits: Limits,
     ) -> Hands {
         let hand = |index: usize| {
-            Arc::new(Mutex::new(Hand {
+            let behind = Arc::new(AtomicUsize::new(0));
+            let hand = Hand {
+                behind: Arc::clone(&behind),
                 config: Arc::clone(config),
                 nodes: Arc::clone(nodes),
                 upstreams: Arc::clone(upstreams),
@@ -107,17 +110,18 @@ impl Hands {
                 node: NodeId(index as u16),
                 limits,
                 session: None,
-            }))
+            };
+            (Mutex::new(hand), behind)
         };
         Hands { hands: (0..config.load().places()).map(hand).collect() }
     }
 
     /// Carries out one order, after those on the same node before it.
     pub async fn carry_out(&self, node: NodeId, order: &Order) -> OrderResult {
-        let Some(hand) = self.hands.get(node.index()) else {
+        let Some(mut hand) = self.hand(node).await else {
             return OrderResult::Failed("no such node in the configuration".to_owned());
         };
-        let result = hand.lock().await.carry_out(order).await;
+        let result = hand.carry_out(order).await;
         failpoint(order.label());
         result
     }
@@ -131,10 +135,10 @@ impl Hands {
         members: &[&str],
         change: bool,
     ) -> Result<Lsn, String> {
-        let Some(hand) = self.hands.get(node.index()) else {
+        let Some(mut hand) = self.hand(node).await else {
             return Err("no such node in the configuration".to_owned());
         };
-        let result = hand.lock().await.set_names(value, members, change).await;
+        let result = hand.set_names(value, members, change).await;
         failpoint("set_names");
         result.map_err(|trouble| match trouble {
             Trouble::Refused(why) | Trouble::Unknown(why) => why,
@@ -144,16 +148,25 @@ impl Hands {
 
     /// Closes the control sessions of nodes that no order runs on: the next order finds the node where it is then.
     pub fn release_idle(&self) {
-        for hand in &self.hands {
+        for (hand, _) in &self.hands {
             if let Ok(mut hand) = hand.try_lock() {
                 hand.session = None;
             }
         }
     }
 
+    /// The node's hand, when the order before has ended; one that only waits for something ends for this.
+    async fn hand(&self, node: NodeId) -> Option<MutexGuard<'_, Hand>> {
+        let (hand, behind) = self.hands.get(node.index())?;
+        behind.fetch_add(1, Ordering::SeqCst);
+        let hand = hand.lock().await;
+        behind.fetch_sub(1, Ordering::SeqCst);
+        Some(hand)
+    }
+
     /// Closes the control session to `node`; its lock is free then.
     pub async fn release(&self, node: NodeId) {
-        if let Some(hand) = self.hands.get(node.index()) {
+        if let Some((hand, _)) = self.hands.get(node.index()) {
             hand.lock().await.session = None;
         }
     }
@@ -167,6 +180,8 @@ struct Hand {
     node: NodeId,
     limits: Limits,
     session: Option<ControlSession>,
+    /// Orders that wait for this one to end.
+    behind: Arc<AtomicUsize>,
 }
 
 type Rows = Vec<Vec<Option<String>>>;
@@ -302,7 +317,11 @@ impl Hand {
             if let Some(end) = end
                 && last == Some(end)
             {
-                return Ok((end, before.timeline));
+                let timeline = match before.timeline {
+                    Some(timeline) => Some(timeline),
+                    None => self.newest_timeline(until).await?,
+                };
+                return Ok((end, timeline));
             }
             last = end;
             self.clear_replay(&seen, started, until).await?;
@@ -360,6 +379,7 @@ impl Hand {
                 }
                 _ => {}
             }
+            self.give_way()?;
             if Instant::now() + POLL >= until {
                 let same = old.is_some() && now.map(|seen| seen.pid) == old;
                 return Ok(if same { Kick::SameProcess } else { Kick::Gone });
@@ -376,6 +396,7 @@ impl Hand {
             match seen.replay {
                 Some(replay) if replay >= lsn => return Ok(replay),
                 replay => {
+                    self.give_way()?;
                     self.wait(until, || {
                         format!("it has replayed up to {}, not up to {lsn}", replay.unwrap_or(Lsn::ZERO))
                     })
@@ -388,7 +409,12 @@ impl Hand {
     async fn promote(&mut self, ended: TimelineId, wait: Duration) -> Result<(TimelineId, Lsn), Trouble> {
         let started = Instant::now();
         let until = started + wait;
-        if self.standby(until).await?.in_recovery {
+        let before = self.standby(until).await?;
+        if before.in_recovery {
+            // It was made to follow another primary meanwhile: this order is of a time that is over.
+            if let Some(timeline) = before.timeline.filter(|timeline| *timeline != ended) {
+                return Err(Trouble::Refused(format!("it is on timeline {timeline}, not on {ended}")));
+            }
             // It only signals: an outcome is what is seen, never what this answers.
             self.run("SELECT pg_promote(false)", until).await?;
             failpoint("promote_sent");
@@ -461,6 +487,7 @@ impl Hand {
             if receiver.is_some_and(|seen| seen.streaming && seen.timeline == timeline.0) {
                 break;
             }
+            self.give_way()?;
             // Replay that is held up does not come to the end of the old timeline.
             let seen = self.standby(until).await?;
             self.clear_replay(&seen, Instant::now(), until).await?;
@@ -668,6 +695,15 @@ impl Hand {
         TimelineHistory::parse(&text).map_err(|_| self.unreadable())
     }
 
+    /// The timeline of a standby whose walreceiver does not tell it: the latest one whose history it has, which is the
+    /// one that it replays or will.
+    async fn newest_timeline(&mut self, until: Instant) -> Result<Option<TimelineId>, Trouble> {
+        let newest = "SELECT coalesce(max(left(name, 8)), '00000001') FROM pg_ls_waldir() \
+                      WHERE name ~ '^[0-9A-F]{8}[.]history$'";
+        let digits = first(&self.run(newest, until).await?);
+        Ok(digits.and_then(|digits| u32::from_str_radix(&digits, 16).ok()).map(TimelineId))
+    }
+
     async fn walreceiver(&mut self, until: Instant) -> Result<Option<Walreceiver>, Trouble> {
         let rows = self.run(WALRECEIVER, until).await?;
         let Some(row) = rows.first() else { return Ok(None) };
@@ -778,6 +814,14 @@ impl Hand {
             }
             session.ask(&end_holders, self.left(until, self.limits.statement)).await.map_err(unknown)?;
             self.wait(until, || "the session that holds the control lock does not end".to_owned()).await?;
+        }
+    }
+
+    /// Where only something is waited for that has been set going: whoever comes next decided after this did.
+    fn give_way(&self) -> Result<(), Trouble> {
+        match self.behind.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            _ => Err(Trouble::Unknown("another order came before its outcome".to_owned())),
         }
     }
 

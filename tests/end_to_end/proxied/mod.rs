@@ -6,6 +6,7 @@ mod clocks;
 mod consistency;
 mod drivers;
 mod durability;
+mod failover;
 mod faults;
 mod garbage;
 mod gate;
