@@ -280,6 +280,11 @@ pub async fn load(
     for row in transaction.query(catalog::SETTERS_SQL, &[]).await? {
         rows.setters.push(row.try_get(0)?);
     }
+    if !rows.setters.is_empty() {
+        for row in transaction.query(catalog::FIRING_SQL, &[]).await? {
+            rows.firing.push(row.try_get(0)?);
+        }
+    }
     for row in transaction.query(catalog::SAFE_FUNCTIONS_SQL, &[&functions]).await? {
         rows.safe_functions.insert(row.try_get(0)?);
     }

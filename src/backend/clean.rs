@@ -271,9 +271,14 @@ pub async fn look(backend: &mut Backend) -> Result<Look, Broken> {
          EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory' AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()), \
          EXISTS (SELECT FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'";
     // What the session has set itself is no news, nor are statements of the session's that it may be given elsewhere.
-    let applied = backend.applied.entries().iter();
-    let named =
-        none_of("pg_catalog.lower(name)", applied.filter_map(|e| setting::literal(e.name.as_bytes(), false)));
+    let applied = backend.applied.entries().iter().map(|entry| &*entry.name);
+    // These are a transaction's own, whoever has set them.
+    let of_transactions = ["transaction_isolation", "transaction_read_only", "transaction_deferrable"];
+    let no_news = applied.chain(of_transactions);
+    let named = none_of(
+        "pg_catalog.lower(name)",
+        no_news.filter_map(|name| setting::literal(name.as_bytes(), false)),
+    );
     let own_names = backend.own_names.iter();
     let unknown = none_of("name", own_names.filter_map(|name| setting::literal(name, true)));
     let prepared = format!("EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql{unknown})");

@@ -63,6 +63,8 @@ pub struct Flags {
     pub code: bool,
     /// A user's function whose body may change settings, of which those of applications do not show afterwards.
     pub sets: bool,
+    /// A relation of which a change may fire a trigger that changes settings.
+    pub fires: bool,
     /// All functions of this name are harmless.
     pub proven: bool,
     /// A relation or function that asks for the time of its transaction, or whose code may.
@@ -86,6 +88,8 @@ pub struct CatalogRows {
     pub functions: Vec<FunctionRow>,
     /// [`SETTERS_SQL`]
     pub setters: Vec<String>,
+    /// [`FIRING_SQL`]
+    pub firing: Vec<String>,
     /// [`OPERATORS_SQL`]
     pub operators: Vec<OperatorRow>,
     /// [`TYPES_SQL`]
@@ -455,6 +459,9 @@ impl CatalogRows {
         for name in &self.setters {
             flag(name, &|flags| flags.sets = true);
         }
+        for name in &self.firing {
+            flag(name, &|flags| flags.fires = true);
+        }
         let mut unsafe_object = |name: &str, mark: Mark| {
             flag(name, &|flags| {
                 flags.code |= mark == Mark::Code;
@@ -602,21 +609,45 @@ impl Catalog {
 pub const SAFE_FUNCTIONS_SQL: &str = "\
 SELECT p.oid FROM pg_catalog.pg_proc p WHERE p.oid < 16384 AND p.proname::text = ANY ($1::text[])";
 
-/// Rows (name): users' functions that may change settings. Bodies that mention set_config, RESET or DISCARD, or SET
-/// where a statement begins (not that of UPDATE); those in languages that nobody reads here; and those that
-/// mention the name of such a function.
-pub const SETTERS_SQL: &str = "\
+/// Users' functions that may change settings, as a WITH list. What is set for the transaction alone (a last argument
+/// `true`, seen as such) does not count.
+macro_rules! setters {
+    () => {
+        "\
 WITH RECURSIVE setters AS ( \
   SELECT p.oid, p.proname FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_language l ON l.oid = p.prolang \
    WHERE p.oid >= 16384 AND l.lanname NOT IN ('internal', 'c') \
      AND (l.lanname NOT IN ('sql', 'plpgsql') \
-          OR p.prosrc ~* '\\m(set_config|reset|discard)\\M' \
+          OR pg_catalog.regexp_replace(p.prosrc, \
+               '\\mset_config\\s*\\([^()]*,\\s*(is_local\\s*(=>|:=)\\s*)?true\\s*\\)', '', 'gi') \
+             ~* '\\m(set_config|reset|discard)\\M' \
           OR p.prosrc ~* '(^|;|''|\\mbegin\\M|\\mthen\\M|\\melse\\M|\\mloop\\M)\\s*set\\M' \
           OR pg_catalog.pg_get_function_sqlbody(p.oid) ~* '\\mset_config\\M') \
   UNION SELECT p.oid, p.proname FROM pg_catalog.pg_proc p, setters s \
    WHERE p.oid >= 16384 AND p.oid <> s.oid \
-     AND pg_catalog.strpos(pg_catalog.lower(p.prosrc), pg_catalog.lower(s.proname::text)) > 0) \
-SELECT DISTINCT s.proname::text FROM setters s";
+     AND pg_catalog.strpos(pg_catalog.lower(p.prosrc), pg_catalog.lower(s.proname::text)) > 0)"
+    };
+}
+
+/// Rows (name): users' functions that may change settings. Bodies that mention set_config, RESET or DISCARD, or SET
+/// where a statement begins (not that of UPDATE); those in languages that nobody reads here; and those that
+/// mention the name of such a function.
+pub const SETTERS_SQL: &str = concat!(setters!(), " SELECT DISTINCT s.proname::text FROM setters s");
+
+/// Rows (name): relations of which a change may fire a trigger that is such a function: their own, that of a partition or
+/// heir, of what refers to them with an action, or of what a view or rule stands for.
+pub const FIRING_SQL: &str = concat!(
+    setters!(),
+    ", firing AS ( \
+  SELECT t.tgrelid AS oid FROM pg_catalog.pg_trigger t JOIN setters s ON s.oid = t.tgfoid WHERE NOT t.tgisinternal \
+  UNION SELECT e.up FROM firing f JOIN ( \
+      SELECT inhrelid AS down, inhparent AS up FROM pg_catalog.pg_inherits \
+      UNION ALL SELECT conrelid, confrelid FROM pg_catalog.pg_constraint \
+       WHERE contype = 'f' AND (confupdtype IN ('c', 'n', 'd') OR confdeltype IN ('c', 'n', 'd')) \
+      UNION ALL SELECT d.refobjid, r.ev_class FROM pg_catalog.pg_rewrite r JOIN pg_catalog.pg_depend d \
+         ON d.classid = 2618 AND d.objid = r.oid AND d.refclassid = 1259) AS e ON e.down = f.oid) \
+SELECT DISTINCT c.relname::text FROM firing f JOIN pg_catalog.pg_class c ON c.oid = f.oid"
+);
 
 /// Rows (name): built-in functions that are not on the allow-list (`$1`) and may be called with one argument, as in
 /// `t.f`. Those of other than safe name that only a trigger can call are left out.

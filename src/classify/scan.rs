@@ -148,6 +148,10 @@ struct Current {
     set_is_transactions: bool,
     copy_to: bool,
     copy_stdout: bool,
+    /// INSERT, UPDATE, DELETE, MERGE, TRUNCATE.
+    modifies: bool,
+    /// It names a relation of which a change may fire a trigger that changes settings.
+    fires: bool,
     into_table: bool,
     pile: u32,
     cases: u32,
@@ -177,6 +181,8 @@ impl Default for Current {
             set_is_transactions: false,
             copy_to: false,
             copy_stdout: false,
+            modifies: false,
+            fires: false,
             into_table: false,
             pile: 0,
             cases: 0,
@@ -363,6 +369,7 @@ impl Scan<'_> {
         {
             statement.leave(Leaves::Pins(PinReason::TemporaryTable));
         }
+        statement.fires |= flags.fires;
         if shows_statements {
             statement.leave(Leaves::ShowsStatements);
         }
@@ -642,6 +649,8 @@ impl Scan<'_> {
             _ => Lead::Unknown,
         };
         statement.lead = Some(lead);
+        statement.modifies |=
+            matches!(keyword, Some(K::Insert | K::Update | K::Delete | K::Merge | K::Truncate));
         statement.words_after_lead = 0;
         statement.keep_literals = lead != Lead::Query || statement.explained;
         let (kind, reason, leaves) = match lead {
@@ -754,6 +763,7 @@ impl Scan<'_> {
             K::Select | K::Values | K::Table => statement.with_active &= !depth_bit,
             K::Insert | K::Update | K::Delete | K::Merge => {
                 statement.with_active &= !depth_bit;
+                statement.modifies |= !matches!(statement.previous, Previous::Keyword(K::For | K::Key));
                 statement.refuse(Kind::Write, ClassReason::WriteClause);
             }
             K::Into if !matches!(statement.previous, Previous::Keyword(K::Insert | K::Merge)) => {
@@ -806,6 +816,7 @@ impl Scan<'_> {
                 statement.leave(Leaves::Unproven);
             }
             Some(Lead::Copy) if !(statement.copy_to && statement.copy_stdout) => {
+                statement.modifies |= !statement.copy_to;
                 statement.refuse(Kind::Write, ClassReason::Command);
             }
             Some(Lead::Set) if !statement.set_is_transactions => statement.settings = true,
@@ -813,6 +824,9 @@ impl Scan<'_> {
         }
         if statement.depth != 0 || statement.current_setting != CurrentSetting::No {
             statement.refuse(Kind::Write, ClassReason::Unclear);
+        }
+        if statement.fires && statement.modifies {
+            statement.leave(Leaves::Pins(PinReason::Setting));
         }
         if statement.too_deep {
             statement.refuse(Kind::Write, ClassReason::SecondOpinion);

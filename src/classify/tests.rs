@@ -29,6 +29,7 @@ fn catalog() -> Catalog {
             server_major: 15,
             attributes: vec!["nextval".into()],
             setters: vec!["set_tenant".into()],
+            firing: vec!["audited".into()],
             functions: [(20_001, "fx"), (20_003, "set_tenant")]
                 .map(|(oid, name)| FunctionRow {
                     oid,
@@ -353,6 +354,32 @@ fn what_may_change_settings_is_marked() {
     for text in ["set transaction read only", "set constraints all deferred", "update t set a = 1", "show x"]
     {
         assert!(!class(text).settings, "{text}");
+    }
+}
+
+#[test]
+fn a_change_that_fires_a_trigger_which_sets_keeps_the_session() {
+    let pins = Leaves::Pins(PinReason::Setting);
+    for text in [
+        "insert into audited values (1)",
+        "update s.audited set a = 1",
+        "delete from \"audited\"",
+        "truncate audited",
+        "copy audited from stdin",
+        "with x as (insert into audited values (1) returning 1) select * from x",
+        "explain analyze delete from audited",
+        "merge into audited using t on true when matched then delete",
+    ] {
+        assert_eq!(class(text).leaves, pins, "{text}");
+    }
+    for text in [
+        "select * from audited",
+        "select * from audited for update",
+        "select * from audited for no key update",
+        "copy audited to stdout",
+        "insert into other values (1)",
+    ] {
+        assert_eq!(class(text).leaves, Leaves::Nothing, "{text}");
     }
 }
 

@@ -37,6 +37,7 @@ mod routing;
 mod settings;
 mod sizes;
 mod split;
+mod standby;
 mod startup;
 mod tools;
 mod traps;

@@ -518,3 +518,63 @@ async fn what_a_function_sets_stays_with_its_session() {
         }
     }
 }
+
+#[tokio::test]
+async fn what_a_trigger_sets_stays_with_its_session() {
+    let cluster = Cluster::start(1).await;
+    cluster
+        .set_up(
+            "CREATE TABLE plain (x int); \
+             CREATE TABLE parent (id int PRIMARY KEY); \
+             CREATE TABLE child (id int REFERENCES parent ON DELETE CASCADE); \
+             CREATE TABLE parted (x int) PARTITION BY LIST (x); \
+             CREATE TABLE part PARTITION OF parted DEFAULT; \
+             CREATE TABLE local (x int); \
+             CREATE VIEW over_child AS SELECT id FROM child; \
+             INSERT INTO parent SELECT generate_series(1, 100); \
+             CREATE FUNCTION remember() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+               PERFORM set_config('app.seen', 'mine', false); RETURN coalesce(NEW, OLD); END $$; \
+             CREATE FUNCTION remember_for_now() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+               PERFORM set_config('app.seen', 'mine', true); RETURN NEW; END $$; \
+             CREATE TRIGGER remember BEFORE INSERT OR UPDATE OR DELETE ON child FOR EACH ROW EXECUTE FUNCTION remember(); \
+             CREATE TRIGGER remember BEFORE INSERT ON part FOR EACH ROW EXECUTE FUNCTION remember(); \
+             CREATE TRIGGER remember BEFORE INSERT ON local FOR EACH ROW EXECUTE FUNCTION remember_for_now()",
+        )
+        .await;
+    let proxy = proxy_with(&cluster, "pool: { size: 2 }").await;
+    let pins = async || proxy.metrics().await.sum("highwater_pins_total", &[("reason", "setting")]);
+    eventually("the triggers are known", || async {
+        let mut client = proxy.raw_login().await;
+        client.ask(&query("INSERT INTO child VALUES (1)")).await;
+        pins().await > 0.0
+    })
+    .await;
+    let show = query("SELECT coalesce(current_setting('app.seen', true), '')");
+    let mut other = proxy.raw_login().await;
+    for change in [
+        "INSERT INTO child VALUES (2)",
+        "UPDATE child SET id = 3 WHERE id = 2",
+        "DELETE FROM child WHERE id = 3",
+        "INSERT INTO over_child VALUES (4)",
+        "DELETE FROM parent WHERE id = 4",
+        "INSERT INTO parted VALUES (5)",
+        "WITH x AS (INSERT INTO child VALUES (6) RETURNING 1) SELECT * FROM x",
+    ] {
+        let mut client = proxy.raw_login().await;
+        assert!(!tags(&client.ask(&query(change)).await).contains('E'), "{change}");
+        for _ in 0..3 {
+            assert_eq!(value(&client.ask(&show).await).as_deref(), Some("mine"), "{change}");
+            assert_eq!(value(&other.ask(&show).await).as_deref(), Some(""), "{change}");
+        }
+    }
+    // What lasts no longer than its transaction, and what fires nothing, keeps nobody.
+    let before = pins().await;
+    let mut client = proxy.raw_login().await;
+    for change in
+        ["INSERT INTO local VALUES (1)", "INSERT INTO plain VALUES (1)", "SELECT * FROM child FOR UPDATE"]
+    {
+        assert!(!tags(&client.ask(&query(change)).await).contains('E'), "{change}");
+        assert_eq!(value(&client.ask(&show).await).as_deref(), Some(""), "{change}");
+    }
+    assert_eq!(pins().await, before);
+}
