@@ -29,6 +29,17 @@ impl Load {
                 work.map_err(|error| format!("{error}: {:?}", error.as_db_error()))
             }));
         }
+        let (port, app, over) = (proxy.port(), proxy.app().clone(), stop.clone());
+        tasks.push(tokio::spawn(async move {
+            // One that comes and goes: logins must not suffer either.
+            while !over.load(Ordering::SeqCst) {
+                let error = |error: &dyn std::fmt::Display| format!("a client that comes: {error}");
+                let client =
+                    highwater::demo::cluster::connect(port, "app", &app).await.map_err(|e| error(&e))?;
+                client.simple_query("SELECT count(*) FROM load").await.map_err(|e| error(&e))?;
+            }
+            Ok(())
+        }));
         Load { stop, done, clients: tasks }
     }
 
@@ -63,7 +74,7 @@ impl Load {
     /// Waits until each client has most likely been round a few times more.
     async fn goes_on(&self) {
         let before = self.done.load(Ordering::SeqCst);
-        let more = 3 * self.clients.len() as u64;
+        let more = 3 * (self.clients.len() as u64 - 1);
         eventually("the clients go on", || async {
             self.done.load(Ordering::SeqCst) >= before + more || self.clients.iter().any(|c| c.is_finished())
         })
