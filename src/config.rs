@@ -402,6 +402,10 @@ pub struct LimitsConfig {
     pub parser_text: usize,
     /// How long the second parser may take; longer: primary.
     pub parser_deadline: Duration,
+    /// Connections to the admin console at most, beside `max_clients`; 0: there is no console.
+    pub admin_connections: usize,
+    /// Skeletons of statements, for each worker, of which the console shows what has run; 0: none.
+    pub statement_stats: usize,
 }
 
 /// What is done about a lost primary.
@@ -542,6 +546,8 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "databases",
             "parser_text",
             "parser_deadline",
+            "admin_connections",
+            "statement_stats",
         ],
     ),
     ("timeouts", &["idle_session", "idle_in_transaction", "transaction"]),
@@ -1622,6 +1628,8 @@ impl Reader<'_> {
                 Duration::from_millis(250),
                 Duration::from_millis(1),
             ),
+            admin_connections: self.number(&section, "admin_connections", 0..=1000, 3) as usize,
+            statement_stats: self.number(&section, "statement_stats", 0..=100_000, 1000) as usize,
         }
     }
 

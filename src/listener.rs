@@ -343,6 +343,7 @@ impl Door {
             minor: startup.minor,
             keys,
             read_only,
+            peer,
         };
         Some((places, arrival, startup.replication))
     }

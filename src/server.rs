@@ -30,6 +30,8 @@ use crate::node::Nodes;
 use crate::positions::Positions;
 use crate::route::{ClassLabel, RouteReason};
 use crate::session::handle::Sessions;
+use crate::session::ledger::Ledger;
+use crate::session::pause::Pauses;
 use crate::session::prepared::Names;
 use crate::session::promise::PrimaryReads;
 use crate::session::shared_mark::{GlobalMark, NamedMarks};
@@ -261,6 +263,8 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
         metrics,
         sessions: Arc::new(Sessions::default()),
         names: Names::new(rand::random()),
+        ledger: Ledger::new(config.limits.statement_stats, config.workers),
+        pauses: Pauses::default(),
         reports: control.reports(),
         global_mark: GlobalMark::unused(),
         named_marks: Mutex::new(NamedMarks::new(

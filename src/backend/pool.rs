@@ -105,11 +105,15 @@ pub enum CloseReason {
     DatabaseCommand,
     /// ALTER ROLE or DATABASE .. SET has changed what a login gives.
     LoginSettings,
+    /// Its node is drained (`DRAIN`).
+    Drained,
+    /// Its database is paused (`PAUSE`).
+    Paused,
 }
 
 impl CloseReason {
     /// All labels.
-    pub const LABELS: [&'static str; 9] = [
+    pub const LABELS: [&'static str; 11] = [
         CloseReason::Dead.label(),
         CloseReason::Replaced.label(),
         CloseReason::Unclean.label(),
@@ -119,6 +123,8 @@ impl CloseReason {
         CloseReason::Broken.label(),
         CloseReason::DatabaseCommand.label(),
         CloseReason::LoginSettings.label(),
+        CloseReason::Drained.label(),
+        CloseReason::Paused.label(),
     ];
 
     /// One word for a metric label.
@@ -133,6 +139,8 @@ impl CloseReason {
             CloseReason::Broken => "broken",
             CloseReason::DatabaseCommand => "database_command",
             CloseReason::LoginSettings => "login_settings",
+            CloseReason::Drained => "drained",
+            CloseReason::Paused => "paused",
         }
     }
 }
@@ -216,6 +224,8 @@ pub struct PoolCounts {
     pub opening: usize,
     /// Sessions waiting.
     pub waiting: usize,
+    /// Backends at most.
+    pub size: usize,
 }
 
 impl Pool {
@@ -468,11 +478,11 @@ impl Pool {
         self.open_more(&mut state);
     }
 
-    fn close_idle(self: &Arc<Pool>) {
+    fn close_idle(self: &Arc<Pool>, reason: CloseReason) {
         let mut state = self.lock();
         for backend in std::mem::take(&mut state.idle) {
             state.open -= 1;
-            self.context.count_closed(backend.node, CloseReason::DatabaseCommand);
+            self.context.count_closed(backend.node, reason);
         }
         self.open_more(&mut state);
     }
@@ -481,11 +491,14 @@ impl Pool {
     fn reap(self: &Arc<Pool>, now: Instant) {
         let pool = &self.context.config.pool;
         let epoch = self.context.topology.load().epoch;
+        let drained = self.context.topology.is_drained(self.node);
         let mut state = self.lock();
         let before = state.idle.len();
         state.idle.retain_mut(|b| {
             let reason = if b.epoch != epoch {
                 CloseReason::Epoch
+            } else if drained {
+                CloseReason::Drained
             } else if now.duration_since(b.idle_since) > pool.server_idle_timeout {
                 CloseReason::IdleTimeout
             } else if now.duration_since(b.opened) > pool.server_lifetime {
@@ -514,6 +527,7 @@ impl Pool {
             active: state.open - state.idle.len() - state.opening,
             opening: state.opening,
             waiting: state.waiters.iter().filter(|w| !w.grant.is_closed()).count(),
+            size: self.size,
         }
     }
 }
@@ -716,7 +730,16 @@ impl Pools {
     pub fn close_idle(&self, except: &str) {
         for user in self.all() {
             for pool in user.nodes.iter().filter(|pool| *pool.database != *except) {
-                pool.close_idle();
+                pool.close_idle(CloseReason::DatabaseCommand);
+            }
+        }
+    }
+
+    /// Closes the idle backends of a database, or of all, because it is paused.
+    pub fn close_paused(&self, database: Option<&str>) {
+        for user in self.all() {
+            for pool in user.nodes.iter().filter(|pool| database.is_none_or(|name| *pool.database == *name)) {
+                pool.close_idle(CloseReason::Paused);
             }
         }
     }

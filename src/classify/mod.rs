@@ -27,6 +27,7 @@ mod opinion;
 pub mod refusal;
 mod scan;
 pub mod setting;
+mod skeleton;
 mod transaction;
 pub mod tree;
 
@@ -38,6 +39,7 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 
 pub use catalog::Catalog;
 pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
+pub use skeleton::skeleton_text;
 pub use transaction::{Isolation, TransactionCommand, depends_on_transaction, parameters_name_the_clock};
 
 use crate::config::LimitsConfig;
@@ -100,6 +102,13 @@ pub struct Suspect {
 pub struct ClassKey {
     whole: u128,
     skeleton: u128,
+}
+
+impl ClassKey {
+    /// The hash of the text with its harmless literals folded.
+    pub fn skeleton(self) -> u128 {
+        self.skeleton
+    }
 }
 
 /// What [`Classifier::lookup`] found.

@@ -1,12 +1,16 @@
 //! Finding the backend for a unit: which node may serve this session now, and waiting for one that
 //! soon may. The rule itself is in `mark`, the choice among equals in `route`; here is the waiting.
 
+use std::future::poll_fn;
+use std::pin::pin;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use bytes::BufMut;
 
 use super::demand::Demand;
 use super::mark::{self, Freshness, PrimaryVerdict, ReplicaVerdict};
+use super::facts::Wait;
 use super::{End, Role, Session, canceled};
 use crate::backend::pool::{AcquireError, Lease};
 use crate::consistency::{LagLimit, Level, OnStale, Route};
@@ -116,7 +120,7 @@ impl Session {
             let (candidates, hope) = self.candidates(&avoid, patience);
             if let Some(node) = balance::pick(&candidates, rand::random()) {
                 if waited {
-                    shared.metrics.waited(WaitFor::Mark, begun.elapsed());
+                    self.waited(WaitFor::Mark, begun);
                 }
                 match self.lease_from(node).await? {
                     Ok(lease) => {
@@ -157,7 +161,7 @@ impl Session {
                     if (queued || self.asked_for.route == Route::Replica) && Instant::now() < wait_until => {}
                 Hope::TooFar | Hope::Soon => {
                     if waited {
-                        shared.metrics.waited(WaitFor::Mark, begun.elapsed());
+                        self.waited(WaitFor::Mark, begun);
                     }
                     if let Some(tried) = self.stale(&mut wait_until, &mut queued) {
                         return Ok(tried);
@@ -165,6 +169,7 @@ impl Session {
                 }
             }
             waited = true;
+            self.handle.facts.waits_for(Wait::For(WaitFor::Mark));
             self.want_samples(&avoid);
             if !self.wait(changed, wait_until).await? {
                 return Ok(Tried::Failed(canceled()));
@@ -311,6 +316,10 @@ impl Session {
         }
     }
 
+    fn is_drained(&self, node: NodeId) -> bool {
+        self.shared.topology.is_drained(node)
+    }
+
     /// The replicas that may serve this session now; when there is none, whether one soon may.
     fn candidates(&mut self, avoid: &[NodeId], patience: Duration) -> (Vec<Candidate>, Hope) {
         let topology = self.shared.topology.load_full();
@@ -319,7 +328,7 @@ impl Session {
         let late = Standing::Excluded(Exclusion::TooFarBehind);
         let mut hope =
             if topology.nodes.iter().any(|v| v.standing == late) { Hope::TooFar } else { Hope::NobodyServes };
-        for view in topology.serving_replicas().filter(|v| !avoid.contains(&v.id)) {
+        for view in topology.serving_replicas().filter(|v| !avoid.contains(&v.id) && !self.is_drained(v.id)) {
             match self.verdict(&topology, view.id) {
                 ReplicaVerdict::Serves { .. } => candidates.push(Candidate {
                     node: view.id,
@@ -448,7 +457,7 @@ impl Session {
                         continue;
                     }
                     if paused {
-                        self.shared.metrics.waited(WaitFor::Primary, begun.elapsed());
+                        self.waited(WaitFor::Primary, begun);
                     }
                     return Ok(Ok(Placed { lease, node, role: Role::Primary, reason }));
                 }
@@ -466,6 +475,7 @@ impl Session {
             }
             // Nothing was sent: waiting for the primary, or for the next one, is safe.
             paused = true;
+            self.handle.facts.waits_for(Wait::For(WaitFor::Primary));
             if Instant::now() >= pause_until {
                 return Ok(Err(no_primary(self.shared.config.failover.pause_timeout)));
             }
@@ -543,7 +553,7 @@ impl Session {
                 Some(primary) => match self.primary_verdict(&topology) {
                     PrimaryVerdict::Serves => {
                         if let Some(what) = waited {
-                            shared.metrics.waited(what, begun.elapsed());
+                            self.waited(what, begun);
                         }
                         return Ok(Ok(()));
                     }
@@ -578,6 +588,7 @@ impl Session {
                 }));
             }
             waited = Some(what);
+            self.handle.facts.waits_for(Wait::For(what));
             let either = async {
                 tokio::select! {
                     () = sampled => {}
@@ -588,6 +599,13 @@ impl Session {
                 return Ok(Err(canceled()));
             }
         }
+    }
+
+    /// A wait that was needed is over.
+    fn waited(&self, what: WaitFor, begun: Instant) {
+        let time = begun.elapsed();
+        self.shared.metrics.waited(what, time);
+        self.handle.facts.waited(Wait::For(what), time);
     }
 
     /// Waits for `what`, until `deadline`. `false`: the client has cancelled meanwhile.
@@ -620,9 +638,17 @@ impl Session {
     async fn lease_from(&self, node: NodeId) -> Result<Result<Lease, AcquireError>, End> {
         let patience = self.patience();
         let last_written_by = self.asks_sequences.then_some(self.handle.pid);
+        let pool = &self.pools.nodes[node.index()];
+        let mut acquire = pin!(pool.acquire(&self.startup, self.worker, last_written_by, patience));
+        // Most of the time there is one, and nothing needs to be shown or measured.
+        if let Poll::Ready(lease) = poll_fn(|cx| Poll::Ready(acquire.as_mut().poll(cx))).await {
+            return Ok(lease);
+        }
+        let begun = Instant::now();
+        self.handle.facts.waits_for(Wait::For(WaitFor::Backend));
         let lease = tokio::select! {
             biased;
-            lease = self.pools.nodes[node.index()].acquire(&self.startup, self.worker, last_written_by, patience) => lease,
+            lease = acquire => lease,
             () = self.handle.interrupted() => {
                 if self.handle.ending() == super::handle::Ending::Now {
                     return Err(End::shutdown());
@@ -630,13 +656,16 @@ impl Session {
                 Err(AcquireError::Timeout)
             }
         };
+        // The pool has measured it.
+        self.handle.facts.waited(Wait::For(WaitFor::Backend), begun.elapsed());
         Ok(lease)
     }
 
     /// A backend for a login: the primary's, or while there is none, a replica's.
     pub(super) async fn lease_for_login(&mut self) -> Result<Lease, End> {
         let topology = self.shared.topology.load_full();
-        let replicas: Vec<NodeId> = topology.serving_replicas().map(|v| v.id).collect();
+        let replicas: Vec<NodeId> =
+            topology.serving_replicas().map(|v| v.id).filter(|node| !self.is_drained(*node)).collect();
         let mut last = None;
         let primary = topology.primary.filter(|_| !self.read_only);
         for node in primary.into_iter().chain(replicas) {

@@ -729,6 +729,7 @@ impl Exchange<'_> {
             Found::Nothing => return Resolved::Name(self.unknown_name(name)),
         };
         let class = self.session.known_class(&statement);
+        self.session.enter_statement(&statement);
         if let Some(refused) = self.refuse_on_replica(!class.is_some_and(is_read)) {
             return Resolved::Stopped(refused);
         }
