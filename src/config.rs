@@ -15,6 +15,8 @@ use serde::de::{self, DeserializeSeed as _};
 
 use crate::consistency::{LagLimit, Level, OnStale, Override, Promise, Route};
 
+pub mod live;
+
 /// A secret text: never shown by `Debug`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(pub String);
@@ -72,10 +74,12 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// What is accepted and has no effect, one line each as `file:line:column: path: what`; for the log.
     pub warnings: Vec<String>,
+    /// The file it was read from, to be read again; `None`: from a text.
+    pub file: Option<PathBuf>,
 }
 
 /// One PostgreSQL server.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeConfig {
     /// Its name in metrics, logs and commands.
     pub name: String,
@@ -87,10 +91,12 @@ pub struct NodeConfig {
     pub weight: u32,
     /// Whether it serves reads though it is told to apply what it receives late.
     pub delayed_ok: bool,
+    /// It was taken out of the file while the proxy ran: it keeps its number, and is not used. Never read from a file.
+    pub removed: bool,
 }
 
 /// The proxy's own login.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ControlConfig {
     /// Role.
     pub user: String,
@@ -126,7 +132,7 @@ pub struct AuthConfig {
 }
 
 /// A listed user.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UserConfig {
     /// Role name.
     pub name: String,
@@ -207,7 +213,7 @@ pub enum PoolMode {
 }
 
 /// What is set apart for one user or database.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PoolOverride {
     /// The user's or database's name.
     pub name: String,
@@ -281,7 +287,7 @@ pub struct ReplicationConfig {
 }
 
 /// Whose sessions a rule is about.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Whom {
     /// The user; `None`: any.
     pub user: Option<String>,
@@ -305,7 +311,7 @@ impl Whom {
 }
 
 /// What the sessions of a user, of a database, or of a user in a database are promised.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConsistencyRule {
     /// For whom.
     pub whom: Whom,
@@ -354,7 +360,7 @@ pub struct RoutingConfig {
 }
 
 /// Where the statements of a user, of a database, or of a user in a database go.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RoutingRule {
     /// For whom.
     pub whom: Whom,
@@ -406,6 +412,8 @@ pub struct LimitsConfig {
     pub admin_connections: usize,
     /// Skeletons of statements, for each worker, of which the console shows what has run; 0: none.
     pub statement_stats: usize,
+    /// Names of nodes at most, over the life of the process; at least as many as it starts with.
+    pub nodes: usize,
 }
 
 /// What is done about a lost primary.
@@ -454,6 +462,12 @@ pub struct LogConfig {
     pub format: LogFormat,
     /// `tracing` filter, for example `info` or `info,highwater::monitor=debug`.
     pub level: String,
+    /// Statements that took so long are logged; zero: none.
+    pub slow_statement: Duration,
+    /// Lines about single statements at most in a second.
+    pub slow_per_second: u32,
+    /// Whether each client's coming and going is logged.
+    pub connections: bool,
 }
 
 /// SQL of `auth.query` unless the file gives another. The last column is NULL when the database does
@@ -548,6 +562,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "parser_deadline",
             "admin_connections",
             "statement_stats",
+            "nodes",
         ],
     ),
     ("timeouts", &["idle_session", "idle_in_transaction", "transaction"]),
@@ -566,7 +581,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "state_dir",
         ],
     ),
-    ("log", &["format", "level"]),
+    ("log", &["format", "level", "slow_statement", "slow_per_second", "connections"]),
 ];
 
 const POOL_MODES: [(&str, PoolMode); 2] =
@@ -666,7 +681,8 @@ impl Config {
                 });
             }
         };
-        Config::parse(&text, &file, &|name| std::env::var(name).ok())
+        let config = Config::parse(&text, &file, &|name| std::env::var(name).ok())?;
+        Ok(Config { file: Some(path.to_owned()), ..config })
     }
 
     /// Checks `text`. `file_name` is only shown; `env` answers `password_env`. Reads the files that
@@ -1259,6 +1275,7 @@ impl Reader<'_> {
             log: self.log(&top),
             drain_timeout: self.time(&top, "drain_timeout", Duration::from_secs(30), Duration::ZERO),
             warnings: Vec::new(),
+            file: None,
             control: control?,
             auth: auth?,
         })
@@ -1301,7 +1318,7 @@ impl Reader<'_> {
                     section.get("port").or(section.get("host")).map_or(section.trail.clone(), |(_, t)| t);
                 self.wrong(&at, message);
             }
-            nodes.push(NodeConfig { name, host, port, weight, delayed_ok });
+            nodes.push(NodeConfig { name, host, port, weight, delayed_ok, removed: false });
         }
         nodes
     }
@@ -1630,6 +1647,7 @@ impl Reader<'_> {
             ),
             admin_connections: self.number(&section, "admin_connections", 0..=1000, 3) as usize,
             statement_stats: self.number(&section, "statement_stats", 0..=100_000, 1000) as usize,
+            nodes: self.number(&section, "nodes", 1..=MAX_NODES, 16) as usize,
         }
     }
 
@@ -1668,7 +1686,13 @@ impl Reader<'_> {
                 "expected error, warn, info, debug, trace, or a list as info,highwater::monitor=debug",
             );
         }
-        LogConfig { format, level }
+        LogConfig {
+            format,
+            level,
+            slow_statement: self.time(&section, "slow_statement", Duration::ZERO, Duration::ZERO),
+            slow_per_second: self.number(&section, "slow_per_second", 1..=100_000, 10) as u32,
+            connections: self.flag(&section, "connections", false),
+        }
     }
 }
 

@@ -31,4 +31,5 @@ pub mod admin;
 pub mod check;
 pub mod demo;
 pub mod explain;
+pub mod reload;
 pub mod server;

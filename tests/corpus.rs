@@ -177,6 +177,7 @@ async fn regression_suite() {
             parser_text: 16 * 1024,
             parser_deadline: Duration::from_secs(10),
             admin_connections: 0,
+            nodes: 16,
             statement_stats: 0,
         });
         let mut catalog: Option<Catalog> = None;

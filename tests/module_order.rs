@@ -40,6 +40,7 @@ const MAY_USE: &[(&str, &str)] = &[
     ("admin", "config metrics positions topology wal"),
     ("check", "config monitor net node topology wal"),
     ("explain", "catalogs classify config net node topology"),
+    ("reload", "config"),
     (
         "server",
         "admin backend catalogs classify client config control listener metrics monitor net node positions \

@@ -19,6 +19,7 @@ fn classifier() -> Classifier {
         parser_text: 16 * 1024,
         parser_deadline: Duration::from_secs(20),
         admin_connections: 0,
+        nodes: 16,
         statement_stats: 0,
     })
 }
