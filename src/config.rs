@@ -15,6 +15,7 @@ use serde::de::{self, DeserializeSeed as _};
 
 use crate::consistency::{LagLimit, Level, OnStale, Override, Promise, Route};
 
+pub mod given;
 pub mod live;
 
 /// A secret text: never shown by `Debug`.
@@ -74,6 +75,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// What is accepted and has no effect, one line each as `file:line:column: path: what`; for the log.
     pub warnings: Vec<String>,
+    /// What the file says, key by key, for people.
+    pub given: given::Given,
     /// The file it was read from, to be read again; `None`: from a text.
     pub file: Option<PathBuf>,
 }
@@ -713,6 +716,7 @@ impl Config {
         let config = reader.config(&tree);
         match config {
             Some(mut config) if reader.found.is_empty() => {
+                config.given = given::Given::of(&tree);
                 config.warnings = reader
                     .ignored
                     .into_iter()
@@ -1275,6 +1279,7 @@ impl Reader<'_> {
             log: self.log(&top),
             drain_timeout: self.time(&top, "drain_timeout", Duration::from_secs(30), Duration::ZERO),
             warnings: Vec::new(),
+            given: given::Given::default(),
             file: None,
             control: control?,
             auth: auth?,

@@ -253,6 +253,7 @@ pub fn plan(before: &Config, wanted: Config) -> Result<Plan, NoRoom> {
     config.nodes = seats;
     let changes = differing(before, &config);
     keep(before, &mut config);
+    config.given.keep(&before.given);
     Ok(Plan { config, changes, nodes })
 }
 
