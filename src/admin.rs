@@ -181,8 +181,7 @@ pub fn readiness(topology: &Topology, draining: bool) -> Readiness {
 
 fn topology_json(topology: &Topology) -> serde_json::Value {
     let nodes: Vec<_> = topology
-        .nodes
-        .iter()
+        .members()
         .map(|node| {
             let excluded = match &node.standing {
                 Standing::Excluded(why) => Some(why.label()),

@@ -272,7 +272,7 @@ impl PoolConfig {
 }
 
 /// When clients are ended that do nothing, or hold a transaction too long; zero: never.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TimeoutsConfig {
     /// Outside a transaction without a statement for so long (57P05).
     pub idle_session: Duration,
@@ -595,7 +595,8 @@ const MAX_FILE: u64 = 1 << 20;
 const MAX_VALUES: usize = 50_000;
 const MAX_DEPTH: usize = 16;
 const MAX_PROBLEMS: usize = 20;
-const MAX_NODES: u64 = 64;
+/// Nodes at most.
+pub const MAX_NODES: usize = 64;
 const MAX_TIME: Duration = Duration::from_secs(365 * 86_400);
 
 /// One thing wrong with a file.
@@ -1293,13 +1294,13 @@ impl Reader<'_> {
             Some((Tree::List(list), trail)) if list.is_empty() => {
                 self.wrong(&trail, "expected at least one node")
             }
-            Some((Tree::List(list), trail)) if list.len() as u64 > MAX_NODES => {
+            Some((Tree::List(list), trail)) if list.len() > MAX_NODES => {
                 self.wrong(&trail, format!("expected at most {MAX_NODES} nodes"))
             }
             Some(_) => {}
         }
         let mut nodes: Vec<NodeConfig> = Vec::new();
-        for (tree, trail) in items.into_iter().take(MAX_NODES as usize) {
+        for (tree, trail) in items.into_iter().take(MAX_NODES) {
             let section = self.section("nodes[]", tree, trail);
             let name = self.needed(&section, "name").unwrap_or_default();
             let host = self.needed(&section, "host").unwrap_or_default();
@@ -1652,7 +1653,7 @@ impl Reader<'_> {
             ),
             admin_connections: self.number(&section, "admin_connections", 0..=1000, 3) as usize,
             statement_stats: self.number(&section, "statement_stats", 0..=100_000, 1000) as usize,
-            nodes: self.number(&section, "nodes", 1..=MAX_NODES, 16) as usize,
+            nodes: self.number(&section, "nodes", 1..=MAX_NODES as u64, 16) as usize,
         }
     }
 

@@ -13,19 +13,25 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::sleep_until;
 
+use crate::config::live::LiveConfig;
 use crate::config::{Config, FailoverMode};
 use crate::monitor::health::{Answering, Health, HealthSettings};
 use crate::monitor::lag::{LagTime, ReplayLag};
-use crate::monitor::probe::{self, Observation, ProbeSettings, Seen};
-use crate::monitor::sample::{PrimaryTrack, SampleSettings, Sampler};
+use crate::monitor::probe::{Observation, Seen};
+use crate::monitor::sample::PrimaryTrack;
+use crate::monitor::watch::{Givens, Watch};
 use crate::node::{NodeError, NodeFailure, Nodes, ProbedRole};
 use crate::positions::{Positions, SampleBody};
 use crate::topology::{Epoch, Exclusion, NodeId, NodeView, Standing, Switch, Topology, TopologyHandle};
 use crate::wal::{Lsn, TimelineId};
+
+pub mod members;
+
+use self::members::Members;
 
 /// How many ends of epochs a topology remembers.
 const MAX_SWITCHES: usize = 16;
@@ -39,6 +45,7 @@ const POOL_IDLE: Duration = Duration::from_secs(60);
 /// The running control loop. Dropping it stops the loop, its samplers and its probes.
 pub struct Control {
     reports: Reports,
+    members: Members,
     _tasks: JoinSet<()>,
 }
 
@@ -46,6 +53,11 @@ impl Control {
     /// For sessions: where to tell of a node that failed them.
     pub fn reports(&self) -> Reports {
         self.reports.clone()
+    }
+
+    /// For reloads: where another configuration is put in force.
+    pub fn members(&self) -> Members {
+        self.members.clone()
     }
 }
 
@@ -85,77 +97,44 @@ impl Reports {
 ///
 /// `topology` must hold [`Topology::initial`] of the same configuration, and `positions` as many nodes.
 pub fn start(
-    config: Arc<Config>,
+    config: Arc<LiveConfig>,
     nodes: Arc<Nodes>,
     topology: Arc<TopologyHandle>,
     positions: Arc<Positions>,
 ) -> Control {
-    let count = topology.load().nodes.len();
-    let failover = &config.failover;
-    let keep = config.consistency.max_lag.saturating_mul(4).max(Duration::from_secs(60));
-    let track = Arc::new(PrimaryTrack::new(keep));
-    let (send_observation, observations) = mpsc::channel(count.max(1) * 2);
+    let now = config.load_full();
+    let places = now.places();
+    let track = Arc::new(PrimaryTrack::new(members::keep_positions(&now)));
+    let (send_observation, observations) = mpsc::channel(places * 2);
     let (send_report, reports) = mpsc::channel(REPORT_QUEUE);
-    let probe_now: Vec<Arc<Notify>> = (0..count).map(|_| Arc::new(Notify::new())).collect();
+    let (members, changes) = Members::new();
+    let mut watch = Watch::new(Givens {
+        config: Arc::clone(&config),
+        nodes: Arc::clone(&nodes),
+        topology: Arc::clone(&topology),
+        positions: Arc::clone(&positions),
+        track: Arc::clone(&track),
+        observations: send_observation,
+    });
+    let count = topology.load().nodes.len();
+    (0u16..).map(NodeId).take(count).for_each(|id| watch.start(id));
+    let facts = now.nodes.iter().take(count).map(NodeFacts::of).collect();
+    let state = Loop { config, facts, nodes, topology, positions, track, watch };
     let mut tasks = JoinSet::new();
-    for (id, probe_now) in (0u16..).map(NodeId).zip(&probe_now) {
-        let probing = ProbeSettings { interval: failover.check_interval, deadline: failover.check_timeout };
-        tasks.spawn(probe::run(
-            id,
-            Arc::clone(&nodes),
-            probing,
-            Arc::clone(probe_now),
-            send_observation.clone(),
-        ));
-        let sampler = Sampler {
-            node: id,
-            nodes: Arc::clone(&nodes),
-            topology: Arc::clone(&topology),
-            positions: Arc::clone(&positions),
-            track: Arc::clone(&track),
-            settings: SampleSettings {
-                interval: config.consistency.sample_interval,
-                gap: config.consistency.sample_gap,
-                deadline: failover.check_timeout,
-            },
-            probe: Arc::clone(probe_now),
-        };
-        tasks.spawn(sampler.run());
-    }
-    let state = Loop {
-        policy: Policy { mode: failover.mode, max_lag: config.consistency.max_lag },
-        health: HealthSettings {
-            failure_threshold: failover.failure_threshold,
-            eject_time: failover.eject_time,
-        },
-        facts: config
-            .nodes
-            .iter()
-            .take(count)
-            .map(|node| NodeFacts { delayed_ok: node.delayed_ok, ..NodeFacts::default() })
-            .collect(),
-        tick: failover.check_interval,
-        nodes,
-        topology,
-        positions,
-        track,
-        probe_now,
-    };
-    tasks.spawn(state.run(observations, reports));
-    let last_ms = (0..count).map(|_| AtomicU64::new(0)).collect();
-    Control { reports: Reports { queue: send_report, started: Instant::now(), last_ms }, _tasks: tasks }
+    tasks.spawn(state.run(observations, reports, changes));
+    let last_ms = (0..places).map(|_| AtomicU64::new(0)).collect();
+    let reports = Reports { queue: send_report, started: Instant::now(), last_ms };
+    Control { reports, members, _tasks: tasks }
 }
 
 struct Loop {
-    policy: Policy,
-    health: HealthSettings,
+    config: Arc<LiveConfig>,
     facts: Vec<NodeFacts>,
-    tick: Duration,
     nodes: Arc<Nodes>,
     topology: Arc<TopologyHandle>,
     positions: Arc<Positions>,
     track: Arc<PrimaryTrack>,
-    probe_now: Vec<Arc<Notify>>,
+    watch: Watch,
 }
 
 impl Loop {
@@ -163,16 +142,17 @@ impl Loop {
         mut self,
         mut observations: mpsc::Receiver<Observation>,
         mut reports: mpsc::Receiver<Report>,
+        mut changes: mpsc::Receiver<members::Change>,
     ) {
-        // Time alone changes things too: ejections end, lags grow.
-        let mut tick = interval(self.tick.max(Duration::from_millis(10)));
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut swept = Instant::now();
+        let mut ticked = tokio::time::Instant::now();
         loop {
             tokio::select! {
                 Some(observation) = observations.recv() => self.take_observation(observation),
                 Some(report) = reports.recv() => self.take_report(&report),
-                _ = tick.tick() => {}
+                Some(change) = changes.recv() => self.take_change(change, &mut observations),
+                // Time alone changes things too: ejections end, lags grow.
+                () = sleep_until(ticked + self.tick()) => ticked = tokio::time::Instant::now(),
             }
             self.decide();
             if swept.elapsed() >= POOL_IDLE {
@@ -182,14 +162,19 @@ impl Loop {
         }
     }
 
+    fn tick(&self) -> Duration {
+        self.config.load().failover.check_interval.max(Duration::from_millis(10))
+    }
+
     fn take_observation(&mut self, observation: Observation) {
         let now = Instant::now();
-        let Some(facts) = self.facts.get_mut(observation.node.index()) else {
+        let health = HealthSettings::of(&self.config.load());
+        let Some(facts) = self.facts.get_mut(observation.node.index()).filter(|facts| !facts.removed) else {
             return;
         };
         match observation.result {
             Ok(seen) => {
-                facts.health.answered(self.health, now);
+                facts.health.answered(health, now);
                 if let ProbedRole::Primary { insert, timeline } = seen.answer.role {
                     let topology = self.topology.load();
                     if topology.primary == Some(observation.node) && topology.timeline == Some(timeline) {
@@ -200,7 +185,7 @@ impl Loop {
             }
             Err(error) => {
                 tracing::debug!(%error, kind = error.kind.label(), "probe failed");
-                facts.health.failed(&error, self.health, now);
+                facts.health.failed(&error, health, now);
             }
         }
     }
@@ -215,11 +200,9 @@ impl Loop {
                 cause: "it refused a session's connection".to_owned(),
                 kind: report.kind,
             };
-            facts.health.failed(&error, self.health, Instant::now());
+            facts.health.failed(&error, HealthSettings::of(&self.config.load()), Instant::now());
         }
-        if let Some(probe) = self.probe_now.get(index) {
-            probe.notify_one();
-        }
+        self.watch.probe(report.node);
     }
 
     fn decide(&mut self) {
@@ -234,14 +217,13 @@ impl Loop {
             facts.replay = sampled.or_else(|| facts.seen.as_ref().and_then(probed_replay));
             facts.lag = facts.replay.and_then(|replay| self.track.lag(replay, now));
         }
-        let next = decide(&before, &self.facts, &self.policy, self.track.last_sample(), now);
+        let policy = Policy::of(&self.config.load());
+        let next = decide(&before, &self.facts, &policy, self.track.last_sample(), now);
         if has_reachable_primary(&next) {
             // A replica that only waits to be measured need not wait for the next round of probes.
             for view in next.nodes.iter().filter(|v| v.standing == Standing::Excluded(Exclusion::LagUnknown))
             {
-                if let Some(probe) = self.probe_now.get(view.id.index()) {
-                    probe.notify_one();
-                }
+                self.watch.probe(view.id);
             }
         }
         if next == **before {
@@ -262,7 +244,7 @@ impl Loop {
             if let Some(primary) = primary {
                 self.positions.node(primary).want();
             }
-            self.probe_now.iter().for_each(|probe| probe.notify_one());
+            self.watch.probe_all();
         }
         // Whoever waits for a position decides anew whether to.
         self.positions.wake_all();
@@ -289,6 +271,13 @@ pub struct Policy {
     pub max_lag: Duration,
 }
 
+impl Policy {
+    /// What the configuration says.
+    pub fn of(config: &Config) -> Policy {
+        Policy { mode: config.failover.mode, max_lag: config.consistency.max_lag }
+    }
+}
+
 /// What is known of one node.
 #[derive(Clone, Debug, Default)]
 pub struct NodeFacts {
@@ -302,6 +291,8 @@ pub struct NodeFacts {
     pub lag: Option<ReplayLag>,
     /// Whether it may serve with a `recovery_min_apply_delay`.
     pub delayed_ok: bool,
+    /// A reload has taken it out: nothing is heard of it, and nobody waits for it.
+    pub removed: bool,
 }
 
 impl NodeFacts {
@@ -358,7 +349,7 @@ enum Choice {
 
 fn choose_primary(before: &Topology, facts: &[NodeFacts], policy: &Policy) -> Choice {
     let Some(current) = before.primary else {
-        if !facts.iter().all(|known| known.health.asked()) {
+        if !facts.iter().all(|known| known.health.asked() || known.removed) {
             return Choice::Waits;
         }
         return latest_writer(facts, |_, _| true).map_or(Choice::Keep, Choice::Take);
@@ -460,6 +451,9 @@ fn view(
     now: Instant,
 ) -> Option<NodeView> {
     let old = before.nodes.get(index)?;
+    if known.removed {
+        return Some(members::removed(old));
+    }
     let seen = known.seen.as_ref();
     let standing = if next.primary == Some(old.id) {
         Standing::Primary { reachable: is_reachable_primary(next, known) }
@@ -679,6 +673,7 @@ impl Event {
             Event::StillOut { node, why } => match why {
                 // On the way in: each node passes these.
                 Exclusion::NotProbed
+                | Exclusion::Removed
                 | Exclusion::NoPrimary
                 | Exclusion::LagUnknown
                 | Exclusion::Ejected(_) => {
@@ -735,7 +730,7 @@ mod tests {
             history: history.map(|text| TimelineHistory::parse(text).unwrap()),
             start: None,
         };
-        NodeFacts { health, seen: Some(seen), replay: None, lag: None, delayed_ok: false }
+        NodeFacts { health, seen: Some(seen), replay: None, lag: None, delayed_ok: false, removed: false }
     }
 
     fn writer(now: Instant, timeline: u32, history: Option<&str>) -> NodeFacts {

@@ -6,6 +6,7 @@
 // What the other parts lean on.
 pub mod config;
 pub mod consistency;
+pub mod log;
 pub mod metrics;
 pub mod wal;
 pub mod wire;

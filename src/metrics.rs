@@ -6,6 +6,7 @@
 //! read when somebody scrapes. Deliberately does not serve HTTP (`admin` does) or keep history.
 
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use prometheus::core::Collector;
@@ -14,6 +15,7 @@ use prometheus::{
     IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
+use crate::config::MAX_NODES;
 use crate::route::RouteReason;
 use crate::topology::{NodeId, Standing, Topology};
 
@@ -131,15 +133,11 @@ impl ReasonGauge {
 /// All metrics. Made once, shared by `Arc`.
 pub struct Metrics {
     registry: Registry,
-    node_names: Vec<String>,
-    /// `[node][class][reason]`, flattened.
-    statements: Vec<IntCounter>,
-    classes: usize,
-    reasons: usize,
-    statement_seconds: Vec<Histogram>,
+    /// By node; those that a reload adds come later.
+    nodes: Box<[OnceLock<NodeSeries>]>,
+    per_node: PerNode,
+    labels: Labels,
     waits: [Histogram; 4],
-    backends_opened: Vec<IntCounter>,
-    backends_closed: IntCounterVec,
     /// Statements run again elsewhere, by why.
     pub redone: ReasonCounter,
     /// With `routing.shadow`: reads on the primary, by where they would have gone.
@@ -182,7 +180,31 @@ pub struct Metrics {
     pub primary_reads_queued: IntCounter,
     /// Of those, the ones that failed in the end.
     pub primary_reads_refused: IntCounter,
+    /// Reloads of the configuration, by how they ended.
+    pub reloads: ReasonCounter,
+    /// Lines about single statements that were not logged, because there were too many.
+    pub log_suppressed: IntCounter,
 }
+
+/// The families with a series for each node.
+struct PerNode {
+    statements: IntCounterVec,
+    seconds: HistogramVec,
+    opened: IntCounterVec,
+    closed: IntCounterVec,
+}
+
+/// One node's series.
+struct NodeSeries {
+    name: String,
+    /// `[class][reason]`, flattened.
+    statements: Box<[IntCounter]>,
+    seconds: Histogram,
+    opened: IntCounter,
+}
+
+/// How reloads of the configuration end, as the metric labels it.
+pub const RELOAD_LABELS: [&str; 2] = ["applied", "refused"];
 
 fn register<C: Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<C>) -> C {
     let collector = made.expect("names and labels are constants that the tests have seen work");
@@ -220,22 +242,13 @@ impl Metrics {
     /// takes indexes into `labels.classes` and `labels.reasons`.
     pub fn new(node_names: &[String], labels: &Labels) -> Metrics {
         let registry = Registry::new();
-        let (classes, reasons) = (labels.classes, labels.reasons);
         let r = &registry;
-        let statements_vec = counters(
+        let statements = counters(
             r,
             "highwater_statements_total",
             "Statements that ran, by node, class and the reason of the route.",
             &["node", "class", "reason"],
         );
-        let mut statements = Vec::new();
-        for node in node_names {
-            for class in classes {
-                for reason in reasons {
-                    statements.push(statements_vec.with_label_values(&[node.as_str(), class, reason]));
-                }
-            }
-        }
         let seconds = histograms(
             r,
             "highwater_statement_seconds",
@@ -259,19 +272,14 @@ impl Metrics {
             "Connections to a node closed, by why.",
             &["node", "reason"],
         );
-        for node in node_names {
-            for reason in labels.backends_closed {
-                closed.with_label_values(&[node.as_str(), reason]);
-            }
-        }
         let build =
             register(r, IntGaugeVec::new(Opts::new("highwater_build_info", "Always 1."), &["version"]));
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        Metrics {
-            statement_seconds: node_names.iter().map(|n| seconds.with_label_values(&[n])).collect(),
+        let metrics = Metrics {
+            nodes: (0..MAX_NODES).map(|_| OnceLock::new()).collect(),
+            per_node: PerNode { statements, seconds, opened, closed },
+            labels: *labels,
             waits: ["mark", "floor", "backend", "primary"].map(|w| wait.with_label_values(&[w])),
-            backends_opened: node_names.iter().map(|n| opened.with_label_values(&[n])).collect(),
-            backends_closed: closed,
             redone: by_reason(
                 "highwater_redone_total",
                 "Statements run again on another node.",
@@ -369,20 +377,58 @@ impl Metrics {
                 "highwater_primary_reads_refused_total",
                 "Reads above consistency.primary_read_cap that failed.",
             ),
-            classes: classes.len(),
-            reasons: reasons.len(),
-            node_names: node_names.to_vec(),
-            statements,
+            reloads: by_reason(
+                "highwater_reloads_total",
+                "Reloads of the configuration.",
+                "outcome",
+                &RELOAD_LABELS,
+            ),
+            log_suppressed: counter(
+                r,
+                "highwater_log_suppressed_total",
+                "Log lines about single statements above log.slow_per_second.",
+            ),
             registry,
+        };
+        for (index, name) in node_names.iter().enumerate() {
+            metrics.name_node(index, name);
         }
+        metrics
+    }
+
+    /// The node at `index` has this name, for good: from now on it is counted.
+    pub fn name_node(&self, index: usize, name: &str) {
+        let Some(place) = self.nodes.get(index) else { return };
+        place.get_or_init(|| {
+            let pairs = self
+                .labels
+                .classes
+                .iter()
+                .flat_map(|class| self.labels.reasons.iter().map(move |reason| (*class, *reason)));
+            let statements = pairs
+                .map(|(class, reason)| self.per_node.statements.with_label_values(&[name, class, reason]));
+            for reason in self.labels.backends_closed {
+                self.per_node.closed.with_label_values(&[name, reason]);
+            }
+            NodeSeries {
+                name: name.to_owned(),
+                statements: statements.collect(),
+                seconds: self.per_node.seconds.with_label_values(&[name]),
+                opened: self.per_node.opened.with_label_values(&[name]),
+            }
+        });
+    }
+
+    fn node(&self, node: NodeId) -> Option<&NodeSeries> {
+        self.nodes.get(node.index())?.get()
     }
 
     /// Counts a statement; indexes into the lists given to [`new`](Self::new). Out of range: not counted.
     pub fn statement(&self, node: NodeId, class: usize, reason: usize) {
-        if class < self.classes
-            && reason < self.reasons
+        let reasons = self.labels.reasons.len();
+        if reason < reasons
             && let Some(counter) =
-                self.statements.get((node.index() * self.classes + class) * self.reasons + reason)
+                self.node(node).and_then(|series| series.statements.get(class * reasons + reason))
         {
             counter.inc();
         }
@@ -390,8 +436,8 @@ impl Metrics {
 
     /// Observes a statement's time on `node`.
     pub fn statement_took(&self, node: NodeId, time: Duration) {
-        if let Some(histogram) = self.statement_seconds.get(node.index()) {
-            histogram.observe(time.as_secs_f64());
+        if let Some(series) = self.node(node) {
+            series.seconds.observe(time.as_secs_f64());
         }
     }
 
@@ -402,15 +448,15 @@ impl Metrics {
 
     /// Counts a connection opened to `node`.
     pub fn backend_opened(&self, node: NodeId) {
-        if let Some(counter) = self.backends_opened.get(node.index()) {
-            counter.inc();
+        if let Some(series) = self.node(node) {
+            series.opened.inc();
         }
     }
 
     /// Counts a connection to `node` closed.
     pub fn backend_closed(&self, node: NodeId, reason: &'static str) {
-        if let Some(name) = self.node_names.get(node.index()) {
-            self.backends_closed.with_label_values(&[name.as_str(), reason]).inc();
+        if let Some(series) = self.node(node) {
+            self.per_node.closed.with_label_values(&[series.name.as_str(), reason]).inc();
         }
     }
 
@@ -418,7 +464,8 @@ impl Metrics {
     pub fn render(&self, scrape: &Scrape<'_>) -> String {
         let now = Registry::new();
         topology_metrics(&now, scrape.topology);
-        pool_metrics(&now, &self.node_names, scrape.pools);
+        let names = |node: NodeId| self.node(node).map(|series| series.name.as_str());
+        pool_metrics(&now, &names, scrape.pools);
         let cache = scrape.class_cache;
         counter(&now, "highwater_class_cache_hits_total", "Look-ups that found their statement.")
             .inc_by(cache.hits);
@@ -427,8 +474,8 @@ impl Metrics {
             .inc_by(cache.replaced_parsers);
         let samples =
             counters(&now, "highwater_samples_total", "Samples of a node's WAL position.", &["node"]);
-        for (node, count) in self.node_names.iter().zip(scrape.samples) {
-            samples.with_label_values(&[node]).inc_by(*count);
+        for (node, count) in self.nodes.iter().map_while(OnceLock::get).zip(scrape.samples) {
+            samples.with_label_values(&[node.name.as_str()]).inc_by(*count);
         }
         counter(&now, "highwater_topology_changes_total", "Changes of the topology.")
             .inc_by(scrape.topology_changes);
@@ -472,7 +519,7 @@ fn topology_metrics(now: &Registry, topology: &Topology) {
         "Queries that replay has cancelled, as the node counts them.",
         &["node"],
     );
-    for node in &topology.nodes {
+    for node in topology.members() {
         let name: &str = &node.name;
         if let Some(recovery) = node.recovery {
             paused.with_label_values(&[name]).set(f64::from(u8::from(recovery.paused)));
@@ -498,14 +545,14 @@ fn topology_metrics(now: &Registry, topology: &Topology) {
     }
 }
 
-fn pool_metrics(now: &Registry, node_names: &[String], pools: &[PoolFigure]) {
+fn pool_metrics<'n>(now: &Registry, names: &dyn Fn(NodeId) -> Option<&'n str>, pools: &'n [PoolFigure]) {
     let mut named: Vec<(&str, &str)> = pools.iter().map(|p| (p.database.as_str(), p.user.as_str())).collect();
     named.sort_unstable();
     named.dedup();
     named.truncate(MAX_POOL_LABELS);
     let mut sums: BTreeMap<[&str; 4], u64> = BTreeMap::new();
     for pool in pools {
-        let Some(node) = node_names.get(pool.node.index()) else { continue };
+        let Some(node) = names(pool.node) else { continue };
         let pair = (pool.database.as_str(), pool.user.as_str());
         let (database, user) = if named.binary_search(&pair).is_ok() { pair } else { ("other", "other") };
         let sum = sums.entry([node, database, user, pool.state]).or_default();

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use deadpool_postgres::{
     Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, TimeoutType,
 };
@@ -20,7 +21,8 @@ use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Row, Statement};
 
-use crate::config::{Config, FunctionOverrides};
+use crate::config::FunctionOverrides;
+use crate::config::live::LiveConfig;
 use crate::net::NodeTls;
 use crate::topology::{NodeId, Recovery};
 use crate::wal::{Lsn, TimelineHistory, TimelineId, round_down_page_header};
@@ -324,8 +326,8 @@ impl LoginSettings {
 pub struct Nodes {
     /// What logins give.
     pub login_settings: Arc<LoginSettings>,
-    config: Arc<Config>,
-    dialer: Dialer,
+    config: Arc<LiveConfig>,
+    dialer: ArcSwap<Dialer>,
     pools: Mutex<HashMap<(NodeId, String), PoolEntry>>,
 }
 
@@ -336,15 +338,23 @@ struct PoolEntry {
 
 impl Nodes {
     /// No connection is made yet.
-    pub fn new(config: Arc<Config>, tls: &NodeTls) -> Arc<Nodes> {
-        let (connector, mode) = tls.postgres_connector();
-        let dialer = Dialer { connector, mode };
+    pub fn new(config: Arc<LiveConfig>, tls: &NodeTls) -> Arc<Nodes> {
+        let dialer = ArcSwap::from_pointee(Dialer::new(tls));
         Arc::new(Nodes { login_settings: Arc::default(), config, dialer, pools: Mutex::new(HashMap::new()) })
     }
 
+    /// Connections are made by this TLS from now on; pooled ones of before, and those made as another role or to
+    /// other addresses, are closed as they come back.
+    pub fn reconnect(&self, tls: &NodeTls) {
+        self.dialer.store(Arc::new(Dialer::new(tls)));
+        for (_, entry) in self.lock_pools().drain() {
+            entry.pool.close();
+        }
+    }
+
     /// What the configuration says of functions, for those who read the databases' catalogs.
-    pub fn functions(&self) -> &FunctionOverrides {
-        &self.config.routing.functions
+    pub fn functions(&self) -> FunctionOverrides {
+        self.config.load().routing.functions.clone()
     }
 
     /// A connection of its own to `database` on `node` as the control user. Its task is spawned on the
@@ -352,14 +362,15 @@ impl Nodes {
     ///
     /// Fails after `pool.connect_timeout` at the latest, login included.
     pub async fn connect(&self, node: NodeId, database: &str) -> Result<Client, NodeError> {
-        Ok(self.dial_within(node, database, self.config.pool.connect_timeout).await?.0)
+        let limit = self.config.load().pool.connect_timeout;
+        Ok(self.dial_within(node, database, limit).await?.0)
     }
 
     /// A connection of its own to the control database of `node`, with our questions as prepared
     /// statements (samplers, probes). `deadline` bounds the connection with its login, and then each
     /// question.
     pub async fn open(&self, node: NodeId, deadline: Duration) -> Result<NodeClient, NodeError> {
-        let (client, task) = self.dial_within(node, &self.config.control.database, deadline).await?;
+        let (client, task) = self.dial_within(node, &self.control_database(), deadline).await?;
         let connection = NodeClient {
             client,
             task: EndWithOwner(task),
@@ -401,9 +412,9 @@ impl Nodes {
 
     /// Closes the pooled connections to all databases but `except` and the control database.
     pub fn close_databases(&self, except: &str) {
-        let control = &self.config.control.database;
+        let control = self.control_database();
         self.lock_pools().retain(|(_, database), entry| {
-            let keep = database == except || database == control;
+            let keep = database == except || *database == control;
             if !keep {
                 entry.pool.close();
             }
@@ -421,7 +432,7 @@ impl Nodes {
     ) -> Result<NotCommitted, NodeError> {
         let asked: Vec<i64> = xids.iter().filter_map(|x| i64::try_from(*x).ok()).collect();
         let question = async {
-            let client = self.client(node, &self.config.control.database).await?;
+            let client = self.client(node, &self.control_database()).await?;
             let statement = client.prepare_cached(NOT_COMMITTED).await.map_err(|e| self.error(node, &e))?;
             client.query_one(&statement, &[&asked]).await.map_err(|e| self.error(node, &e))
         };
@@ -433,7 +444,12 @@ impl Nodes {
 
     /// The node's name in the configuration.
     pub fn name(&self, node: NodeId) -> String {
-        self.config.nodes.get(node.index()).map_or_else(|| format!("#{}", node.0), |n| n.name.clone())
+        self.config.load().nodes.get(node.index()).map_or_else(|| format!("#{}", node.0), |n| n.name.clone())
+    }
+
+    /// The database for probes, samples and the auth query.
+    pub fn control_database(&self) -> String {
+        self.config.load().control.database.clone()
     }
 
     fn pool(&self, node: NodeId, database: &str) -> Result<Pool, NodeError> {
@@ -451,21 +467,23 @@ impl Nodes {
             }
         }
         let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
-        let limit = Some(self.config.pool.connect_timeout);
-        let pool = Pool::builder(Manager::from_connect(settings, self.dialer.clone(), recycling))
-            .max_size(POOL_CONNECTIONS)
-            .runtime(Runtime::Tokio1)
-            .wait_timeout(limit)
-            .create_timeout(limit)
-            .recycle_timeout(limit)
-            .build()
-            .map_err(|e| self.failure(node, NodeFailure::Broken, e.to_string()))?;
+        let limit = Some(self.config.load().pool.connect_timeout);
+        let pool =
+            Pool::builder(Manager::from_connect(settings, Dialer::clone(&self.dialer.load()), recycling))
+                .max_size(POOL_CONNECTIONS)
+                .runtime(Runtime::Tokio1)
+                .wait_timeout(limit)
+                .create_timeout(limit)
+                .recycle_timeout(limit)
+                .build()
+                .map_err(|e| self.failure(node, NodeFailure::Broken, e.to_string()))?;
         pools.insert(key, PoolEntry { pool: pool.clone(), used: Instant::now() });
         Ok(pool)
     }
 
     fn settings(&self, node: NodeId, database: &str) -> Result<tokio_postgres::Config, NodeError> {
-        let Some(address) = self.config.nodes.get(node.index()) else {
+        let config = self.config.load();
+        let Some(address) = config.nodes.get(node.index()) else {
             return Err(self.failure(
                 node,
                 NodeFailure::Refused,
@@ -476,16 +494,16 @@ impl Nodes {
         settings
             .host(&address.host)
             .port(address.port)
-            .user(&self.config.control.user)
+            .user(&config.control.user)
             .dbname(database)
             .application_name("highwater")
             .options(SETTINGS)
-            .connect_timeout(self.config.pool.connect_timeout)
+            .connect_timeout(config.pool.connect_timeout)
             .keepalives_idle(Duration::from_secs(10))
             .keepalives_interval(Duration::from_secs(5))
             .keepalives_retries(3)
-            .tcp_user_timeout(self.config.failover.tcp_user_timeout);
-        if let Some(password) = &self.config.control.password {
+            .tcp_user_timeout(config.failover.tcp_user_timeout);
+        if let Some(password) = &config.control.password {
             settings.password(&password.0);
         }
         Ok(settings)
@@ -499,7 +517,8 @@ impl Nodes {
     ) -> Result<(Client, JoinHandle<()>), NodeError> {
         let settings = self.settings(node, database)?;
         // A frozen server still accepts TCP: the deadline must span the login as well.
-        match timeout(deadline, self.dialer.dial(&settings)).await {
+        let dialer = self.dialer.load_full();
+        match timeout(deadline, dialer.dial(&settings)).await {
             Ok(connected) => connected.map_err(|error| self.error(node, &error)),
             Err(_) => Err(self.failure(node, NodeFailure::Timeout, "connection timed out".to_owned())),
         }
@@ -544,6 +563,11 @@ impl Drop for EndWithOwner {
 }
 
 impl NodeClient {
+    /// Each question to come may take so long.
+    pub fn answer_within(&mut self, deadline: Duration) {
+        self.deadline = deadline;
+    }
+
     /// Where the node is. One round trip.
     pub async fn sample(&self) -> Result<SampleAnswer, NodeError> {
         let row = self.ask(self.sample.as_ref()).await?;
@@ -644,6 +668,11 @@ struct Dialer {
 }
 
 impl Dialer {
+    fn new(tls: &NodeTls) -> Dialer {
+        let (connector, mode) = tls.postgres_connector();
+        Dialer { connector, mode }
+    }
+
     /// The one place where a control connection is made; its task runs until the connection ends.
     async fn dial(
         &self,

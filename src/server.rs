@@ -3,6 +3,8 @@
 //! One thread runs the control plane (probes, samplers, catalog facts, HTTP), so that a busy worker
 //! never delays a probe; one accepts; the workers serve clients.
 
+mod apply;
+
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -10,24 +12,29 @@ use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use arc_swap::ArcSwap;
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 use tracing::info;
 
+use self::apply::Applier;
 use crate::admin::{self, AdminState};
-use crate::backend::pool::{CloseReason, PoolContext, Pools};
+use crate::backend::pool::{CloseReason, PoolContext, Pools, Ways};
 use crate::catalogs::Catalogs;
 use crate::classify::{Classifier, PinReason};
 use crate::client::auth::AuthFailure;
 use crate::client::verifiers::Verifiers;
 use crate::config::Config;
+use crate::config::live::LiveConfig;
 use crate::control;
 use crate::listener::{self, Door};
+use crate::log;
 use crate::metrics::{ClassCacheFigures, Labels, Metrics, PoolFigure};
 use crate::net::{ClientTls, NodeTls};
 use crate::node::Nodes;
 use crate::positions::Positions;
+use crate::reload::Reload;
 use crate::route::{ClassLabel, RouteReason};
 use crate::session::handle::Sessions;
 use crate::session::ledger::Ledger;
@@ -37,7 +44,7 @@ use crate::session::promise::PrimaryReads;
 use crate::session::shared_mark::{GlobalMark, NamedMarks};
 use crate::session::timeouts::Overdue;
 use crate::session::{REDONE_LABELS, Shared};
-use crate::topology::{NodeId, Topology, TopologyHandle};
+use crate::topology::{Topology, TopologyHandle};
 
 /// Why the proxy could not start.
 #[derive(Debug)]
@@ -81,6 +88,8 @@ pub struct ServerHandle {
     pub topology: Arc<TopologyHandle>,
     /// Counts.
     pub metrics: Arc<Metrics>,
+    /// Reads the configuration's file again.
+    pub reload: Reload,
     stop: watch::Sender<Stop>,
     main: Option<JoinHandle<()>>,
 }
@@ -110,12 +119,15 @@ impl Drop for ServerHandle {
 
 /// Starts the proxy and returns once it accepts clients; the nodes may still be unknown then.
 pub fn start(config: Config) -> Result<ServerHandle, StartError> {
-    let config = Arc::new(config);
+    start_with(config, None)
+}
+
+fn start_with(config: Config, level: Option<log::Level>) -> Result<ServerHandle, StartError> {
     let (stop, stopped) = watch::channel(Stop::Run);
     let (ready, started) = oneshot::channel();
     let main = std::thread::Builder::new()
         .name("hw-main".to_owned())
-        .spawn(move || run_main(config, stopped, ready))
+        .spawn(move || run_main(config, level, stopped, ready))
         .map_err(failed("start a thread"))?;
     match started.blocking_recv() {
         Ok(Ok(started)) => Ok(ServerHandle {
@@ -123,6 +135,7 @@ pub fn start(config: Config) -> Result<ServerHandle, StartError> {
             http: started.http,
             topology: started.topology,
             metrics: started.metrics,
+            reload: started.reload,
             stop,
             main: Some(main),
         }),
@@ -134,9 +147,10 @@ pub fn start(config: Config) -> Result<ServerHandle, StartError> {
 }
 
 /// Runs the proxy until a signal. SIGTERM drains; SIGINT, or a second signal, ends all sessions at once, as
-/// PostgreSQL's fast shutdown does; SIGQUIT ends the process with no words, as its immediate one.
-pub fn run(config: Config) -> Result<(), StartError> {
-    let server = start(config)?;
+/// PostgreSQL's fast shutdown does; SIGQUIT ends the process with no words, as its immediate one. SIGHUP reloads the
+/// configuration; `level` follows it.
+pub fn run(config: Config, level: log::Level) -> Result<(), StartError> {
+    let server = start_with(config, Some(level))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -145,6 +159,15 @@ pub fn run(config: Config) -> Result<(), StartError> {
         use tokio::signal::unix::{SignalKind, signal};
         let mut terminate = signal(SignalKind::terminate()).map_err(failed("listen for SIGTERM"))?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("listen for SIGINT"))?;
+        let mut hangup = signal(SignalKind::hangup()).map_err(failed("listen for SIGHUP"))?;
+        let reload = server.reload.clone();
+        tokio::spawn(async move {
+            while hangup.recv().await.is_some() {
+                info!("SIGHUP: reloading the configuration");
+                // Whatever comes of it has been logged.
+                let _ = reload.reload().await;
+            }
+        });
         loop {
             let running = *server.stop.borrow() == Stop::Run;
             let stop = tokio::select! {
@@ -169,10 +192,12 @@ struct Started {
     http: Option<SocketAddr>,
     topology: Arc<TopologyHandle>,
     metrics: Arc<Metrics>,
+    reload: Reload,
 }
 
 fn run_main(
-    config: Arc<Config>,
+    config: Config,
+    level: Option<log::Level>,
     stopped: watch::Receiver<Stop>,
     ready: oneshot::Sender<Result<Started, StartError>>,
 ) {
@@ -184,10 +209,13 @@ fn run_main(
         }
     };
     runtime.block_on(async move {
-        match build(&config).await {
+        match build(config).await {
             Ok(parts) => {
-                let _ = ready.send(Ok(parts.started()));
-                parts.run(&config, stopped).await;
+                let (reload, asked) = Reload::new();
+                let applier = Applier { door: parts.door.clone(), members: parts.control.members(), level };
+                tokio::spawn(applier.run(asked));
+                let _ = ready.send(Ok(parts.started(reload)));
+                parts.run(stopped).await;
             }
             Err(error) => {
                 let _ = ready.send(Err(error));
@@ -205,7 +233,7 @@ struct Parts {
     http: Option<(TcpListener, SocketAddr)>,
     door: Arc<Door>,
     /// Holds the control loop's tasks.
-    _control: control::Control,
+    control: control::Control,
 }
 
 async fn bind(address: &str) -> Result<(TcpListener, SocketAddr), StartError> {
@@ -215,7 +243,10 @@ async fn bind(address: &str) -> Result<(TcpListener, SocketAddr), StartError> {
     Ok((listener, address))
 }
 
-async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
+async fn build(config: Config) -> Result<Parts, StartError> {
+    let live = LiveConfig::new(config);
+    let config = &live.load_full();
+    let places = config.places();
     let tls =
         |error: crate::net::TlsError| StartError { what: "set up TLS".to_owned(), cause: error.to_string() };
     let client_tls = ClientTls::new(&config.client_tls).map_err(tls)?;
@@ -231,11 +262,11 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
     };
 
     let topology = Arc::new(TopologyHandle::new(Topology::initial(config)));
-    let positions = Arc::new(Positions::new(config.nodes.len()));
+    let positions = Arc::new(Positions::new(places));
     let names: Vec<String> = config.nodes.iter().map(|n| n.name.clone()).collect();
     let metrics = Arc::new(Metrics::new(&names, &labels()));
-    let nodes = Nodes::new(config.clone(), &node_tls);
-    let control = control::start(config.clone(), nodes.clone(), topology.clone(), positions.clone());
+    let nodes = Nodes::new(live.clone(), &node_tls);
+    let control = control::start(live.clone(), nodes.clone(), topology.clone(), positions.clone());
     let catalogs = Catalogs::new(
         nodes.clone(),
         topology.clone(),
@@ -243,16 +274,17 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
         config.limits.databases,
     );
     let pools = Arc::new(Pools::new(Arc::new(PoolContext {
-        config: config.clone(),
-        tls: node_tls,
+        config: live.clone(),
+        tls: ArcSwap::new(node_tls),
+        ways: Ways::new(places),
         positions: positions.clone(),
         topology: topology.clone(),
         metrics: metrics.clone(),
         login_settings: nodes.login_settings.clone(),
-        outstanding: config.nodes.iter().map(|_| AtomicU32::new(0)).collect(),
+        outstanding: (0..places).map(|_| AtomicU32::new(0)).collect(),
     })));
     let shared = Arc::new(Shared {
-        config: config.clone(),
+        config: live.clone(),
         topology: topology.clone(),
         positions,
         classifier: Arc::new(Classifier::new(&config.limits)),
@@ -273,24 +305,27 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
         )),
         primary_reads: PrimaryReads::default(),
     });
-    let verifiers = Verifiers::new(config.clone(), nodes, topology)
+    let verifiers = Verifiers::new(config, &nodes, &topology)
         .map_err(|error| StartError { what: "set up the login".to_owned(), cause: error.to_string() })?;
-    let door =
-        Arc::new(Door { shared, tls: client_tls, verifiers, drain: Arc::default(), census: Arc::default() });
-    Ok(Parts { listener, listener_read_only, address, http, door, _control: control })
+    let tls = ArcSwap::from_pointee(client_tls);
+    let door = Arc::new(Door { shared, tls, verifiers, drain: Arc::default(), census: Arc::default() });
+    Ok(Parts { listener, listener_read_only, address, http, door, control })
 }
 
 impl Parts {
-    fn started(&self) -> Started {
+    fn started(&self, reload: Reload) -> Started {
         Started {
             address: self.address,
             http: self.http.as_ref().map(|(_, address)| *address),
             topology: self.door.shared.topology.clone(),
             metrics: self.door.shared.metrics.clone(),
+            reload,
         }
     }
 
-    async fn run(self, config: &Arc<Config>, mut stopped: watch::Receiver<Stop>) {
+    async fn run(self, mut stopped: watch::Receiver<Stop>) {
+        let live = self.door.shared.config.clone();
+        let config = live.load_full();
         let (senders, receivers) = listener::handover(config.workers);
         let mut threads = Vec::new();
         let (quit, quitting) = watch::channel(false);
@@ -316,7 +351,7 @@ impl Parts {
             let pools = self.door.shared.pools.clone();
             let classifier = self.door.shared.classifier.clone();
             let positions = self.door.shared.positions.clone();
-            let ids: Vec<NodeId> = (0u16..).map(NodeId).take(config.nodes.len()).collect();
+            let topology = self.door.shared.topology.clone();
             tokio::spawn(admin::serve(
                 listener,
                 AdminState {
@@ -329,7 +364,9 @@ impl Parts {
                         let replaced_parsers = classifier.replaced_parsers();
                         ClassCacheFigures { hits, misses, replaced_parsers }
                     }),
-                    samples: Arc::new(move || ids.iter().map(|id| positions.node(*id).counter()).collect()),
+                    samples: Arc::new(move || {
+                        topology.load().nodes.iter().map(|view| positions.node(view.id).counter()).collect()
+                    }),
                 },
             ));
         }
@@ -346,7 +383,7 @@ impl Parts {
                 std::future::pending::<()>().await;
             }
         };
-        self.door.drain.drain(&self.door.shared, Instant::now() + config.drain_timeout, hurry).await;
+        self.door.drain.drain(&self.door.shared, Instant::now() + live.load().drain_timeout, hurry).await;
         for accepting in accepting {
             accepting.abort();
         }

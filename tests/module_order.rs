@@ -33,21 +33,22 @@ const MAY_USE: &[(&str, &str)] = &[
     ("backend", "classify config metrics net node scram topology positions wal wire"),
     (
         "session",
-        "backend catalogs classify client config consistency control metrics net node positions route scram topology wal wire",
+        "backend catalogs classify client config consistency control log metrics net node positions route scram topology wal wire",
     ),
     ("listener", "backend catalogs client config metrics net node session topology wal wire"),
     // The way of the operator.
+    ("log", "config"),
     ("admin", "config metrics positions topology wal"),
     ("check", "config monitor net node topology wal"),
     ("explain", "catalogs classify config net node topology"),
     ("reload", "config"),
     (
         "server",
-        "admin backend catalogs classify client config control listener metrics monitor net node positions \
-         route session topology wal",
+        "admin backend catalogs classify client config control listener log metrics monitor net node positions \
+         reload route session topology wal",
     ),
     ("demo", "config metrics server topology"),
-    ("main", "check config demo explain server classify route"),
+    ("main", "check config demo explain log server classify route"),
 ];
 
 /// Files (or folders) of pure code: no I/O, clock, chance, logging, metrics.

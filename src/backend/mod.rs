@@ -119,6 +119,8 @@ pub struct Backend {
     pub epoch: Epoch,
     /// Changes of what logins give when it was opened; none: it may have been given what was valid before.
     pub login_settings: Option<u64>,
+    /// Which way to its node it was opened by: after a reload has changed the way, it serves no further unit.
+    pub way: u64,
     /// When it was opened.
     pub opened: Instant,
     /// When it was last given back.
@@ -277,6 +279,7 @@ impl Backend {
             vouched_for: false,
             epoch,
             login_settings: None,
+            way: 0,
             opened: now,
             idle_since: now,
             // Unbounded: what goes over `pool.max_prepared` must be closed on the server as well, which a

@@ -47,7 +47,7 @@ use crate::config::LimitsConfig;
 use builtin::Vocabulary;
 use cache::Cache;
 use hint::Hints;
-use lexer::{Lexer, Token};
+use lexer::Lexer;
 use opinion::Opinion;
 
 /// The names that the catalog queries take as their first parameter: safe built-in functions.

@@ -10,6 +10,7 @@ use crate::consistency::{Level, Route};
 
 fn classifier() -> Classifier {
     Classifier::new(&LimitsConfig {
+        nodes: 16,
         unit_hold: 65_536,
         statement_text: 65_536,
         statements_per_session: 100,
@@ -19,7 +20,6 @@ fn classifier() -> Classifier {
         parser_text: 16 * 1024,
         parser_deadline: Duration::from_secs(20),
         admin_connections: 0,
-        nodes: 16,
         statement_stats: 0,
     })
 }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep_until, timeout};
 
+use crate::config::live::LiveConfig;
 use crate::monitor::ReceivedTimeline;
 use crate::node::{NodeClient, NodeError, NodeFailure, Nodes, ProbeAnswer, ProbedRole, Start};
 use crate::topology::NodeId;
@@ -45,33 +46,23 @@ pub struct Observation {
     pub result: Result<Seen, NodeError>,
 }
 
-/// How probes are made.
-#[derive(Clone, Copy, Debug)]
-pub struct ProbeSettings {
-    /// Time between two probes.
-    pub interval: Duration,
-    /// How long a probe may take, connecting included.
-    pub deadline: Duration,
-}
-
 /// Probes `node` until the receiver of `results` is gone.
 pub async fn run(
     node: NodeId,
     nodes: Arc<Nodes>,
-    settings: ProbeSettings,
+    config: Arc<LiveConfig>,
     now_please: Arc<Notify>,
     results: mpsc::Sender<Observation>,
 ) {
-    let mut probe = Probe { node, nodes, settings, held: None };
+    let mut probe = Probe { node, nodes, config, held: None };
     loop {
         let asked_at = Instant::now();
         let result = probe.once().await;
+        let interval = probe.config.load().failover.check_interval;
         let pause = match &result {
             // It fails fast, so asking often costs little, and a restart takes a tenth of a second.
-            Err(e) if matches!(e.kind, NodeFailure::Refused | NodeFailure::Starting) => {
-                settings.interval.min(RETRY)
-            }
-            _ => settings.interval,
+            Err(e) if matches!(e.kind, NodeFailure::Refused | NodeFailure::Starting) => interval.min(RETRY),
+            _ => interval,
         };
         if results.send(Observation { node, asked_at, result }).await.is_err() {
             return;
@@ -83,7 +74,7 @@ pub async fn run(
 struct Probe {
     node: NodeId,
     nodes: Arc<Nodes>,
-    settings: ProbeSettings,
+    config: Arc<LiveConfig>,
     held: Option<Held>,
 }
 
@@ -95,7 +86,8 @@ struct Held {
 
 impl Probe {
     async fn once(&mut self) -> Result<Seen, NodeError> {
-        match timeout(self.settings.deadline, self.ask()).await {
+        let deadline = self.config.load().failover.check_timeout;
+        match timeout(deadline, self.ask(deadline)).await {
             Ok(result) => {
                 // An error as answer leaves the connection as it was; nothing else does.
                 if matches!(&result, Err(e) if e.kind != NodeFailure::Answered) {
@@ -114,15 +106,16 @@ impl Probe {
         }
     }
 
-    async fn ask(&mut self) -> Result<Seen, NodeError> {
+    async fn ask(&mut self, deadline: Duration) -> Result<Seen, NodeError> {
         if let Some(held) = &mut self.held {
+            held.client.answer_within(deadline);
             match held.look().await {
                 // A broken connection says little by itself: a new one tells refused, starting and well apart.
                 Err(error) if error.kind == NodeFailure::Broken => self.held = None,
                 result => return result,
             }
         }
-        let client = self.nodes.open(self.node, self.settings.deadline).await?;
+        let client = self.nodes.open(self.node, deadline).await?;
         let held = Held { client, received: ReceivedTimeline::default(), history: None };
         self.held.insert(held).look().await
     }

@@ -177,7 +177,7 @@ impl Session {
                 self.fill_client().await?;
                 continue;
             };
-            if at + header.len > self.shared.config.limits.unit_hold {
+            if at + header.len > self.config.limits.unit_hold {
                 return Ok(too_long());
             }
             if at + header.len > self.client.input.len() {
@@ -187,7 +187,7 @@ impl Session {
             match header.tag {
                 b'Q' => return self.demand_query(at, header.len).await,
                 b'F' => return Ok(Demand::not_a_read(ClassLabel::Unit)),
-                b'P' if header.len > self.shared.config.limits.statement_text => return Ok(too_long()),
+                b'P' if header.len > self.config.limits.statement_text => return Ok(too_long()),
                 b'P' => {
                     needs_backend = true;
                     let body = &self.client.input[at + HEADER..at + header.len];
@@ -343,7 +343,7 @@ impl Session {
         // It leaves nothing but the name, which is taken from the backend before another session's use.
         let leaves_a_name = Demand::of_query(StatementClass { leaves: Leaves::Nothing, ..class });
         if let Some(prepare) = classify::sql_prepare(text) {
-            let limits = &self.shared.config.limits;
+            let limits = &self.config.limits;
             if SharedName::is_like(&prepare.name)
                 || text.len() > limits.statement_text
                 || self.statements.len() >= limits.statements_per_session

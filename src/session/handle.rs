@@ -45,6 +45,8 @@ pub struct SessionHandle {
     cancelled: AtomicBool,
     pins: AtomicU16,
     ending: AtomicU8,
+    /// Another configuration is in force than the session goes by.
+    reloaded: AtomicBool,
     waker: AtomicWaker,
 }
 
@@ -163,6 +165,17 @@ impl SessionHandle {
         matches!(state, State::Idle) || self.facts.wait() == Some(Wait::Paused)
     }
 
+    /// Whether another configuration has been put in force since the session last took one over.
+    #[inline]
+    pub fn is_reloaded(&self) -> bool {
+        self.reloaded.load(Ordering::Relaxed)
+    }
+
+    /// The session takes over the configuration that is in force: look for it after this.
+    pub fn takes_over(&self) {
+        self.reloaded.store(false, Ordering::SeqCst);
+    }
+
     /// Asks the session to end.
     pub fn end(&self, how: Ending) {
         self.ending.fetch_max(how.rank(), Ordering::SeqCst);
@@ -207,6 +220,7 @@ impl Sessions {
             cancelled: AtomicBool::new(false),
             pins: AtomicU16::new(0),
             ending: AtomicU8::new(self.ending.load(Ordering::SeqCst)),
+            reloaded: AtomicBool::new(false),
             waker: AtomicWaker::new(),
         });
         all.insert(pid, handle.clone());
@@ -265,6 +279,16 @@ impl Sessions {
         };
         for handle in all {
             handle.end(how);
+        }
+    }
+
+    /// Tells all sessions that another configuration is in force: those that wait take it over now, the others before
+    /// their next statement. One that registers later finds it by itself.
+    pub fn reloaded(&self) {
+        let all: Vec<_> = self.lock().values().cloned().collect();
+        for handle in all {
+            handle.reloaded.store(true, Ordering::SeqCst);
+            handle.waker.wake();
         }
     }
 

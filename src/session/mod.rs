@@ -55,6 +55,7 @@ use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_d
 use crate::catalogs::{Catalogs, DatabaseCatalog};
 use crate::classify::setting::{self, Change};
 use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
+use crate::config::live::LiveConfig;
 use crate::config::{Config, PoolMode, Transactions};
 use crate::consistency::Promise;
 use crate::metrics::Metrics;
@@ -70,8 +71,8 @@ pub const REDONE_LABELS: [&str; 5] = Again::LABELS;
 
 /// What all sessions share.
 pub struct Shared {
-    /// The configuration.
-    pub config: Arc<Config>,
+    /// The configuration that is in force; a session goes by the one that it took over last ([`Session::follow`]).
+    pub config: Arc<LiveConfig>,
     /// What is believed of the nodes.
     pub topology: Arc<TopologyHandle>,
     /// What is known of their positions.
@@ -283,6 +284,8 @@ const STOPPING: Duration = Duration::from_secs(1);
 /// One client's session.
 pub struct Session {
     shared: Arc<Shared>,
+    /// What it goes by, until the unit that runs is over.
+    config: Arc<Config>,
     worker: usize,
     handle: Arc<SessionHandle>,
     client: ClientEnd,
@@ -387,12 +390,13 @@ impl Session {
     ) -> (Box<Session>, Beginning) {
         let application_name = arrival.startup.take_application_name();
         let own = take_own(&mut arrival.startup);
-        let mode = shared.config.pool.mode_of(&arrival.database, &arrival.user);
+        let config = shared.config.load_full();
+        let mode = config.pool.mode_of(&arrival.database, &arrival.user);
         let pools = shared.pools.of(&arrival.database, &arrival.user, &arrival.keys);
         let topology = shared.topology.load();
-        let mut promise = shared.config.consistency.promise_for(&arrival.user, &arrival.database);
+        let mut promise = config.consistency.promise_for(&arrival.user, &arrival.database);
         let split;
-        (split, promise.route) = shared.config.routing.for_session(&arrival.user, &arrival.database);
+        (split, promise.route) = config.routing.for_session(&arrival.user, &arrival.database);
         let (at_login, invalid) = match own {
             Ok(own) => (own, None),
             Err(report) => (Vec::new(), Some(report)),
@@ -422,7 +426,7 @@ impl Session {
             read_only: arrival.read_only,
             // On a replica there is nothing to keep: the session's backends are alike, and lost with it.
             keeps_backend: mode == PoolMode::Session && !arrival.read_only,
-            timeouts: Timeouts::new(shared.config.timeouts),
+            timeouts: Timeouts::new(config.timeouts),
             status: TransactionStatus::Idle,
             splits: false,
             lazy: None,
@@ -453,6 +457,7 @@ impl Session {
             entered: Entered::No,
             lost: None,
             shared: shared.clone(),
+            config,
         });
         session.share_mark();
         (session, Beginning { application_name, invalid })
@@ -490,7 +495,7 @@ impl Session {
                 let mut lease = self.lease_for_login().await?;
                 let idle_session_timeout =
                     clean::idle_session_timeout(&mut lease).await.map_err(|_| broken())?;
-                let isolation = match self.shared.config.routing.transactions {
+                let isolation = match self.config.routing.transactions {
                     Transactions::Primary => Arc::default(),
                     Transactions::Split => {
                         clean::default_isolation(&mut lease).await.map_err(|_| broken())?
@@ -547,6 +552,25 @@ impl Session {
         };
     }
 
+    /// Takes over the configuration that is in force: what the session is promised, where its reads run, and when it
+    /// is ended. Not within a transaction, which keeps what it began with.
+    #[cold]
+    fn follow(&mut self) {
+        if self.status != TransactionStatus::Idle {
+            return;
+        }
+        self.handle.takes_over();
+        let Some(config) = self.shared.config.changed_from(&self.config) else { return };
+        let mut promise = config.consistency.promise_for(self.own.user(), &self.database);
+        (self.split, promise.route) = config.routing.for_session(self.own.user(), &self.database);
+        if config.timeouts != self.config.timeouts {
+            self.timeouts.follow(config.timeouts);
+        }
+        self.config = config;
+        self.own.rebase(promise);
+        self.follow_own();
+    }
+
     async fn serve(&mut self) -> End {
         loop {
             let served = match self.await_message().await {
@@ -592,6 +616,9 @@ impl Session {
                     return Poll::Ready(Err(End::shutdown()));
                 }
                 Ending::No | Ending::WhenIdle => {}
+            }
+            if self.handle.is_reloaded() {
+                self.follow();
             }
             self.hear_backend(cx)?;
             let not_all_heard = self.client.output.len() >= HIGH_WATER;
@@ -727,6 +754,9 @@ impl Session {
     /// Runs the unit that begins at the start of the client's input.
     async fn unit(&mut self) -> Result<(), End> {
         self.started = Instant::now();
+        if self.handle.is_reloaded() {
+            self.follow();
+        }
         // The server keeps them until the transaction is over.
         match self.lease {
             Some(_) => _ = self.deaf_since.get_or_insert(self.started),
@@ -822,7 +852,7 @@ impl Session {
                     if self.take_back(again, node, &mut avoid) {
                         return self.fail_unit(canceled());
                     }
-                    if avoid.len() > self.shared.config.nodes.len() + 2 {
+                    if avoid.len() > self.config.nodes.len() + 2 {
                         let report = ErrorReport::error("08006", "the connection to the node broke")
                             .detail("The read was tried on every node.");
                         return self.fail_unit(report);
@@ -1113,7 +1143,7 @@ impl Session {
             return Ok(None);
         }
         let begun = Instant::now();
-        let patience = self.shared.config.pool.query_wait_timeout;
+        let patience = self.config.pool.query_wait_timeout;
         self.handle.facts.waits_for(Wait::Paused);
         let shared = self.shared.clone();
         loop {
@@ -1266,7 +1296,7 @@ impl Session {
             return Ok(());
         }
         let Some(lease) = &mut self.lease else { return Ok(()) };
-        let too_much = self.settings.wanted().size() > self.shared.config.limits.session_settings;
+        let too_much = self.settings.wanted().size() > self.config.limits.session_settings;
         if outcome == AtReady::Untracked || too_much {
             lease.dirt = lease.dirt.max(Dirt::State);
             self.pins.keep(PinReason::Setting);
@@ -1438,7 +1468,7 @@ impl Session {
             End::StateLost { node } => (node, true),
             end => return Err(end),
         };
-        let node_name = &self.shared.config.nodes[node.index()].name;
+        let node_name = self.shared.nodes.name(node);
         let in_transaction = self.status != TransactionStatus::Idle && !self.is_apart();
         let between_units = self.unit.is_over();
         if !between_units && self.unit.writes {

@@ -85,7 +85,7 @@ impl Session {
             Demand::Read { .. } if !self.split => RouteReason::SplitOff,
             Demand::Read { .. } if self.asked_for.route == Route::Primary => RouteReason::Asked,
             Demand::Read { .. } if self.settings.keeps_on_primary() => RouteReason::Settings,
-            Demand::Read { .. } if self.shared.config.routing.shadow => {
+            Demand::Read { .. } if self.config.routing.shadow => {
                 let reason = self.would_be();
                 self.shared.metrics.shadow_reads.inc(reason.label());
                 RouteReason::Shadow
@@ -179,7 +179,7 @@ impl Session {
 
     /// How long a read waits for a replica.
     fn replica_patience(&self) -> Duration {
-        let consistency = &self.shared.config.consistency;
+        let consistency = &self.config.consistency;
         match (self.asked_for.route, self.asked_for.on_stale) {
             (Route::Replica, _) => consistency.catch_up_wait.max(consistency.primary_read_wait),
             (_, OnStale::Primary) => Duration::ZERO,
@@ -204,7 +204,7 @@ impl Session {
     /// No replica is fresh enough in time: the read goes to the primary, or fails, or (`None`) waits once more
     /// because the primary has its share of such reads already.
     fn stale(&self, wait_until: &mut Instant, queued: &mut bool) -> Option<Tried> {
-        let consistency = &self.shared.config.consistency;
+        let consistency = &self.config.consistency;
         if self.asked_for.on_stale == OnStale::Error {
             let report = ErrorReport::error("HW002", "no replica is fresh enough for this read")
                 .detail(format!(
@@ -244,7 +244,7 @@ impl Session {
 
     /// A read was placed: on the primary because no replica was fresh enough (`stale`), or well.
     fn count_read(&self, stale: bool) {
-        if self.shared.config.consistency.primary_read_cap < 100 {
+        if self.config.consistency.primary_read_cap < 100 {
             self.shared.primary_reads.count(stale);
         }
     }
@@ -289,7 +289,7 @@ impl Session {
 
     /// A replica, for a session of the read-only port: there is no other place, so one is waited for.
     async fn place_on_standby(&mut self, avoid: &[NodeId]) -> Result<Result<Placed, ErrorReport>, End> {
-        let pause = self.shared.config.failover.pause_timeout;
+        let pause = self.config.failover.pause_timeout;
         let until = Instant::now() + pause;
         loop {
             let shared = self.shared.clone();
@@ -426,7 +426,7 @@ impl Session {
 
     async fn place_on_primary(&mut self, reason: RouteReason) -> Result<Result<Placed, ErrorReport>, End> {
         let begun = Instant::now();
-        let pause_until = begun + self.shared.config.failover.pause_timeout;
+        let pause_until = begun + self.config.failover.pause_timeout;
         let mut paused = false;
         loop {
             if let Err(report) = self.await_primary().await? {
@@ -442,7 +442,7 @@ impl Session {
                         }
                         drop(lease);
                         if Instant::now() >= pause_until {
-                            return Ok(Err(no_primary(self.shared.config.failover.pause_timeout)));
+                            return Ok(Err(no_primary(self.config.failover.pause_timeout)));
                         }
                         continue;
                     }
@@ -477,7 +477,7 @@ impl Session {
             paused = true;
             self.handle.facts.waits_for(Wait::For(WaitFor::Primary));
             if Instant::now() >= pause_until {
-                return Ok(Err(no_primary(self.shared.config.failover.pause_timeout)));
+                return Ok(Err(no_primary(self.config.failover.pause_timeout)));
             }
             let shared = self.shared.clone();
             let changed = shared.topology.changed();
@@ -540,7 +540,7 @@ impl Session {
     /// Waits until there is a primary and it shows all that replicas have shown this session.
     pub(super) async fn await_primary(&mut self) -> Result<Result<(), ErrorReport>, End> {
         let begun = Instant::now();
-        let pause_until = begun + self.shared.config.failover.pause_timeout;
+        let pause_until = begun + self.config.failover.pause_timeout;
         let mut waited = None;
         loop {
             let shared = self.shared.clone();
@@ -574,7 +574,7 @@ impl Session {
             };
             drop(topology);
             if Instant::now() >= pause_until {
-                let pause = shared.config.failover.pause_timeout;
+                let pause = self.config.failover.pause_timeout;
                 return Ok(Err(match what {
                     WaitFor::Primary => no_primary(pause),
                     _ => ErrorReport::error(
@@ -622,7 +622,7 @@ impl Session {
     }
 
     fn patience(&self) -> Duration {
-        self.shared.config.pool.query_wait_timeout
+        self.config.pool.query_wait_timeout
     }
 
     /// No backend was had: the client has cancelled, or time is up.
@@ -638,7 +638,7 @@ impl Session {
     async fn lease_from(&self, node: NodeId) -> Result<Result<Lease, AcquireError>, End> {
         let patience = self.patience();
         let last_written_by = self.asks_sequences.then_some(self.handle.pid);
-        let pool = &self.pools.nodes[node.index()];
+        let pool = self.pools.node(node);
         let mut acquire = pin!(pool.acquire(&self.startup, self.worker, last_written_by, patience));
         // Most of the time there is one, and nothing needs to be shown or measured.
         if let Poll::Ready(lease) = poll_fn(|cx| Poll::Ready(acquire.as_mut().poll(cx))).await {

@@ -91,7 +91,7 @@ async fn find_primary<Fut>(
 where
     Fut: Future<Output = Result<LoggedIn, AcquireError>>,
 {
-    let pause = shared.config.failover.pause_timeout;
+    let pause = shared.config.load().failover.pause_timeout;
     let until = Instant::now() + pause;
     loop {
         let (primary, epoch) = {

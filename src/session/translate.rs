@@ -353,7 +353,7 @@ impl Exchange<'_> {
 
     /// A Query within an open unit: what it does is counted in, and on a replica it must be a read.
     fn count_query(&mut self, len: usize) -> Result<Option<Step>, End> {
-        if self.there() < len && len <= self.session.shared.config.limits.unit_hold {
+        if self.there() < len && len <= self.session.config.limits.unit_hold {
             return self.wait_for(len).map(Some);
         }
         let class = (self.there() >= len).then(|| self.body(len)).map(|body| {
@@ -471,7 +471,7 @@ impl Exchange<'_> {
     }
 
     fn translate_parse(&mut self, len: usize) -> Result<Step, End> {
-        if len > self.session.shared.config.limits.statement_text {
+        if len > self.session.config.limits.statement_text {
             return self.translate_long_parse(len);
         }
         if self.there() < len {
@@ -512,7 +512,7 @@ impl Exchange<'_> {
             Found::OnBackend => return Ok(self.parse_twice(parse.name, Found::Statement(statement), len)),
             Found::Nothing => {}
         }
-        let limit = self.session.shared.config.limits.statements_per_session;
+        let limit = self.session.config.limits.statements_per_session;
         if self.session.statements.len() >= limit {
             self.own_error(
                 ErrorReport::error("53400", format!("too many prepared statements in one session ({limit})"))
@@ -574,7 +574,7 @@ impl Exchange<'_> {
 
     /// Closes the shared statements that the backend has above its limit, those used longest ago.
     fn evict_surplus(&mut self) {
-        let limit = self.session.shared.config.pool.max_prepared;
+        let limit = self.session.config.pool.max_prepared;
         while self.backend.prepared.len() >= limit {
             let Some((oldest, there)) = self.backend.prepared.pop_lru() else { return };
             self.close_shared(oldest, there);
@@ -682,7 +682,7 @@ impl Exchange<'_> {
             Resolved::Stopped(step) => return Ok(step),
         };
         if let Some(statement) = self.unit.binding.take() {
-            if there < len && len <= self.session.shared.config.limits.unit_hold {
+            if there < len && len <= self.session.config.limits.unit_hold {
                 return self.wait_for(len);
             }
             let changes = self.bound_changes(&statement, (there == len).then_some(len));
