@@ -27,6 +27,7 @@ use crate::client::auth::AuthFailure;
 use crate::client::verifiers::Verifiers;
 use crate::config::Config;
 use crate::config::live::LiveConfig;
+use crate::console::Console;
 use crate::control;
 use crate::listener::{self, Door};
 use crate::log;
@@ -209,9 +210,9 @@ fn run_main(
         }
     };
     runtime.block_on(async move {
-        match build(config).await {
+        let (reload, asked) = Reload::new();
+        match build(config, reload.clone()).await {
             Ok(parts) => {
-                let (reload, asked) = Reload::new();
                 let applier = Applier { door: parts.door.clone(), members: parts.control.members(), level };
                 tokio::spawn(applier.run(asked));
                 let _ = ready.send(Ok(parts.started(reload)));
@@ -243,7 +244,7 @@ async fn bind(address: &str) -> Result<(TcpListener, SocketAddr), StartError> {
     Ok((listener, address))
 }
 
-async fn build(config: Config) -> Result<Parts, StartError> {
+async fn build(config: Config, reload: Reload) -> Result<Parts, StartError> {
     let live = LiveConfig::new(config);
     let config = &live.load_full();
     let places = config.places();
@@ -308,7 +309,9 @@ async fn build(config: Config) -> Result<Parts, StartError> {
     let verifiers = Verifiers::new(config, &nodes, &topology)
         .map_err(|error| StartError { what: "set up the login".to_owned(), cause: error.to_string() })?;
     let tls = ArcSwap::from_pointee(client_tls);
-    let door = Arc::new(Door { shared, tls, verifiers, drain: Arc::default(), census: Arc::default() });
+    let console = Arc::new(Console::new(shared.clone(), reload, None));
+    let (drain, census) = (Arc::default(), Arc::default());
+    let door = Arc::new(Door { shared, tls, verifiers, drain, census, console });
     Ok(Parts { listener, listener_read_only, address, http, door, control })
 }
 

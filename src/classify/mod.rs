@@ -162,6 +162,11 @@ impl StatementClass {
         matches!(self.kind, Kind::Read | Kind::Empty) && !self.settings && self.leaves == Leaves::Nothing
     }
 
+    /// Whether it may run on a replica.
+    pub fn is_read(self) -> bool {
+        matches!(self.kind, Kind::Read | Kind::Empty)
+    }
+
     fn write(reason: ClassReason) -> StatementClass {
         StatementClass { kind: Kind::Write, reason, ..StatementClass::READ }
     }

@@ -242,6 +242,11 @@ pub const HELP: [(&str, &str); 33] = [
     ("REJOIN node", "make a returned old primary a replica again"),
 ];
 
+/// Whether a form of the help is about replacing the primary.
+pub fn is_about_primary(form: &str) -> bool {
+    matches!(parse(form.split(" [").next().unwrap_or(form)).as_deref(), Ok([Command::Failover(_)]))
+}
+
 /// Why a text is none of the console's, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refused {

@@ -154,7 +154,8 @@ pub struct Arrival {
 }
 
 impl Arrival {
-    fn identity(&self, kind: Kind) -> Identity {
+    /// Who is at the other end.
+    pub(crate) fn identity(&self, kind: Kind) -> Identity {
         Identity {
             user: self.user.as_str().into(),
             database: self.database.as_str().into(),
@@ -251,9 +252,16 @@ impl End {
 }
 
 /// Takes a session out of the registry, however it ends.
-struct Registered {
+pub(crate) struct Registered {
     sessions: Arc<Sessions>,
     pid: u32,
+}
+
+impl Registered {
+    /// The session with this process id has been registered.
+    pub(crate) fn new(sessions: Arc<Sessions>, pid: u32) -> Registered {
+        Registered { sessions, pid }
+    }
 }
 
 impl Drop for Registered {

@@ -40,27 +40,32 @@ impl Pauses {
         held.all || held.databases.contains(database)
     }
 
-    /// Holds what begins from now on in `database`, or anywhere. `false`: there are too many.
-    pub fn pause(&self, database: Option<&str>) -> bool {
+    /// Holds what begins from now on in `database`, or anywhere. Whether it was not held already; `None`: too many are.
+    pub fn pause(&self, database: Option<&str>) -> Option<bool> {
         let mut held = self.lock();
-        match database {
-            None => held.all = true,
-            Some(name) => {
-                if held.databases.len() >= MOST && !held.databases.contains(name) {
-                    return false;
-                }
-                held.databases.insert(name.into());
-            }
-        }
+        let new = match database {
+            None => !std::mem::replace(&mut held.all, true),
+            Some(name) if held.databases.len() >= MOST && !held.databases.contains(name) => return None,
+            Some(name) => held.databases.insert(name.into()),
+        };
         self.any.store(true, Ordering::SeqCst);
-        true
+        Some(new)
     }
 
     /// Lets `database`, or all, go on. Whether anything was held.
     pub fn resume(&self, database: Option<&str>) -> bool {
+        let others = match database {
+            None => !std::mem::take(&mut self.lock().databases).is_empty(),
+            Some(_) => false,
+        };
+        self.take_back(database) | others
+    }
+
+    /// Undoes one [`pause`](Self::pause). Whether it was there.
+    pub fn take_back(&self, database: Option<&str>) -> bool {
         let mut held = self.lock();
         let was = match database {
-            None => std::mem::take(&mut held.all) | !std::mem::take(&mut held.databases).is_empty(),
+            None => std::mem::take(&mut held.all),
             Some(name) => held.databases.remove(name),
         };
         self.any.store(held.all || !held.databases.is_empty(), Ordering::SeqCst);
@@ -83,10 +88,12 @@ mod tests {
     fn one_database_or_all() {
         let pauses = Pauses::default();
         assert!(!pauses.holds("a"));
-        assert!(pauses.pause(Some("a")));
+        assert_eq!((pauses.pause(Some("a")), pauses.pause(Some("a"))), (Some(true), Some(false)));
         assert!(pauses.holds("a") && !pauses.holds("b"));
-        assert!(pauses.pause(None));
+        assert_eq!(pauses.pause(None), Some(true));
         assert!(pauses.holds("b"));
+        assert!(pauses.take_back(None) && pauses.holds("a") && !pauses.holds("b"));
+        assert_eq!(pauses.pause(None), Some(true));
         assert!(pauses.resume(None) && !pauses.resume(None));
         assert!(!pauses.holds("a"));
         assert!(!pauses.resume(Some("a")));
