@@ -158,6 +158,8 @@ enum Counted {
     Database(Box<str>),
     Replication,
     Console,
+    /// On its way there, above `max_clients`.
+    ConsoleLogin,
 }
 
 /// Places in the census that are taken as long as this lives.
@@ -337,11 +339,15 @@ impl Door {
                 return None;
             }
         };
-        if let Err((label, report)) = self.admit(&connection.startup, read_only) {
-            metrics.client_refused.inc(label);
-            say_last(&mut connection.stream, &report).await;
-            return None;
-        }
+        // Held until the login is over.
+        let _place = match self.admit(&connection.startup, read_only) {
+            Ok(place) => place,
+            Err((label, report)) => {
+                metrics.client_refused.inc(label);
+                say_last(&mut connection.stream, &report).await;
+                return None;
+            }
+        };
         let config = self.shared.config.load_full();
         let to_console = is_for_console(&config, &connection.startup);
         let purpose = match to_console {
@@ -399,7 +405,7 @@ impl Door {
 
     /// Whether there is room for a client that has not logged in yet; else the metric's label and what it
     /// is told.
-    fn admit(&self, startup: &Startup, read_only: bool) -> Result<(), Refusal> {
+    fn admit(&self, startup: &Startup, read_only: bool) -> Result<Option<Places>, Refusal> {
         if self.drain.is_draining() {
             return Err((
                 "draining",
@@ -411,7 +417,7 @@ impl Door {
         let consoles = self.census.count(&Counted::Console);
         let clients = self.drain.clients().saturating_sub(consoles);
         if is_for_console(&config, startup) {
-            return self.admit_to_console(&config, startup, clients, consoles);
+            return self.admit_to_console(&config, startup, clients);
         }
         if clients > config.max_clients {
             return Err((
@@ -435,28 +441,31 @@ impl Door {
                 ErrorReport::fatal("0A000", words).hint("Connect to the port for reading and writing.");
             return Err(("replication", Box::new(report)));
         }
-        Ok(())
+        Ok(None)
     }
 
-    /// The same for the console: above `max_clients` only who says that it is an administrator, and no more than
-    /// there are places left.
+    /// The same for the console: above `max_clients` only who says that it is an administrator, and at most as many
+    /// at a time as there are places. Those who are just being turned away do not count: in a storm of them an
+    /// administrator is needed.
     fn admit_to_console(
         &self,
         config: &Config,
         startup: &Startup,
         clients: usize,
-        consoles: usize,
-    ) -> Result<(), Refusal> {
+    ) -> Result<Option<Places>, Refusal> {
         if startup.replication.is_some() {
             let report = ErrorReport::fatal("0A000", "the admin console does not speak the replication protocol");
             return Err(("console", Box::new(report)));
         }
-        let places = config.limits.admin_connections.saturating_sub(consoles);
-        let admin = config.auth.admins.contains(&startup.user);
-        if clients <= config.max_clients || admin && clients <= config.max_clients + places {
-            return Ok(());
+        if clients <= config.max_clients {
+            return Ok(None);
         }
-        Err(("too_many", Box::new(ErrorReport::fatal("53300", "sorry, too many clients already"))))
+        let full = ("too_many", Box::new(ErrorReport::fatal("53300", "sorry, too many clients already")));
+        if !config.auth.admins.contains(&startup.user) {
+            return Err(full);
+        }
+        let most = config.limits.admin_connections;
+        self.census.enter(vec![(Counted::ConsoleLogin, Some(most))]).map(Some).map_err(|_| full)
     }
 
     /// Counts a client that has logged in, in PostgreSQL's words where it is one too many.
@@ -481,7 +490,7 @@ impl Door {
                 let words = format!("number of requested replication connections exceeds {most}");
                 ("replication", report(words).hint("Raise replication.max_connections."))
             }
-            Counted::Console => {
+            Counted::Console | Counted::ConsoleLogin => {
                 let words = "too many connections to the admin console".to_owned();
                 ("console", report(words).hint("Raise limits.admin_connections."))
             }

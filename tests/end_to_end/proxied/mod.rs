@@ -1,6 +1,7 @@
 //! What is promised to those who connect to the proxy.
 
 mod cancel;
+mod console;
 mod consistency;
 mod drivers;
 mod faults;
