@@ -20,7 +20,7 @@ use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
-use crate::metrics::{ClassCacheFigures, Metrics, PoolFigure, Scrape, is_up, role_label};
+use crate::metrics::{ClassCacheFigures, FailoverFigures, Metrics, PoolFigure, Scrape, is_up, role_label};
 use crate::topology::{Standing, Topology, TopologyHandle};
 
 /// Connections at most; further ones wait in the kernel's queue.
@@ -48,6 +48,8 @@ pub struct AdminState {
     pub pools: Arc<dyn Fn() -> Vec<PoolFigure> + Send + Sync>,
     /// The classification cache's figures now; called once a scrape, must not block.
     pub class_cache: Arc<dyn Fn() -> ClassCacheFigures + Send + Sync>,
+    /// Where failover stands; must not block.
+    pub failover: Arc<dyn Fn() -> FailoverFigures + Send + Sync>,
     /// Samples sent to each node so far; called once a scrape, must not block.
     pub samples: Arc<dyn Fn() -> Vec<u64> + Send + Sync>,
 }
@@ -102,9 +104,11 @@ fn answer(method: &Method, path: &str, state: &AdminState) -> Response<Full<Byte
             let readiness = readiness(&state.topology.load(), state.draining.load(Ordering::Relaxed));
             response(readiness.status(), TEXT, format!("{}\n", readiness.text()))
         }
-        "/topology" => {
-            response(StatusCode::OK, JSON, format!("{:#}\n", topology_json(&state.topology.load())))
-        }
+        "/topology" => response(
+            StatusCode::OK,
+            JSON,
+            format!("{:#}\n", topology_json(&state.topology.load(), &(state.failover)())),
+        ),
         _ => response(
             StatusCode::NOT_FOUND,
             TEXT,
@@ -131,6 +135,7 @@ fn scrape(state: &AdminState) -> String {
         class_cache,
         samples: &(state.samples)(),
         topology_changes: state.topology.changes(),
+        failover: (state.failover)(),
     })
 }
 
@@ -179,7 +184,7 @@ pub fn readiness(topology: &Topology, draining: bool) -> Readiness {
     }
 }
 
-fn topology_json(topology: &Topology) -> serde_json::Value {
+fn topology_json(topology: &Topology, failover: &FailoverFigures) -> serde_json::Value {
     let nodes: Vec<_> = topology
         .members()
         .map(|node| {
@@ -210,6 +215,7 @@ fn topology_json(topology: &Topology) -> serde_json::Value {
         "system_identifier": topology.system_identifier.map(|s| s.to_string()),
         "primary": primary,
         "timeline": topology.timeline.map(|t| t.0),
+        "failover": { "state": failover.state, "blocked": failover.blocked },
         "nodes": nodes,
     })
 }
@@ -233,6 +239,7 @@ mod tests {
             pools: Arc::new(Vec::new),
             class_cache: Arc::new(ClassCacheFigures::default),
             samples: Arc::new(|| vec![7, 8]),
+            failover: Arc::new(FailoverFigures::default),
         }
     }
 

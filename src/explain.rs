@@ -5,11 +5,11 @@ use std::fmt;
 
 use crate::catalogs;
 use crate::classify::catalog::CatalogRows;
+use crate::classify::hint::Hints;
 use crate::classify::{
     Catalog, Classifier, Kind, Leaves, Lexing, Lookup, Statement, StatementClass, Suspect,
 };
 use crate::config::live::LiveConfig;
-use crate::classify::hint::Hints;
 use crate::config::{Config, LimitsConfig, Transactions};
 use crate::consistency::{Promise, Route};
 use crate::net::NodeTls;
@@ -217,9 +217,11 @@ impl Explanation {
             Kind::Empty => "empty",
         };
         let mut facts = vec![("class", kind.to_owned()), ("because", why.to_owned())];
-        facts.extend(self.suspects.iter().map(|suspect| {
-            ("", format!("{}: {}", String::from_utf8_lossy(&suspect.what), suspect.why))
-        }));
+        facts.extend(
+            self.suspects
+                .iter()
+                .map(|suspect| ("", format!("{}: {}", String::from_utf8_lossy(&suspect.what), suspect.why))),
+        );
         facts.push(("decided by", stage.to_owned()));
         facts.push(("leaves", self.leaves()));
         facts.push(("runs on", self.place()));

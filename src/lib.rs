@@ -23,6 +23,8 @@ pub mod scram;
 // The way of the cluster.
 pub mod catalogs;
 pub mod control;
+pub mod failover;
+pub mod gate;
 pub mod monitor;
 pub mod node;
 pub mod positions;

@@ -272,6 +272,29 @@ pub async fn work(door: Arc<Door>, mut handed: Handover, worker: usize) {
     }
 }
 
+/// A client whose coming was logged (`log.connections`), as its going will be.
+struct Said {
+    peer: String,
+    user: String,
+    database: String,
+    since: Instant,
+}
+
+impl Said {
+    fn come(peer: Option<SocketAddr>, arrival: &Arrival, replication: bool) -> Said {
+        let peer = peer.map_or_else(|| "unknown".to_owned(), |peer| peer.to_string());
+        let (user, database) = (arrival.user.clone(), arrival.database.clone());
+        let read_only = arrival.read_only;
+        info!(peer, user, database, read_only, replication, "client connected");
+        Said { peer, user, database, since: Instant::now() }
+    }
+
+    fn gone(self) {
+        let Said { peer, user, database, since } = self;
+        info!(peer, user, database, seconds = since.elapsed().as_secs_f64(), "client disconnected");
+    }
+}
+
 impl Door {
     async fn serve(self: Arc<Door>, tcp: TcpStream, worker: usize, read_only: bool) {
         let peer = tcp.peer_addr().ok();
@@ -288,6 +311,8 @@ impl Door {
         let let_in = Box::pin(self.let_in(tcp, peer, read_only)).await;
         let Some((_places, arrival, mode)) = let_in else { return };
         let metrics = &self.shared.metrics;
+        let replicates = matches!(mode, Mode::Replication(_));
+        let said = self.shared.config.load().log.connections.then(|| Said::come(peer, &arrival, replicates));
         match mode {
             Mode::Session => Session::run(self.shared.clone(), arrival, worker).await,
             Mode::Console => {
@@ -300,6 +325,9 @@ impl Door {
                 Box::pin(replication::run(self.shared.clone(), arrival, mode)).await;
                 metrics.replication_connections.dec();
             }
+        }
+        if let Some(said) = said {
+            said.gone();
         }
     }
 
@@ -351,9 +379,7 @@ impl Door {
         let config = self.shared.config.load_full();
         let to_console = is_for_console(&config, &connection.startup);
         let purpose = match to_console {
-            true => {
-                Purpose::Console { admins: &config.auth.admins, database: &config.control.database }
-            }
+            true => Purpose::Console { admins: &config.auth.admins, database: &config.control.database },
             false => Purpose::Nodes,
         };
         let keys = match auth::authenticate(&mut connection, &self.verifiers, purpose, deadline).await {
@@ -454,7 +480,8 @@ impl Door {
         clients: usize,
     ) -> Result<Option<Places>, Refusal> {
         if startup.replication.is_some() {
-            let report = ErrorReport::fatal("0A000", "the admin console does not speak the replication protocol");
+            let report =
+                ErrorReport::fatal("0A000", "the admin console does not speak the replication protocol");
             return Err(("console", Box::new(report)));
         }
         if clients <= config.max_clients {

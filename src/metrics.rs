@@ -17,7 +17,7 @@ use prometheus::{
 
 use crate::config::MAX_NODES;
 use crate::route::RouteReason;
-use crate::topology::{NodeId, Standing, Topology};
+use crate::topology::{NodeId, Quarantine, Standing, Topology};
 
 /// The (database, user) pairs that get labels of their own; further ones are summed as `other`.
 pub const MAX_POOL_LABELS: usize = 100;
@@ -35,6 +35,8 @@ pub enum WaitFor {
     Backend,
     /// A primary being found.
     Primary,
+    /// Being let to the primary, while it is changed.
+    Gate,
 }
 
 /// The backends of one pool in one state, for a scrape.
@@ -75,6 +77,23 @@ pub struct Scrape<'a> {
     pub samples: &'a [u64],
     /// Changes of the topology since the start.
     pub topology_changes: u64,
+    /// Where failover stands.
+    pub failover: FailoverFigures,
+}
+
+/// Where failover stands.
+#[derive(Clone, Debug, Default)]
+pub struct FailoverFigures {
+    /// Its state, out of `Labels::failover_states`.
+    pub state: &'static str,
+    /// Why it is blocked, out of `Labels::failover_blocks`.
+    pub blocked: Option<&'static str>,
+    /// Why nodes are kept out: one entry for each node.
+    pub quarantined: Vec<&'static str>,
+    /// Bytes with acknowledged writes that the last failover is known to have lost.
+    pub lost_acked_bytes_min: Option<u64>,
+    /// With `durability: quorum`: whether acknowledged writes are covered now.
+    pub sync: Option<bool>,
 }
 
 /// Every value of the labels that are known beforehand, so that each series is there from the start.
@@ -94,10 +113,18 @@ pub struct Labels {
     pub login_failures: &'static [&'static str],
     /// What becomes of cancel requests.
     pub cancels: &'static [&'static str],
+    /// Why statements are not let to the primary.
+    pub gate_refused: &'static [&'static str],
+    /// What sessions have that ends with their primary.
+    pub sessions_ended: &'static [&'static str],
     /// What takes too long.
     pub timeouts: &'static [&'static str],
     /// Why backends are closed.
     pub backends_closed: &'static [&'static str],
+    /// States of failover.
+    pub failover_states: &'static [&'static str],
+    /// Why failovers are blocked.
+    pub failover_blocks: &'static [&'static str],
 }
 
 /// Counters by a reason, looked up at each use; for events that are not on the way of every statement.
@@ -133,11 +160,16 @@ impl ReasonGauge {
 /// All metrics. Made once, shared by `Arc`.
 pub struct Metrics {
     registry: Registry,
+    failover_phases: HistogramVec,
+    /// Write targets that failover has made, by how.
+    pub failovers: ReasonCounter,
+    /// Failovers that could not go on, by why.
+    pub failover_blocks: ReasonCounter,
     /// By node; those that a reload adds come later.
     nodes: Box<[OnceLock<NodeSeries>]>,
     per_node: PerNode,
     labels: Labels,
-    waits: [Histogram; 4],
+    waits: [Histogram; 5],
     /// Statements run again elsewhere, by why.
     pub redone: ReasonCounter,
     /// With `routing.shadow`: reads on the primary, by where they would have gone.
@@ -176,6 +208,16 @@ pub struct Metrics {
     pub protocol_errors: IntCounter,
     /// Statements whose outcome could not be learned.
     pub unknown_outcomes: IntCounter,
+    /// Statements that wait to be let to the primary.
+    pub gate_waiting: IntGauge,
+    /// Those that were not let there, by why.
+    pub gate_refused: ReasonCounter,
+    /// Sessions ended with their primary, by what they had there.
+    pub sessions_ended: ReasonCounter,
+    /// Sessions that were made to listen again on another backend.
+    pub listens_resumed: IntCounter,
+    /// Commits that the server says may not have been replicated.
+    pub unreplicated_commits: IntCounter,
     /// Sessions told that an acknowledged write may have been lost in a failover.
     pub lost_write: IntCounter,
     /// Reads that waited because the primary had its share of reads that no replica could serve.
@@ -281,7 +323,7 @@ impl Metrics {
             nodes: (0..MAX_NODES).map(|_| OnceLock::new()).collect(),
             per_node: PerNode { statements, seconds, opened, closed },
             labels: *labels,
-            waits: ["mark", "floor", "backend", "primary"].map(|w| wait.with_label_values(&[w])),
+            waits: ["mark", "floor", "backend", "primary", "gate"].map(|w| wait.with_label_values(&[w])),
             redone: by_reason(
                 "highwater_redone_total",
                 "Statements run again on another node.",
@@ -373,6 +415,33 @@ impl Metrics {
                 "highwater_unknown_outcomes_total",
                 "Statements whose outcome is unknown.",
             ),
+            gate_waiting: gauge(
+                r,
+                "highwater_gate_waiting",
+                "Statements that wait to be let to the primary while it is being changed.",
+            ),
+            gate_refused: by_reason(
+                "highwater_gate_refused_total",
+                "Statements that were not let to the primary while it was being changed, by why.",
+                "reason",
+                labels.gate_refused,
+            ),
+            sessions_ended: by_reason(
+                "highwater_sessions_ended_total",
+                "Sessions ended because their primary was lost or left, by what they had there.",
+                "reason",
+                labels.sessions_ended,
+            ),
+            listens_resumed: counter(
+                r,
+                "highwater_listens_resumed_total",
+                "Sessions that were made to listen again after their backend was lost.",
+            ),
+            unreplicated_commits: counter(
+                r,
+                "highwater_unreplicated_commits_total",
+                "Commits whose wait for a synchronous replica was cancelled; told to the client as 08007.",
+            ),
             lost_write: counter(r, "highwater_lost_write_total", "Sessions told of a possibly lost write."),
             primary_reads_queued: counter(
                 r,
@@ -383,6 +452,24 @@ impl Metrics {
                 r,
                 "highwater_primary_reads_refused_total",
                 "Reads above consistency.primary_read_cap that failed.",
+            ),
+            failovers: by_reason(
+                "highwater_failovers_total",
+                "Primaries replaced.",
+                "reason",
+                &["failover", "switchover"],
+            ),
+            failover_blocks: by_reason(
+                "highwater_failover_blocks_total",
+                "Failovers that could not go on.",
+                "reason",
+                labels.failover_blocks,
+            ),
+            failover_phases: histograms(
+                r,
+                "highwater_failover_phase_seconds",
+                "Time spent in a state of failover that has been left.",
+                "phase",
             ),
             reloads: by_reason(
                 "highwater_reloads_total",
@@ -467,10 +554,19 @@ impl Metrics {
         }
     }
 
+    /// Observes how long a state of failover has lasted.
+    pub fn failover_phase(&self, phase: &'static str, time: Duration) {
+        // How long it was well is no figure of a failover.
+        if !matches!(phase, "healthy" | "starting") {
+            self.failover_phases.with_label_values(&[phase]).observe(time.as_secs_f64());
+        }
+    }
+
     /// All metrics in Prometheus's text format. Metrics that nothing has touched yet are left out.
     pub fn render(&self, scrape: &Scrape<'_>) -> String {
         let now = Registry::new();
         topology_metrics(&now, scrape.topology);
+        self.failover_metrics(&now, &scrape.failover);
         let names = |node: NodeId| self.node(node).map(|series| series.name.as_str());
         pool_metrics(&now, &names, scrape.pools);
         let cache = scrape.class_cache;
@@ -503,6 +599,35 @@ impl Metrics {
         match TextEncoder::new().encode(&families, &mut text) {
             Ok(()) => String::from_utf8_lossy(&text).into_owned(),
             Err(e) => format!("# metrics could not be written: {}\n", e.to_string().replace('\n', " ")),
+        }
+    }
+}
+
+impl Metrics {
+    fn failover_metrics(&self, now: &Registry, figures: &FailoverFigures) {
+        let gauges = |name: &str, help: &str, label: &str| -> IntGaugeVec {
+            register(now, IntGaugeVec::new(Opts::new(name, help), &[label]))
+        };
+        let states = gauges("highwater_failover_state", "1 at the state that failover is in.", "state");
+        for state in self.labels.failover_states {
+            states.with_label_values(&[state]).set(i64::from(*state == figures.state));
+        }
+        let blocked = gauges("highwater_failover_blocked", "1 at what a failover waits for.", "reason");
+        for reason in self.labels.failover_blocks {
+            blocked.with_label_values(&[reason]).set(i64::from(Some(*reason) == figures.blocked));
+        }
+        let kept_out = gauges("highwater_quarantined_nodes", "Nodes that must be repaired.", "reason");
+        for reason in [Quarantine::OldPrimary, Quarantine::Diverged].map(Quarantine::label) {
+            let count = figures.quarantined.iter().filter(|why| **why == reason).count();
+            kept_out.with_label_values(&[reason]).set(as_gauge(count as u64));
+        }
+        if let Some(bytes) = figures.lost_acked_bytes_min {
+            gauge(now, "highwater_lost_acked_bytes_min", "WAL of acknowledged writes lost, at least.")
+                .set(as_gauge(bytes));
+        }
+        if let Some(covered) = figures.sync {
+            gauge(now, "highwater_sync_state", "1: acknowledged writes survive the primary; 0: degraded.")
+                .set(i64::from(covered));
         }
     }
 }
@@ -545,6 +670,11 @@ fn topology_metrics(now: &Registry, topology: &Topology) {
             seconds.with_label_values(&[name]).set(lag.as_secs_f64());
         }
     }
+    let second = |node: &&crate::topology::NodeView| {
+        node.standing == Standing::Excluded(crate::topology::Exclusion::SecondPrimary)
+    };
+    gauge(now, "highwater_split_brain", "Nodes that take writes and are not the primary.")
+        .set(as_gauge(topology.nodes.iter().filter(second).count() as u64));
     gauge(now, "highwater_epoch", "Write targets this proxy has had.").set(as_gauge(topology.epoch.0));
     if let Some(timeline) = topology.timeline {
         let made: Gauge = register(now, Gauge::new("highwater_timeline", "The primary's timeline."));
@@ -664,6 +794,11 @@ pub(crate) mod tests {
             class_cache,
             samples: &samples,
             topology_changes: 3,
+            failover: FailoverFigures {
+                state: "healthy",
+                quarantined: vec!["diverged"],
+                ..FailoverFigures::default()
+            },
         });
         for line in [
             "highwater_statements_total{class=\"write\",node=\"n1\",reason=\"unclear\"} 2",
@@ -678,6 +813,8 @@ pub(crate) mod tests {
             "highwater_node_role{node=\"n0\",role=\"primary\"} 1",
             "highwater_replica_replay_lag_bytes{node=\"n1\"} 4096",
             "highwater_replica_replay_lag_seconds{node=\"n1\"} 0.25",
+            "highwater_quarantined_nodes{reason=\"diverged\"} 1",
+            "highwater_split_brain 0",
             "highwater_epoch 2",
             "highwater_timeline 3",
             "highwater_pool_backends{database=\"other\",node=\"n0\",state=\"idle\",user=\"other\"} 100",

@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use deadpool_postgres::{
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{Client, Row, Statement};
+use tokio_postgres::{Client, Row, SimpleQueryMessage, Statement};
 
 use crate::config::FunctionOverrides;
 use crate::config::live::LiveConfig;
@@ -44,6 +44,8 @@ pub enum NodeFailure {
     Timeout,
     /// The server says that it is starting up, shutting down or recovering (57P03): not dead.
     Starting,
+    /// An idle connection was ended at an administrator's word: shut down, or restarted, or only that session.
+    ShuttingDown,
     /// The connection broke.
     Broken,
     /// The server answered, with an error: it lives, but does not let us look.
@@ -57,6 +59,7 @@ impl NodeFailure {
             NodeFailure::Refused => "refused",
             NodeFailure::Timeout => "timeout",
             NodeFailure::Starting => "starting",
+            NodeFailure::ShuttingDown => "shutting_down",
             NodeFailure::Broken => "broken",
             NodeFailure::Answered => "answered",
         }
@@ -194,9 +197,22 @@ pub enum ProbedRole {
         positions: ReplicaSample,
         /// The walreceiver's status (`streaming`, `waiting`, ...); `None`: none runs.
         walreceiver: Option<String>,
+        /// That walreceiver, as far as it can be told from others.
+        receiver: Option<Receiver>,
         /// What holds its replay up.
         recovery: Recovery,
     },
+}
+
+/// A walreceiver and whom it receives from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Receiver {
+    /// Its process.
+    pub pid: u32,
+    /// The sender's host, as the walreceiver was told it.
+    pub host: Option<String>,
+    /// The sender's port.
+    pub port: Option<u16>,
 }
 
 /// What a replica said of transactions that a primary still lists as running.
@@ -242,7 +258,10 @@ SELECT (SELECT system_identifier FROM pg_control_system()), \
     (extract(epoch FROM current_setting('recovery_min_apply_delay')::interval) * 1000)::bigint::text, \
     pg_is_wal_replay_paused()::text, \
     (SELECT sum(confl_tablespace + confl_lock + confl_snapshot + confl_bufferpin + confl_deadlock)::text \
-     FROM pg_stat_database_conflicts)] \
+     FROM pg_stat_database_conflicts), \
+    (SELECT pid::text FROM pg_stat_get_wal_receiver()), \
+    (SELECT sender_host FROM pg_stat_get_wal_receiver()), \
+    (SELECT sender_port::text FROM pg_stat_get_wal_receiver())] \
   ELSE ARRAY['primary', pg_current_wal_insert_lsn()::text, \
     left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)] END";
 
@@ -370,9 +389,12 @@ impl Nodes {
     /// statements (samplers, probes). `deadline` bounds the connection with its login, and then each
     /// question.
     pub async fn open(&self, node: NodeId, deadline: Duration) -> Result<NodeClient, NodeError> {
-        let (client, task) = self.dial_within(node, &self.control_database(), deadline).await?;
+        let settings = self.settings(node, &self.control_database())?;
+        let told_to_end = Arc::new(AtomicBool::new(false));
+        let (client, task) = self.dial(node, &settings, deadline, Some(&told_to_end)).await?;
         let connection = NodeClient {
             client,
+            told_to_end,
             task: EndWithOwner(task),
             name: self.name(node),
             deadline,
@@ -382,6 +404,19 @@ impl Nodes {
             wal_sizes: (0, 0),
         };
         connection.prepared().await
+    }
+
+    /// A connection of its own to the control database of `node`, for orders, under `application` as its name.
+    pub async fn session(
+        &self,
+        node: NodeId,
+        application: &str,
+        deadline: Duration,
+    ) -> Result<ControlSession, NodeError> {
+        let mut settings = self.settings(node, &self.control_database())?;
+        settings.application_name(application);
+        let (client, task) = self.dial(node, &settings, deadline, None).await?;
+        Ok(ControlSession { client, _task: EndWithOwner(task), name: self.name(node) })
     }
 
     /// A shared connection out of a small bounded pool per (node, database): auth query, catalog facts,
@@ -516,9 +551,19 @@ impl Nodes {
         deadline: Duration,
     ) -> Result<(Client, JoinHandle<()>), NodeError> {
         let settings = self.settings(node, database)?;
+        self.dial(node, &settings, deadline, None).await
+    }
+
+    async fn dial(
+        &self,
+        node: NodeId,
+        settings: &tokio_postgres::Config,
+        deadline: Duration,
+        told_to_end: Option<&Arc<AtomicBool>>,
+    ) -> Result<(Client, JoinHandle<()>), NodeError> {
         // A frozen server still accepts TCP: the deadline must span the login as well.
         let dialer = self.dialer.load_full();
-        match timeout(deadline, dialer.dial(&settings)).await {
+        match timeout(deadline, dialer.dial(settings, told_to_end)).await {
             Ok(connected) => connected.map_err(|error| self.error(node, &error)),
             Err(_) => Err(self.failure(node, NodeFailure::Timeout, "connection timed out".to_owned())),
         }
@@ -545,6 +590,7 @@ impl Nodes {
 /// towards a server that does not answer.
 pub struct NodeClient {
     client: Client,
+    told_to_end: Arc<AtomicBool>,
     task: EndWithOwner,
     name: String,
     deadline: Duration,
@@ -604,10 +650,12 @@ impl NodeClient {
         }
     }
 
-    /// Resolves when the connection has ended, for whatever reason.
-    pub async fn ended(&mut self) {
+    /// Resolves when the connection has ended, for whatever reason; whether the server did so at an administrator's
+    /// word, as it does when it is shut down in order.
+    pub async fn ended(&mut self) -> bool {
         // The task is never awaited again once it has ended: the owner then drops the connection.
         let _ = (&mut self.task.0).await;
+        self.told_to_end.load(Ordering::SeqCst)
     }
 
     async fn prepared(mut self) -> Result<NodeClient, NodeError> {
@@ -660,6 +708,41 @@ impl NodeClient {
     }
 }
 
+/// A connection that gives orders, each a statement of its own: `ALTER SYSTEM` takes no company. Dropping it
+/// closes it at once; what was sent and not answered may still be carried out.
+pub struct ControlSession {
+    client: Client,
+    _task: EndWithOwner,
+    name: String,
+}
+
+impl ControlSession {
+    /// Runs one statement; its rows, as text.
+    pub async fn ask(&self, sql: &str, deadline: Duration) -> Result<Vec<Vec<Option<String>>>, NodeError> {
+        let messages = timeout(deadline, self.client.simple_query(sql))
+            .await
+            .map_err(|_| NodeError {
+                node: self.name.clone(),
+                cause: "no answer in time".to_owned(),
+                kind: NodeFailure::Timeout,
+            })?
+            .map_err(|error| describe(self.name.clone(), &error))?;
+        let columns = |row: &tokio_postgres::SimpleQueryRow| {
+            (0..row.len()).map(|column| row.get(column).map(str::to_owned)).collect()
+        };
+        let rows = messages.iter().filter_map(|message| match message {
+            SimpleQueryMessage::Row(row) => Some(columns(row)),
+            _ => None,
+        });
+        Ok(rows.collect())
+    }
+
+    /// Whether the connection has ended.
+    pub fn is_closed(&self) -> bool {
+        self.client.is_closed()
+    }
+}
+
 /// Makes control connections, with the TLS that all connections to nodes have.
 #[derive(Clone)]
 struct Dialer {
@@ -674,16 +757,23 @@ impl Dialer {
     }
 
     /// The one place where a control connection is made; its task runs until the connection ends.
+    /// `told_to_end` is set when the server ends it at an administrator's word.
     async fn dial(
         &self,
         settings: &tokio_postgres::Config,
+        told_to_end: Option<&Arc<AtomicBool>>,
     ) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error> {
         let mut settings = settings.clone();
         settings.ssl_mode(self.mode);
         let (client, connection) = settings.connect(self.connector.clone()).await?;
+        let told_to_end = told_to_end.map(Arc::clone);
         let task = tokio::spawn(async move {
-            // Whoever asks over the connection gets its error; there is nobody else to tell.
-            let _ = connection.await;
+            // Whoever asks over the connection gets its error; an idle one's says whether it is a shutdown.
+            let ended = connection.await;
+            let ordered = ended.is_err_and(|error| error.as_db_error().is_some_and(is_shutdown));
+            if let Some(told_to_end) = told_to_end {
+                told_to_end.store(ordered, Ordering::SeqCst);
+            }
         });
         Ok((client, task))
     }
@@ -697,8 +787,13 @@ impl deadpool_postgres::Connect for Dialer {
         Box<dyn Future<Output = Result<(Client, JoinHandle<()>), tokio_postgres::Error>> + Send + '_>,
     > {
         let settings = settings.clone();
-        Box::pin(async move { self.dial(&settings).await })
+        Box::pin(async move { self.dial(&settings, None).await })
     }
+}
+
+/// 57P01 by an administrator: a backend whose postmaster was killed says the same, from another routine.
+fn is_shutdown(error: &tokio_postgres::error::DbError) -> bool {
+    *error.code() == SqlState::ADMIN_SHUTDOWN && error.routine() == Some("ProcessInterrupts")
 }
 
 fn describe(node: String, error: &tokio_postgres::Error) -> NodeError {
@@ -781,6 +876,11 @@ fn read_probe(row: &Row, (block, segment): (u64, u64)) -> Option<ProbeAnswer> {
         "replica" => ProbedRole::Replica {
             positions: replica_positions(&fields),
             walreceiver: fields.get(6).cloned().flatten(),
+            receiver: field(&fields, 10).map(|pid| Receiver {
+                pid,
+                host: fields.get(11).cloned().flatten(),
+                port: field(&fields, 12),
+            }),
             recovery: Recovery {
                 apply_delay: Duration::from_millis(field(&fields, 7).unwrap_or(0)),
                 paused: field(&fields, 8).unwrap_or(false),

@@ -4,6 +4,7 @@
 //! never delays a probe; one accepts; the workers serve clients.
 
 mod apply;
+mod steering;
 
 use std::fmt;
 use std::io;
@@ -19,6 +20,7 @@ use tokio::time::Instant;
 use tracing::info;
 
 use self::apply::Applier;
+use self::steering::steering;
 use crate::admin::{self, AdminState};
 use crate::backend::pool::{CloseReason, PoolContext, Pools, Ways};
 use crate::catalogs::Catalogs;
@@ -29,9 +31,11 @@ use crate::config::Config;
 use crate::config::live::LiveConfig;
 use crate::console::Console;
 use crate::control;
+use crate::failover::event::{BlockReason, State};
+use crate::gate::Gate;
 use crate::listener::{self, Door};
 use crate::log;
-use crate::metrics::{ClassCacheFigures, Labels, Metrics, PoolFigure};
+use crate::metrics::{ClassCacheFigures, FailoverFigures, Labels, Metrics, PoolFigure};
 use crate::net::{ClientTls, NodeTls};
 use crate::node::Nodes;
 use crate::positions::Positions;
@@ -44,7 +48,7 @@ use crate::session::prepared::Names;
 use crate::session::promise::PrimaryReads;
 use crate::session::shared_mark::{GlobalMark, NamedMarks};
 use crate::session::timeouts::Overdue;
-use crate::session::{REDONE_LABELS, Shared};
+use crate::session::{ENDED_LABELS, GATE_REFUSED_LABELS, REDONE_LABELS, Shared};
 use crate::topology::{Topology, TopologyHandle};
 
 /// Why the proxy could not start.
@@ -91,6 +95,8 @@ pub struct ServerHandle {
     pub metrics: Arc<Metrics>,
     /// Reads the configuration's file again.
     pub reload: Reload,
+    /// Where operators' commands go.
+    pub commands: control::Commands,
     stop: watch::Sender<Stop>,
     main: Option<JoinHandle<()>>,
 }
@@ -137,6 +143,7 @@ fn start_with(config: Config, level: Option<log::Level>) -> Result<ServerHandle,
             topology: started.topology,
             metrics: started.metrics,
             reload: started.reload,
+            commands: started.commands,
             stop,
             main: Some(main),
         }),
@@ -151,16 +158,22 @@ fn start_with(config: Config, level: Option<log::Level>) -> Result<ServerHandle,
 /// PostgreSQL's fast shutdown does; SIGQUIT ends the process with no words, as its immediate one. SIGHUP reloads the
 /// configuration; `level` follows it.
 pub fn run(config: Config, level: log::Level) -> Result<(), StartError> {
-    let server = start_with(config, Some(level))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(failed("start a runtime"))?;
-    runtime.block_on(async {
+    // Before anybody can know that we run: a signal that nobody listens for ends the process.
+    let (mut terminate, mut interrupt, mut hangup) = {
         use tokio::signal::unix::{SignalKind, signal};
-        let mut terminate = signal(SignalKind::terminate()).map_err(failed("listen for SIGTERM"))?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("listen for SIGINT"))?;
-        let mut hangup = signal(SignalKind::hangup()).map_err(failed("listen for SIGHUP"))?;
+        let _inside = runtime.enter();
+        (
+            signal(SignalKind::terminate()).map_err(failed("listen for SIGTERM"))?,
+            signal(SignalKind::interrupt()).map_err(failed("listen for SIGINT"))?,
+            signal(SignalKind::hangup()).map_err(failed("listen for SIGHUP"))?,
+        )
+    };
+    let server = start_with(config, Some(level))?;
+    runtime.block_on(async {
         let reload = server.reload.clone();
         tokio::spawn(async move {
             while hangup.recv().await.is_some() {
@@ -194,6 +207,7 @@ struct Started {
     topology: Arc<TopologyHandle>,
     metrics: Arc<Metrics>,
     reload: Reload,
+    commands: control::Commands,
 }
 
 fn run_main(
@@ -264,10 +278,19 @@ async fn build(config: Config, reload: Reload) -> Result<Parts, StartError> {
 
     let topology = Arc::new(TopologyHandle::new(Topology::initial(config)));
     let positions = Arc::new(Positions::new(places));
+    let gate = Arc::new(Gate::new(places, config.workers, config.failover.max_paused));
     let names: Vec<String> = config.nodes.iter().map(|n| n.name.clone()).collect();
     let metrics = Arc::new(Metrics::new(&names, &labels()));
     let nodes = Nodes::new(live.clone(), &node_tls);
-    let control = control::start(live.clone(), nodes.clone(), topology.clone(), positions.clone());
+    let control = control::start(
+        live.clone(),
+        nodes.clone(),
+        topology.clone(),
+        positions.clone(),
+        gate.clone(),
+        metrics.clone(),
+    )
+    .map_err(|error| StartError { what: "use failover.state_dir".to_owned(), cause: error.to_string() })?;
     let catalogs = Catalogs::new(
         nodes.clone(),
         topology.clone(),
@@ -282,6 +305,7 @@ async fn build(config: Config, reload: Reload) -> Result<Parts, StartError> {
         topology: topology.clone(),
         metrics: metrics.clone(),
         login_settings: nodes.login_settings.clone(),
+        gate: gate.clone(),
         outstanding: (0..places).map(|_| AtomicU32::new(0)).collect(),
     })));
     let shared = Arc::new(Shared {
@@ -293,6 +317,7 @@ async fn build(config: Config, reload: Reload) -> Result<Parts, StartError> {
         nodes: nodes.clone(),
         making_room: AtomicBool::new(false),
         pools,
+        gate,
         metrics,
         sessions: Arc::new(Sessions::default()),
         names: Names::new(rand::random()),
@@ -305,11 +330,12 @@ async fn build(config: Config, reload: Reload) -> Result<Parts, StartError> {
             config.consistency.named_session_idle,
         )),
         primary_reads: PrimaryReads::default(),
+        lines: log::Rate::default(),
     });
     let verifiers = Verifiers::new(config, &nodes, &topology)
         .map_err(|error| StartError { what: "set up the login".to_owned(), cause: error.to_string() })?;
     let tls = ArcSwap::from_pointee(client_tls);
-    let console = Arc::new(Console::new(shared.clone(), reload, None));
+    let console = Arc::new(Console::new(shared.clone(), reload, steering(control.commands())));
     let (drain, census) = (Arc::default(), Arc::default());
     let door = Arc::new(Door { shared, tls, verifiers, drain, census, console });
     Ok(Parts { listener, listener_read_only, address, http, door, control })
@@ -323,6 +349,7 @@ impl Parts {
             topology: self.door.shared.topology.clone(),
             metrics: self.door.shared.metrics.clone(),
             reload,
+            commands: self.control.commands(),
         }
     }
 
@@ -350,10 +377,15 @@ impl Parts {
         accepting.push(tokio::spawn(listener::accept(self.listener, senders, false)));
         let pools = self.door.shared.pools.clone();
         tokio::spawn(async move { pools.reap().await });
+        let (gate, sessions) = (self.door.shared.gate.clone(), self.door.shared.sessions.clone());
+        let pools = self.door.shared.pools.clone();
+        tokio::spawn(async move { pools.close_left().await });
+        tokio::spawn(async move { sessions.wake_at(&gate).await });
         if let Some((listener, _)) = self.http {
             let pools = self.door.shared.pools.clone();
             let classifier = self.door.shared.classifier.clone();
             let positions = self.door.shared.positions.clone();
+            let commands = self.control.commands();
             let topology = self.door.shared.topology.clone();
             tokio::spawn(admin::serve(
                 listener,
@@ -367,6 +399,7 @@ impl Parts {
                         let replaced_parsers = classifier.replaced_parsers();
                         ClassCacheFigures { hits, misses, replaced_parsers }
                     }),
+                    failover: Arc::new(move || failover_figures(&commands.status())),
                     samples: Arc::new(move || {
                         topology.load().nodes.iter().map(|view| positions.node(view.id).counter()).collect()
                     }),
@@ -426,8 +459,22 @@ fn labels() -> Labels {
         client_refused: &listener::REFUSED_LABELS,
         login_failures: &AuthFailure::LABELS,
         cancels: &listener::CANCEL_LABELS,
+        gate_refused: &GATE_REFUSED_LABELS,
+        sessions_ended: &ENDED_LABELS,
         timeouts: &Overdue::LABELS,
         backends_closed: &CloseReason::LABELS,
+        failover_states: &State::LABELS,
+        failover_blocks: &BlockReason::LABELS,
+    }
+}
+
+fn failover_figures(status: &control::Status) -> FailoverFigures {
+    FailoverFigures {
+        state: status.state,
+        blocked: status.blocked.as_ref().map(|(label, _)| *label),
+        quarantined: status.quarantined.iter().map(|(_, why)| why.label()).collect(),
+        lost_acked_bytes_min: status.loss.map(|loss| loss.acked_bytes_min),
+        sync: (status.durability == "quorum").then_some(status.covered),
     }
 }
 

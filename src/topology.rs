@@ -57,6 +57,27 @@ pub enum Exclusion {
     SecondPrimary,
     /// A reload has taken it out of the configuration.
     Removed,
+    /// It must be repaired first, whatever it says.
+    Quarantined(Quarantine),
+}
+
+/// Why a node is kept out until somebody repairs it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Quarantine {
+    /// It was the primary of an epoch that is over.
+    OldPrimary,
+    /// It holds WAL that the primary does not have.
+    Diverged,
+}
+
+impl Quarantine {
+    /// One word for a metric label or a log field.
+    pub fn label(self) -> &'static str {
+        match self {
+            Quarantine::OldPrimary => "old_primary",
+            Quarantine::Diverged => "diverged",
+        }
+    }
 }
 
 impl Exclusion {
@@ -76,6 +97,7 @@ impl Exclusion {
             Exclusion::ForeignCluster => "foreign_cluster",
             Exclusion::SecondPrimary => "second_primary",
             Exclusion::Removed => "removed",
+            Exclusion::Quarantined(_) => "quarantined",
         }
     }
 }
@@ -96,6 +118,12 @@ impl fmt::Display for Exclusion {
             Exclusion::ForeignCluster => f.write_str("its system identifier is not the cluster's"),
             Exclusion::SecondPrimary => f.write_str("it accepts writes, but is not the primary"),
             Exclusion::Removed => f.write_str("it is no longer in the configuration"),
+            Exclusion::Quarantined(Quarantine::OldPrimary) => {
+                f.write_str("it was the primary of an epoch that is over: it needs pg_rewind or a new copy")
+            }
+            Exclusion::Quarantined(Quarantine::Diverged) => f.write_str(
+                "it holds changes that the primary does not have: it needs pg_rewind or a new copy",
+            ),
         }
     }
 }

@@ -14,6 +14,8 @@ const MAY_USE: &[(&str, &str)] = &[
     ("consistency", "wal"),
     ("topology", "config wal"),
     ("positions", "topology wal"),
+    // What both ways stand at: the cluster's sets it, the statements' passes it.
+    ("gate", "topology"),
     ("classify", "config consistency wal wire"),
     ("route", "classify topology positions wal"),
     // A value too, once it has been read.
@@ -25,15 +27,16 @@ const MAY_USE: &[(&str, &str)] = &[
     // The way of the cluster.
     ("node", "config net topology wal"),
     ("monitor", "config metrics node topology positions wal"),
-    ("control", "config metrics monitor node topology positions wal"),
+    ("failover", "config gate node topology wal"),
+    ("control", "config failover gate metrics monitor node topology positions wal"),
     ("catalogs", "classify config metrics node topology wal"),
     // The way of a statement. A session and its backends tell `control` and `node` of failures they
     // meet (a handle that sends); they ask them nothing.
     ("client", "config metrics net node scram topology wal wire"),
-    ("backend", "classify config metrics net node scram topology positions wal wire"),
+    ("backend", "classify config gate metrics net node scram topology positions wal wire"),
     (
         "session",
-        "backend catalogs classify client config consistency control log metrics net node positions route scram topology wal wire",
+        "backend catalogs classify client config consistency control gate log metrics net node positions route scram topology wal wire",
     ),
     ("listener", "backend catalogs client config console metrics net node session topology wal wire"),
     // The way of the operator.
@@ -48,7 +51,7 @@ const MAY_USE: &[(&str, &str)] = &[
     ("reload", "config"),
     (
         "server",
-        "admin backend catalogs classify client config console control listener log metrics monitor net node positions \
+        "admin backend catalogs classify client config console control failover gate listener log metrics monitor net node positions \
          reload route session topology wal",
     ),
     ("demo", "config metrics server topology"),
@@ -74,8 +77,16 @@ const PURE: &[&str] = &[
     "monitor/health.rs",
     "monitor/lag.rs",
     "monitor/floor.rs",
+    "failover/mod.rs",
+    "failover/event.rs",
     "failover/decide.rs",
+    "failover/detect.rs",
     "failover/candidate.rs",
+    "failover/command.rs",
+    "failover/record.rs",
+    "failover/sync.rs",
+    "failover/conninfo.rs",
+    "failover/text.rs",
 ];
 
 /// What lies in a pure folder and is not: `opinion` keeps a thread for the second parser, and the

@@ -21,6 +21,7 @@ use bytes::{Buf, BytesMut};
 use lru::LruCache;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::gate::Socket;
 use crate::net::Stream;
 use crate::topology::{Epoch, NodeId};
 
@@ -146,6 +147,8 @@ pub struct Backend {
     pub last_writer: Option<u32>,
     /// The worker on whose reactor its socket is registered.
     pub worker: usize,
+    /// Its place in the count of connections; the last to be dropped.
+    pub socket: Socket,
 }
 
 /// The startup parameters of a client that its backends must share, in a canonical order: all but
@@ -264,6 +267,7 @@ impl Backend {
         epoch: Epoch,
         worker: usize,
         now: Instant,
+        socket: Socket,
     ) -> Backend {
         let parameters: Arc<Parameters> = Arc::new(login.parameters.into_iter().collect());
         Backend {
@@ -292,6 +296,7 @@ impl Backend {
             applied: Arc::default(),
             last_writer: None,
             worker,
+            socket,
         }
     }
 

@@ -18,6 +18,7 @@ use super::login::{self, LoginError, LoginTarget};
 use super::{Backend, CancelTarget, Dirt, StartupParameters};
 use crate::config::Config;
 use crate::config::live::LiveConfig;
+use crate::gate::{Gate, Socket};
 use crate::metrics::{Metrics, WaitFor};
 use crate::net::NodeTls;
 use crate::node::{LoginSettings, NodeFailure};
@@ -41,6 +42,8 @@ pub struct PoolContext {
     pub metrics: Arc<Metrics>,
     /// What logins give.
     pub login_settings: Arc<LoginSettings>,
+    /// Which connections are to be there.
+    pub gate: Arc<Gate>,
     /// Per node: statements that sessions have sent and not seen the end of.
     pub outstanding: Box<[AtomicU32]>,
 }
@@ -76,8 +79,15 @@ impl Ways {
 impl PoolContext {
     /// Delivers an announced cancel request. Resolves when the node has ended its connection.
     pub async fn cancel(&self, target: &CancelTarget) -> std::io::Result<()> {
+        let left = || std::io::Error::from(std::io::ErrorKind::ConnectionAborted);
+        let socket = self.gate.socket(target.node).ok_or_else(left)?;
         let (config, tls) = (self.config.load_full(), self.tls.load_full());
-        login::cancel(&way_to(&config, &tls, target.node), target.pid, &target.key).await
+        let to = way_to(&config, &tls, target.node);
+        tokio::select! {
+            biased;
+            () = socket.closed() => Err(left()),
+            done = login::cancel(&to, target.pid, &target.key) => done,
+        }
     }
 
     /// Has the node cancel what `target` runs, which was announced. Should that not arrive, the backend
@@ -89,7 +99,8 @@ impl PoolContext {
         }
     }
 
-    /// A connection of its own, in no pool, for a client that has authenticated.
+    /// A connection of its own, in no pool, for a client that has authenticated. Its place in the count of
+    /// connections is to be kept beside it.
     pub async fn log_in_apart(
         &self,
         node: NodeId,
@@ -97,9 +108,19 @@ impl PoolContext {
         database: &str,
         parameters: &[(String, String)],
         keys: &LoginKeys,
-    ) -> Result<login::LoggedIn, AcquireError> {
+    ) -> Result<(login::LoggedIn, Socket), AcquireError> {
+        let socket = self.gate.socket(node).ok_or(AcquireError::Left)?;
         let (config, tls) = (self.config.load_full(), self.tls.load_full());
-        login::log_in(&way_to(&config, &tls, node), user, database, parameters, keys).await.map_err(refusal)
+        let target = way_to(&config, &tls, node);
+        let logged_in = tokio::select! {
+            biased;
+            () = socket.closed() => return Err(AcquireError::Left),
+            done = login::log_in(&target, user, database, parameters, keys) => done.map_err(refusal)?,
+        };
+        if socket.is_closed() {
+            return Err(AcquireError::Left);
+        }
+        Ok((logged_in, socket))
     }
 
     fn count_closed(&self, node: NodeId, reason: CloseReason) {
@@ -202,6 +223,8 @@ pub enum AcquireError {
     },
     /// The proxy cannot log in there: an authentication method or TLS mode that does not fit.
     Unfit(Arc<str>),
+    /// The node is being left: there are to be no connections to it now.
+    Left,
     /// Nothing became free in time.
     Timeout,
 }
@@ -329,6 +352,11 @@ impl Pool {
                 .or_else(|| state.idle.iter().rposition(|b| fits(b)))?;
             let mut backend = state.idle.remove(at);
             let valid = backend.login_settings == Some(self.context.login_settings.generation());
+            if backend.socket.is_closed() {
+                state.open -= 1;
+                self.context.count_closed(self.node, CloseReason::Epoch);
+                continue;
+            }
             let open = self.context.ways.is_open_to(&backend);
             if valid && open && backend.epoch == epoch && backend.is_alive() {
                 return Some(backend);
@@ -409,8 +437,6 @@ impl Pool {
     ) -> Result<Box<Backend>, AcquireError> {
         // Before the addresses are read: a change meanwhile counts as one after it.
         let way = self.context.ways.of(self.node);
-        let (config, tls) = (self.context.config.load_full(), self.context.tls.load_full());
-        let target = way_to(&config, &tls, self.node);
         let keys = self.keys.lock().unwrap_or_else(|p| p.into_inner()).clone();
         let (epoch, primary) = {
             let topology = self.context.topology.load();
@@ -419,11 +445,11 @@ impl Pool {
         // Before the login: a change meanwhile counts as one after it.
         let settings = &self.context.login_settings;
         let generation = settings.generation();
-        let max_lag = config.consistency.max_lag;
+        let max_lag = self.context.config.load().consistency.max_lag;
         let valid = primary == Some(self.node) || !settings.changed_within(max_lag);
-        let logged_in = login::log_in(&target, &self.user, &self.database, &super::exempt(startup), &keys)
-            .await
-            .map_err(refusal)?;
+        let parameters = super::exempt(startup);
+        let (logged_in, socket) =
+            self.context.log_in_apart(self.node, &self.user, &self.database, &parameters, &keys).await?;
         let cancel = Arc::new(CancelTarget::new(self.node, logged_in.pid, logged_in.key.clone()));
         self.context.metrics.backend_opened(self.node);
         let mut backend = Box::new(Backend::new(
@@ -435,6 +461,7 @@ impl Pool {
             epoch,
             worker,
             self.birth(),
+            socket,
         ));
         backend.login_settings = valid.then_some(generation);
         backend.way = way;
@@ -510,7 +537,8 @@ impl Pool {
     fn keep(self: &Arc<Pool>, mut backend: Box<Backend>) {
         let now = Instant::now();
         let epoch = self.context.topology.load().epoch;
-        if backend.epoch != epoch {
+        if backend.epoch != epoch || backend.socket.is_closed() {
+            drop(backend);
             return self.closed(CloseReason::Epoch);
         }
         if now.duration_since(backend.opened) > self.lifetime() {
@@ -554,6 +582,17 @@ impl Pool {
         self.open_more(&mut state);
     }
 
+    /// Closes idle backends whose connections were told to close.
+    fn close_left(self: &Arc<Pool>) {
+        let mut state = self.lock();
+        let before = state.idle.len();
+        state.idle.retain(|backend| !backend.socket.is_closed());
+        let closed = before - state.idle.len();
+        (0..closed).for_each(|_| self.context.count_closed(self.node, CloseReason::Epoch));
+        state.open -= closed;
+        self.open_more(&mut state);
+    }
+
     /// Closes idle backends that are too old, unused for too long, dead or of an earlier epoch.
     fn reap(self: &Arc<Pool>, now: Instant) {
         let idle_timeout = self.context.config.load().pool.server_idle_timeout;
@@ -566,7 +605,7 @@ impl Pool {
         state.idle.retain_mut(|b| {
             let reason = if !self.context.ways.is_open_to(b) {
                 CloseReason::Reload
-            } else if b.epoch != epoch {
+            } else if b.epoch != epoch || b.socket.is_closed() {
                 CloseReason::Epoch
             } else if drained {
                 CloseReason::Drained
@@ -677,6 +716,12 @@ impl Lease {
             context.stop(&target).await;
             drop(self);
         });
+    }
+
+    /// Whether its node is still where it was when this was opened: else samples of the node say nothing of it. Ask
+    /// after the sample was looked at: a node is sampled at another address only once its way has changed.
+    pub fn is_current(&self) -> bool {
+        self.pool.context.ways.is_open_to(self)
     }
 
     /// Gives an idle backend back to its pool, which cleans it first where it must.
@@ -845,6 +890,17 @@ impl Pools {
             for pool in user.made() {
                 pool.follow(config);
                 pool.reap(now);
+            }
+        }
+    }
+
+    /// Closes what nobody uses of the connections that are told to close, for ever.
+    pub async fn close_left(&self) {
+        let mut seen = 0;
+        loop {
+            self.context.gate.closing(&mut seen).await;
+            for user in self.all() {
+                user.made().for_each(Pool::close_left);
             }
         }
     }

@@ -28,6 +28,7 @@ pub mod refusal;
 mod scan;
 pub mod setting;
 mod skeleton;
+mod trace;
 mod transaction;
 pub mod tree;
 
@@ -38,9 +39,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use siphasher::sip128::{Hasher128, SipHasher13};
 
 pub use catalog::Catalog;
-pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
 pub use lexer::{Lexer as Words, Token};
+pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
 pub use skeleton::skeleton_text;
+pub use trace::traceparent;
 pub use transaction::{Isolation, TransactionCommand, depends_on_transaction, parameters_name_the_clock};
 
 use crate::config::LimitsConfig;
@@ -165,6 +167,12 @@ impl StatementClass {
     /// Whether it may run on a replica.
     pub fn is_read(self) -> bool {
         matches!(self.kind, Kind::Read | Kind::Empty)
+    }
+
+    /// Whether it may end a transaction that was open before: COMMIT and kin, and what may have one in it.
+    pub fn may_commit(self) -> bool {
+        self.kind == Kind::TransactionControl
+            || matches!(self.reason, ClassReason::Several | ClassReason::Unclear | ClassReason::Lexing)
     }
 
     fn write(reason: ClassReason) -> StatementClass {

@@ -62,7 +62,10 @@ mod tests {
     fn no_literal_is_shown() {
         for (text, expected) in [
             ("select 1", "select ?"),
-            ("SELECT  a,b FROM t\n WHERE x = 'secret' -- secret\n and y=$1", "SELECT a,b FROM t WHERE x = ? and y=?"),
+            (
+                "SELECT  a,b FROM t\n WHERE x = 'secret' -- secret\n and y=$1",
+                "SELECT a,b FROM t WHERE x = ? and y=?",
+            ),
             ("insert into t values (1, 'a', $$b$$), (2, E'c\\'d', $1)", "insert into t values (?), (?)"),
             ("select * from t where a in (1,2,3) and b=4", "select * from t where a in (?) and b=?"),
             ("alter role r password 'secret' /* secret */", "alter role r password ?"),

@@ -371,8 +371,11 @@ mod tests {
 
     #[test]
     fn only_a_valid_scram_verifier_lets_anybody_in() {
-        let verifiers =
-            Verifiers { admins: Mutex::default(), secret: [1; 32], source: ArcSwap::from_pointee(Source::Listed(HashMap::new())) };
+        let verifiers = Verifiers {
+            admins: Mutex::default(),
+            secret: [1; 32],
+            source: ArcSwap::from_pointee(Source::Listed(HashMap::new())),
+        };
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
         let is_mock = |row: AuthRow| verifiers.account("app", row, now).verifier.is_mock();
         assert!(!is_mock(row()));
@@ -387,8 +390,11 @@ mod tests {
 
     #[test]
     fn a_null_never_opens_anything() {
-        let verifiers =
-            Verifiers { admins: Mutex::default(), secret: [1; 32], source: ArcSwap::from_pointee(Source::Listed(HashMap::new())) };
+        let verifiers = Verifiers {
+            admins: Mutex::default(),
+            secret: [1; 32],
+            source: ArcSwap::from_pointee(Source::Listed(HashMap::new())),
+        };
         let account = |row| verifiers.account("app", row, SystemTime::UNIX_EPOCH);
         assert!(!account(AuthRow { may_log_in: None, ..row() }).may_log_in);
         assert_eq!(account(AuthRow { may_connect: None, ..row() }).database, DatabaseAccess::Unknown);

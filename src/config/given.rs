@@ -146,7 +146,8 @@ impl Given {
                 };
                 let given = self.get(&key);
                 // Of the three ways to give a secret only the one that was taken is shown.
-                if given.is_none() && key.rsplit('.').next().is_some_and(|last| last.starts_with("password_")) {
+                if given.is_none() && key.rsplit('.').next().is_some_and(|last| last.starts_with("password_"))
+                {
                     continue;
                 }
                 found.push(Setting {
@@ -247,6 +248,9 @@ mod tests {
         let mut after = given("listen: 127.0.0.1:2\npool: { size: 2 }");
         after.keep(&given("listen: 127.0.0.1:1\npool: { size: 1 }"));
         let value = |key: &str| after.settings().into_iter().find(|s| s.key == key).and_then(|s| s.value);
-        assert_eq!((value("listen").as_deref(), value("pool.size").as_deref()), (Some("127.0.0.1:1"), Some("2")));
+        assert_eq!(
+            (value("listen").as_deref(), value("pool.size").as_deref()),
+            (Some("127.0.0.1:1"), Some("2"))
+        );
     }
 }

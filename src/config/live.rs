@@ -126,7 +126,23 @@ table! {
     "timeouts.idle_in_transaction" Live timeouts.idle_in_transaction;
     "timeouts.transaction" Live timeouts.transaction;
     "replication.max_connections" Live replication.max_connections;
-    "failover.mode" Live failover.mode;
+    "failover.mode" Restart failover.mode;
+    "failover.durability" Restart failover.durability;
+    "failover.state_dir" Restart failover.state_dir;
+    "failover.sync" Restart failover.sync;
+    "failover.candidates" Live failover.candidates;
+    "failover.fence.sql" Live failover.fence_sql;
+    "failover.max_paused" Live failover.max_paused;
+    "failover.kick_timeout" Live failover.kick_timeout;
+    "failover.restart_grace" Live failover.restart_grace;
+    "failover.crash_loop_restarts" Live failover.crash_loop_restarts;
+    "failover.crash_loop_window" Live failover.crash_loop_window;
+    "failover.startup_grace" Live failover.startup_grace;
+    "failover.sever_timeout" Restart failover.sever_timeout;
+    "failover.promote_timeout" Live failover.promote_timeout;
+    "failover.max_lost_bytes" Live failover.max_lost_bytes;
+    "failover.min_failover_interval" Live failover.min_failover_interval;
+    "failover.allow_minority" Live failover.allow_minority;
     "failover.check_interval" Live failover.check_interval;
     "failover.check_timeout" Live failover.check_timeout;
     "failover.failure_threshold" Live failover.failure_threshold;
@@ -142,12 +158,8 @@ table! {
 }
 
 /// Keys within entries of lists that differ from the list they are in, and keys that have no value yet.
-const EXCEPTIONS: &[(&str, Applies)] = &[
-    ("pool.users[].mode", Applies::NewSessions),
-    ("pool.databases[].mode", Applies::NewSessions),
-    ("failover.durability", Applies::Restart),
-    ("failover.state_dir", Applies::Restart),
-];
+const EXCEPTIONS: &[(&str, Applies)] =
+    &[("pool.users[].mode", Applies::NewSessions), ("pool.databases[].mode", Applies::NewSessions)];
 
 /// When a change of `key` takes effect: a key as docs/CONFIGURATION.md names it (`pool.size`, `nodes[].weight`).
 /// `None`: there is no such key, or it is a section.

@@ -82,8 +82,6 @@ pub enum Failover {
     Forget(Argument),
     /// `ACK RECOVERY`.
     AckRecovery,
-    /// `REJOIN node`.
-    Rejoin(Argument),
 }
 
 /// A word that a command is given, or the number of the parameter that stands for it.
@@ -206,12 +204,15 @@ impl Table {
 }
 
 /// What is there, for HELP: a command's form and what it does.
-pub const HELP: [(&str, &str); 33] = [
+pub const HELP: [(&str, &str); 32] = [
     ("SHOW NODES", "the nodes: role, standing and why, position, lag, what runs there"),
     ("SHOW LAG", "where each node is in the write-ahead log, by the last sample of it"),
     ("SHOW POOLS", "backends of each node, database and user"),
     ("SHOW SESSIONS", "clients: what they do, wait for, are pinned by, and their marks"),
-    ("SHOW STATS", "by database and user: statements, reads on replicas and on the primary and why, bytes, waits"),
+    (
+        "SHOW STATS",
+        "by database and user: statements, reads on replicas and on the primary and why, bytes, waits",
+    ),
     ("SHOW STATEMENTS", "by statement without its literals: class, where it ran, how long it took"),
     ("SHOW CONFIG", "each key: value, default, where the value is from, when a change takes effect"),
     ("SHOW FAILOVER", "the primary, and what is done when it is lost"),
@@ -219,7 +220,10 @@ pub const HELP: [(&str, &str); 33] = [
     ("SHOW TOPOLOGY", "the cluster: identity, epoch, primary, timelines"),
     ("SHOW VERSION", "this program"),
     ("SHOW HELP", "this list; HELP does the same"),
-    ("SELECT * FROM sessions", "as SHOW, for any of the tables above; columns by name, and LIMIT n; no WHERE"),
+    (
+        "SELECT * FROM sessions",
+        "as SHOW, for any of the tables above; columns by name, and LIMIT n; no WHERE",
+    ),
     ("EXPLAIN ROUTE SELECT 1", "where a statement would go and why; it is not run"),
     ("EXPLAIN ROUTE (DATABASE app, USER app) SELECT 1", "the same for this database and user"),
     ("PAUSE", "hold statements of all databases, once transactions have ended"),
@@ -231,7 +235,10 @@ pub const HELP: [(&str, &str); 33] = [
     ("KILL pid", "end a session"),
     ("CANCEL pid", "cancel a session's statement"),
     ("RELOAD", "read the configuration file again"),
-    ("SWITCHOVER [TO node] [DRY RUN] [TIMEOUT time]", "exchange a living primary for a replica, without loss"),
+    (
+        "SWITCHOVER [TO node] [DRY RUN] [TIMEOUT time]",
+        "exchange a living primary for a replica, without loss",
+    ),
     ("FAILOVER [TO node] [ALLOW DATA LOSS]", "replace a dead primary"),
     ("PAUSE FAILOVER", "no failover by itself"),
     ("RESUME FAILOVER", "undoes that"),
@@ -239,13 +246,7 @@ pub const HELP: [(&str, &str); 33] = [
     ("UNFENCE node", "undoes that"),
     ("FORGET node", "this node is gone for good"),
     ("ACK RECOVERY", "a failover or quarantine that waits for an operator goes on"),
-    ("REJOIN node", "make a returned old primary a replica again"),
 ];
-
-/// Whether a form of the help is about replacing the primary.
-pub fn is_about_primary(form: &str) -> bool {
-    matches!(parse(form.split(" [").next().unwrap_or(form)).as_deref(), Ok([Command::Failover(_)]))
-}
 
 /// Why a text is none of the console's, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -285,10 +286,7 @@ impl Command {
             Command::Failover(failover) => match failover {
                 Failover::Switchover { to, timeout, .. } => to.iter_mut().chain(timeout).collect(),
                 Failover::Failover { to, .. } => to.iter_mut().collect(),
-                Failover::Fence(of)
-                | Failover::Unfence(of)
-                | Failover::Forget(of)
-                | Failover::Rejoin(of) => vec![of],
+                Failover::Fence(of) | Failover::Unfence(of) | Failover::Forget(of) => vec![of],
                 Failover::Pause | Failover::Resume | Failover::AckRecovery => Vec::new(),
             },
             _ => Vec::new(),
@@ -314,7 +312,8 @@ impl Command {
         for argument in self.arguments() {
             if let Argument::Parameter(number) = argument {
                 let value = values.get(number.wrapping_sub(1)).cloned().flatten();
-                let missing = || ErrorReport::error("22004", format!("parameter ${number} is null or missing"));
+                let missing =
+                    || ErrorReport::error("22004", format!("parameter ${number} is null or missing"));
                 *argument = Argument::Text(value.ok_or_else(missing)?);
             }
         }
@@ -450,7 +449,7 @@ impl<'a> Reader<'a> {
                 self.next();
                 Ok(Command::Reload)
             }
-            "switchover" | "failover" | "fence" | "unfence" | "forget" | "ack" | "rejoin" => {
+            "switchover" | "failover" | "fence" | "unfence" | "forget" | "ack" => {
                 self.failover(&verb).map(Command::Failover)
             }
             _ => self.of_drivers(&verb),
@@ -497,7 +496,8 @@ impl<'a> Reader<'a> {
             return Ok(());
         }
         Err(Wrong::Unknown(
-            ErrorReport::error("0A000", "the admin console speaks UTF8 only").hint("SET client_encoding TO 'UTF8'."),
+            ErrorReport::error("0A000", "the admin console speaks UTF8 only")
+                .hint("SET client_encoding TO 'UTF8'."),
         ))
     }
 
@@ -601,7 +601,6 @@ impl<'a> Reader<'a> {
             "fence" => Failover::Fence(self.argument()?),
             "unfence" => Failover::Unfence(self.argument()?),
             "forget" => Failover::Forget(self.argument()?),
-            "rejoin" => Failover::Rejoin(self.argument()?),
             "ack" => {
                 self.needs_word("recovery")?;
                 Failover::AckRecovery
@@ -927,7 +926,10 @@ mod tests {
         assert_eq!(failover("SWITCHOVER"), plain);
         for form in ["switchover to b dry run timeout 10s;", "SWITCHOVER TIMEOUT '10s' TO b DRY RUN"] {
             let to = Some(text("b"));
-            assert_eq!(failover(form), Failover::Switchover { to, dry_run: true, timeout: Some(text("10s")) });
+            assert_eq!(
+                failover(form),
+                Failover::Switchover { to, dry_run: true, timeout: Some(text("10s")) }
+            );
         }
         assert_eq!(
             failover("FAILOVER TO $1 ALLOW DATA LOSS"),
@@ -938,7 +940,6 @@ mod tests {
         assert_eq!(failover("ack recovery"), Failover::AckRecovery);
         assert_eq!(failover("UNFENCE a"), Failover::Unfence(text("a")));
         assert_eq!(failover("forget a"), Failover::Forget(text("a")));
-        assert_eq!(failover("rejoin a"), Failover::Rejoin(text("a")));
     }
 
     #[test]
@@ -966,7 +967,10 @@ mod tests {
             other => panic!("{text}: {other:?}"),
         };
         assert_eq!(asked("SELECT 1"), [Asked::Number(1)]);
-        assert_eq!(asked("select pg_catalog.version(), 'x' as y"), [Asked::Version, Asked::Text("x".to_owned())]);
+        assert_eq!(
+            asked("select pg_catalog.version(), 'x' as y"),
+            [Asked::Version, Asked::Text("x".to_owned())]
+        );
         let version = Asked::Setting("server_version_num".to_owned(), Some(100));
         assert_eq!(asked("SELECT current_setting('server_version_num')::int/100 as version"), [version]);
         assert_eq!(asked("select current_user, pg_backend_pid()"), [Asked::User, Asked::Pid]);
@@ -976,9 +980,16 @@ mod tests {
     fn mistakes_have_a_place_and_a_hint() {
         let check = |given: &str, position: usize, message: &str, hint: &str| {
             let refused = parse(given).expect_err(given);
-            assert_eq!((refused.report.sqlstate, refused.position), ("42601", position), "{given}: {refused:?}");
+            assert_eq!(
+                (refused.report.sqlstate, refused.position),
+                ("42601", position),
+                "{given}: {refused:?}"
+            );
             assert!(refused.report.message.contains(message), "{given}: {refused:?}");
-            assert!(refused.report.hint.as_deref().unwrap_or_default().contains(hint), "{given}: {refused:?}");
+            assert!(
+                refused.report.hint.as_deref().unwrap_or_default().contains(hint),
+                "{given}: {refused:?}"
+            );
         };
         check("SHOW NODE", 6, "at or near \"NODE\"", "Perhaps SHOW NODES");
         check("show lag extra", 10, "\"extra\"", "Perhaps SHOW LAG");
@@ -1011,6 +1022,32 @@ mod tests {
             for text in [plain, form.replace(['[', ']'], "").replace("TIMEOUT time", "TIMEOUT 10s")] {
                 assert_eq!(parse(&text).map(|all| all.len()), Ok(1), "{text}");
             }
+        }
+    }
+
+    /// What is shown to be typed, or said between backquotes in capitals, is a command; and each command is on the page.
+    #[test]
+    fn the_page_and_the_help_know_the_same_commands() {
+        let page = include_str!("../../docs/CONSOLE.md");
+        let typed: Vec<&str> = page.lines().filter_map(|line| line.strip_prefix("highwater=> ")).collect();
+        assert!(typed.len() > 10, "{typed:?}");
+        for command in typed {
+            // One is there to show what a mistake looks like.
+            assert_eq!(parse(command).is_ok(), command != "SHOW NODE;", "{command}");
+        }
+        let mut said = 0;
+        for code in page.split('`').skip(1).step_by(2) {
+            let verb = code.split(' ').next().unwrap_or_default();
+            let is_command = HELP.iter().any(|(form, _)| form.split(' ').next() == Some(verb));
+            if is_command && !code.contains('\n') && !matches!(code, "EXPLAIN ROUTE" | "DRAIN" | "KILL") {
+                said += 1;
+                assert!(parse(code).is_ok(), "{code}");
+            }
+        }
+        assert!(said > 10, "{said}");
+        for (form, meaning) in HELP {
+            let row = format!(" {form:<47} | {meaning}");
+            assert!(page.lines().any(|line| line.trim_end() == row), "the page lacks {row}");
         }
     }
 

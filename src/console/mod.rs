@@ -30,7 +30,7 @@ pub const DATABASE: &str = "highwater";
 pub struct Console {
     shared: Arc<Shared>,
     reload: Reload,
-    steering: Option<Steering>,
+    steering: Steering,
     started: SystemTime,
 }
 
@@ -65,8 +65,6 @@ pub enum Order {
     Forget(NodeId),
     /// What waits for an operator goes on.
     AckRecovery,
-    /// A returned old primary is to be a replica again.
-    Rejoin(NodeId),
 }
 
 /// A change of the primary, as it is remembered.
@@ -102,8 +100,8 @@ pub struct Steering {
 }
 
 impl Console {
-    /// For these sessions. Without `steering` there are no commands about the primary.
-    pub fn new(shared: Arc<Shared>, reload: Reload, steering: Option<Steering>) -> Console {
+    /// For these sessions.
+    pub fn new(shared: Arc<Shared>, reload: Reload, steering: Steering) -> Console {
         Console { shared, reload, steering, started: SystemTime::now() }
     }
 

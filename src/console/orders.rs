@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Asker, Order};
 use super::command::{Argument, Command, Failover};
 use super::protocol::Reply;
+use super::{Asker, Order};
 use crate::config::live::Applies;
 use crate::session::facts::Kind;
 use crate::session::handle::{CancelOutcome, Ending, SessionHandle};
@@ -66,13 +66,16 @@ impl Asker<'_> {
             }
             if Instant::now() >= until {
                 let some: Vec<String> = open.iter().take(10).map(u32::to_string).collect();
-                return Err(ErrorReport::error("55006", "transactions did not end in time, nothing is paused")
-                    .detail(format!(
-                        "Waited {patience:?} (pool.query_wait_timeout) for {} sessions, among them {}.",
-                        open.len(),
-                        some.join(", ")
-                    ))
-                    .hint("SHOW SESSIONS shows them; KILL pid ends one."));
+                return Err(ErrorReport::error(
+                    "55006",
+                    "transactions did not end in time, nothing is paused",
+                )
+                .detail(format!(
+                    "Waited {patience:?} (pool.query_wait_timeout) for {} sessions, among them {}.",
+                    open.len(),
+                    some.join(", ")
+                ))
+                .hint("SHOW SESSIONS shows them; KILL pid ends one."));
             }
             tokio::select! {
                 biased;
@@ -203,11 +206,6 @@ impl Asker<'_> {
     }
 
     async fn failover_command(&self, failover: &Failover) -> Result<Reply, ErrorReport> {
-        let Some(steering) = &self.console.steering else {
-            let words = "this version does not replace a primary";
-            return Err(ErrorReport::error("0A000", words)
-                .hint("Something else must promote a standby; the new primary is found by itself."));
-        };
         let (tag, order) = self.order(failover)?;
         let answer = tokio::select! {
             biased;
@@ -216,7 +214,7 @@ impl Asker<'_> {
                 let report = ErrorReport::error("57014", "canceling statement due to user request");
                 return Err(report.detail("What was ordered goes on.").hint("SHOW FAILOVER shows how far it is."));
             }
-            answer = (steering.give)(order) => answer,
+            answer = (self.console.steering.give)(order) => answer,
         };
         match answer {
             Ok(said) => Ok(done(tag, vec![said])),
@@ -242,7 +240,6 @@ impl Asker<'_> {
             Failover::Unfence(name) => ("UNFENCE", Order::Unfence(node(name)?)),
             Failover::Forget(name) => ("FORGET", Order::Forget(node(name)?)),
             Failover::AckRecovery => ("ACK RECOVERY", Order::AckRecovery),
-            Failover::Rejoin(name) => ("REJOIN", Order::Rejoin(node(name)?)),
         })
     }
 }

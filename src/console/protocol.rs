@@ -125,7 +125,10 @@ fn put_welcome(console: &Console, handle: &SessionHandle, out: &mut Vec<u8>) {
 fn is_reported(name: &str) -> bool {
     !matches!(
         name,
-        "server_version_num" | "transaction_isolation" | "default_transaction_isolation" | "transaction_read_only"
+        "server_version_num"
+            | "transaction_isolation"
+            | "default_transaction_isolation"
+            | "transaction_read_only"
     )
 }
 
@@ -354,7 +357,8 @@ fn fields(columns: &[Column], format: &Format) -> Vec<FieldInfo> {
             Kind::Bool => (Type::BOOL, 1),
             Kind::Time => (Type::TIMESTAMPTZ, 8),
         };
-        FieldInfo::new(column.name.to_string(), None, None, kind, format.format_for(index)).with_type_size(size)
+        FieldInfo::new(column.name.to_string(), None, None, kind, format.format_for(index))
+            .with_type_size(size)
     };
     columns.iter().enumerate().map(field).collect()
 }

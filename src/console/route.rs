@@ -49,7 +49,8 @@ impl Asker<'_> {
         let mark = self.fresh_mark().await?;
         let topology = shared.topology.load_full();
         let nodes = topology.nodes.iter();
-        let nodes = nodes.map(|node| (node.name.to_string(), self.says(&topology, node, &mark, reads))).collect();
+        let nodes =
+            nodes.map(|node| (node.name.to_string(), self.says(&topology, node, &mark, reads))).collect();
         let mut explanation =
             Explanation::new(class, shared.classifier.suspects(&statement)).in_database(&database, rules);
         explanation.nodes = nodes;
@@ -88,9 +89,9 @@ impl Asker<'_> {
             if mark.is_resolved() {
                 resolved_at.get_or_insert(now);
             }
-            let all = topology
-                .serving_replicas()
-                .all(|view| matches!(mark.replica(positions, &topology, view.id), ReplicaVerdict::Serves { .. }));
+            let all = topology.serving_replicas().all(|view| {
+                matches!(mark.replica(positions, &topology, view.id), ReplicaVerdict::Serves { .. })
+            });
             let end = resolved_at.map_or(until, |at| at + wait).min(until);
             if mark.is_resolved() && all || now >= end || topology.primary.is_none() {
                 return Ok(mark);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
-use super::command::{self, Asked, Command, HELP, PARAMETERS, Pick, Scalar, Table};
+use super::command::{Asked, Command, HELP, PARAMETERS, Pick, Scalar, Table};
 use super::protocol::Reply;
 use super::reply::{Column, Kind, Rows, Value};
 use super::{Asker, DATABASE};
@@ -163,8 +163,11 @@ fn picked(table: Table, pick: &Pick) -> Result<Vec<usize>, ErrorReport> {
     let place = |name: &String| {
         all.iter().position(|(known, _)| known == name).ok_or_else(|| {
             let names: Vec<&str> = all.iter().map(|(name, _)| *name).collect();
-            ErrorReport::error("42703", format!("column \"{name}\" does not exist"))
-                .hint(format!("{} has {}.", table.name(), names.join(", ")))
+            ErrorReport::error("42703", format!("column \"{name}\" does not exist")).hint(format!(
+                "{} has {}.",
+                table.name(),
+                names.join(", ")
+            ))
         })
     };
     pick.columns.iter().map(place).collect()
@@ -215,9 +218,8 @@ impl Asker<'_> {
         let columns = places.iter().map(|at| column(all[*at].0, all[*at].1)).collect();
         let rows = self.rows(table);
         let whole = pick.columns.is_empty();
-        let rows = rows.map(move |row| {
-            if whole { row } else { places.iter().map(|at| row[*at].clone()).collect() }
-        });
+        let rows =
+            rows.map(move |row| if whole { row } else { places.iter().map(|at| row[*at].clone()).collect() });
         let most = pick.limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
         Ok(Reply::Rows { columns, rows: Box::new(rows.take(most)), tag: "SHOW" })
     }
@@ -239,12 +241,7 @@ impl Asker<'_> {
                 Box::new(std::iter::once(vec![self.version().into(), started, std::process::id().into()]))
             }
             Table::Help => {
-                let steered = self.console.steering.is_some();
-                let there = move |(form, _): &&(&str, &str)| steered || !command::is_about_primary(form);
-                let row = |(form, meaning): &(&'static str, &'static str)| {
-                    vec![Value::from(*form), Value::from(*meaning)]
-                };
-                Box::new(HELP.iter().filter(there).map(row))
+                Box::new(HELP.iter().map(|(form, meaning)| vec![Value::from(*form), Value::from(*meaning)]))
             }
         }
     }
@@ -387,8 +384,8 @@ impl Asker<'_> {
         let (topology, config) = (shared.topology.load_full(), shared.config.load_full());
         let primary = topology.primary.map(|id| topology.node(id));
         let reachable = primary.map(|node| node.standing == Standing::Primary { reachable: true });
-        let waits = Some(Wait::For(WaitFor::Primary));
-        let waiting = shared.sessions.all().iter().filter(|handle| handle.facts.wait() == waits).count();
+        let waits = [WaitFor::Primary, WaitFor::Gate].map(|what| Some(Wait::For(what)));
+        let waiting = shared.sessions.all().iter().filter(|h| waits.contains(&h.facts.wait())).count();
         let mut rows = vec![
             ("epoch", shown(topology.epoch.0)),
             ("primary", primary.map(|node| &*node.name).into()),
@@ -397,22 +394,14 @@ impl Asker<'_> {
             ("statements_waiting", shown(waiting)),
             ("pause_timeout", shown(format!("{:?}", config.failover.pause_timeout))),
         ];
-        match &self.console.steering {
-            Some(steering) => {
-                let status = (steering.status)();
-                rows.extend(status.into_iter().map(|(item, value)| (item, Value::from(value))));
-            }
-            None => {
-                let mode = config.given.settings().into_iter().find(|s| s.key == "failover.mode");
-                rows.insert(0, ("mode", mode.and_then(|setting| setting.value).into()));
-            }
-        }
+        let status = (self.console.steering.status)();
+        rows.extend(status.into_iter().map(|(item, value)| (item, Value::from(value))));
         items(rows)
     }
 
     fn history(&self) -> Rows {
         let topology = self.console.shared.topology.load_full();
-        let past = self.console.steering.as_ref().map(|steering| (steering.past)()).unwrap_or_default();
+        let past = (self.console.steering.past)();
         // An epoch that has ended is in one of the two, or in both: what restarts forget, the record keeps.
         let mut epochs: Vec<u64> = topology.switches.iter().map(|switch| switch.from.0).collect();
         epochs.extend(past.iter().map(|past| past.epoch.saturating_sub(1)));
@@ -475,7 +464,9 @@ impl Asker<'_> {
             Asked::Number(number) => Value::Int(*number),
             Asked::Text(text) => text.clone().into(),
             // PostgreSQL's own form, which some drivers read.
-            Asked::Version => format!("PostgreSQL {} on the admin console", self.parameter("server_version")).into(),
+            Asked::Version => {
+                format!("PostgreSQL {} on the admin console", self.parameter("server_version")).into()
+            }
             Asked::Database => DATABASE.into(),
             Asked::User => (&*self.handle.facts.identity.user).into(),
             Asked::Pid => self.handle.pid.into(),
@@ -509,9 +500,7 @@ impl Asker<'_> {
             "server_version" => format!("{major}.0 (Highwater {})", env!("CARGO_PKG_VERSION")),
             "server_version_num" => format!("{major}0000"),
             "server_encoding" | "client_encoding" => "UTF8".to_owned(),
-            "application_name" => {
-                String::from_utf8_lossy(&self.handle.facts.application_name()).into_owned()
-            }
+            "application_name" => String::from_utf8_lossy(&self.handle.facts.application_name()).into_owned(),
             "session_authorization" => self.handle.facts.identity.user.to_string(),
             "DateStyle" => "ISO, MDY".to_owned(),
             "IntervalStyle" => "postgres".to_owned(),

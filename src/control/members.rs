@@ -18,6 +18,8 @@ use crate::topology::{Exclusion, NodeId, NodeView, Standing, Topology};
 /// A change of the configuration, and with it perhaps of the nodes.
 pub struct Change {
     nodes: Vec<NodeChange>,
+    /// Failover goes by something else afterwards.
+    of_failover: bool,
     commit: Box<dyn FnOnce() + Send>,
     done: oneshot::Sender<Result<(), String>>,
 }
@@ -35,15 +37,19 @@ impl Members {
     }
 
     /// Lets the control loop put another configuration in force: it runs `commit` and follows `nodes` in one step;
-    /// or refuses, says why, and nothing has changed.
+    /// or refuses, says why, and nothing has changed. `of_failover`: failover goes by something else afterwards.
     pub async fn change(
         &self,
         nodes: Vec<NodeChange>,
+        of_failover: bool,
         commit: impl FnOnce() + Send + 'static,
     ) -> Result<(), String> {
         let (done, answer) = oneshot::channel();
         let gone = |()| "the proxy is shutting down".to_owned();
-        self.0.send(Change { nodes, commit: Box::new(commit), done }).await.map_err(|_| gone(()))?;
+        self.0
+            .send(Change { nodes, of_failover, commit: Box::new(commit), done })
+            .await
+            .map_err(|_| gone(()))?;
         answer.await.unwrap_or_else(|_| Err(gone(())))
     }
 }
@@ -54,7 +60,17 @@ pub(super) fn keep_positions(config: &Config) -> Duration {
 }
 
 /// Why `changes` cannot be followed now.
-fn refusal(topology: &Topology, changes: &[NodeChange]) -> Option<String> {
+fn refusal(topology: &Topology, confirming: &[NodeId], changes: &[NodeChange]) -> Option<String> {
+    let confirms = |change: &&NodeChange| {
+        matches!(change.what, Membership::Removed | Membership::Moved)
+            && confirming.iter().any(|node| node.index() == change.index)
+    };
+    if let Some(change) = changes.iter().find(confirms) {
+        let name = topology.nodes.get(change.index).map_or("?", |view| &view.name);
+        return Some(format!(
+            "node `{name}` confirms commits (failover.sync) and cannot be removed or given another host or port"
+        ));
+    }
     let primary = topology.primary?;
     let change = changes.iter().find(|change| change.index == primary.index())?;
     let name = &topology.node(primary).name;
@@ -79,16 +95,28 @@ impl NodeFacts {
 impl Loop {
     /// Follows a change, or refuses it.
     pub(super) fn take_change(&mut self, change: Change, observations: &mut mpsc::Receiver<Observation>) {
-        let answer = match refusal(&self.topology.load(), &change.nodes) {
+        let answer = match self.refusal(&change) {
             Some(why) => Err(why),
             None => {
                 (change.commit)();
+                if change.of_failover {
+                    self.shell.follow(&self.config.load());
+                }
                 self.follow(&change.nodes, observations);
                 Ok(())
             }
         };
         // Who asked may have gone; the change stands.
         let _ = change.done.send(answer);
+    }
+
+    fn refusal(&self, change: &Change) -> Option<String> {
+        if change.of_failover
+            && let Some(busy) = self.shell.is_busy()
+        {
+            return Some(busy);
+        }
+        refusal(&self.topology.load(), &self.shell.machine().record().sync.members, &change.nodes)
     }
 
     fn follow(&mut self, changes: &[NodeChange], observations: &mut mpsc::Receiver<Observation>) {
@@ -158,12 +186,14 @@ mod tests {
     fn the_primary_is_neither_removed_nor_moved() {
         let text = "control: { user: u }\nnodes: [ { name: a, host: h }, { name: b, host: i } ]";
         let mut topology = Topology::initial(&Config::parse(text, "f", &|_| None).unwrap());
-        let why = |topology: &Topology, index, what| refusal(topology, &[NodeChange { index, what }]);
+        let why = |topology: &Topology, index, what| refusal(topology, &[], &[NodeChange { index, what }]);
         assert_eq!(why(&topology, 0, Membership::Removed), None);
         topology.primary = Some(NodeId(0));
         assert!(why(&topology, 0, Membership::Removed).unwrap().contains("`a` is the primary"));
         assert!(why(&topology, 0, Membership::Moved).unwrap().contains("switch over"));
         assert_eq!(why(&topology, 0, Membership::Changed), None);
         assert_eq!(why(&topology, 1, Membership::Removed), None);
+        let removed = [NodeChange { index: 1, what: Membership::Removed }];
+        assert!(refusal(&topology, &[NodeId(1)], &removed).unwrap().contains("`b` confirms commits"));
     }
 }

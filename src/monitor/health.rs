@@ -88,6 +88,8 @@ impl Health {
         self.asked = true;
         self.failures = self.failures.saturating_add(1);
         match error.kind {
+            // Of one session, so far; the next probe tells.
+            NodeFailure::ShuttingDown => {}
             NodeFailure::Starting => self.down(Answering::Starting, &error.cause, settings, now),
             NodeFailure::Refused => {
                 self.down(Answering::No(error.cause.clone()), &error.cause, settings, now)

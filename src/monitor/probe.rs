@@ -67,7 +67,17 @@ pub async fn run(
         if results.send(Observation { node, asked_at, result }).await.is_err() {
             return;
         }
-        probe.wait(asked_at + pause, &now_please).await;
+        if probe.wait(asked_at + pause, &now_please).await {
+            let error = NodeError {
+                node: probe.nodes.name(node),
+                cause: "it ended an idle session as an administrator told it to".to_owned(),
+                kind: NodeFailure::ShuttingDown,
+            };
+            let observation = Observation { node, asked_at: Instant::now(), result: Err(error) };
+            if results.send(observation).await.is_err() {
+                return;
+            }
+        }
     }
 }
 
@@ -120,24 +130,26 @@ impl Probe {
         self.held.insert(held).look().await
     }
 
-    async fn wait(&mut self, due: Instant, now_please: &Notify) {
+    /// Until the next probe is due, or somebody wants one, or the connection has ended; whether that was ordered.
+    async fn wait(&mut self, due: Instant, now_please: &Notify) -> bool {
         let earliest = due.min(Instant::now() + LEAST_GAP);
         let due = sleep_until(due.into());
         let ended = match &mut self.held {
             None => {
                 tokio::select! { () = due => {}, () = now_please.notified() => {} }
-                false
+                None
             }
             Some(held) => tokio::select! {
-                () = due => false,
-                () = now_please.notified() => false,
-                () = held.client.ended() => true,
+                () = due => None,
+                () = now_please.notified() => None,
+                ordered = held.client.ended() => Some(ordered),
             },
         };
-        if ended {
+        if ended.is_some() {
             self.held = None;
         }
         sleep_until(earliest.into()).await;
+        ended == Some(true)
     }
 }
 

@@ -466,7 +466,7 @@ impl Pace {
                 continue;
             }
             tokio::select! {
-                () = client.ended() => return Turn::Ended,
+                _ = client.ended() => return Turn::Ended,
                 () = positions.wanted() => {}
                 () = sleep_until(look.into()) => {}
             }

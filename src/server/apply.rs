@@ -66,8 +66,9 @@ impl Applier {
             warnings,
         };
         let (door, level, nodes) = (Arc::clone(&self.door), self.level.clone(), plan.nodes.clone());
+        let of_failover = !nodes.is_empty() || plan.changes("failover");
         let commit = move || commit(&door, level.as_ref(), plan, client_tls, node_tls);
-        self.members.change(nodes, commit).await.map_err(|why| {
+        self.members.change(nodes, of_failover, commit).await.map_err(|why| {
             let problem = Problem { line: 0, column: 0, path: "nodes".to_owned(), message: why };
             ConfigError {
                 file: before.file.as_ref().map_or_else(String::new, |f| f.display().to_string()),

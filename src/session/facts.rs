@@ -95,11 +95,12 @@ pub enum Wait {
 
 impl Wait {
     /// All, in the order of their numbers.
-    pub const ALL: [Wait; 5] = [
+    pub const ALL: [Wait; 6] = [
         Wait::For(WaitFor::Mark),
         Wait::For(WaitFor::Floor),
         Wait::For(WaitFor::Backend),
         Wait::For(WaitFor::Primary),
+        Wait::For(WaitFor::Gate),
         Wait::Paused,
     ];
 
@@ -110,6 +111,7 @@ impl Wait {
             Wait::For(WaitFor::Floor) => "floor",
             Wait::For(WaitFor::Backend) => "backend",
             Wait::For(WaitFor::Primary) => "primary",
+            Wait::For(WaitFor::Gate) => "gate",
             Wait::Paused => "paused",
         }
     }
@@ -117,7 +119,7 @@ impl Wait {
     fn index(self) -> usize {
         match self {
             Wait::For(what) => what as usize,
-            Wait::Paused => 4,
+            Wait::Paused => Wait::ALL.len() - 1,
         }
     }
 }
@@ -366,10 +368,12 @@ mod tests {
 
     #[test]
     fn what_is_shown_is_what_was_done() {
-        let identity =
-            Identity { user: "u".into(), database: "d".into(), peer: None, kind: Kind::Client };
+        let identity = Identity { user: "u".into(), database: "d".into(), peer: None, kind: Kind::Client };
         let facts = Facts::new(identity);
-        assert_eq!((facts.state(), facts.node(), facts.wait(), facts.mark()), (State::LoggingIn, None, None, None));
+        assert_eq!(
+            (facts.state(), facts.node(), facts.wait(), facts.mark()),
+            (State::LoggingIn, None, None, None)
+        );
         facts.begins(Instant::now());
         facts.waits_for(Wait::Paused);
         assert_eq!((facts.state(), facts.wait()), (State::Active, Some(Wait::Paused)));
@@ -381,11 +385,16 @@ mod tests {
         facts.ran(ClassLabel::Write, RouteReason::NotARead, false, Instant::now());
         facts.marks(Lsn(7), Some(NodeId(1)));
         facts.rests(TransactionStatus::InTransaction, None);
-        assert_eq!((facts.state(), facts.node(), facts.awaits()), (State::InTransaction, None, Some(NodeId(1))));
+        assert_eq!(
+            (facts.state(), facts.node(), facts.awaits()),
+            (State::InTransaction, None, Some(NodeId(1)))
+        );
         let mut sums = facts.sums();
         sums.add(&facts.sums());
         assert_eq!((sums.sessions, sums.statements, sums.reads_on_replicas), (2, 6, 2));
         assert_eq!(sums.reads_on_primary.iter().sum::<u64>(), 2);
-        assert_eq!((sums.waits[4], sums.waited[4]), (2, 6000));
+        let paused = Wait::Paused.index();
+        assert_eq!((sums.waits[paused], sums.waited[paused]), (2, 6000));
+        assert!(Wait::ALL.iter().enumerate().all(|(at, wait)| wait.index() == at));
     }
 }

@@ -15,6 +15,7 @@ use super::facts::{Facts, Identity, State, Sums, Wait};
 use super::pins::PinSet;
 use crate::backend::CancelTarget;
 use crate::backend::senders::Senders;
+use crate::gate::Gate;
 
 /// Process ids that we give out are at least this: PostgreSQL's own are far below, so a client that
 /// passes one to `pg_terminate_backend` can never hit a real process.
@@ -289,6 +290,17 @@ impl Sessions {
         for handle in all {
             handle.reloaded.store(true, Ordering::SeqCst);
             handle.waker.wake();
+        }
+    }
+
+    /// Wakes all sessions whenever connections are told to close, so that those that have one of them let go of it;
+    /// for ever.
+    pub async fn wake_at(&self, gate: &Gate) {
+        let mut seen = 0;
+        loop {
+            gate.closing(&mut seen).await;
+            let all: Vec<_> = self.lock().values().cloned().collect();
+            all.iter().for_each(|handle| handle.waker.wake());
         }
     }
 

@@ -143,12 +143,13 @@ impl Ledger {
 
     /// All that is kept, of all workers; those that ran most of the time first.
     pub fn entries(&self) -> Vec<Entry> {
-        let mut all: HashMap<(Arc<str>, Arc<str>), Entry> = HashMap::new();
+        // What was judged in another way, for example before the catalog facts were there, stays apart.
+        let mut all: HashMap<(Arc<str>, Arc<str>, StatementClass), Entry> = HashMap::new();
         for table in self.tables.iter().filter_map(OnceLock::get) {
             let copied: Vec<Entry> =
                 table.lock().unwrap_or_else(|p| p.into_inner()).iter().map(|(_, e)| e.clone()).collect();
             for entry in copied.into_iter().filter(|entry| entry.on_primary + entry.on_replicas > 0) {
-                match all.entry((entry.database.clone(), entry.text.clone())) {
+                match all.entry((entry.database.clone(), entry.text.clone(), entry.class)) {
                     std::collections::hash_map::Entry::Vacant(place) => _ = place.insert(entry),
                     std::collections::hash_map::Entry::Occupied(mut place) => {
                         let sum = place.get_mut();

@@ -10,8 +10,10 @@ mod answers;
 mod demand;
 mod exchange;
 pub mod facts;
+mod gate;
 pub mod handle;
 pub mod ledger;
+mod loss;
 pub mod mark;
 mod messages;
 pub mod own;
@@ -23,6 +25,7 @@ pub mod promise;
 pub mod replication;
 pub mod settings;
 pub mod shared_mark;
+mod slow;
 pub mod timeouts;
 mod transaction;
 mod translate;
@@ -38,8 +41,11 @@ use bytes::{Buf, BufMut, BytesMut};
 use self::demand::Demand;
 use self::exchange::{Again, HIGH_WATER, Outcome, Purpose, Unit, put_report};
 use self::facts::{Identity, Kind, Wait};
+pub use self::gate::GATE_REFUSED_LABELS;
 use self::handle::{Ending, SessionHandle, Sessions};
 use self::ledger::{Ledger, Seen};
+pub use self::loss::ENDED_LABELS;
+use self::loss::Listening;
 use self::mark::{Freshness, Mark, Survival};
 use self::pause::Pauses;
 use self::pins::{Done, Next, PinSet, Pins};
@@ -58,6 +64,8 @@ use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
 use crate::config::live::LiveConfig;
 use crate::config::{Config, PoolMode, Transactions};
 use crate::consistency::Promise;
+use crate::gate::{Gate, Presence};
+use crate::log;
 use crate::metrics::Metrics;
 use crate::net::Stream;
 use crate::node::{NodeFailure, Nodes};
@@ -87,6 +95,8 @@ pub struct Shared {
     pub making_room: AtomicBool,
     /// Backends.
     pub pools: Arc<Pools>,
+    /// Before the primary.
+    pub gate: Arc<Gate>,
     /// Counts.
     pub metrics: Arc<Metrics>,
     /// All sessions.
@@ -105,6 +115,8 @@ pub struct Shared {
     pub named_marks: Mutex<NamedMarks>,
     /// How many reads went to the primary because no replica was fresh enough, of how many.
     pub primary_reads: PrimaryReads,
+    /// Bounds log lines about single statements.
+    pub lines: log::Rate,
 }
 
 impl Shared {
@@ -336,6 +348,10 @@ pub struct Session {
     /// At level `strong`: what the running statement must be shown.
     freshness: Option<Freshness>,
     lease: Option<Lease>,
+    /// Whether it is on the primary, as the gate counts.
+    presence: Presence,
+    /// The channels it listens to.
+    listening: Listening,
     role: Role,
     /// The sampler connection of the replica that `lease` is on when the session was let there.
     incarnation: Incarnation,
@@ -363,6 +379,8 @@ pub struct Session {
     started: Instant,
     /// The running unit's first statement.
     entered: Entered,
+    /// The running unit's text, where slow statements are logged.
+    kept: Option<Box<slow::Kept>>,
     /// A failover has lost something of the session's; its next statement says so, once.
     lost: Option<mark::Fork>,
 }
@@ -379,7 +397,8 @@ impl Session {
     pub async fn run(shared: Arc<Shared>, arrival: Arrival, worker: usize) {
         // 3.2 allows long keys; 3.0 has four bytes.
         let kind = if arrival.read_only { Kind::ReadOnly } else { Kind::Client };
-        let handle = shared.sessions.register(if arrival.minor >= 2 { 32 } else { 4 }, arrival.identity(kind));
+        let handle =
+            shared.sessions.register(if arrival.minor >= 2 { 32 } else { 4 }, arrival.identity(kind));
         let _registered = Registered { sessions: shared.sessions.clone(), pid: handle.pid };
         // What is needed at the beginning and at the end alone takes no room in between: most sessions wait.
         let (mut session, beginning) = Session::new(&shared, arrival, worker, handle);
@@ -447,6 +466,8 @@ impl Session {
             shared_mark: None,
             freshness: None,
             lease: None,
+            presence: shared.gate.presence(worker),
+            listening: Listening::default(),
             role: Role::Primary,
             incarnation: Incarnation::default(),
             pins: Pins::default(),
@@ -463,6 +484,7 @@ impl Session {
             output_before: 0,
             started: Instant::now(),
             entered: Entered::No,
+            kept: None,
             lost: None,
             shared: shared.clone(),
             config,
@@ -593,7 +615,7 @@ impl Session {
 
     /// Waits until the client has sent the header of a message; meanwhile passes on what a held
     /// backend says by itself.
-    async fn await_message(&mut self) -> Result<(), End> {
+    async fn next_message(&mut self) -> Result<(), End> {
         poll_fn(|cx| match self.poll_message(cx) {
             Poll::Pending => self.timeouts.poll_waiting(self.status, cx).map(|what| {
                 self.shared.metrics.timeouts.inc(what.label());
@@ -673,6 +695,9 @@ impl Session {
     /// What a held backend says while nothing runs: notifications, parameters, its end. As much of it as
     /// the client keeps up with.
     fn hear_backend(&mut self, cx: &mut std::task::Context<'_>) -> Result<(), End> {
+        if let Some(node) = self.is_left() {
+            return Err(End::NodeLost { node });
+        }
         let Some(mut lease) = self.lease.take() else { return Ok(()) };
         let heard = self.hear(&mut lease, cx);
         self.lease = Some(lease);
@@ -711,6 +736,13 @@ impl Session {
                 let message = backend.input.split_to(header.len);
                 backend.report(&message[HEADER..]);
                 self.tell_parameter(&message[HEADER..]);
+            }
+            // It is going away, and all that the session has there can be had elsewhere.
+            b'E' if self.outlives_backend() => return Err(End::NodeLost { node: backend.node }),
+            b'N' if self.outlives_backend()
+                && wire::error_fields(&backend.input[HEADER..header.len]).routine == b"quickdie" =>
+            {
+                return Err(End::NodeLost { node: backend.node });
             }
             b'N' | b'E' => {
                 self.client.output.put_slice(&backend.input.split_to(header.len));
@@ -784,6 +816,9 @@ impl Session {
         };
         if self.lease.is_none() {
             self.handle.idle();
+        }
+        if self.lease.is_none() || self.status == TransactionStatus::Idle {
+            self.presence.leave();
         }
         self.follow_own();
         self.show_rest();
@@ -896,6 +931,7 @@ impl Session {
         let opens = self.lazy.is_some() && placed.role == Role::Primary;
         self.unit = if opens { Unit::new(false, 0) } else { Unit::new(demand.is_read(), demand.vetted()) };
         self.unit.before = self.status;
+        self.keep_text();
         self.count_demand(demand);
         self.output_before = self.client.output.len();
         self.role = placed.role;
@@ -912,11 +948,12 @@ impl Session {
         }
         self.give_own(&mut lease);
         self.forget_sequences(&mut lease);
+        let mut unit = std::mem::replace(&mut self.unit, Unit::none());
+        self.give_listens(&mut unit, &mut lease);
         if opens {
-            let mut unit = std::mem::replace(&mut self.unit, Unit::none());
             self.open_transaction(&mut unit, &mut lease);
-            self.unit = unit;
         }
+        self.unit = unit;
         self.lease = Some(lease);
     }
 
@@ -986,6 +1023,7 @@ impl Session {
         self.unit.leave(demand.leaves());
         self.unit.writes = !demand.is_read() && !self.read_only;
         self.unit.ddl = demand.is_ddl();
+        self.unit.may_commit = demand.may_commit();
         if (demand.sets() || demand.is_ddl())
             && let Ok(Some(header)) = wire::header(&self.client.input)
             && let Some(body) = self.client.input.get(HEADER..header.len)
@@ -1009,13 +1047,20 @@ impl Session {
         if self.role == Role::Primary && self.status == TransactionStatus::Idle {
             // A pinned session's mark holds for its backend, too.
             self.ask_freshness();
-            if let Err(report) = self.await_primary().await? {
-                return self.fail_unit(report);
+            loop {
+                if let Err(report) = self.await_primary().await? {
+                    return self.fail_unit(report);
+                }
+                if self.presence.enter() {
+                    break;
+                }
             }
         }
         let Some(lease) = &self.lease else { return Ok(()) };
         let node = lease.node;
-        if self.role != Role::Replica && lease.epoch != self.shared.topology.load().epoch {
+        if self.role != Role::Replica
+            && (lease.epoch != self.shared.topology.load().epoch || lease.socket.is_closed())
+        {
             // Whatever it is, it is no more what it was: not one byte of a statement for it.
             return Err(End::NodeLost { node });
         }
@@ -1025,6 +1070,7 @@ impl Session {
         let reason = if self.pins.hold() { RouteReason::Pinned } else { RouteReason::InTransaction };
         self.unit = Unit::new(false, 0);
         self.unit.before = self.status;
+        self.keep_text();
         if let Some(demand) = &demand {
             self.count_demand(demand);
         }
@@ -1115,6 +1161,7 @@ impl Session {
         self.shared.metrics.statement(node, class as usize, reason as usize);
         self.shared.metrics.statement_took(node, took);
         self.handle.facts.ran(class, reason, on_replica, over);
+        self.look_if_slow(node, class, reason, took);
         match std::mem::replace(&mut self.entered, Entered::No) {
             Entered::No => {}
             Entered::Query(key) => self.shared.ledger.ran(self.worker, key, on_replica, took, None),
@@ -1267,7 +1314,9 @@ impl Session {
         if std::mem::take(&mut self.ddl) {
             self.catalog.invalidate();
         }
-        if next == Next::Look {
+        // To which channels it listens now has to be known, should this backend be lost.
+        let listens = self.unit.pins.has(PinReason::Listen) && self.pins.now().has(PinReason::Listen);
+        if next == Next::Look || listens {
             self.look_at_backend().await?;
         }
         if self.role == Role::Replica && self.pins.hold() {
@@ -1375,6 +1424,7 @@ impl Session {
                 None => lease.own_names = had,
             }
         }
+        self.listening.seen(look.listens);
         for message in look.notifications {
             self.notification_heard(message);
         }
@@ -1447,6 +1497,7 @@ impl Session {
 
     /// An error of ours in place of a unit's answer. The unit's messages are dropped.
     fn fail_unit(&mut self, report: ErrorReport) -> Result<(), End> {
+        self.log_failed(&report);
         let mut message = Vec::new();
         report.put(&mut message);
         self.refuse_unit(&message)
@@ -1469,63 +1520,13 @@ impl Session {
         Ok(())
     }
 
-    /// Whether the session can go on after `end`.
-    fn survive(&mut self, end: End) -> Result<(), End> {
-        let (node, state_lost) = match end {
-            End::NodeLost { node } => (node, false),
-            End::StateLost { node } => (node, true),
-            end => return Err(end),
-        };
-        let node_name = self.shared.nodes.name(node);
-        let in_transaction = self.status != TransactionStatus::Idle && !self.is_apart();
-        let between_units = self.unit.is_over();
-        if !between_units && self.unit.writes {
-            self.shared.metrics.unknown_outcomes.inc();
-        }
-        if state_lost || self.pins.hold() || in_transaction || !self.unit.was_sent_whole() || between_units {
-            return Err(End::fatal(
-                ErrorReport::fatal(
-                    "57P01",
-                    format!("terminating connection because node \"{node_name}\" was lost"),
-                )
-                .detail("The transaction or session state on it is gone.")
-                .hint("In a moment you should be able to reconnect and repeat your command."),
-            ));
-        }
-        if self.unit.is_inside_answer() {
-            // Nothing can be said in the middle of a message.
-            return Err(end);
-        }
-        self.lease = None;
-        self.handle.idle();
-        let report = if self.unit.writes {
-            ErrorReport::error("08007", "transaction resolution unknown")
-                .detail(format!("The connection to node \"{node_name}\" was lost before it answered; the statement may or may not have taken effect."))
-        } else {
-            ErrorReport::error("08006", format!("connection to node \"{node_name}\" lost"))
-                .detail("Part of the result had been sent already.")
-        };
-        put_report(&mut self.client.output, &report);
-        self.statements.failed(false);
-        self.settings.forget_pending();
-        self.portals.clear();
-        self.unit = Unit::none();
-        if self.lazy.is_some() {
-            self.status = TransactionStatus::Failed;
-        }
-        self.put_ready();
-        Ok(())
-    }
-
     async fn flush_client(&mut self) -> Result<(), End> {
         if self.client.output.is_empty() {
             return Ok(());
         }
         poll_fn(|cx| match self.handle.poll_ending(cx) {
             Ending::Now => Poll::Ready(Err(End::shutdown())),
-            _ => {
-                self.client.poll_drain(cx).map_err(|_| End::ClientGone)
-            }
+            _ => self.client.poll_drain(cx).map_err(|_| End::ClientGone),
         })
         .await
     }
@@ -1558,6 +1559,7 @@ impl Session {
         if let Some(lease) = self.lease.take() {
             self.part_from(lease, &end).await;
         }
+        self.presence.leave();
         if let End::Fatal(report) = &end {
             if report.sqlstate == "08P01" {
                 self.shared.metrics.protocol_errors.inc();

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 use bytes::BufMut;
 
 use super::demand::Demand;
-use super::mark::{self, Freshness, PrimaryVerdict, ReplicaVerdict};
 use super::facts::Wait;
+use super::mark::{self, Freshness, PrimaryVerdict, ReplicaVerdict};
 use super::{End, Role, Session, canceled};
 use crate::backend::pool::{AcquireError, Lease};
 use crate::consistency::{LagLimit, Level, OnStale, Route};
+use crate::gate::Posture;
 use crate::metrics::WaitFor;
 use crate::positions::{Incarnation, SampleBody};
 use crate::route::RouteReason;
@@ -125,7 +126,9 @@ impl Session {
                 match self.lease_from(node).await? {
                     Ok(lease) => {
                         // Only samples sent after the backend was connected speak for it.
-                        if self.await_fresh_sample(&lease, &mut wait_until, patience).await? {
+                        if self.await_fresh_sample(&lease, &mut wait_until, patience).await?
+                            && lease.is_current()
+                        {
                             return Ok(Tried::Placed(Placed {
                                 lease,
                                 node,
@@ -145,9 +148,9 @@ impl Session {
                         avoid.push(node);
                         continue;
                     }
-                    // A login that a late replica does not know yet, or one that is full or starting:
-                    // not ill, but not for this read.
-                    Err(AcquireError::Refused { .. } | AcquireError::Unfit(_)) => {
+                    // A login that a late replica does not know yet, or one that is full, starting or being
+                    // left: not ill, but not for this read.
+                    Err(AcquireError::Refused { .. } | AcquireError::Unfit(_) | AcquireError::Left) => {
                         avoid.push(node);
                         continue;
                     }
@@ -424,7 +427,10 @@ impl Session {
         }
     }
 
-    async fn place_on_primary(&mut self, reason: RouteReason) -> Result<Result<Placed, ErrorReport>, End> {
+    pub(super) async fn place_on_primary(
+        &mut self,
+        reason: RouteReason,
+    ) -> Result<Result<Placed, ErrorReport>, End> {
         let begun = Instant::now();
         let pause_until = begun + self.config.failover.pause_timeout;
         let mut paused = false;
@@ -450,10 +456,15 @@ impl Session {
                     if topology.primary != Some(node)
                         || topology.epoch != lease.epoch
                         || topology.epoch != self.mark.epoch()
+                        || lease.socket.is_closed()
                     {
                         // The primary changed meanwhile: never a write on the old one, and none whose
                         // note the mark would not take.
                         drop(lease);
+                        continue;
+                    }
+                    if !self.presence.enter() {
+                        lease.give_back();
                         continue;
                     }
                     if paused {
@@ -468,7 +479,7 @@ impl Session {
                     self.client.output.put_slice(&message);
                     return Err(End::NodeSaidFatal);
                 }
-                Err(AcquireError::Refused { .. }) => {}
+                Err(AcquireError::Refused { .. } | AcquireError::Left) => {}
                 Err(AcquireError::Unreachable { failure, .. }) => {
                     self.shared.reports.report_failure(node, failure);
                 }
@@ -543,6 +554,9 @@ impl Session {
         let pause_until = begun + self.config.failover.pause_timeout;
         let mut waited = None;
         loop {
+            if let Err(report) = self.pass_gate(pause_until).await? {
+                return Ok(Err(report));
+            }
             let shared = self.shared.clone();
             let sampled = shared.positions.changed();
             let reorganised = shared.topology.changed();
@@ -613,6 +627,7 @@ impl Session {
         tokio::select! {
             biased;
             () = self.handle.interrupted() => {}
+            node = self.left() => return Err(End::NodeLost { node }),
             _ = tokio::time::timeout_at(deadline.into(), what) => {}
         }
         if self.handle.ending() == super::handle::Ending::Now {
@@ -667,7 +682,8 @@ impl Session {
         let replicas: Vec<NodeId> =
             topology.serving_replicas().map(|v| v.id).filter(|node| !self.is_drained(*node)).collect();
         let mut last = None;
-        let primary = topology.primary.filter(|_| !self.read_only);
+        let closed = self.shared.gate.posture() == Posture::Closed;
+        let primary = topology.primary.filter(|_| !self.read_only && !closed);
         for node in primary.into_iter().chain(replicas) {
             match self.lease_from(node).await? {
                 Ok(lease) => return Ok(lease),

@@ -391,6 +391,7 @@ impl Exchange<'_> {
             Some(Lookup::Ask(_)) => self.unit.writes = true,
             None => {
                 self.unit.writes = true;
+                self.unit.may_commit = true;
                 self.unit.ddl = true;
                 self.leave(Leaves::Unproven);
             }
@@ -431,6 +432,7 @@ impl Exchange<'_> {
         self.unit.ddl |= class.kind == Kind::Ddl;
         self.unit.clears_names |= matches!(class.leaves, Leaves::DiscardsAll | Leaves::DeallocatesAll);
         self.unit.writes |= !is_read(class);
+        self.unit.may_commit |= class.may_commit();
         self.leave(class.leaves);
     }
 
@@ -631,7 +633,7 @@ impl Exchange<'_> {
         let name = name.to_vec();
         self.leave(Leaves::Pins(PinReason::LargeStatement));
         self.session.pin_now(PinReason::LargeStatement);
-        self.unit.writes = true;
+        (self.unit.writes, self.unit.may_commit) = (true, true);
         if name.is_empty() {
             self.backend.unnamed = None;
             self.session.statements.sent(b"", Found::OnBackend);
@@ -732,7 +734,10 @@ impl Exchange<'_> {
     fn resolve(&mut self, name: &[u8], to: Use) -> Resolved {
         let statement = match self.session.statements.find(name) {
             Found::Statement(statement) => statement,
-            Found::OnBackend => return Resolved::Name(name.to_vec()),
+            Found::OnBackend => {
+                (self.unit.writes, self.unit.may_commit) = (true, true);
+                return Resolved::Name(name.to_vec());
+            }
             Found::Nothing => return Resolved::Name(self.unknown_name(name)),
         };
         let class = self.session.known_class(&statement);
@@ -749,7 +754,7 @@ impl Exchange<'_> {
                     class.kind == Kind::Ddl && classify::alters_login(statement.text());
                 self.count_in(class);
             }
-            None => self.unit.writes = true,
+            None => (self.unit.writes, self.unit.may_commit) = (true, true),
         }
         if statement.has_changed() && self.session.status != TransactionStatus::Failed {
             self.own_error(changed_result_type());

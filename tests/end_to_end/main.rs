@@ -6,5 +6,6 @@ mod allow_lists;
 mod fixture;
 mod fixture_holds;
 mod history;
+mod orders;
 mod private_cluster;
 mod proxied;

@@ -9,8 +9,18 @@ use tokio_postgres::SimpleQueryMessage;
 use crate::fixture::*;
 
 const TABLES: [&str; 12] = [
-    "nodes", "lag", "pools", "sessions", "stats", "statements", "config", "failover", "history", "topology",
-    "version", "help",
+    "nodes",
+    "lag",
+    "pools",
+    "sessions",
+    "stats",
+    "statements",
+    "config",
+    "failover",
+    "history",
+    "topology",
+    "version",
+    "help",
 ];
 
 async fn console(cluster: &Cluster, proxy: &Proxy) -> tokio_postgres::Client {
@@ -29,7 +39,12 @@ async fn rows(client: &tokio_postgres::Client, sql: &str) -> Vec<tokio_postgres:
 }
 
 /// One column of the row whose other column has this value.
-async fn cell(client: &tokio_postgres::Client, table: &str, by: (&str, &str), column: &str) -> Option<String> {
+async fn cell(
+    client: &tokio_postgres::Client,
+    table: &str,
+    by: (&str, &str),
+    column: &str,
+) -> Option<String> {
     let all = rows(client, &format!("SHOW {table}")).await;
     let row = all.iter().find(|row| row.get(by.0) == Some(by.1))?;
     row.get(column).map(str::to_owned)
@@ -71,7 +86,8 @@ async fn every_table_is_shown_to_psql_and_to_drivers_with_the_same_columns() {
         assert!(names.iter().all(|name| shown.contains(name.as_str())), "{table}: {shown}");
     }
     // The types are PostgreSQL's own.
-    let node = client.query_one("SELECT name, port, drained, lag_seconds FROM nodes LIMIT 1", &[]).await.unwrap();
+    let node =
+        client.query_one("SELECT name, port, drained, lag_seconds FROM nodes LIMIT 1", &[]).await.unwrap();
     assert_eq!(node.get::<_, &str>(0), "a");
     assert_eq!(node.get::<_, i64>(1), i64::from(cluster.link(0).port()));
     assert!(!node.get::<_, bool>(2));
@@ -83,11 +99,17 @@ async fn every_table_is_shown_to_psql_and_to_drivers_with_the_same_columns() {
     let config = client.query("SHOW CONFIG", &[]).await.unwrap();
     let shown = format!("{:?}", config.iter().map(|r| r.get::<_, Option<&str>>(1)).collect::<Vec<_>>());
     assert!(!shown.contains(&cluster.roles().control.password), "a secret is shown");
-    assert_eq!(cell(&client, "config", ("key", "control.password"), "value").await.as_deref(), Some("********"));
+    assert_eq!(
+        cell(&client, "config", ("key", "control.password"), "value").await.as_deref(),
+        Some("********")
+    );
     assert_eq!(cell(&client, "config", ("key", "workers"), "source").await.as_deref(), Some("file"));
     assert_eq!(cell(&client, "config", ("key", "workers"), "applies").await.as_deref(), Some("restart"));
     assert_eq!(cell(&client, "topology", ("item", "primary"), "value").await.as_deref(), Some("a"));
-    assert_eq!(cell(&client, "failover", ("item", "primary_reachable"), "value").await.as_deref(), Some("yes"));
+    assert_eq!(
+        cell(&client, "failover", ("item", "primary_reachable"), "value").await.as_deref(),
+        Some("yes")
+    );
 }
 
 #[tokio::test]
@@ -97,7 +119,9 @@ async fn what_tools_and_drivers_say_by_themselves_is_understood() {
     let script = "\\conninfo\n\\encoding\nBEGIN;\nSHOW VERSION;\nCOMMIT;\nSELECT version();\n\
         SHOW server_version; SET client_encoding TO 'UTF8'; SHOW transaction_isolation;\nSELECT 1 AS one;\n";
     let shown = success(&psql(&cluster, &proxy, script).await);
-    for part in ["connected to database \"highwater\"", "UTF8", "Highwater", "PostgreSQL 15", "read committed", "one"] {
+    for part in
+        ["connected to database \"highwater\"", "UTF8", "Highwater", "PostgreSQL 15", "read committed", "one"]
+    {
         assert!(shown.contains(part), "{part}: {shown}");
     }
     let client = console(&cluster, &proxy).await;
@@ -187,8 +211,7 @@ async fn only_administrators_get_in_and_they_do_when_all_other_places_are_taken(
     assert_eq!(code(&proxy.connect_as("highwater", &cluster.roles().app).await.unwrap_err()), "53300");
     let mut walsender = proxy.raw().await;
     let login = &cluster.roles().control;
-    let parameters =
-        [("user", login.user.as_str()), ("database", "highwater"), ("replication", "database")];
+    let parameters = [("user", login.user.as_str()), ("database", "highwater"), ("replication", "database")];
     let refused = walsender.login_with(&parameters, &login.password).await.unwrap_err();
     assert_eq!(refused.field(b'C').as_deref(), Some("0A000"));
 }
@@ -220,12 +243,16 @@ async fn the_console_answers_while_no_node_does() {
     }
     let route = rows(&client, "EXPLAIN ROUTE SELECT 1").await;
     assert!(route.iter().any(|row| row.get(1).is_some_and(|v| v.contains("cannot be reached"))), "{route:?}");
-    assert_eq!(cell(&client, "failover", ("item", "primary_reachable"), "value").await.as_deref(), Some("no"));
+    assert_eq!(
+        cell(&client, "failover", ("item", "primary_reachable"), "value").await.as_deref(),
+        Some("no")
+    );
     // And it lets its administrators in, by the password; none of them has logged in before.
     let wrong = Login { user: cluster.roles().control.user.clone(), password: "wrong".to_owned() };
     assert_eq!(code(&proxy.connect_as("highwater", &wrong).await.unwrap_err()), "28P01");
     // Even where no node has been seen since the start.
-    let blind = Proxy::start_with(&cluster, ProxyOptions { start: Start::Listening, ..Default::default() }).await;
+    let blind =
+        Proxy::start_with(&cluster, ProxyOptions { start: Start::Listening, ..Default::default() }).await;
     let client = console(&cluster, &blind).await;
     assert_eq!(cell(&client, "nodes", ("name", "a"), "role").await.as_deref(), Some("excluded"));
 }
@@ -277,7 +304,10 @@ async fn sessions_are_shown_as_they_are_and_can_be_cancelled_and_ended() {
     assert!(see("sent_bytes").await.parse::<u64>().unwrap() > 100);
 
     app.send(&query("SELECT pg_sleep(1000)")).await;
-    eventually("the statement runs", || async { see("state").await == "active" && !see("node").await.is_empty() }).await;
+    eventually("the statement runs", || async {
+        see("state").await == "active" && !see("node").await.is_empty()
+    })
+    .await;
     client.batch_execute(&format!("CANCEL {pid}")).await.unwrap();
     let said = app.read_ready().await;
     assert!(said.iter().any(|m| m.tag == b'E' && m.field(b'C').as_deref() == Some("57014")), "{said:?}");
@@ -430,7 +460,9 @@ async fn a_drained_replica_gets_no_new_reads_and_keeps_no_backend() {
     let app = proxy.connect().await;
     let reads = |node: &'static str| {
         let proxy = &proxy;
-        async move { proxy.metrics().await.sum("highwater_statements_total", &[("node", node), ("reason", "read")]) }
+        async move {
+            proxy.metrics().await.sum("highwater_statements_total", &[("node", node), ("reason", "read")])
+        }
     };
     eventually("both replicas are read from", || async {
         app.batch_execute("SELECT x FROM t").await.unwrap();
@@ -449,7 +481,10 @@ async fn a_drained_replica_gets_no_new_reads_and_keeps_no_backend() {
         cell(&client, "nodes", ("name", "b"), "backends").await.as_deref() == Some("0")
     })
     .await;
-    assert!(proxy.metrics().await.sum("highwater_backends_closed_total", &[("node", "b"), ("reason", "drained")]) >= 1.0);
+    assert!(
+        proxy.metrics().await.sum("highwater_backends_closed_total", &[("node", "b"), ("reason", "drained")])
+            >= 1.0
+    );
     // With none left, reads run on the primary.
     client.batch_execute("DRAIN c").await.unwrap();
     let on_primary = proxy.metrics().await.sum("highwater_statements_total", &[("reason", "no_replica")]);
@@ -526,13 +561,19 @@ async fn a_route_is_explained_as_it_would_be_taken() {
     })
     .await;
     let calls = explain("SELECT f()").await;
-    assert_eq!((about(&calls, "class"), about(&calls, "runs on"), about(&calls, "b")), ("write", "the primary", "no: a replica"));
+    assert_eq!(
+        (about(&calls, "class"), about(&calls, "runs on"), about(&calls, "b")),
+        ("write", "the primary", "no: a replica")
+    );
     assert!(calls.iter().any(|row| row.get(1).is_some_and(|v| v.starts_with("f: "))), "{calls:?}");
     assert_eq!(about(&calls, "decided by"), "the catalog facts");
     let hinted = explain("SELECT x FROM t /* highwater.consistency=eventual */").await;
     assert!(about(&hinted, "promised").contains("level eventual"), "{hinted:?}");
     let hinted = explain("/* highwater.route=primary */ SELECT x FROM t").await;
-    assert_eq!((about(&hinted, "runs on"), about(&hinted, "because")), ("the primary", "a comment in it asks for the primary"));
+    assert_eq!(
+        (about(&hinted, "runs on"), about(&hinted, "because")),
+        ("the primary", "a comment in it asks for the primary")
+    );
     let hinted = explain("SELECT x FROM t /* highwater.route=nearest */").await;
     assert!(about(&hinted, "runs on").starts_with("nowhere"), "{hinted:?}");
     let ruled = rows(&client, "EXPLAIN ROUTE (USER reports, DATABASE app) SELECT x FROM t").await;
@@ -605,27 +646,4 @@ async fn the_console_ends_with_the_proxy() {
     let last = client.read_to_end().await;
     assert_eq!(last[0].field(b'C').as_deref(), Some("57P01"));
     assert!(stopping.await.unwrap().success());
-}
-
-#[tokio::test]
-async fn zz_docs() {
-    let cluster = Cluster::start(2).await;
-    cluster.set_up("CREATE TABLE orders (id int, s text); CREATE FUNCTION next_order() RETURNS int LANGUAGE plpgsql AS $$ BEGIN INSERT INTO orders VALUES (1); RETURN 1; END $$").await;
-    let proxy = Proxy::start(&cluster).await;
-    let app = proxy.connect().await;
-    let mut shop = proxy.raw().await;
-    let login = proxy.app().clone();
-    shop.login_with(&[("user", login.user.as_str()), ("database", "app"), ("application_name", "shop")], &login.password).await.unwrap();
-    for i in 0..200 { app.batch_execute(&format!("SELECT s FROM orders WHERE id = {i}")).await.unwrap();
-      if i % 20 == 0 { app.batch_execute(&format!("INSERT INTO orders VALUES ({i}, 'x')")).await.unwrap(); } }
-    shop.ask(&query("CREATE TEMP TABLE mine (x int)")).await;
-    shop.ask(&query("BEGIN; INSERT INTO orders VALUES (7, 'seven')")).await;
-    cluster.wait_caught_up(0).await.unwrap();
-    let script = "\\set ECHO queries\n\\pset pager off\n\\x auto\nSHOW NODES;\nSHOW LAG;\nSHOW POOLS;\nSHOW SESSIONS;\nSHOW STATS;\nSHOW STATEMENTS;\n\\x off\nSELECT key, value, \"default\", source, applies FROM config LIMIT 8;\nSHOW FAILOVER;\nSHOW HISTORY;\nSHOW TOPOLOGY;\nSHOW VERSION;\nHELP;\nEXPLAIN ROUTE (DATABASE app, USER app) SELECT s FROM orders WHERE id = 7;\nEXPLAIN ROUTE (DATABASE app) SELECT next_order();\nDRAIN b;\nUNDRAIN b;\nDRAIN a;\nRESUME;\nRELOAD;\nSHOW NODE;\nSWITCHOVER TO b;\n";
-    let login = &cluster.roles().control;
-    let mut command = cluster.program_command("psql", proxy.port());
-    command.env("PGUSER", &login.user).env("PGPASSWORD", &login.password).env("PGDATABASE", "highwater");
-    command.args(["-X"]);
-    let o = run(command, script).await;
-    println!("{}\n=====\n{}", String::from_utf8_lossy(&o.stdout), String::from_utf8_lossy(&o.stderr));
 }

@@ -1,8 +1,8 @@
 //! What is promised to those who connect to the proxy.
 
 mod cancel;
-mod console;
 mod consistency;
+mod console;
 mod drivers;
 mod faults;
 mod garbage;
@@ -11,6 +11,7 @@ mod leaks;
 mod levels;
 mod limits;
 mod login;
+mod logs;
 mod notifications;
 mod one_path_and_another;
 mod operator;
@@ -20,6 +21,7 @@ mod prepared;
 mod protocol;
 mod read_only;
 mod relay;
+mod reload;
 mod replication;
 mod routing;
 mod settings;
