@@ -15,6 +15,7 @@ use serde::de::{self, DeserializeSeed as _};
 
 use crate::consistency::{Durability, LagLimit, Level, OnStale, Override, Promise, Route};
 
+pub mod given;
 pub mod live;
 
 /// A secret text: never shown by `Debug`.
@@ -80,6 +81,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// What is accepted and has no effect, one line each as `file:line:column: path: what`; for the log.
     pub warnings: Vec<String>,
+    /// What the file says, key by key, for people.
+    pub given: given::Given,
     /// The file it was read from, to be read again; `None`: from a text.
     pub file: Option<PathBuf>,
 }
@@ -501,6 +504,10 @@ pub struct LimitsConfig {
     pub parser_text: usize,
     /// How long the second parser may take; longer: primary.
     pub parser_deadline: Duration,
+    /// Connections to the admin console at most, beside `max_clients`; 0: there is no console.
+    pub admin_connections: usize,
+    /// Skeletons of statements, for each worker, of which the console shows what has run; 0: none.
+    pub statement_stats: usize,
     /// Names of nodes at most, over the life of the process; at least as many as it starts with.
     pub nodes: usize,
 }
@@ -724,6 +731,8 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "databases",
             "parser_text",
             "parser_deadline",
+            "admin_connections",
+            "statement_stats",
             "nodes",
         ],
     ),
@@ -895,6 +904,7 @@ impl Config {
         let config = reader.config(&tree);
         match config {
             Some(mut config) if reader.found.is_empty() => {
+                config.given = given::Given::of(&tree);
                 config.warnings = reader
                     .ignored
                     .into_iter()
@@ -1502,6 +1512,7 @@ impl Reader<'_> {
             log: self.log(&top),
             drain_timeout: self.time(&top, "drain_timeout", Duration::from_secs(30), Duration::ZERO),
             warnings: Vec::new(),
+            given: given::Given::default(),
             file: None,
             control: control?,
             auth: auth?,
@@ -1926,6 +1937,8 @@ impl Reader<'_> {
                 Duration::from_millis(250),
                 Duration::from_millis(1),
             ),
+            admin_connections: self.number(&section, "admin_connections", 0..=1000, 3) as usize,
+            statement_stats: self.number(&section, "statement_stats", 0..=100_000, 1000) as usize,
             nodes: self.number(&section, "nodes", 1..=MAX_NODES as u64, 16) as usize,
         }
     }

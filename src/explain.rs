@@ -5,23 +5,94 @@ use std::fmt;
 
 use crate::catalogs;
 use crate::classify::catalog::CatalogRows;
+use crate::classify::hint::Hints;
 use crate::classify::{
     Catalog, Classifier, Kind, Leaves, Lexing, Lookup, Statement, StatementClass, Suspect,
 };
 use crate::config::live::LiveConfig;
-use crate::config::{Config, LimitsConfig};
+use crate::config::{Config, LimitsConfig, Transactions};
+use crate::consistency::{Promise, Route};
 use crate::net::NodeTls;
 use crate::node::Nodes;
 use crate::topology::NodeId;
+use crate::wal::Lsn;
 
 /// What there is to say of a statement.
 #[derive(Debug)]
 pub struct Explanation {
     class: StatementClass,
     suspects: Vec<Suspect>,
-    /// Each node and its role, or why it did not answer; none without a configuration.
-    nodes: Vec<(String, Result<bool, String>)>,
-    database: Option<String>,
+    database: Option<(String, Rules)>,
+    /// Each node and what it says; none without a configuration.
+    pub nodes: Vec<(String, String)>,
+    /// The mark of a session that begins now, where it is known.
+    pub mark: Option<Lsn>,
+}
+
+/// What the configuration, and comments in a statement, say of a session's reads.
+#[derive(Clone, Debug)]
+pub struct Rules {
+    user: String,
+    promise: Promise,
+    split: bool,
+    shadow: bool,
+    transactions: Transactions,
+    hints: Hints,
+}
+
+impl Rules {
+    /// For a statement with these hints, of a session of `user` in `database`.
+    pub fn of(config: &Config, user: &str, database: &str, hints: Hints) -> Rules {
+        let mut promise = config.consistency.promise_for(user, database);
+        let split;
+        (split, promise.route) = config.routing.for_session(user, database);
+        let routing = &config.routing;
+        Rules {
+            user: user.to_owned(),
+            promise: hints.says().over(promise),
+            split,
+            shadow: routing.shadow,
+            transactions: routing.transactions,
+            hints,
+        }
+    }
+
+    /// Whether even a read runs there.
+    pub fn keeps_reads_on_primary(&self) -> bool {
+        !self.split || self.shadow || self.promise.route == Route::Primary
+    }
+
+    /// Where a read goes, and why.
+    fn place_of_read(&self) -> &'static str {
+        if !self.split {
+            "the primary: routing.split is off for this user and database"
+        } else if self.promise.route == Route::Primary {
+            "the primary: highwater.route is primary"
+        } else if self.shadow {
+            "the primary: routing.shadow is on; without it, a replica"
+        } else if self.promise.route == Route::Replica {
+            "a replica, and it waits longer for one: highwater.route is replica"
+        } else {
+            "a replica that has reached the session's mark"
+        }
+    }
+
+    fn promised(&self) -> String {
+        let lag = self.promise.max_lag.map(|lag| format!(", at most {lag} behind")).unwrap_or_default();
+        let hinted = match (self.hints.level, self.hints.route) {
+            (None, None) => "",
+            _ => " (by a comment in it)",
+        };
+        let (level, on_stale) = (self.promise.level, self.promise.on_stale.word());
+        format!("level {level}{lag}, on_stale {on_stale}, route {}{hinted}", self.promise.route.word())
+    }
+
+    fn transactions(&self) -> &'static str {
+        match self.transactions {
+            Transactions::Primary => "the primary, whole",
+            Transactions::Split => "at READ COMMITTED the same until its first statement that is no read",
+        }
+    }
 }
 
 /// Explains `text` by built-in knowledge: a database without objects of users'.
@@ -33,12 +104,12 @@ pub async fn built_in(text: &str) -> Result<Explanation, String> {
     Ok(judge(text, &config.limits, &Catalog::from_rows(1, rows)).await)
 }
 
-/// Explains `text` with the facts of `database`, read from the node that is no standby.
-pub async fn live(text: &str, config: Config, database: &str) -> Result<Explanation, String> {
+/// Explains `text` as a statement of `user` with the facts of `database`, read from the node that is no standby.
+pub async fn live(text: &str, config: Config, user: &str, database: &str) -> Result<Explanation, String> {
     let tls = NodeTls::new(&config.node_tls).map_err(|error| error.to_string())?;
     let (limits, functions) = (config.limits.clone(), config.routing.functions.clone());
     let names: Vec<String> = config.nodes.iter().map(|node| node.name.clone()).collect();
-    let nodes = Nodes::new(LiveConfig::new(config), &tls);
+    let nodes = Nodes::new(LiveConfig::new(config.clone()), &tls);
     let mut answers = Vec::new();
     let mut catalog = None;
     for (id, name) in (0u16..).map(NodeId).zip(names) {
@@ -70,7 +141,18 @@ pub async fn live(text: &str, config: Config, database: &str) -> Result<Explanat
     }
     let catalog = catalog.unwrap_or_else(|| Catalog::unknown(1));
     let explained = judge(text, &limits, &catalog).await;
-    Ok(Explanation { nodes: answers, database: Some(database.to_owned()), ..explained })
+    let rules = Rules::of(&config, user, database, explained.class.hints);
+    let reads = explained.class.is_read() && !rules.keeps_reads_on_primary();
+    let says = |answer: Result<bool, String>| match answer {
+        Err(cause) => format!("no: {cause}"),
+        Ok(true) if reads => "yes, once it has reached the session's mark".to_owned(),
+        Ok(true) => "no: a standby".to_owned(),
+        Ok(false) if reads => "yes, where no replica may".to_owned(),
+        Ok(false) => "yes".to_owned(),
+    };
+    let mut explained = explained.in_database(database, rules);
+    explained.nodes = answers.into_iter().map(|(name, answer)| (name, says(answer))).collect();
+    Ok(explained)
 }
 
 async fn judge(text: &str, limits: &LimitsConfig, catalog: &Catalog) -> Explanation {
@@ -80,11 +162,21 @@ async fn judge(text: &str, limits: &LimitsConfig, catalog: &Catalog) -> Explanat
         Lookup::Known(class, _) => class,
         Lookup::Ask(question) => classifier.ask(question).await,
     };
-    let suspects = if class.kind == Kind::Read { Vec::new() } else { classifier.suspects(&statement) };
-    Explanation { class, suspects, nodes: Vec::new(), database: None }
+    Explanation::new(class, classifier.suspects(&statement))
 }
 
 impl Explanation {
+    /// Of a statement of this class; `suspects` are left out if it is a read.
+    pub fn new(class: StatementClass, suspects: Vec<Suspect>) -> Explanation {
+        let suspects = if class.kind == Kind::Read { Vec::new() } else { suspects };
+        Explanation { class, suspects, database: None, nodes: Vec::new(), mark: None }
+    }
+
+    /// In this database, by these rules.
+    pub fn in_database(self, database: &str, rules: Rules) -> Explanation {
+        Explanation { database: Some((database.to_owned(), rules)), ..self }
+    }
+
     fn leaves(&self) -> String {
         match self.class.leaves {
             Leaves::Nothing => "nothing".to_owned(),
@@ -97,10 +189,25 @@ impl Explanation {
             Leaves::DeallocatesAll => "nothing, and prepared statements are gone".to_owned(),
         }
     }
-}
 
-impl fmt::Display for Explanation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    fn place(&self) -> String {
+        let reads = self.class.is_read();
+        if self.class.hints.invalid {
+            return "nowhere: a comment in it asks for what there is not (22023)".to_owned();
+        }
+        match &self.database {
+            None => {
+                let place = if reads { "a replica" } else { "the primary" };
+                format!("{place}, in a database without objects of users' (see --config)")
+            }
+            Some(_) if !reads => "the primary".to_owned(),
+            Some((_, rules)) => rules.place_of_read().to_owned(),
+        }
+    }
+
+    /// All there is to say: what about, and what. Several lines about one thing follow each other; those behind the
+    /// first have an empty word.
+    pub fn facts(&self) -> Vec<(String, String)> {
         let (why, stage) = self.class.reason.explained();
         let kind = match self.class.kind {
             Kind::Read => "read",
@@ -110,32 +217,32 @@ impl fmt::Display for Explanation {
             Kind::Session => "session",
             Kind::Empty => "empty",
         };
-        writeln!(f, "class       {kind}")?;
-        writeln!(f, "because     {why}")?;
-        for suspect in &self.suspects {
-            writeln!(f, "            {}: {}", String::from_utf8_lossy(&suspect.what), suspect.why)?;
+        let mut facts = vec![("class", kind.to_owned()), ("because", why.to_owned())];
+        facts.extend(
+            self.suspects
+                .iter()
+                .map(|suspect| ("", format!("{}: {}", String::from_utf8_lossy(&suspect.what), suspect.why))),
+        );
+        facts.push(("decided by", stage.to_owned()));
+        facts.push(("leaves", self.leaves()));
+        facts.push(("runs on", self.place()));
+        if let Some((database, rules)) = &self.database {
+            facts.push(("transaction", rules.transactions().to_owned()));
+            facts.push(("database", database.clone()));
+            facts.push(("user", rules.user.clone()));
+            facts.push(("promised", rules.promised()));
         }
-        writeln!(f, "decided by  {stage}")?;
-        writeln!(f, "leaves      {}", self.leaves())?;
-        let reads = matches!(self.class.kind, Kind::Read | Kind::Empty);
-        match &self.database {
-            None => {
-                let place = if reads { "a replica" } else { "the primary" };
-                writeln!(f, "runs on     {place}, in a database without objects of users' (see --config)")?;
-            }
-            Some(database) => {
-                writeln!(f, "database    {database}")?;
-                for (name, answer) in &self.nodes {
-                    let says = match answer {
-                        Err(cause) => format!("no: {cause}"),
-                        Ok(true) if reads => "yes, once it has reached the session's mark".to_owned(),
-                        Ok(true) => "no: a standby".to_owned(),
-                        Ok(false) if reads => "yes, where no replica may".to_owned(),
-                        Ok(false) => "yes".to_owned(),
-                    };
-                    writeln!(f, "{name:<11} {says}")?;
-                }
-            }
+        facts.extend(self.mark.map(|mark| ("mark", format!("{mark}, of a session that begins now"))));
+        let mut facts: Vec<_> = facts.into_iter().map(|(about, what)| (about.to_owned(), what)).collect();
+        facts.extend(self.nodes.iter().cloned());
+        facts
+    }
+}
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (about, what) in self.facts() {
+            writeln!(f, "{about:<11} {what}")?;
         }
         Ok(())
     }

@@ -32,6 +32,7 @@ pub mod topology;
 // The way of the operator.
 pub mod admin;
 pub mod check;
+pub mod console;
 pub mod demo;
 pub mod explain;
 pub mod healthcheck;

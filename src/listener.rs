@@ -19,10 +19,11 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::backend::StartupParameters;
-use crate::client::auth::{self, AuthFailure};
+use crate::client::auth::{self, AuthFailure, Purpose};
 use crate::client::startup::{self, GreetError, Greeting, Startup};
 use crate::client::verifiers::Verifiers;
 use crate::config::{Config, PoolOverride};
+use crate::console::{self, Console};
 use crate::net::{self, ClientTls};
 use crate::session::handle::{CancelOutcome, Ending};
 use crate::session::{Arrival, Session, Shared, replication};
@@ -32,7 +33,7 @@ use crate::wire::ErrorReport;
 const HANDOVER: usize = 1024;
 
 /// Why connections are refused before their login, as the metric labels it.
-pub const REFUSED_LABELS: [&str; 11] = [
+pub const REFUSED_LABELS: [&str; 12] = [
     "timeout",
     "tls",
     "gone",
@@ -44,6 +45,7 @@ pub const REFUSED_LABELS: [&str; 11] = [
     "too_many_in_database",
     "replication",
     "no_replica",
+    "console",
 ];
 
 /// What becomes of cancel requests, as the metric labels it.
@@ -61,6 +63,16 @@ pub struct Door {
     pub drain: Arc<Drain>,
     /// Counts those whose number is limited apart.
     pub census: Arc<Census>,
+    /// The admin console.
+    pub console: Arc<Console>,
+}
+
+/// What a client is let in to.
+enum Mode {
+    Session,
+    /// What it asked for by `replication`.
+    Replication(String),
+    Console,
 }
 
 /// How many clients there are, and whether new ones are welcome.
@@ -145,6 +157,9 @@ enum Counted {
     User(Box<str>),
     Database(Box<str>),
     Replication,
+    Console,
+    /// On its way there, above `max_clients`.
+    ConsoleLogin,
 }
 
 /// Places in the census that are taken as long as this lives.
@@ -168,6 +183,10 @@ impl Drop for Places {
 }
 
 impl Census {
+    fn count(&self, counted: &Counted) -> usize {
+        self.0.lock().unwrap_or_else(|p| p.into_inner()).get(counted).copied().unwrap_or(0)
+    }
+
     /// Counts one more of each of `wanted`, or of none: then the first that is full is given. `None`: no limit.
     fn enter(self: &Arc<Census>, wanted: Vec<(Counted, Option<usize>)>) -> Result<Places, Counted> {
         let mut counts = self.0.lock().unwrap_or_else(|p| p.into_inner());
@@ -290,18 +309,18 @@ impl Door {
     async fn serve_counted(&self, tcp: TcpStream, peer: Option<SocketAddr>, worker: usize, read_only: bool) {
         // Boxed, and so gone before the session begins: most sessions only wait, and that in little room.
         let let_in = Box::pin(self.let_in(tcp, peer, read_only)).await;
-        let Some((_places, arrival, replication)) = let_in else { return };
+        let Some((_places, arrival, mode)) = let_in else { return };
         let metrics = &self.shared.metrics;
-        let said = self
-            .shared
-            .config
-            .load()
-            .log
-            .connections
-            .then(|| Said::come(peer, &arrival, replication.is_some()));
-        match replication {
-            None => Session::run(self.shared.clone(), arrival, worker).await,
-            Some(mode) => {
+        let replicates = matches!(mode, Mode::Replication(_));
+        let said = self.shared.config.load().log.connections.then(|| Said::come(peer, &arrival, replicates));
+        match mode {
+            Mode::Session => Session::run(self.shared.clone(), arrival, worker).await,
+            Mode::Console => {
+                metrics.console_connections.inc();
+                Box::pin(self.console.serve(arrival)).await;
+                metrics.console_connections.dec();
+            }
+            Mode::Replication(mode) => {
                 metrics.replication_connections.inc();
                 Box::pin(replication::run(self.shared.clone(), arrival, mode)).await;
                 metrics.replication_connections.dec();
@@ -318,7 +337,7 @@ impl Door {
         tcp: TcpStream,
         peer: Option<SocketAddr>,
         read_only: bool,
-    ) -> Option<(Places, Arrival, Option<String>)> {
+    ) -> Option<(Places, Arrival, Mode)> {
         let metrics = &self.shared.metrics;
         let deadline = {
             let config = self.shared.config.load();
@@ -348,12 +367,22 @@ impl Door {
                 return None;
             }
         };
-        if let Err((label, report)) = self.admit(&connection.startup, read_only) {
-            metrics.client_refused.inc(label);
-            say_last(&mut connection.stream, &report).await;
-            return None;
-        }
-        let keys = match auth::authenticate(&mut connection, &self.verifiers, deadline).await {
+        // Held until the login is over.
+        let _place = match self.admit(&connection.startup, read_only) {
+            Ok(place) => place,
+            Err((label, report)) => {
+                metrics.client_refused.inc(label);
+                say_last(&mut connection.stream, &report).await;
+                return None;
+            }
+        };
+        let config = self.shared.config.load_full();
+        let to_console = is_for_console(&config, &connection.startup);
+        let purpose = match to_console {
+            true => Purpose::Console { admins: &config.auth.admins, database: &config.control.database },
+            false => Purpose::Nodes,
+        };
+        let keys = match auth::authenticate(&mut connection, &self.verifiers, purpose, deadline).await {
             Ok(keys) => keys,
             Err(failure) => {
                 match &failure {
@@ -367,7 +396,7 @@ impl Door {
         };
         let (mut stream, startup) = (connection.stream, connection.startup);
         // Only now: who cannot log in must not take another's place.
-        let places = match self.count(&startup) {
+        let places = match self.count(&startup, to_console) {
             Ok(places) => places,
             Err((label, report)) => {
                 metrics.client_refused.inc(label);
@@ -390,13 +419,19 @@ impl Door {
             minor: startup.minor,
             keys,
             read_only,
+            peer,
         };
-        Some((places, arrival, startup.replication))
+        let mode = match startup.replication {
+            _ if to_console => Mode::Console,
+            Some(mode) => Mode::Replication(mode),
+            None => Mode::Session,
+        };
+        Some((places, arrival, mode))
     }
 
     /// Whether there is room for a client that has not logged in yet; else the metric's label and what it
     /// is told.
-    fn admit(&self, startup: &Startup, read_only: bool) -> Result<(), Refusal> {
+    fn admit(&self, startup: &Startup, read_only: bool) -> Result<Option<Places>, Refusal> {
         if self.drain.is_draining() {
             return Err((
                 "draining",
@@ -404,7 +439,12 @@ impl Door {
             ));
         }
         let config = self.shared.config.load();
-        let clients = self.drain.clients();
+        // Those on the console have places of their own.
+        let consoles = self.census.count(&Counted::Console);
+        let clients = self.drain.clients().saturating_sub(consoles);
+        if is_for_console(&config, startup) {
+            return self.admit_to_console(&config, startup, clients);
+        }
         if clients > config.max_clients {
             return Err((
                 "too_many",
@@ -427,14 +467,43 @@ impl Door {
                 ErrorReport::fatal("0A000", words).hint("Connect to the port for reading and writing.");
             return Err(("replication", Box::new(report)));
         }
-        Ok(())
+        Ok(None)
+    }
+
+    /// The same for the console: above `max_clients` only who says that it is an administrator, and at most as many
+    /// at a time as there are places. Those who are just being turned away do not count: in a storm of them an
+    /// administrator is needed.
+    fn admit_to_console(
+        &self,
+        config: &Config,
+        startup: &Startup,
+        clients: usize,
+    ) -> Result<Option<Places>, Refusal> {
+        if startup.replication.is_some() {
+            let report =
+                ErrorReport::fatal("0A000", "the admin console does not speak the replication protocol");
+            return Err(("console", Box::new(report)));
+        }
+        if clients <= config.max_clients {
+            return Ok(None);
+        }
+        let full = ("too_many", Box::new(ErrorReport::fatal("53300", "sorry, too many clients already")));
+        if !config.auth.admins.contains(&startup.user) {
+            return Err(full);
+        }
+        let most = config.limits.admin_connections;
+        self.census.enter(vec![(Counted::ConsoleLogin, Some(most))]).map(Some).map_err(|_| full)
     }
 
     /// Counts a client that has logged in, in PostgreSQL's words where it is one too many.
-    fn count(&self, startup: &Startup) -> Result<Places, Refusal> {
+    fn count(&self, startup: &Startup, to_console: bool) -> Result<Places, Refusal> {
         let (user, database) = (&startup.user, &startup.database);
         let config = self.shared.config.load();
-        let limits = limits_of(&config, user, database, startup.replication.is_some());
+        let limits = if to_console {
+            vec![(Counted::Console, Some(config.limits.admin_connections))]
+        } else {
+            limits_of(&config, user, database, startup.replication.is_some())
+        };
         let report = |words| ErrorReport::fatal("53300", words);
         let refused = |full| match full {
             Counted::User(_) => {
@@ -447,6 +516,10 @@ impl Door {
                 let most = config.replication.max_connections;
                 let words = format!("number of requested replication connections exceeds {most}");
                 ("replication", report(words).hint("Raise replication.max_connections."))
+            }
+            Counted::Console | Counted::ConsoleLogin => {
+                let words = "too many connections to the admin console".to_owned();
+                ("console", report(words).hint("Raise limits.admin_connections."))
             }
         };
         self.census.enter(limits).map_err(|full| {
@@ -468,6 +541,11 @@ impl Door {
             CancelOutcome::Failed => "failed",
         });
     }
+}
+
+/// Whether a client asks for the console, where there is one.
+fn is_for_console(config: &Config, startup: &Startup) -> bool {
+    config.limits.admin_connections > 0 && startup.database == console::DATABASE
 }
 
 /// The metric's label of a refusal, and what the client is told.

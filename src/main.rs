@@ -39,6 +39,9 @@ enum Command {
         /// The database; default: the control user's.
         #[arg(short = 'd', long = "database", value_name = "NAME", requires = "config")]
         database: Option<String>,
+        /// The user whose statement it is, for the rules; default: the control user.
+        #[arg(short = 'U', long = "user", value_name = "NAME", requires = "config")]
+        user: Option<String>,
     },
     /// On a database host: make a former primary, or a diverged replica, a replica of the current primary.
     Rejoin(HostArguments),
@@ -117,10 +120,11 @@ fn main() -> ExitCode {
         Command::Route { sql, config: None, .. } => {
             route(async move { highwater::explain::built_in(&sql).await })
         }
-        Command::Route { sql, config: Some(config), database } => match Config::load(&config) {
+        Command::Route { sql, config: Some(config), database, user } => match Config::load(&config) {
             Ok(config) => route(async move {
                 let database = database.unwrap_or_else(|| config.control.database.clone());
-                highwater::explain::live(&sql, config, &database).await
+                let user = user.unwrap_or_else(|| config.control.user.clone());
+                highwater::explain::live(&sql, config, &user, &database).await
             }),
             Err(e) => {
                 eprintln!("{e}");

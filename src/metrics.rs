@@ -206,6 +206,8 @@ pub struct Metrics {
     pub timeouts: ReasonCounter,
     /// Connections that speak the replication protocol now.
     pub replication_connections: IntGauge,
+    /// Connections to the admin console now.
+    pub console_connections: IntGauge,
     /// Client connections ended for breaking the protocol.
     pub protocol_errors: IntCounter,
     /// Statements whose outcome could not be learned.
@@ -396,6 +398,11 @@ impl Metrics {
                 "Clients ended for taking too long.",
                 "reason",
                 labels.timeouts,
+            ),
+            console_connections: gauge(
+                r,
+                "highwater_console_connections",
+                "Connections to the admin console now.",
             ),
             replication_connections: gauge(
                 r,

@@ -4,6 +4,7 @@
 //! never delays a probe; one accepts; the workers serve clients.
 
 mod apply;
+mod steering;
 
 use std::fmt;
 use std::io;
@@ -19,6 +20,7 @@ use tokio::time::Instant;
 use tracing::info;
 
 use self::apply::Applier;
+use self::steering::steering;
 use crate::admin::access::Access;
 use crate::admin::{self, AdminState, Memory};
 use crate::backend::pool::{CloseReason, PoolContext, Pools, Ways};
@@ -28,6 +30,7 @@ use crate::client::auth::AuthFailure;
 use crate::client::verifiers::Verifiers;
 use crate::config::Config;
 use crate::config::live::LiveConfig;
+use crate::console::Console;
 use crate::control;
 use crate::failover::event::{BlockReason, State};
 use crate::gate::Gate;
@@ -40,6 +43,8 @@ use crate::positions::Positions;
 use crate::reload::Reload;
 use crate::route::{ClassLabel, RouteReason};
 use crate::session::handle::Sessions;
+use crate::session::ledger::Ledger;
+use crate::session::pause::Pauses;
 use crate::session::prepared::Names;
 use crate::session::promise::PrimaryReads;
 use crate::session::shared_mark::{GlobalMark, NamedMarks};
@@ -234,9 +239,9 @@ fn run_main(
         }
     };
     runtime.block_on(async move {
-        match build(config).await {
+        let (reload, asked) = Reload::new();
+        match build(config, reload.clone()).await {
             Ok(parts) => {
-                let (reload, asked) = Reload::new();
                 let applier = Applier { door: parts.door.clone(), members: parts.control.members(), level };
                 tokio::spawn(applier.run(asked));
                 let _ = ready.send(Ok(parts.started(reload)));
@@ -270,7 +275,7 @@ async fn bind(address: &str) -> Result<(TcpListener, SocketAddr), StartError> {
     Ok((listener, address))
 }
 
-async fn build(config: Config) -> Result<Parts, StartError> {
+async fn build(config: Config, reload: Reload) -> Result<Parts, StartError> {
     let live = LiveConfig::new(config);
     let config = &live.load_full();
     let places = config.places();
@@ -333,6 +338,8 @@ async fn build(config: Config) -> Result<Parts, StartError> {
         metrics,
         sessions: Arc::new(Sessions::default()),
         names: Names::new(rand::random()),
+        ledger: Ledger::new(config.limits.statement_stats, config.workers),
+        pauses: Pauses::default(),
         reports: control.reports(),
         global_mark: GlobalMark::unused(),
         named_marks: Mutex::new(NamedMarks::new(
@@ -345,7 +352,9 @@ async fn build(config: Config) -> Result<Parts, StartError> {
     let verifiers = Verifiers::new(config, &nodes, &topology)
         .map_err(|error| StartError { what: "set up the login".to_owned(), cause: error.to_string() })?;
     let tls = ArcSwap::from_pointee(client_tls);
-    let door = Arc::new(Door { shared, tls, verifiers, drain: Arc::default(), census: Arc::default() });
+    let console = Arc::new(Console::new(shared.clone(), reload, steering(control.commands())));
+    let (drain, census) = (Arc::default(), Arc::default());
+    let door = Arc::new(Door { shared, tls, verifiers, drain, census, console });
     let pulse = Arc::new(Pulse::new(1 + config.workers));
     Ok(Parts { listener, listener_read_only, address, http, door, pulse, control })
 }

@@ -284,6 +284,8 @@ pub struct TopologyHandle {
     current: ArcSwap<Topology>,
     changed: Notify,
     changes: AtomicU64,
+    /// The nodes that an operator has drained, a bit each.
+    drained: AtomicU64,
 }
 
 impl TopologyHandle {
@@ -293,7 +295,33 @@ impl TopologyHandle {
             current: ArcSwap::from_pointee(initial),
             changed: Notify::new(),
             changes: AtomicU64::new(0),
+            drained: AtomicU64::new(0),
         }
+    }
+
+    /// Sends no new read to this node (`true`), or sends it reads again. Whether that changed anything.
+    pub fn drain(&self, node: NodeId, drained: bool) -> bool {
+        let bit = Self::bit(node);
+        let before = if drained {
+            self.drained.fetch_or(bit, Ordering::SeqCst)
+        } else {
+            self.drained.fetch_and(!bit, Ordering::SeqCst)
+        };
+        let changed = (before & bit != 0) != drained;
+        if changed {
+            self.changed.notify_waiters();
+        }
+        changed
+    }
+
+    /// Whether an operator has drained this node: it gets no new reads. What is believed of it is another matter.
+    pub fn is_drained(&self, node: NodeId) -> bool {
+        self.drained.load(Ordering::Relaxed) & Self::bit(node) != 0
+    }
+
+    /// The configuration has at most 64 nodes.
+    fn bit(node: NodeId) -> u64 {
+        1u64.checked_shl(u32::from(node.0)).unwrap_or(0)
     }
 
     /// The current value, without a lock.

@@ -177,6 +177,8 @@ async fn regression_suite() {
             class_cache: 1_000,
             parser_text: 16 * 1024,
             parser_deadline: Duration::from_secs(10),
+            admin_connections: 0,
+            statement_stats: 0,
         });
         let mut catalog: Option<Catalog> = None;
         let mut in_transaction = false;

@@ -38,17 +38,21 @@ const MAY_USE: &[(&str, &str)] = &[
         "session",
         "backend catalogs classify client config consistency control gate log metrics net node positions route scram topology wal wire",
     ),
-    ("listener", "backend catalogs client config metrics net node session topology wal wire"),
+    ("listener", "backend catalogs client config console metrics net node session topology wal wire"),
     // The way of the operator.
+    (
+        "console",
+        "backend classify config explain metrics net positions reload route session topology wal wire",
+    ),
     ("log", "config"),
     ("admin", "config metrics positions topology wal"),
     ("check", "config failover monitor net node topology wal"),
     ("rejoin", "config failover net node topology"),
-    ("explain", "catalogs classify config net node topology"),
+    ("explain", "catalogs classify config consistency net node topology wal"),
     ("reload", "config"),
     (
         "server",
-        "admin backend catalogs classify client config control failover gate listener log metrics monitor net node positions \
+        "admin backend catalogs classify client config console control failover gate listener log metrics monitor net node positions \
          reload route session supervisor topology wal",
     ),
     ("supervisor", ""),
@@ -70,6 +74,7 @@ const PURE: &[&str] = &[
     "session/mark.rs",
     "session/state.rs",
     "session/prepared.rs",
+    "console/command.rs",
     "session/settings.rs",
     "backend/applied.rs",
     "backend/parameters.rs",

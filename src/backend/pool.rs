@@ -160,13 +160,17 @@ pub enum CloseReason {
     DatabaseCommand,
     /// ALTER ROLE or DATABASE .. SET has changed what a login gives.
     LoginSettings,
+    /// Its node is drained (`DRAIN`).
+    Drained,
+    /// Its database is paused (`PAUSE`).
+    Paused,
     /// A reload has changed or removed its node, or made its pool smaller.
     Reload,
 }
 
 impl CloseReason {
     /// All labels.
-    pub const LABELS: [&'static str; 10] = [
+    pub const LABELS: [&'static str; 12] = [
         CloseReason::Dead.label(),
         CloseReason::Replaced.label(),
         CloseReason::Unclean.label(),
@@ -176,6 +180,8 @@ impl CloseReason {
         CloseReason::Broken.label(),
         CloseReason::DatabaseCommand.label(),
         CloseReason::LoginSettings.label(),
+        CloseReason::Drained.label(),
+        CloseReason::Paused.label(),
         CloseReason::Reload.label(),
     ];
 
@@ -191,6 +197,8 @@ impl CloseReason {
             CloseReason::Broken => "broken",
             CloseReason::DatabaseCommand => "database_command",
             CloseReason::LoginSettings => "login_settings",
+            CloseReason::Drained => "drained",
+            CloseReason::Paused => "paused",
             CloseReason::Reload => "reload",
         }
     }
@@ -347,6 +355,8 @@ pub struct PoolCounts {
     pub opening: usize,
     /// Sessions waiting.
     pub waiting: usize,
+    /// Backends at most.
+    pub size: usize,
 }
 
 impl Pool {
@@ -638,11 +648,11 @@ impl Pool {
         self.open_more(&mut state);
     }
 
-    fn close_idle(self: &Arc<Pool>) {
+    fn close_idle(self: &Arc<Pool>, reason: CloseReason) {
         let mut state = self.lock();
         for idle in std::mem::take(&mut state.idle) {
             state.open -= 1;
-            self.context.count_closed(idle.backend.node, CloseReason::DatabaseCommand);
+            self.context.count_closed(idle.backend.node, reason);
         }
         self.open_more(&mut state);
     }
@@ -663,6 +673,7 @@ impl Pool {
         let idle_timeout = self.context.config.load().pool.server_idle_timeout;
         let (lifetime, size) = (self.lifetime(), self.size.load(Ordering::Relaxed));
         let epoch = self.context.topology.load().epoch;
+        let drained = self.context.topology.is_drained(self.node);
         let mut state = self.lock();
         let before = state.idle.len();
         let mut too_many = state.open.saturating_sub(size);
@@ -671,6 +682,8 @@ impl Pool {
                 CloseReason::Reload
             } else if b.epoch != epoch || b.socket.is_closed() {
                 CloseReason::Epoch
+            } else if drained {
+                CloseReason::Drained
             } else if now.duration_since(b.idle_since) > idle_timeout {
                 CloseReason::IdleTimeout
             } else if now.duration_since(b.opened) > lifetime {
@@ -702,6 +715,7 @@ impl Pool {
             active: state.open - state.idle.len() - state.opening,
             opening: state.opening,
             waiting: state.waiters.iter().filter(|w| !w.grant.is_closed()).count(),
+            size: self.size.load(Ordering::Relaxed),
         }
     }
 }
@@ -935,7 +949,16 @@ impl Pools {
     pub fn close_idle(&self, except: &str) {
         for user in self.all() {
             for pool in user.made().filter(|pool| *pool.database != *except) {
-                pool.close_idle();
+                pool.close_idle(CloseReason::DatabaseCommand);
+            }
+        }
+    }
+
+    /// Closes the idle backends of a database, or of all, because it is paused.
+    pub fn close_paused(&self, database: Option<&str>) {
+        for user in self.all() {
+            for pool in user.made().filter(|pool| database.is_none_or(|name| *pool.database == *name)) {
+                pool.close_idle(CloseReason::Paused);
             }
         }
     }

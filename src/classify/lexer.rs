@@ -76,6 +76,11 @@ impl<'a> Lexer<'a> {
         &self.text[self.start..self.end]
     }
 
+    /// Goes on behind the first `at` bytes of the text.
+    pub fn skip_to(&mut self, at: usize) {
+        self.at = at.min(self.text.len());
+    }
+
     /// Where the last token begins.
     pub fn start(&self) -> usize {
         self.start

@@ -42,6 +42,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use siphasher::sip128::{Hasher128, SipHasher13};
 
 pub use catalog::Catalog;
+pub use lexer::{Lexer as Words, Token};
 pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
 pub use skeleton::skeleton_text;
 pub use target::{Target, keeps_uncommitted, listen_target, target};
@@ -54,7 +55,7 @@ use crate::config::LimitsConfig;
 use builtin::Vocabulary;
 use cache::Cache;
 use hint::Hints;
-use lexer::{Lexer, Token};
+use lexer::Lexer;
 use opinion::Opinion;
 
 /// The names that the catalog queries take as their first parameter: safe built-in functions.
@@ -112,6 +113,13 @@ pub struct ClassKey {
     skeleton: u128,
 }
 
+impl ClassKey {
+    /// The hash of the text with its harmless literals folded.
+    pub fn skeleton(self) -> u128 {
+        self.skeleton
+    }
+}
+
 /// What [`Classifier::lookup`] found.
 #[derive(Debug)]
 pub enum Lookup {
@@ -160,6 +168,11 @@ impl StatementClass {
     /// Whether it is a read and nothing else: it sets nothing and leaves nothing.
     pub fn is_mere_read(self) -> bool {
         matches!(self.kind, Kind::Read | Kind::Empty) && !self.settings && self.leaves == Leaves::Nothing
+    }
+
+    /// Whether it may run on a replica.
+    pub fn is_read(self) -> bool {
+        matches!(self.kind, Kind::Read | Kind::Empty)
     }
 
     /// Whether `text`, which is of this class, may commit a transaction that was open before: COMMIT and kin, and what may

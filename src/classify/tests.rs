@@ -19,6 +19,8 @@ fn classifier() -> Classifier {
         class_cache: 256,
         parser_text: 16 * 1024,
         parser_deadline: Duration::from_secs(20),
+        admin_connections: 0,
+        statement_stats: 0,
     })
 }
 

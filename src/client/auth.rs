@@ -103,15 +103,30 @@ impl From<ScramError> for AuthFailure {
     }
 }
 
+/// What a client logs in to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose<'a> {
+    /// The nodes.
+    Nodes,
+    /// The admin console, which is for these users.
+    Console {
+        /// `auth.admins`.
+        admins: &'a [String],
+        /// A database that is there, for the question who may log in.
+        database: &'a str,
+    },
+}
+
 /// Runs the login of a client that has been greeted. On success AuthenticationOk has been sent, the
 /// client waits for ParameterStatus, and the keys log in to the nodes in its place. On failure the client
 /// has been told, and the connection is of no more use.
 pub async fn authenticate(
     client: &mut ClientConnection,
     verifiers: &Verifiers,
+    purpose: Purpose<'_>,
     deadline: Instant,
 ) -> Result<LoginKeys, AuthFailure> {
-    let outcome = tokio::time::timeout_at(deadline, log_in(client, verifiers)).await;
+    let outcome = tokio::time::timeout_at(deadline, log_in(client, verifiers, purpose)).await;
     let failure = match outcome {
         Ok(Ok(keys)) => return Ok(keys),
         Ok(Err(failure)) => failure,
@@ -139,10 +154,21 @@ fn last_word(failure: &AuthFailure) -> Option<ErrorReport> {
     }
 }
 
-async fn log_in(client: &mut ClientConnection, verifiers: &Verifiers) -> Result<LoginKeys, AuthFailure> {
+async fn log_in(
+    client: &mut ClientConnection,
+    verifiers: &Verifiers,
+    purpose: Purpose<'_>,
+) -> Result<LoginKeys, AuthFailure> {
     check_encryption(client)?;
     let (user, database) = (client.startup.user.clone(), client.startup.database.clone());
-    let account = verifiers.look_up(&user, &database).await.map_err(AuthFailure::NoVerifier)?;
+    let account = match purpose {
+        Purpose::Console { admins, database } if admins.contains(&user) => {
+            verifiers.look_up_admin(&user, database).await
+        }
+        Purpose::Console { database, .. } => verifiers.look_up(&user, database).await,
+        Purpose::Nodes => verifiers.look_up(&user, &database).await,
+    };
+    let account = account.map_err(AuthFailure::NoVerifier)?;
     let proved = match exchange(client, &account).await {
         Err(AuthFailure::Refused(report)) if report.sqlstate == "28P01" => {
             let words = format!("password authentication failed for user \"{user}\"");
@@ -161,6 +187,11 @@ async fn log_in(client: &mut ClientConnection, verifiers: &Verifiers) -> Result<
     send(client, &out).await?;
     // A physical replication connection is to no database.
     let physical = client.startup.replication.as_ref().is_some_and(|value| value != "database");
+    if let Purpose::Console { admins, .. } = purpose {
+        check_rights(&account, &user, None)?;
+        check_admin(admins, &user, &database)?;
+        return Ok(account.known_keys.unwrap_or(proved.keys));
+    }
     check_rights(&account, &user, (!physical).then_some(database.as_str()))?;
     Ok(account.known_keys.unwrap_or(proved.keys))
 }
@@ -178,6 +209,16 @@ fn check_encryption(client: &ClientConnection) -> Result<(), AuthFailure> {
             "no pg_hba.conf entry for host \"{host}\", user \"{user}\", database \"{database}\", no encryption"
         ),
     )))
+}
+
+fn check_admin(admins: &[String], user: &String, database: &str) -> Result<(), AuthFailure> {
+    if admins.contains(user) {
+        return Ok(());
+    }
+    Err(AuthFailure::Refused(
+        ErrorReport::fatal("42501", format!("permission denied for database \"{database}\""))
+            .detail("The admin console is for the users of auth.admins."),
+    ))
 }
 
 fn check_rights(account: &Account, user: &str, database: Option<&str>) -> Result<(), AuthFailure> {
@@ -374,7 +415,7 @@ mod tests {
                     continue;
                 };
                 bound = client.channel_binding.is_some();
-                if authenticate(&mut client, &verifiers, deadline).await.is_ok() {
+                if authenticate(&mut client, &verifiers, Purpose::Nodes, deadline).await.is_ok() {
                     send(&mut client, b"K\0\0\0\x0c\0\0\0\x07abcdZ\0\0\0\x05I").await.unwrap();
                     break;
                 }

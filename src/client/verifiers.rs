@@ -12,7 +12,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
@@ -27,11 +27,15 @@ use crate::topology::{NodeId, Standing, TopologyHandle};
 
 /// How long one node may take for one answer.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long an administrator waits for it before what is known is taken.
+const ADMIN_ANSWER: Duration = Duration::from_secs(3);
 /// Nodes asked for one login, at most.
 const ASKED: usize = 3;
 
 /// Where verifiers come from. One for the whole proxy.
 pub struct Verifiers {
+    /// What a node last said of administrators, for when none can be asked: the console is needed most then.
+    admins: Mutex<HashMap<String, AuthRow>>,
     /// Makes mock verifiers unpredictable, and the same for the same name.
     secret: [u8; 32],
     source: ArcSwap<Source>,
@@ -39,7 +43,13 @@ pub struct Verifiers {
 
 enum Source {
     Listed(HashMap<String, Arc<Listed>>),
-    Asked { query: String, nodes: Arc<Nodes>, topology: Arc<TopologyHandle> },
+    Asked {
+        query: String,
+        nodes: Arc<Nodes>,
+        topology: Arc<TopologyHandle>,
+        /// The control user, whose password is known here.
+        control: Option<(String, Arc<Listed>)>,
+    },
 }
 
 struct Listed {
@@ -114,7 +124,7 @@ impl Verifiers {
             .fill(&mut secret)
             .map_err(|_| VerifierError::System("no random bytes from the system"))?;
         let nobody = Source::Listed(HashMap::new());
-        let verifiers = Verifiers { secret, source: ArcSwap::from_pointee(nobody) };
+        let verifiers = Verifiers { admins: Mutex::default(), secret, source: ArcSwap::from_pointee(nobody) };
         verifiers.follow(config, nodes, topology);
         Ok(verifiers)
     }
@@ -126,6 +136,10 @@ impl Verifiers {
                 query: config.auth.query.clone(),
                 nodes: Arc::clone(nodes),
                 topology: Arc::clone(topology),
+                control: config.control.password.clone().map(|password| {
+                    let name = config.control.user.clone();
+                    (name.clone(), Listed::new(&UserConfig { name, password }))
+                }),
             },
             AuthSource::List => {
                 let before = self.source.load();
@@ -138,6 +152,7 @@ impl Verifiers {
                 Source::Listed(users.map(|user| (user.name.clone(), listed(user))).collect())
             }
         };
+        self.admins().retain(|name, _| config.auth.admins.contains(name));
         self.source.store(Arc::new(source));
     }
 
@@ -147,7 +162,7 @@ impl Verifiers {
         let listed =
             Listed::new(&UserConfig { name: user.to_owned(), password: Secret(password.to_owned()) });
         let source = Source::Listed(HashMap::from([(user.to_owned(), listed)]));
-        Verifiers { secret: [3; 32], source: ArcSwap::from_pointee(source) }
+        Verifiers { admins: Mutex::default(), secret: [3; 32], source: ArcSwap::from_pointee(source) }
     }
 
     /// What is known of `user` and its right to `database`.
@@ -157,13 +172,44 @@ impl Verifiers {
                 Some(listed) => self.listed(user, listed).await,
                 None => Ok(self.nobody(user)),
             },
-            Source::Asked { query, nodes, topology } => {
+            Source::Asked { query, nodes, topology, .. } => {
                 let row = ask_nodes(query, nodes, topology, user, database).await?;
                 Ok(match row {
                     Some(row) => self.account(user, row, SystemTime::now()),
                     None => self.nobody(user),
                 })
             }
+        }
+    }
+
+    fn admins(&self) -> MutexGuard<'_, HashMap<String, AuthRow>> {
+        self.admins.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    /// What is known of an administrator who wants to log in to the console. While no node can be asked: what one
+    /// said at the last login, or the password of the control user.
+    pub async fn look_up_admin(&self, user: &str, database: &str) -> Result<Account, VerifierError> {
+        let Source::Asked { query, nodes, topology, control } = &*self.source.load_full() else {
+            return self.look_up(user, database).await;
+        };
+        let asked = ask_nodes(query, nodes, topology, user, database);
+        let failed = match tokio::time::timeout(ADMIN_ANSWER, asked).await {
+            Ok(Ok(Some(row))) => {
+                self.admins().insert(user.to_owned(), row.clone());
+                return Ok(self.account(user, row, SystemTime::now()));
+            }
+            Ok(Ok(None)) => {
+                self.admins().remove(user);
+                return Ok(self.nobody(user));
+            }
+            Ok(Err(error)) => error,
+            Err(_) => VerifierError::NoNode("no answer in time".to_owned()),
+        };
+        let remembered = self.admins().get(user).cloned();
+        match (remembered, control) {
+            (Some(row), _) => Ok(self.account(user, row, SystemTime::now())),
+            (None, Some((name, listed))) if name == user => self.listed(user, listed).await,
+            (None, _) => Err(failed),
         }
     }
 
@@ -325,8 +371,11 @@ mod tests {
 
     #[test]
     fn only_a_valid_scram_verifier_lets_anybody_in() {
-        let verifiers =
-            Verifiers { secret: [1; 32], source: ArcSwap::from_pointee(Source::Listed(HashMap::new())) };
+        let verifiers = Verifiers {
+            admins: Mutex::default(),
+            secret: [1; 32],
+            source: ArcSwap::from_pointee(Source::Listed(HashMap::new())),
+        };
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
         let is_mock = |row: AuthRow| verifiers.account("app", row, now).verifier.is_mock();
         assert!(!is_mock(row()));
@@ -341,8 +390,11 @@ mod tests {
 
     #[test]
     fn a_null_never_opens_anything() {
-        let verifiers =
-            Verifiers { secret: [1; 32], source: ArcSwap::from_pointee(Source::Listed(HashMap::new())) };
+        let verifiers = Verifiers {
+            admins: Mutex::default(),
+            secret: [1; 32],
+            source: ArcSwap::from_pointee(Source::Listed(HashMap::new())),
+        };
         let account = |row| verifiers.account("app", row, SystemTime::UNIX_EPOCH);
         assert!(!account(AuthRow { may_log_in: None, ..row() }).may_log_in);
         assert_eq!(account(AuthRow { may_connect: None, ..row() }).database, DatabaseAccess::Unknown);

@@ -124,6 +124,8 @@ table! {
     "limits.parser_text" Restart limits.parser_text;
     "limits.parser_deadline" Restart limits.parser_deadline;
     "limits.nodes" Restart limits.nodes;
+    "limits.admin_connections" Live limits.admin_connections;
+    "limits.statement_stats" Restart limits.statement_stats;
     "timeouts.idle_session" Live timeouts.idle_session;
     "timeouts.idle_in_transaction" Live timeouts.idle_in_transaction;
     "timeouts.transaction" Live timeouts.transaction;
@@ -270,6 +272,7 @@ pub fn plan(before: &Config, wanted: Config) -> Result<Plan, NoRoom> {
     config.nodes = seats;
     let changes = differing(before, &config);
     keep(before, &mut config);
+    config.given.keep(&before.given);
     Ok(Plan { config, changes, nodes })
 }
 

@@ -886,6 +886,9 @@ impl Session {
         if name == b"in_hot_standby" || self.reported.get(name) == Some(value) {
             return;
         }
+        if name == b"application_name" {
+            self.handle.facts.call_application(value);
+        }
         Arc::make_mut(&mut self.reported).insert(name, value);
         put_parameter(&mut self.client.output, name, value);
         self.lexing_changed();

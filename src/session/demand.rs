@@ -14,7 +14,7 @@ use super::{End, Session};
 use crate::backend::SharedName;
 use crate::classify::hint::Hints;
 use crate::classify::setting::{self, ResetBatch};
-use crate::classify::{self, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass};
+use crate::classify::{self, ClassKey, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass};
 use crate::route::{ClassLabel, RouteReason};
 use crate::wire::{self, HEADER, TransactionStatus};
 
@@ -288,18 +288,23 @@ impl Session {
     async fn demand_query(&mut self, at: usize, len: usize) -> Result<Demand, End> {
         let text = query_text(&self.client.input[at + HEADER..at + len])
             .ok_or_else(|| End::protocol("invalid message format"))?;
-        let class = self.classify(text, &[]).await;
+        let (class, key) = self.classify_keyed(text, &[]).await;
         if class.hints.invalid
             && let Some(report) = super::own::refused_hint(text)
         {
             self.fail_unit(report)?;
             return Ok(Demand::Ours);
         }
+        let entered = self.enter_query(text, class, key);
         if at == 0 && class.is_mere_read() {
+            self.entered = entered;
             self.take_hints(&[], class.hints);
             return Ok(Demand::Read { vetted: len, redone: false });
         }
         let text = text.to_vec();
+        if at == 0 {
+            self.entered = entered;
+        }
         self.take_hints(&text, class.hints);
         if at == 0 && (self.deallocated(&text, class, len) || self.reset(&text, class, len)) {
             return Ok(Demand::Ours);
@@ -332,10 +337,13 @@ impl Session {
         }
         let text = query_text(&self.client.input[HEADER..header.len])?;
         let class = match self.lookup(text, &[]) {
-            Lookup::Known(class, _) if class.is_mere_read() && class.hints == Hints::default() => {
-                return Some(Demand::Read { vetted: 0, redone: false });
+            Lookup::Known(class, key) => {
+                self.entered = self.enter_query(text, class, key);
+                if class.is_mere_read() && class.hints == Hints::default() {
+                    return Some(Demand::Read { vetted: 0, redone: false });
+                }
+                class
             }
-            Lookup::Known(class, _) => class,
             // Only what may be a read is worth a second opinion, and a read leaves nothing; but nobody has said
             // that it is one.
             Lookup::Ask(_) => return Some(Demand::not_a_read(ClassLabel::Unit)),
@@ -573,9 +581,16 @@ impl Session {
     }
 
     async fn classify(&self, text: &[u8], types: &[u32]) -> StatementClass {
+        self.classify_keyed(text, types).await.0
+    }
+
+    async fn classify_keyed(&self, text: &[u8], types: &[u32]) -> (StatementClass, ClassKey) {
         match self.lookup(text, types) {
-            Lookup::Known(class, _) => class,
-            Lookup::Ask(question) => self.shared.classifier.ask(question).await,
+            Lookup::Known(class, key) => (class, key),
+            Lookup::Ask(question) => {
+                let key = question.key();
+                (self.shared.classifier.ask(question).await, key)
+            }
         }
     }
 
@@ -591,7 +606,8 @@ impl Session {
         if let Some(class) = statement.class(generation) {
             return class;
         }
-        let mut class = self.classify(statement.text(), &statement.types()).await;
+        let (mut class, key) = self.classify_keyed(statement.text(), &statement.types()).await;
+        statement.enter(key.skeleton(), class);
         if let Some(types) = statement.types_query().filter(|_| class.kind == Kind::Read) {
             class = StatementClass { hints: class.hints, ..self.classify(types, &[]).await };
         }
@@ -605,9 +621,10 @@ impl Session {
         if let Some(class) = statement.class(generation) {
             return Some(class);
         }
-        let Lookup::Known(mut class, _) = self.lookup(statement.text(), &statement.types()) else {
+        let Lookup::Known(mut class, key) = self.lookup(statement.text(), &statement.types()) else {
             return None;
         };
+        statement.enter(key.skeleton(), class);
         if let Some(types) = statement.types_query().filter(|_| class.kind == Kind::Read) {
             let Lookup::Known(of_types, _) = self.lookup(types, &[]) else { return None };
             class = StatementClass { hints: class.hints, ..of_types };

@@ -561,7 +561,7 @@ impl Exchange<'_> {
         }
         self.session.note_before_bytes(self.backend.node, self.backend.epoch, self.unit.writes);
         let client = &mut self.session.client;
-        match poll_drain(&mut client.stream, &mut client.output, cx) {
+        match client.poll_drain(cx) {
             Poll::Ready(Ok(())) => Ok(true),
             Poll::Ready(Err(_)) => Err(End::ClientGone),
             Poll::Pending => Ok(false),
@@ -577,7 +577,7 @@ impl Exchange<'_> {
         if client.input.len() - self.unit.taken >= HIGH_WATER.max(self.unit.wants) {
             return Ok(false);
         }
-        match poll_fill(&mut client.stream, &mut client.input, cx) {
+        match client.poll_fill(cx) {
             Poll::Ready(Ok(n)) if n > 0 => Ok(true),
             Poll::Ready(Ok(_)) if self.unit.was_sent_whole() => {
                 client.at_end = true;

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use prometheus::IntGauge;
 
+use super::facts::Wait;
 use super::{End, Session, canceled};
 use crate::gate::Posture;
 use crate::metrics::WaitFor;
@@ -49,10 +50,13 @@ impl Session {
             shared.metrics.gate_refused.inc(FULL);
             return Ok(Err(full(self.config.failover.max_paused)));
         };
+        self.handle.facts.waits_for(Wait::For(WaitFor::Gate));
         let counted = Counted::by(&shared.metrics.gate_waiting);
         let not_cancelled = self.wait(place.let_in(), until).await;
         drop(counted);
-        shared.metrics.waited(WaitFor::Gate, begun.elapsed());
+        let time = begun.elapsed();
+        shared.metrics.waited(WaitFor::Gate, time);
+        self.handle.facts.waited(Wait::For(WaitFor::Gate), time);
         if !not_cancelled? {
             return Ok(Err(canceled()));
         }

@@ -4,13 +4,14 @@
 //! The key that a client was given names its session, never a backend: at each moment it maps to the
 //! backend that runs the session's statement *now*, or to none.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
 
+use super::facts::{Facts, Identity, State, Sums, Wait};
 use super::pins::PinSet;
 use crate::backend::CancelTarget;
 use crate::backend::senders::Senders;
@@ -19,6 +20,9 @@ use crate::gate::Gate;
 /// Process ids that we give out are at least this: PostgreSQL's own are far below, so a client that
 /// passes one to `pg_terminate_backend` can never hit a real process.
 const FIRST_PID: u32 = 1 << 30;
+
+/// Pairs of database and user whose sums outlive their sessions; further ones are summed as `other`.
+const MOST_SUMS: usize = 1000;
 
 /// What a session is doing, as far as a cancel is concerned.
 enum Activity {
@@ -36,6 +40,8 @@ pub struct SessionHandle {
     pub pid: u32,
     /// The secret that the client was told.
     pub key: Vec<u8>,
+    /// What it shows of itself.
+    pub facts: Facts,
     activity: Mutex<Activity>,
     cancelled: AtomicBool,
     pins: AtomicU16,
@@ -151,6 +157,15 @@ impl SessionHandle {
         }
     }
 
+    /// Whether the session is outside a transaction and does nothing. Takes its lock first, so that a session
+    /// that is not seen to begin here sees what was done before this call.
+    pub fn is_outside_transactions(&self) -> bool {
+        let activity = self.activity();
+        let state = self.facts.state();
+        drop(activity);
+        matches!(state, State::Idle) || self.facts.wait() == Some(Wait::Paused)
+    }
+
     /// Whether another configuration has been put in force since the session last took one over.
     #[inline]
     pub fn is_reloaded(&self) -> bool {
@@ -174,6 +189,8 @@ impl SessionHandle {
 pub struct Sessions {
     by_pid: Mutex<HashMap<u32, Arc<SessionHandle>>>,
     next: AtomicU32,
+    /// What sessions have done that have ended, by database and user; bounded.
+    ended: Mutex<HashMap<(Arc<str>, Arc<str>), Sums>>,
     /// Whose notifications those are that sessions hear.
     pub senders: Senders,
     /// What all sessions are asked to do, those that are yet to come included.
@@ -186,7 +203,7 @@ impl Sessions {
     }
 
     /// Registers a session under a fresh process id and a random key of `key_length` bytes.
-    pub fn register(&self, key_length: usize) -> Arc<SessionHandle> {
+    pub fn register(&self, key_length: usize, identity: Identity) -> Arc<SessionHandle> {
         let key = (0..key_length).map(|_| rand::random::<u8>()).collect::<Vec<u8>>();
         let mut all = self.lock();
         let pid = loop {
@@ -199,6 +216,7 @@ impl Sessions {
         let handle = Arc::new(SessionHandle {
             pid,
             key,
+            facts: Facts::new(identity),
             activity: Mutex::new(Activity::Idle),
             cancelled: AtomicBool::new(false),
             pins: AtomicU16::new(0),
@@ -212,7 +230,44 @@ impl Sessions {
 
     /// Forgets a session that has ended.
     pub fn unregister(&self, pid: u32) {
-        self.lock().remove(&pid);
+        let mut all = self.lock();
+        let Some(handle) = all.remove(&pid) else { return };
+        let identity = &handle.facts.identity;
+        let mut ended = self.ended.lock().unwrap_or_else(|p| p.into_inner());
+        let mut key = (identity.database.clone(), identity.user.clone());
+        if ended.len() >= MOST_SUMS && !ended.contains_key(&key) {
+            key = (Arc::from("other"), Arc::from("other"));
+        }
+        let sums = Sums { sessions: 0, ..handle.facts.sums() };
+        ended.entry(key).or_default().add(&sums);
+    }
+
+    /// The session with this process id.
+    pub fn get(&self, pid: u32) -> Option<Arc<SessionHandle>> {
+        self.lock().get(&pid).cloned()
+    }
+
+    /// All sessions, in the order of their process ids.
+    pub fn all(&self) -> Vec<Arc<SessionHandle>> {
+        let mut all: Vec<_> = self.lock().values().cloned().collect();
+        all.sort_by_key(|handle| handle.pid);
+        all
+    }
+
+    /// What sessions have done, those that have ended included, by database and user.
+    pub fn sums(&self) -> BTreeMap<(Arc<str>, Arc<str>), Sums> {
+        // Under the lock of the registry: nobody ends between the two looks.
+        let all = self.lock();
+        let mut sums: BTreeMap<_, Sums> = {
+            let ended = self.ended.lock().unwrap_or_else(|p| p.into_inner());
+            ended.iter().map(|(key, sums)| (key.clone(), sums.clone())).collect()
+        };
+        for handle in all.values() {
+            let identity = &handle.facts.identity;
+            let key = (identity.database.clone(), identity.user.clone());
+            sums.entry(key).or_default().add(&handle.facts.sums());
+        }
+        sums
     }
 
     /// Asks all sessions to end.

@@ -11,12 +11,15 @@ mod clock;
 mod demand;
 mod durability;
 mod exchange;
+pub mod facts;
 mod gate;
 pub mod handle;
+pub mod ledger;
 mod loss;
 pub mod mark;
 mod messages;
 pub mod own;
+pub mod pause;
 pub mod pins;
 mod place;
 pub mod prepared;
@@ -40,14 +43,17 @@ use bytes::{Buf, BufMut, BytesMut};
 use self::demand::Demand;
 use self::durability::Durable;
 use self::exchange::{Again, HIGH_WATER, Outcome, Purpose, Unit, put_report};
+use self::facts::{Identity, Kind, Wait};
 pub use self::gate::GATE_REFUSED_LABELS;
 use self::handle::{Ending, SessionHandle, Sessions};
+use self::ledger::{Ledger, Seen};
 pub use self::loss::ENDED_LABELS;
 use self::loss::Listening;
 use self::mark::{Freshness, Mark, Quorum, Survival};
+use self::pause::Pauses;
 use self::pins::{Done, Next, PinSet, Pins};
 use self::place::Placed;
-use self::prepared::{Names, SqlCommand, Statements};
+use self::prepared::{Names, SqlCommand, Statement, Statements};
 use self::promise::{OwnState, PrimaryReads, take_own};
 use self::settings::{AtReady, Settings};
 use self::shared_mark::{GlobalMark, NamedMarks, SharedMark};
@@ -100,6 +106,10 @@ pub struct Shared {
     pub sessions: Arc<Sessions>,
     /// Makes prepared statements' names.
     pub names: Names,
+    /// What has run, by skeleton.
+    pub ledger: Ledger,
+    /// Whose statements are held.
+    pub pauses: Pauses,
     /// Where failures of nodes are reported.
     pub reports: crate::control::Reports,
     /// The mark of level `global`.
@@ -154,6 +164,20 @@ pub struct Arrival {
     pub keys: crate::scram::LoginKeys,
     /// It came by the read-only port: replicas serve it, and nobody else.
     pub read_only: bool,
+    /// Its address.
+    pub peer: Option<std::net::SocketAddr>,
+}
+
+impl Arrival {
+    /// Who is at the other end.
+    pub(crate) fn identity(&self, kind: Kind) -> Identity {
+        Identity {
+            user: self.user.as_str().into(),
+            database: self.database.as_str().into(),
+            peer: self.peer,
+            kind,
+        }
+    }
 }
 
 /// The role that the leased backend's node has for this session.
@@ -173,8 +197,40 @@ struct ClientEnd {
     output: BytesMut,
     /// It has sent its last byte.
     at_end: bool,
+    /// Bytes that it has sent, and been sent.
+    received: u64,
+    sent: u64,
     /// How long a read may still take after that.
     patience: Option<std::pin::Pin<Box<tokio::time::Sleep>>>,
+}
+
+impl ClientEnd {
+    /// Reads what it has sent.
+    fn poll_fill(&mut self, cx: &mut std::task::Context<'_>) -> Poll<std::io::Result<usize>> {
+        let read = poll_fill(&mut self.stream, &mut self.input, cx);
+        if let Poll::Ready(Ok(n)) = read {
+            self.received += n as u64;
+        }
+        read
+    }
+
+    /// Writes what it is to be sent, as far as it takes it.
+    fn poll_drain(&mut self, cx: &mut std::task::Context<'_>) -> Poll<std::io::Result<()>> {
+        let before = self.output.len();
+        let wrote = poll_drain(&mut self.stream, &mut self.output, cx);
+        self.sent += (before - self.output.len()) as u64;
+        wrote
+    }
+}
+
+/// What a running unit is entered in the ledger under.
+enum Entered {
+    /// Nothing.
+    No,
+    /// A Query's skeleton; a place was kept when its text was at hand.
+    Query(u128),
+    /// A prepared statement.
+    Prepared(Arc<Statement>),
 }
 
 /// How a session ends.
@@ -211,9 +267,16 @@ impl End {
 }
 
 /// Takes a session out of the registry, however it ends.
-struct Registered {
+pub(crate) struct Registered {
     sessions: Arc<Sessions>,
     pid: u32,
+}
+
+impl Registered {
+    /// The session with this process id has been registered.
+    pub(crate) fn new(sessions: Arc<Sessions>, pid: u32) -> Registered {
+        Registered { sessions, pid }
+    }
 }
 
 impl Drop for Registered {
@@ -332,6 +395,8 @@ pub struct Session {
     /// Length of the client's output before the unit's answer.
     output_before: usize,
     started: Instant,
+    /// The running unit's first statement.
+    entered: Entered,
     /// The running unit's text, where slow statements are logged.
     kept: Option<Box<slow::Kept>>,
     /// A failover has lost something of the session's; its next statement says so, once.
@@ -349,7 +414,9 @@ impl Session {
     /// Serves a client from its login to its end.
     pub async fn run(shared: Arc<Shared>, arrival: Arrival, worker: usize) {
         // 3.2 allows long keys; 3.0 has four bytes.
-        let handle = shared.sessions.register(if arrival.minor >= 2 { 32 } else { 4 });
+        let kind = if arrival.read_only { Kind::ReadOnly } else { Kind::Client };
+        let handle =
+            shared.sessions.register(if arrival.minor >= 2 { 32 } else { 4 }, arrival.identity(kind));
         let _registered = Registered { sessions: shared.sessions.clone(), pid: handle.pid };
         // What is needed at the beginning and at the end alone takes no room in between: most sessions wait.
         let (mut session, beginning) = Session::new(&shared, arrival, worker, handle);
@@ -384,12 +451,13 @@ impl Session {
         let own_state = OwnState::new(Arc::from(arrival.user.as_str()), promise, at_login);
         let mut session = Box::new(Session {
             worker,
-            handle,
             client: ClientEnd {
                 stream: arrival.stream,
                 input: BytesMut::new(),
                 output: BytesMut::new(),
                 at_end: false,
+                received: 0,
+                sent: 0,
                 patience: None,
             },
             pools,
@@ -398,7 +466,8 @@ impl Session {
             portals: Vec::new(),
             told_at_login: Arc::default(),
             catalog: shared.catalogs.database(&arrival.database),
-            database: arrival.database.into(),
+            database: handle.facts.identity.database.clone(),
+            handle,
             reported: Arc::default(),
             lexing: Lexing::Unsafe,
             read_only: arrival.read_only,
@@ -441,6 +510,7 @@ impl Session {
             drop_rest: 0,
             output_before: 0,
             started: Instant::now(),
+            entered: Entered::No,
             kept: None,
             lost: None,
             shared: shared.clone(),
@@ -455,8 +525,21 @@ impl Session {
             report.severity = wire::Severity::Fatal;
             return Err(End::fatal(report));
         }
+        if let Some(name) = &beginning.application_name {
+            self.handle.facts.call_application(name.as_bytes());
+        }
         self.take_startup_settings().await?;
-        self.welcome(beginning.application_name.as_deref()).await
+        self.welcome(beginning.application_name.as_deref()).await?;
+        self.show_rest();
+        Ok(())
+    }
+
+    /// Shows what the session is between two units.
+    fn show_rest(&self) {
+        let facts = &self.handle.facts;
+        facts.moved(self.client.received, self.client.sent);
+        facts.marks(self.mark.position(), self.mark.awaits());
+        facts.rests(self.status, self.lease.as_ref().map(|lease| lease.node));
     }
 
     /// ParameterStatus, BackendKeyData, ReadyForQuery. What a server reports comes from a real login
@@ -603,7 +686,7 @@ impl Session {
             self.hear_backend(cx)?;
             let not_all_heard = self.client.output.len() >= HIGH_WATER;
             if !self.client.output.is_empty()
-                && let Poll::Ready(Err(_)) = poll_drain(&mut self.client.stream, &mut self.client.output, cx)
+                && let Poll::Ready(Err(_)) = self.client.poll_drain(cx)
             {
                 return Poll::Ready(Err(End::ClientGone));
             }
@@ -623,7 +706,7 @@ impl Session {
                 return Poll::Pending;
             }
             self.shrink();
-            match poll_fill(&mut self.client.stream, &mut self.client.input, cx) {
+            match self.client.poll_fill(cx) {
                 Poll::Ready(Ok(n)) if n > 0 => {}
                 Poll::Ready(Ok(_)) if !self.client.output.is_empty() => self.client.at_end = true,
                 Poll::Ready(_) => return Poll::Ready(Err(End::ClientGone)),
@@ -752,6 +835,7 @@ impl Session {
             Some(_) => _ = self.deaf_since.get_or_insert(self.started),
             None => self.deaf_since = Some(self.started),
         }
+        self.handle.facts.begins(self.started);
         self.handle.begin();
         self.forget_own();
         // What it was told speaks of notes that were taken before it was asked, and of no later ones.
@@ -760,7 +844,12 @@ impl Session {
         self.sql = None;
         (self.asks_sequences, self.asks_process) = (false, false);
         (self.asks_for_time, self.bad_hint) = (None, None);
-        let result = if self.lease.is_some() { self.held_unit().await } else { self.free_unit().await };
+        self.entered = Entered::No;
+        let result = match self.sit_out_pause().await? {
+            Some(report) => self.fail_unit(report),
+            None if self.lease.is_some() => self.held_unit().await,
+            None => self.free_unit().await,
+        };
         if self.lease.is_none() {
             self.handle.idle();
             if result.is_ok() {
@@ -772,6 +861,7 @@ impl Session {
         }
         self.follow_own();
         self.settle_durability();
+        self.show_rest();
         self.timeouts.unit_ended(self.status);
         if self.timeouts.take_stopped() && result.is_ok() {
             if self.status != TransactionStatus::Idle || self.unit.failed() {
@@ -892,6 +982,7 @@ impl Session {
         self.count_demand(demand);
         self.output_before = self.client.output.len();
         self.role = placed.role;
+        self.handle.facts.runs_on(placed.node);
         let mut lease = placed.lease;
         if std::mem::take(&mut self.prepare_anew) {
             self.unit.anew = true;
@@ -1134,11 +1225,70 @@ impl Session {
         self.handle.show_pins(now);
     }
 
-    fn count(&self, node: NodeId, class: ClassLabel, reason: RouteReason) {
+    fn count(&mut self, node: NodeId, class: ClassLabel, reason: RouteReason) {
+        let over = Instant::now();
+        let took = over.duration_since(self.started);
+        let on_replica = self.role != Role::Primary;
         self.shared.metrics.statement(node, class as usize, reason as usize);
-        let took = self.started.elapsed();
         self.shared.metrics.statement_took(node, took);
+        self.handle.facts.ran(class, reason, on_replica, over);
         self.look_if_slow(node, class, reason, took);
+        match std::mem::replace(&mut self.entered, Entered::No) {
+            Entered::No => {}
+            Entered::Query(key) => self.shared.ledger.ran(self.worker, key, on_replica, took, None),
+            Entered::Prepared(statement) => {
+                let Some((key, class)) = statement.entry() else { return };
+                let seen =
+                    Seen { text: statement.text(), lexing: self.lexing, database: &self.database, class };
+                self.shared.ledger.ran(self.worker, key, on_replica, took, Some(seen));
+            }
+        }
+    }
+
+    /// Keeps a place in the ledger for the unit's first statement, a Query.
+    fn enter_query(&self, text: &[u8], class: classify::StatementClass, key: classify::ClassKey) -> Entered {
+        if !self.shared.ledger.is_kept() {
+            return Entered::No;
+        }
+        let seen = Seen { text, lexing: self.lexing, database: &self.database, class };
+        self.shared.ledger.expect(self.worker, key.skeleton(), &seen);
+        Entered::Query(key.skeleton())
+    }
+
+    /// The unit's first statement is a prepared one.
+    fn enter_statement(&mut self, statement: &Arc<Statement>) {
+        if self.shared.ledger.is_kept() && matches!(self.entered, Entered::No) {
+            self.entered = Entered::Prepared(statement.clone());
+        }
+    }
+
+    /// Waits while statements of this database are held (`PAUSE`). `Some`: why the unit does not run.
+    async fn sit_out_pause(&mut self) -> Result<Option<ErrorReport>, End> {
+        let outside = self.status == TransactionStatus::Idle && self.lazy.is_none();
+        if !outside || !self.shared.pauses.holds(&self.database) {
+            return Ok(None);
+        }
+        let begun = Instant::now();
+        let patience = self.config.pool.query_wait_timeout;
+        self.handle.facts.waits_for(Wait::Paused);
+        let shared = self.shared.clone();
+        loop {
+            let resumed = shared.pauses.resumed();
+            if !shared.pauses.holds(&self.database) {
+                self.handle.facts.waited(Wait::Paused, begun.elapsed());
+                return Ok(None);
+            }
+            if begun.elapsed() >= patience {
+                let report = ErrorReport::error("57P03", "the database is paused")
+                    .detail(format!(
+                        "Waited {patience:?} (pool.query_wait_timeout) for RESUME on the admin console. The statement was not sent to any node."
+                    ));
+                return Ok(Some(report));
+            }
+            if !self.wait(resumed, begun + patience).await? {
+                return Ok(Some(canceled()));
+            }
+        }
     }
 
     /// The unit ran on a replica that could not serve it: where it must not go again, and what is
@@ -1453,9 +1603,7 @@ impl Session {
         poll_fn(|cx| match (self.handle.poll_ending(cx), self.is_left()) {
             (Ending::Now, _) => Poll::Ready(Err(End::shutdown())),
             (_, Some(node)) => Poll::Ready(Err(End::NodeLost { node })),
-            _ => {
-                poll_drain(&mut self.client.stream, &mut self.client.output, cx).map_err(|_| End::ClientGone)
-            }
+            _ => self.client.poll_drain(cx).map_err(|_| End::ClientGone),
         })
         .await
     }
@@ -1467,11 +1615,11 @@ impl Session {
                 return Poll::Ready(Err(End::shutdown()));
             }
             if !self.client.output.is_empty()
-                && let Poll::Ready(Err(_)) = poll_drain(&mut self.client.stream, &mut self.client.output, cx)
+                && let Poll::Ready(Err(_)) = self.client.poll_drain(cx)
             {
                 return Poll::Ready(Err(End::ClientGone));
             }
-            match poll_fill(&mut self.client.stream, &mut self.client.input, cx) {
+            match self.client.poll_fill(cx) {
                 Poll::Ready(Ok(n)) if n > 0 => Poll::Ready(Ok(())),
                 Poll::Ready(_) => Poll::Ready(Err(End::ClientGone)),
                 Poll::Pending => Poll::Pending,
@@ -1498,7 +1646,7 @@ impl Session {
             }
         }
         let last_words = async {
-            let _ = poll_fn(|cx| poll_drain(&mut self.client.stream, &mut self.client.output, cx)).await;
+            let _ = poll_fn(|cx| self.client.poll_drain(cx)).await;
             let _ = tokio::io::AsyncWriteExt::shutdown(&mut self.client.stream).await;
         };
         // A client that does not read must not keep its session.

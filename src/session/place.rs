@@ -1,11 +1,15 @@
 //! Finding the backend for a unit: which node may serve this session now, and waiting for one that
 //! soon may. The rule itself is in `mark`, the choice among equals in `route`; here is the waiting.
 
+use std::future::poll_fn;
+use std::pin::pin;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use bytes::BufMut;
 
 use super::demand::Demand;
+use super::facts::Wait;
 use super::mark::{self, Freshness, PrimaryVerdict, ReplicaVerdict};
 use super::{End, Role, Session, canceled};
 use crate::backend::pool::{AcquireError, Asker, Lease, Wish};
@@ -117,7 +121,7 @@ impl Session {
             let (candidates, hope) = self.candidates(&avoid, patience);
             if let Some(node) = balance::pick(&candidates, rand::random()) {
                 if waited {
-                    shared.metrics.waited(WaitFor::Mark, begun.elapsed());
+                    self.waited(WaitFor::Mark, begun);
                 }
                 match self.lease_from(node).await? {
                     Ok(lease) => {
@@ -161,7 +165,7 @@ impl Session {
                     if (queued || self.asked_for.route == Route::Replica) && Instant::now() < wait_until => {}
                 Hope::TooFar | Hope::Soon => {
                     if waited {
-                        shared.metrics.waited(WaitFor::Mark, begun.elapsed());
+                        self.waited(WaitFor::Mark, begun);
                     }
                     if let Some(tried) = self.stale(&mut wait_until, &mut queued) {
                         return Ok(tried);
@@ -169,6 +173,7 @@ impl Session {
                 }
             }
             waited = true;
+            self.handle.facts.waits_for(Wait::For(WaitFor::Mark));
             self.want_samples(&avoid);
             if !self.wait(changed, wait_until).await? {
                 return Ok(Tried::Failed(canceled()));
@@ -323,6 +328,10 @@ impl Session {
         }
     }
 
+    fn is_drained(&self, node: NodeId) -> bool {
+        self.shared.topology.is_drained(node)
+    }
+
     /// The replicas that may serve this session now; when there is none, whether one soon may.
     fn candidates(&mut self, avoid: &[NodeId], patience: Duration) -> (Vec<Candidate>, Hope) {
         let topology = self.shared.topology.load_full();
@@ -333,7 +342,7 @@ impl Session {
         let late = Standing::Excluded(Exclusion::TooFarBehind);
         let mut hope =
             if topology.nodes.iter().any(|v| v.standing == late) { Hope::TooFar } else { Hope::NobodyServes };
-        for view in topology.serving_replicas().filter(|v| !avoid.contains(&v.id)) {
+        for view in topology.serving_replicas().filter(|v| !avoid.contains(&v.id) && !self.is_drained(v.id)) {
             if keeps_off && self.shared.positions.node(view.id).has_late_clock() {
                 kept_off = true;
                 continue;
@@ -478,7 +487,7 @@ impl Session {
                         continue;
                     }
                     if paused {
-                        self.shared.metrics.waited(WaitFor::Primary, begun.elapsed());
+                        self.waited(WaitFor::Primary, begun);
                     }
                     return Ok(Ok(Placed { lease, node, role: Role::Primary, reason }));
                 }
@@ -496,6 +505,7 @@ impl Session {
             }
             // Nothing was sent: waiting for the primary, or for the next one, is safe.
             paused = true;
+            self.handle.facts.waits_for(Wait::For(WaitFor::Primary));
             if Instant::now() >= pause_until {
                 return Ok(Err(no_primary(self.config.failover.pause_timeout)));
             }
@@ -576,7 +586,7 @@ impl Session {
                 Some(primary) => match self.primary_verdict(&topology) {
                     PrimaryVerdict::Serves => {
                         if let Some(what) = waited {
-                            shared.metrics.waited(what, begun.elapsed());
+                            self.waited(what, begun);
                         }
                         return Ok(Ok(()));
                     }
@@ -611,6 +621,7 @@ impl Session {
                 }));
             }
             waited = Some(what);
+            self.handle.facts.waits_for(Wait::For(what));
             let either = async {
                 tokio::select! {
                     () = sampled => {}
@@ -621,6 +632,13 @@ impl Session {
                 return Ok(Err(canceled()));
             }
         }
+    }
+
+    /// A wait that was needed is over.
+    fn waited(&self, what: WaitFor, begun: Instant) {
+        let time = begun.elapsed();
+        self.shared.metrics.waited(what, time);
+        self.handle.facts.waited(Wait::For(what), time);
     }
 
     /// Waits for `what`, until `deadline`. `false`: the client has cancelled meanwhile.
@@ -662,9 +680,20 @@ impl Session {
             Wish::Recent
         };
         let asker = Asker { session, worker: self.worker, wish };
+        let pool = self.pools.node(node);
+        let mut acquire = pin!(pool.acquire(&self.startup, asker, patience));
+        // Most of the time there is one, and nothing needs to be shown or measured.
+        if let Poll::Ready(mut lease) = poll_fn(|cx| Poll::Ready(acquire.as_mut().poll(cx))).await {
+            if let Ok(lease) = &mut lease {
+                lease.last_user = session;
+            }
+            return Ok(lease);
+        }
+        let begun = Instant::now();
+        self.handle.facts.waits_for(Wait::For(WaitFor::Backend));
         let mut lease = tokio::select! {
             biased;
-            lease = self.pools.node(node).acquire(&self.startup, asker, patience) => lease,
+            lease = acquire => lease,
             () = self.handle.interrupted() => {
                 if self.handle.ending() == super::handle::Ending::Now {
                     return Err(End::shutdown());
@@ -675,13 +704,16 @@ impl Session {
         if let Ok(lease) = &mut lease {
             lease.last_user = session;
         }
+        // The pool has measured it.
+        self.handle.facts.waited(Wait::For(WaitFor::Backend), begun.elapsed());
         Ok(lease)
     }
 
     /// A backend for a login: the primary's, or while there is none, a replica's.
     pub(super) async fn lease_for_login(&mut self) -> Result<Lease, End> {
         let topology = self.shared.topology.load_full();
-        let replicas: Vec<NodeId> = topology.serving_replicas().map(|v| v.id).collect();
+        let replicas: Vec<NodeId> =
+            topology.serving_replicas().map(|v| v.id).filter(|node| !self.is_drained(*node)).collect();
         let mut last = None;
         let closed = self.shared.gate.posture() == Posture::Closed;
         let primary = topology.primary.filter(|_| !self.read_only && !closed);

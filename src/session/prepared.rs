@@ -10,7 +10,7 @@ use std::hash::Hasher;
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use bytes::Bytes;
 use hashbrown::HashMap;
@@ -35,6 +35,8 @@ pub struct Statement {
     /// parameters' types are harmless.
     sql: Option<(Range<usize>, Option<Vec<u8>>)>,
     class: Mutex<Option<(u64, StatementClass)>>,
+    /// What it is entered in the ledger under, with the class it had then.
+    entry: OnceLock<(u128, StatementClass)>,
     /// The shape that the client was given; 0: none yet.
     shape: AtomicU64,
     /// The unit in which it was given: until that has succeeded it can be taken back.
@@ -131,6 +133,16 @@ impl Statement {
         *self.class.lock().unwrap_or_else(|p| p.into_inner()) = None;
     }
 
+    /// What it is entered in the ledger under, and what it was found to be; `None`: it has not been judged yet.
+    pub fn entry(&self) -> Option<(u128, StatementClass)> {
+        self.entry.get().copied()
+    }
+
+    /// Remembers its skeleton.
+    pub fn enter(&self, skeleton: u128, class: StatementClass) {
+        self.entry.get_or_init(|| (skeleton, class));
+    }
+
     /// Remembers its class.
     pub fn set_class(&self, generation: u64, class: StatementClass) {
         *self.class.lock().unwrap_or_else(|p| p.into_inner()) = Some((generation, class));
@@ -191,6 +203,7 @@ impl Names {
             settings: settings.into(),
             sql,
             class: Mutex::new(None),
+            entry: OnceLock::new(),
             shape: AtomicU64::new(0),
             given_in: AtomicU64::new(0),
             changed: AtomicBool::new(false),

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use bytes::{BufMut, BytesMut};
 
 use super::exchange::{HIGH_WATER, put_report};
+use super::facts::Kind;
 use super::handle::{Ending, SessionHandle};
 use super::{Arrival, End, Registered, Shared};
 use crate::backend::login::LoggedIn;
@@ -35,7 +36,8 @@ const RETRY: Duration = Duration::from_millis(100);
 /// Serves a client that has asked for the replication protocol, from its login to its end. `mode` is what
 /// it asked for: `database`, or a boolean.
 pub async fn run(shared: Arc<Shared>, arrival: Arrival, mode: String) {
-    let handle = shared.sessions.register(if arrival.minor >= 2 { 32 } else { 4 });
+    let identity = arrival.identity(Kind::Replication);
+    let handle = shared.sessions.register(if arrival.minor >= 2 { 32 } else { 4 }, identity);
     let _registered = Registered { sessions: shared.sessions.clone(), pid: handle.pid };
     let mut out = BytesMut::new();
     let mut client = arrival.stream;
@@ -52,6 +54,7 @@ pub async fn run(shared: Arc<Shared>, arrival: Arrival, mode: String) {
         Ok((node, epoch, logged_in, socket)) => {
             let target = Arc::new(CancelTarget::new(node, logged_in.pid, logged_in.key.clone()));
             put_welcome(&mut out, &logged_in, &handle);
+            handle.facts.rests(TransactionStatus::Idle, Some(node));
             handle.begin();
             // Whether it is idle, the server knows: it ignores a cancel then. None can have come yet, for
             // nobody has the key.

@@ -22,6 +22,13 @@ const NO_PORTAL: &[u8] = b"__hw_refused";
 /// A statement, and a portal, that no client has: by it a client's PREPARE is repeated.
 const NO_STATEMENT: &[u8] = b"__hw_prepare";
 
+/// What a statement's name is wanted for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Use {
+    Run,
+    Describe,
+}
+
 /// What became of a client's name for a statement.
 enum Resolved {
     /// The backend knows it under this name, or will have said that it knows none.
@@ -690,7 +697,7 @@ impl Exchange<'_> {
             return Ok(refused);
         }
         let (own, shared);
-        let on_server: &[u8] = match self.resolve(&name) {
+        let on_server: &[u8] = match self.resolve(&name, Use::Run) {
             Resolved::Name(on_server) => {
                 own = on_server;
                 &own
@@ -742,7 +749,7 @@ impl Exchange<'_> {
 
     /// The name under which the backend knows the client's statement, which it is given first if it
     /// lacks it.
-    fn resolve(&mut self, name: &[u8]) -> Resolved {
+    fn resolve(&mut self, name: &[u8], to: Use) -> Resolved {
         let statement = match self.session.statements.find(name) {
             Found::Statement(statement) => statement,
             Found::OnBackend => {
@@ -752,6 +759,9 @@ impl Exchange<'_> {
             Found::Nothing => return Resolved::Name(self.unknown_name(name)),
         };
         let class = self.session.known_class(&statement);
+        if to == Use::Run {
+            self.session.enter_statement(&statement);
+        }
         let off = self.session.is_kept_off_by_clock(self.backend.node, statement.text());
         if let Some(refused) = self.refuse_on_replica(off || !class.is_some_and(is_read)) {
             return Resolved::Stopped(refused);
@@ -1002,7 +1012,7 @@ impl Exchange<'_> {
             Target::Portal(_) => self.pass(len),
             Target::Statement(name) => {
                 let name = &name.to_vec()[..];
-                let resolved = self.resolve(name);
+                let resolved = self.resolve(name, Use::Describe);
                 self.unit.binding = None;
                 let on_server = match resolved {
                     Resolved::Name(on_server) => on_server,

@@ -4,6 +4,7 @@ mod affinity;
 mod cancel;
 mod clocks;
 mod consistency;
+mod console;
 mod drivers;
 mod durability;
 mod failover;
