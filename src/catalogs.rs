@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -38,7 +38,7 @@ pub struct Catalogs {
     runtime: tokio::runtime::Handle,
     identities: Arc<AtomicU64>,
     /// Each costs a task and a question a second; sessions of databases beyond run on the primary.
-    limit: usize,
+    limit: AtomicUsize,
     /// A database beyond the limit was asked for, and that has been said.
     full: AtomicBool,
     databases: Mutex<HashMap<Box<str>, Arc<DatabaseCatalog>>>,
@@ -71,7 +71,7 @@ impl Catalogs {
             topology,
             runtime,
             identities,
-            limit,
+            limit: AtomicUsize::new(limit),
             full: AtomicBool::new(false),
             databases: Mutex::default(),
             never_loaded,
@@ -84,14 +84,15 @@ impl Catalogs {
         if let Some(known) = databases.get(name) {
             return Arc::clone(known);
         }
-        if databases.len() >= self.limit {
+        let limit = self.limit.load(Ordering::Relaxed);
+        if databases.len() >= limit {
             Catalogs::release(&mut databases, None);
         }
-        if databases.len() >= self.limit {
+        if databases.len() >= limit {
             if !self.full.swap(true, Ordering::Relaxed) {
                 tracing::warn!(
                     database = name,
-                    limit = self.limit,
+                    limit,
                     "limits.databases is reached: statements of this and further databases run on the primary"
                 );
             }
@@ -106,6 +107,19 @@ impl Catalogs {
             Arc::clone(&database),
         ));
         database
+    }
+
+    /// Another limit from now on. Databases beyond it stay as long as sessions use them.
+    pub fn bound(&self, limit: usize) {
+        if self.limit.swap(limit, Ordering::Relaxed) != limit {
+            self.full.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// What the operator says of functions has changed: nothing is known of any database until it has been read again.
+    pub fn invalidate_all(&self) {
+        let databases = self.databases.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        databases.values().for_each(|database| database.invalidate());
     }
 
     /// Forgets the databases that no session uses, but for `except`, and ends their loaders: nothing of ours
@@ -246,7 +260,7 @@ async fn refresh(
     }
     let major = u16::try_from(version / 10_000).unwrap_or_default();
     let mut rows = load(&mut client, major).await.map_err(|error| error.to_string())?;
-    rows.overrides = nodes.functions().clone();
+    rows.overrides = nodes.functions();
     Ok(database.publish(generation, rows).then_some(next))
 }
 

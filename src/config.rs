@@ -15,6 +15,8 @@ use serde::de::{self, DeserializeSeed as _};
 
 use crate::consistency::{LagLimit, Level, OnStale, Override, Promise, Route};
 
+pub mod live;
+
 /// A secret text: never shown by `Debug`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(pub String);
@@ -76,10 +78,12 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// What is accepted and has no effect, one line each as `file:line:column: path: what`; for the log.
     pub warnings: Vec<String>,
+    /// The file it was read from, to be read again; `None`: from a text.
+    pub file: Option<PathBuf>,
 }
 
 /// One PostgreSQL server.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeConfig {
     /// Its name in metrics, logs and commands.
     pub name: String,
@@ -91,10 +95,23 @@ pub struct NodeConfig {
     pub weight: u32,
     /// Whether it serves reads though it is told to apply what it receives late.
     pub delayed_ok: bool,
+    /// Where the other nodes reach it for replication, which need not be where the proxy does.
+    pub replication: ReplicationAddress,
+    /// It was taken out of the file while the proxy ran: it keeps its number, and is not used. Never read from a file.
+    pub removed: bool,
+}
+
+/// Where replicas of a node connect to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReplicationAddress {
+    /// Host name or address.
+    pub host: String,
+    /// TCP port.
+    pub port: u16,
 }
 
 /// The proxy's own login.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ControlConfig {
     /// Role.
     pub user: String,
@@ -130,7 +147,7 @@ pub struct AuthConfig {
 }
 
 /// A listed user.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UserConfig {
     /// Role name.
     pub name: String,
@@ -211,7 +228,7 @@ pub enum PoolMode {
 }
 
 /// What is set apart for one user or database.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PoolOverride {
     /// The user's or database's name.
     pub name: String,
@@ -267,7 +284,7 @@ impl PoolConfig {
 }
 
 /// When clients are ended that do nothing, or hold a transaction too long; zero: never.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TimeoutsConfig {
     /// Outside a transaction without a statement for so long (57P05).
     pub idle_session: Duration,
@@ -285,7 +302,7 @@ pub struct ReplicationConfig {
 }
 
 /// Whose sessions a rule is about.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Whom {
     /// The user; `None`: any.
     pub user: Option<String>,
@@ -309,7 +326,7 @@ impl Whom {
 }
 
 /// What the sessions of a user, of a database, or of a user in a database are promised.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConsistencyRule {
     /// For whom.
     pub whom: Whom,
@@ -358,7 +375,7 @@ pub struct RoutingConfig {
 }
 
 /// Where the statements of a user, of a database, or of a user in a database go.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RoutingRule {
     /// For whom.
     pub whom: Whom,
@@ -406,6 +423,8 @@ pub struct LimitsConfig {
     pub parser_text: usize,
     /// How long the second parser may take; longer: primary.
     pub parser_deadline: Duration,
+    /// Names of nodes at most, over the life of the process; at least as many as it starts with.
+    pub nodes: usize,
 }
 
 /// What is done about a lost primary.
@@ -415,8 +434,41 @@ pub enum FailoverMode {
     Off,
     /// Somebody else promotes; the proxy finds the new primary.
     Follow,
-    /// As `follow`, until failover by command comes with a later version.
+    /// As `follow`; and with a `state_dir` a lost primary is replaced when an operator says so.
     Manual,
+    /// A lost primary is replaced.
+    Auto,
+}
+
+/// What an acknowledged commit is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DurabilityMode {
+    /// It may be lost with the primary.
+    Async,
+    /// It is on as many standbys as `failover.sync.num` says, and survives.
+    Quorum,
+}
+
+/// Who may be promoted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CandidateConfig {
+    /// The node's name.
+    pub node: String,
+    /// Breaks ties between equal positions; 0: never.
+    pub priority: u32,
+}
+
+/// `synchronous_standby_names`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SyncConfig {
+    /// Whether Highwater sets it; else what is found is gone by.
+    pub manage: bool,
+    /// How many standbys confirm a commit.
+    pub num: u32,
+    /// A standby that has been away or late for so long is no longer waited for.
+    pub degrade_after: Duration,
+    /// Never fewer than `num`: commits wait instead.
+    pub strict: bool,
 }
 
 /// How nodes are watched.
@@ -434,8 +486,40 @@ pub struct FailoverConfig {
     pub eject_time: Duration,
     /// Unacknowledged data on a connection to a node closes it after this.
     pub tcp_user_timeout: Duration,
-    /// How long a statement for the primary waits for one to be found.
+    /// How long a statement for the primary waits for one to be found, or to be let there.
     pub pause_timeout: Duration,
+    /// Sessions that may wait to be let to the primary.
+    pub max_paused: usize,
+    /// What an acknowledged commit is worth.
+    pub durability: DurabilityMode,
+    /// Where what must survive a crash of the proxy is kept; without it nothing is promoted.
+    pub state_dir: Option<PathBuf>,
+    /// How long a walreceiver that was made to connect anew may take to stream.
+    pub kick_timeout: Duration,
+    /// A server that says it is starting is waited for so long.
+    pub restart_grace: Duration,
+    /// Restarts within `crash_loop_window` beyond which it is not waited for.
+    pub crash_loop_restarts: u32,
+    /// See there.
+    pub crash_loop_window: Duration,
+    /// A primary that has not answered since the proxy's start is given so long.
+    pub startup_grace: Duration,
+    /// A standby that answers and cannot be cut off within this blocks the failover.
+    pub sever_timeout: Duration,
+    /// A promotion without an outcome is reported after this.
+    pub promote_timeout: Duration,
+    /// `async`: the most that the best standby may lack.
+    pub max_lost_bytes: u64,
+    /// No second failover by itself within this.
+    pub min_failover_interval: Duration,
+    /// `async`: go on also when most nodes cannot be reached.
+    pub allow_minority: bool,
+    /// Who may be promoted; empty: all, alike.
+    pub candidates: Vec<CandidateConfig>,
+    /// Whether an old primary that comes back is made read-only.
+    pub fence_sql: bool,
+    /// Synchronous replication.
+    pub sync: SyncConfig,
 }
 
 /// How log lines look.
@@ -454,6 +538,12 @@ pub struct LogConfig {
     pub format: LogFormat,
     /// `tracing` filter, for example `info` or `info,highwater::monitor=debug`.
     pub level: String,
+    /// Statements that took so long are logged; zero: none.
+    pub slow_statement: Duration,
+    /// Lines about single statements at most in a second.
+    pub slow_per_second: u32,
+    /// Whether each client's coming and going is logged.
+    pub connections: bool,
 }
 
 /// SQL of `auth.query` unless the file gives another. The last column is NULL when the database does
@@ -496,7 +586,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "drain_timeout",
         ],
     ),
-    ("nodes[]", &["name", "host", "port", "weight", "delayed_ok"]),
+    ("nodes[]", &["name", "host", "port", "weight", "delayed_ok", "replication_host", "replication_port"]),
     ("control", &["user", "password", "password_env", "password_file", "database"]),
     ("auth", &["source", "users", "admins", "query", "login_timeout"]),
     ("auth.users[]", &["name", "password", "password_env", "password_file"]),
@@ -550,6 +640,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "databases",
             "parser_text",
             "parser_deadline",
+            "nodes",
         ],
     ),
     ("timeouts", &["idle_session", "idle_in_transaction", "transaction"]),
@@ -565,10 +656,27 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "eject_time",
             "tcp_user_timeout",
             "pause_timeout",
+            "max_paused",
             "state_dir",
+            "kick_timeout",
+            "restart_grace",
+            "crash_loop_restarts",
+            "crash_loop_window",
+            "startup_grace",
+            "sever_timeout",
+            "promote_timeout",
+            "max_lost_bytes",
+            "min_failover_interval",
+            "allow_minority",
+            "candidates",
+            "fence",
+            "sync",
         ],
     ),
-    ("log", &["format", "level"]),
+    ("failover.candidates[]", &["node", "priority"]),
+    ("failover.fence", &["sql"]),
+    ("failover.sync", &["manage", "num", "degrade_after", "strict"]),
+    ("log", &["format", "level", "slow_statement", "slow_per_second", "connections"]),
 ];
 
 const POOL_MODES: [(&str, PoolMode); 2] =
@@ -579,7 +687,8 @@ const MAX_FILE: u64 = 1 << 20;
 const MAX_VALUES: usize = 50_000;
 const MAX_DEPTH: usize = 16;
 const MAX_PROBLEMS: usize = 20;
-const MAX_NODES: u64 = 64;
+/// Nodes at most.
+pub const MAX_NODES: usize = 64;
 const MAX_TIME: Duration = Duration::from_secs(365 * 86_400);
 /// What the status page may remember: one point a second, so at most 3600.
 const HTTP_HISTORY: RangeInclusive<Duration> = Duration::from_secs(60)..=Duration::from_secs(3600);
@@ -670,7 +779,8 @@ impl Config {
                 });
             }
         };
-        Config::parse(&text, &file, &|name| std::env::var(name).ok())
+        let config = Config::parse(&text, &file, &|name| std::env::var(name).ok())?;
+        Ok(Config { file: Some(path.to_owned()), ..config })
     }
 
     /// Checks `text`. `file_name` is only shown; `env` answers `password_env`. Reads the files that
@@ -998,6 +1108,14 @@ impl Reader<'_> {
         }
     }
 
+    /// A section of a section; `name` is its full one.
+    fn nested<'t>(&mut self, parent: &Section<'t>, key: &str, name: &str) -> Section<'t> {
+        match parent.get(key) {
+            Some((tree, trail)) => self.section(name, tree, trail),
+            None => Section { trail: parent.trail.clone(), entries: &[] },
+        }
+    }
+
     fn list<'t>(&mut self, section: &Section<'t>, key: &str) -> Vec<(&'t Tree, Trail)> {
         match section.get(key) {
             None => Vec::new(),
@@ -1274,6 +1392,7 @@ impl Reader<'_> {
         {
             self.wrong(&trail, "the same address as `listen`");
         }
+        let failover = self.failover(&top, &nodes);
         Some(Config {
             listen,
             listen_read_only,
@@ -1293,10 +1412,11 @@ impl Reader<'_> {
             limits: self.limits(&top),
             timeouts: self.timeouts(&top),
             replication: self.replication(&top),
-            failover: self.failover(&top),
+            failover,
             log: self.log(&top),
             drain_timeout: self.time(&top, "drain_timeout", Duration::from_secs(30), Duration::ZERO),
             warnings: Vec::new(),
+            file: None,
             control: control?,
             auth: auth?,
         })
@@ -1309,19 +1429,23 @@ impl Reader<'_> {
             Some((Tree::List(list), trail)) if list.is_empty() => {
                 self.wrong(&trail, "expected at least one node")
             }
-            Some((Tree::List(list), trail)) if list.len() as u64 > MAX_NODES => {
+            Some((Tree::List(list), trail)) if list.len() > MAX_NODES => {
                 self.wrong(&trail, format!("expected at most {MAX_NODES} nodes"))
             }
             Some(_) => {}
         }
         let mut nodes: Vec<NodeConfig> = Vec::new();
-        for (tree, trail) in items.into_iter().take(MAX_NODES as usize) {
+        for (tree, trail) in items.into_iter().take(MAX_NODES) {
             let section = self.section("nodes[]", tree, trail);
             let name = self.needed(&section, "name").unwrap_or_default();
             let host = self.needed(&section, "host").unwrap_or_default();
             let port = self.number(&section, "port", 1..=65_535, 5432) as u16;
             let weight = self.number(&section, "weight", 0..=1000, 1) as u32;
             let delayed_ok = self.flag(&section, "delayed_ok", false);
+            let replication = ReplicationAddress {
+                host: self.text(&section, "replication_host").unwrap_or_else(|| host.clone()),
+                port: self.number(&section, "replication_port", 1..=65_535, u64::from(port)) as u16,
+            };
             if !name.is_empty() && nodes.iter().any(|n| n.name == name) {
                 let at = section.get("name").map_or(section.trail.clone(), |(_, t)| t);
                 self.wrong(&at, format!("another node is already named `{name}`"));
@@ -1339,7 +1463,7 @@ impl Reader<'_> {
                     section.get("port").or(section.get("host")).map_or(section.trail.clone(), |(_, t)| t);
                 self.wrong(&at, message);
             }
-            nodes.push(NodeConfig { name, host, port, weight, delayed_ok });
+            nodes.push(NodeConfig { name, host, port, weight, delayed_ok, replication, removed: false });
         }
         nodes
     }
@@ -1666,29 +1790,91 @@ impl Reader<'_> {
                 Duration::from_millis(250),
                 Duration::from_millis(1),
             ),
+            nodes: self.number(&section, "nodes", 1..=MAX_NODES as u64, 16) as usize,
         }
     }
 
-    fn failover(&mut self, top: &Section<'_>) -> FailoverConfig {
+    fn failover(&mut self, top: &Section<'_>, nodes: &[NodeConfig]) -> FailoverConfig {
         let section = self.child(top, "failover");
-        let words =
-            [("manual", FailoverMode::Manual), ("follow", FailoverMode::Follow), ("off", FailoverMode::Off)];
-        let mode = self.choice(&section, "mode", &words, &["auto"], FailoverMode::Manual);
-        self.choice(&section, "durability", &[("async", ())], &["quorum"], ());
-        if self.path(&section, "state_dir").is_some()
-            && let Some((_, at)) = section.get("state_dir")
-        {
-            self.ignored.push((at, "not used: this version keeps nothing on disk".to_owned()));
+        let words = [
+            ("manual", FailoverMode::Manual),
+            ("follow", FailoverMode::Follow),
+            ("off", FailoverMode::Off),
+            ("auto", FailoverMode::Auto),
+        ];
+        let mode = self.choice(&section, "mode", &words, &[], FailoverMode::Manual);
+        let levels = [("async", DurabilityMode::Async), ("quorum", DurabilityMode::Quorum)];
+        let durability = self.choice(&section, "durability", &levels, &[], DurabilityMode::Async);
+        let state_dir = self.path(&section, "state_dir");
+        let at = section.get("mode").map_or(section.trail.clone(), |(_, trail)| trail);
+        if mode == FailoverMode::Auto && state_dir.is_none() {
+            self.wrong(&at, "`auto` keeps what it does on disk: failover.state_dir is missing");
         }
+        let fence = self.nested(&section, "fence", "failover.fence");
         let least = Duration::from_millis(1);
+        let seconds = Duration::from_secs;
         FailoverConfig {
             mode,
+            durability,
+            state_dir,
             check_interval: self.time(&section, "check_interval", Duration::from_millis(500), least),
-            check_timeout: self.time(&section, "check_timeout", Duration::from_secs(1), least),
+            check_timeout: self.time(&section, "check_timeout", seconds(1), least),
             failure_threshold: self.number(&section, "failure_threshold", 1..=1000, 3) as u32,
-            eject_time: self.time(&section, "eject_time", Duration::from_secs(1), least),
-            tcp_user_timeout: self.time(&section, "tcp_user_timeout", Duration::from_secs(5), least),
-            pause_timeout: self.time(&section, "pause_timeout", Duration::from_secs(10), Duration::ZERO),
+            eject_time: self.time(&section, "eject_time", seconds(1), least),
+            tcp_user_timeout: self.time(&section, "tcp_user_timeout", seconds(5), least),
+            pause_timeout: self.time(&section, "pause_timeout", seconds(10), Duration::ZERO),
+            max_paused: self.number(&section, "max_paused", 1..=1_000_000, 1000) as usize,
+            kick_timeout: self.time(&section, "kick_timeout", seconds(2), least),
+            restart_grace: self.time(&section, "restart_grace", seconds(10), Duration::ZERO),
+            crash_loop_restarts: self.number(&section, "crash_loop_restarts", 1..=1000, 3) as u32,
+            crash_loop_window: self.time(&section, "crash_loop_window", seconds(60), least),
+            startup_grace: self.time(&section, "startup_grace", seconds(10), Duration::ZERO),
+            sever_timeout: self.time(&section, "sever_timeout", seconds(3), least),
+            promote_timeout: self.time(&section, "promote_timeout", seconds(60), least),
+            max_lost_bytes: self.size(&section, "max_lost_bytes", 1 << 20, 0..=usize::MAX) as u64,
+            min_failover_interval: self.time(&section, "min_failover_interval", seconds(300), Duration::ZERO),
+            allow_minority: self.flag(&section, "allow_minority", false),
+            candidates: self.candidates(&section, nodes),
+            fence_sql: self.flag(&fence, "sql", true),
+            sync: self.sync(&section, nodes),
+        }
+    }
+
+    fn candidates(&mut self, failover: &Section<'_>, nodes: &[NodeConfig]) -> Vec<CandidateConfig> {
+        let mut candidates: Vec<CandidateConfig> = Vec::new();
+        for (tree, trail) in self.list(failover, "candidates").into_iter().take(MAX_NODES) {
+            let section = self.section("failover.candidates[]", tree, trail);
+            let node = self.needed(&section, "node").unwrap_or_default();
+            let priority = self.number(&section, "priority", 0..=1_000_000, 100) as u32;
+            let at = section.get("node").map_or(section.trail.clone(), |(_, trail)| trail);
+            if !node.is_empty() && !nodes.iter().any(|known| known.name == node) {
+                self.wrong(&at, format!("no node is named `{node}`"));
+            }
+            if candidates.iter().any(|other| other.node == node) {
+                self.wrong(&at, format!("`{node}` is here twice"));
+            }
+            candidates.push(CandidateConfig { node, priority });
+        }
+        candidates
+    }
+
+    fn sync(&mut self, failover: &Section<'_>, nodes: &[NodeConfig]) -> SyncConfig {
+        let section = self.nested(failover, "sync", "failover.sync");
+        let num = self.number(&section, "num", 1..=100, 1) as u32;
+        if section.has("num") && num as usize >= nodes.len().max(1) {
+            let at = section.get("num").map_or(section.trail.clone(), |(_, trail)| trail);
+            self.wrong(&at, "there are not so many standbys");
+        }
+        SyncConfig {
+            manage: self.flag(&section, "manage", false),
+            num,
+            degrade_after: self.time(
+                &section,
+                "degrade_after",
+                Duration::from_secs(5),
+                Duration::from_millis(1),
+            ),
+            strict: self.flag(&section, "strict", false),
         }
     }
 
@@ -1704,7 +1890,13 @@ impl Reader<'_> {
                 "expected error, warn, info, debug, trace, or a list as info,highwater::monitor=debug",
             );
         }
-        LogConfig { format, level }
+        LogConfig {
+            format,
+            level,
+            slow_statement: self.time(&section, "slow_statement", Duration::ZERO, Duration::ZERO),
+            slow_per_second: self.number(&section, "slow_per_second", 1..=100_000, 10) as u32,
+            connections: self.flag(&section, "connections", false),
+        }
     }
 }
 
@@ -1807,8 +1999,13 @@ mod tests {
             "f.yaml:3:39: routing.rules[0].route: expected one of auto,",
         );
         check("routing: { transactions: both }", "f.yaml:3:26: routing.transactions: expected one of");
-        check("failover: { mode: auto }", "f.yaml:3:19: failover.mode: `auto` is not available");
-        check("failover: { durability: quorum }", "f.yaml:3:25: failover.durability: `quorum` is not");
+        check("failover: { mode: auto }", "f.yaml:3:19: failover.mode: `auto` keeps what it does on disk");
+        check("failover: { durability: none }", "f.yaml:3:25: failover.durability: expected one of async");
+        check("failover: { sync: { num: 7 } }", "f.yaml:3:26: failover.sync.num: there are not so many");
+        check(
+            "failover: { candidates: [ { node: z } ] }",
+            "f.yaml:3:35: failover.candidates[0].node: no node is named `z`",
+        );
         check("consistency: { sample_gap: 1s }", "f.yaml:3:28: consistency.sample_gap: sample_gap may not");
         check(
             "auth: { source: list, users: [ { name: x } ] }",
@@ -1904,6 +2101,9 @@ mod tests {
                         "nodes[]" => format!("nodes: [ {{ {entry} }} ]"),
                         "consistency.rules[]" => format!("consistency: {{ rules: [ {{ {entry} }} ] }}"),
                         "routing.rules[]" => format!("routing: {{ rules: [ {{ {entry} }} ] }}"),
+                        "failover.candidates[]" => format!("failover: {{ candidates: [ {{ {entry} }} ] }}"),
+                        "failover.fence" => format!("failover: {{ fence: {{ {entry} }} }}"),
+                        "failover.sync" => format!("failover: {{ sync: {{ {entry} }} }}"),
                         _ => format!("{name}: {{ {entry} }}"),
                     })
             })
@@ -1989,13 +2189,12 @@ mod tests {
             routing: { split: true, transactions: primary }   # transactions: primary | split\n\
             failover: { mode: manual, durability: async, state_dir: ./state }\n";
         let config = parse(design).unwrap();
-        assert_eq!(config.warnings.len(), 2, "{:?}", config.warnings);
+        assert_eq!(config.warnings.len(), 1, "{:?}", config.warnings);
         assert!(
             config.warnings[0].starts_with("f.yaml:11:10: auth.users: not used"),
             "{:?}",
             config.warnings
         );
-        assert!(config.warnings[1].contains(": failover.state_dir: not used"), "{:?}", config.warnings);
         assert_eq!(config.auth.users.len(), 1);
         assert!(parse(EXAMPLE).unwrap().warnings.is_empty());
     }

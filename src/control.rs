@@ -5,28 +5,48 @@
 //! operator acts on.
 //!
 //! Promises: one primary per epoch at most; another one is believed only if it belongs to the same
-//! cluster and writes a later timeline; a primary that cannot be reached stays the only write target;
-//! an old one that comes back is never used. Deliberately does not promote, fence or re-point anything.
+//! cluster and writes a later timeline, or is the one that `failover` has just promoted; a primary that
+//! cannot be reached stays the only write target until then; an old one that comes back is never used.
+//! Whether to promote, and how, is decided in `failover`: it hears here what is observed, and while it
+//! is at work nothing else is believed in.
 
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, sleep_until};
 
-use crate::config::{Config, FailoverMode};
+use crate::config::live::LiveConfig;
+use crate::config::{Config, FailoverMode, NodeConfig};
+use crate::failover::event::{Event as Happening, Fact, Role, Seen as FactSeen, Target, Walreceiver};
+use crate::failover::record::{Forked, Record};
+use crate::failover::shell::{Ears, Outcome, Shell, StateError};
+use crate::gate::Gate;
+use crate::metrics::Metrics;
 use crate::monitor::health::{Answering, Health, HealthSettings};
 use crate::monitor::lag::{LagTime, ReplayLag};
-use crate::monitor::probe::{self, Observation, ProbeSettings, Seen};
-use crate::monitor::sample::{PrimaryTrack, SampleSettings, Sampler};
-use crate::node::{NodeError, NodeFailure, Nodes, ProbedRole};
+use crate::monitor::probe::{Observation, Seen};
+use crate::monitor::sample::PrimaryTrack;
+use crate::monitor::watch::{Givens, Watch};
+use crate::node::{NodeError, NodeFailure, Nodes, ProbedRole, Receiver};
 use crate::positions::{Positions, SampleBody};
-use crate::topology::{Epoch, Exclusion, NodeId, NodeView, Standing, Switch, Topology, TopologyHandle};
+use crate::topology::{
+    Epoch, Exclusion, NodeId, NodeView, Quarantine, Standing, Switch, Topology, TopologyHandle,
+};
 use crate::wal::{Lsn, TimelineId};
 
+pub mod members;
+
+use self::members::Members;
+
+pub use crate::failover::event::Command;
+pub use crate::failover::shell::{Answer, Commands, Status};
+
+/// How often failover looks at the time while something is under way.
+const FAILOVER_TICK: Duration = Duration::from_millis(50);
 /// How many ends of epochs a topology remembers.
 const MAX_SWITCHES: usize = 16;
 /// Reports of sessions that wait to be taken; more say nothing new.
@@ -39,6 +59,8 @@ const POOL_IDLE: Duration = Duration::from_secs(60);
 /// The running control loop. Dropping it stops the loop, its samplers and its probes.
 pub struct Control {
     reports: Reports,
+    members: Members,
+    commands: Commands,
     _tasks: JoinSet<()>,
 }
 
@@ -46,6 +68,16 @@ impl Control {
     /// For sessions: where to tell of a node that failed them.
     pub fn reports(&self) -> Reports {
         self.reports.clone()
+    }
+
+    /// For reloads: where another configuration is put in force.
+    pub fn members(&self) -> Members {
+        self.members.clone()
+    }
+
+    /// For operators' tools: where to give commands.
+    pub fn commands(&self) -> Commands {
+        self.commands.clone()
     }
 }
 
@@ -83,79 +115,69 @@ impl Reports {
 
 /// Starts samplers, probes and the loop on the current tokio runtime.
 ///
-/// `topology` must hold [`Topology::initial`] of the same configuration, and `positions` as many nodes.
+/// `topology` must hold [`Topology::initial`] of the same configuration, and `positions` as many nodes. Fails when
+/// `failover.state_dir` cannot be used.
 pub fn start(
-    config: Arc<Config>,
+    config: Arc<LiveConfig>,
     nodes: Arc<Nodes>,
     topology: Arc<TopologyHandle>,
     positions: Arc<Positions>,
-) -> Control {
-    let count = topology.load().nodes.len();
-    let failover = &config.failover;
-    let keep = config.consistency.max_lag.saturating_mul(4).max(Duration::from_secs(60));
-    let track = Arc::new(PrimaryTrack::new(keep));
-    let (send_observation, observations) = mpsc::channel(count.max(1) * 2);
-    let (send_report, reports) = mpsc::channel(REPORT_QUEUE);
-    let probe_now: Vec<Arc<Notify>> = (0..count).map(|_| Arc::new(Notify::new())).collect();
-    let mut tasks = JoinSet::new();
-    for (id, probe_now) in (0u16..).map(NodeId).zip(&probe_now) {
-        let probing = ProbeSettings { interval: failover.check_interval, deadline: failover.check_timeout };
-        tasks.spawn(probe::run(
-            id,
-            Arc::clone(&nodes),
-            probing,
-            Arc::clone(probe_now),
-            send_observation.clone(),
-        ));
-        let sampler = Sampler {
-            node: id,
-            nodes: Arc::clone(&nodes),
-            topology: Arc::clone(&topology),
-            positions: Arc::clone(&positions),
-            track: Arc::clone(&track),
-            settings: SampleSettings {
-                interval: config.consistency.sample_interval,
-                gap: config.consistency.sample_gap,
-                deadline: failover.check_timeout,
-            },
-            probe: Arc::clone(probe_now),
-        };
-        tasks.spawn(sampler.run());
+    gate: Arc<Gate>,
+    metrics: Arc<Metrics>,
+) -> Result<Control, StateError> {
+    let now = config.load_full();
+    let (shell, ears, commands) = Shell::open(&config, &nodes, &gate)?;
+    let remembered = remember(&topology.load(), shell.machine().record());
+    if let Some(remembered) = remembered {
+        topology.publish(remembered);
     }
-    let state = Loop {
-        policy: Policy { mode: failover.mode, max_lag: config.consistency.max_lag },
-        health: HealthSettings {
-            failure_threshold: failover.failure_threshold,
-            eject_time: failover.eject_time,
-        },
-        facts: config
-            .nodes
-            .iter()
-            .take(count)
-            .map(|node| NodeFacts { delayed_ok: node.delayed_ok, ..NodeFacts::default() })
-            .collect(),
-        tick: failover.check_interval,
-        nodes,
-        topology,
-        positions,
-        track,
-        probe_now,
-    };
-    tasks.spawn(state.run(observations, reports));
-    let last_ms = (0..count).map(|_| AtomicU64::new(0)).collect();
-    Control { reports: Reports { queue: send_report, started: Instant::now(), last_ms }, _tasks: tasks }
+    let places = now.places();
+    let track = Arc::new(PrimaryTrack::new(members::keep_positions(&now)));
+    let (send_observation, observations) = mpsc::channel(places * 2);
+    let (send_report, reports) = mpsc::channel(REPORT_QUEUE);
+    let (members, changes) = Members::new();
+    let mut watch = Watch::new(Givens {
+        config: Arc::clone(&config),
+        nodes: Arc::clone(&nodes),
+        topology: Arc::clone(&topology),
+        positions: Arc::clone(&positions),
+        track: Arc::clone(&track),
+        observations: send_observation,
+    });
+    let count = topology.load().nodes.len();
+    (0u16..).map(NodeId).take(count).for_each(|id| watch.start(id));
+    let facts = now.nodes.iter().take(count).map(NodeFacts::of).collect();
+    let state = Loop { config, shell, metrics, facts, nodes, topology, positions, gate, track, watch };
+    let mut tasks = JoinSet::new();
+    tasks.spawn(state.run(observations, reports, changes, ears));
+    let last_ms = (0..places).map(|_| AtomicU64::new(0)).collect();
+    let reports = Reports { queue: send_report, started: Instant::now(), last_ms };
+    Ok(Control { reports, members, commands, _tasks: tasks })
+}
+
+/// What an earlier process knew: its write target stays the only one, whoever comes back first.
+fn remember(initial: &Topology, record: &Record) -> Option<Topology> {
+    let primary = record.primary.filter(|primary| primary.index() < initial.nodes.len())?;
+    let mut next = initial.clone();
+    next.epoch = record.epoch;
+    next.primary = Some(primary);
+    next.timeline = record.timeline;
+    next.system_identifier = record.system_identifier;
+    next.nodes[primary.index()].standing = Standing::Primary { reachable: false };
+    Some(next)
 }
 
 struct Loop {
-    policy: Policy,
-    health: HealthSettings,
+    config: Arc<LiveConfig>,
+    shell: Shell,
+    metrics: Arc<Metrics>,
     facts: Vec<NodeFacts>,
-    tick: Duration,
     nodes: Arc<Nodes>,
     topology: Arc<TopologyHandle>,
     positions: Arc<Positions>,
+    gate: Arc<Gate>,
     track: Arc<PrimaryTrack>,
-    probe_now: Vec<Arc<Notify>>,
+    watch: Watch,
 }
 
 impl Loop {
@@ -163,16 +185,29 @@ impl Loop {
         mut self,
         mut observations: mpsc::Receiver<Observation>,
         mut reports: mpsc::Receiver<Report>,
+        mut changes: mpsc::Receiver<members::Change>,
+        mut ears: Ears,
     ) {
-        // Time alone changes things too: ejections end, lags grow.
-        let mut tick = interval(self.tick.max(Duration::from_millis(10)));
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut looks = interval(FAILOVER_TICK);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut swept = Instant::now();
+        let mut ticked = tokio::time::Instant::now();
         loop {
             tokio::select! {
                 Some(observation) = observations.recv() => self.take_observation(observation),
                 Some(report) = reports.recv() => self.take_report(&report),
-                _ = tick.tick() => {}
+                Some(change) = changes.recv() => self.take_change(change, &mut observations),
+                Some(happening) = ears.events.recv() => self.tell(happening),
+                Some((command, reply)) = ears.commands.recv() => {
+                    let outcomes = self.shell.command(command, reply);
+                    self.take_outcomes(outcomes);
+                }
+                _ = looks.tick() => if !self.shell.is_calm() { self.tell(Happening::Tick) },
+                // Time alone changes things too: ejections end, lags grow.
+                () = sleep_until(ticked + self.tick()) => {
+                    ticked = tokio::time::Instant::now();
+                    self.tell(Happening::Tick);
+                }
             }
             self.decide();
             if swept.elapsed() >= POOL_IDLE {
@@ -182,14 +217,29 @@ impl Loop {
         }
     }
 
+    fn tick(&self) -> Duration {
+        self.config.load().failover.check_interval.max(Duration::from_millis(10))
+    }
+
     fn take_observation(&mut self, observation: Observation) {
         let now = Instant::now();
+        let health = HealthSettings::of(&self.config.load());
+        if self.facts.get(observation.node.index()).is_none_or(|facts| facts.removed) {
+            return;
+        }
+        let fact = self.fact(&observation.result);
+        self.tell(Happening::Observed { node: observation.node, fact });
         let Some(facts) = self.facts.get_mut(observation.node.index()) else {
             return;
         };
         match observation.result {
+            // Asked before it was promoted: it speaks of another time.
+            _ if facts.promoted.is_some_and(|at| observation.asked_at < at) => {}
+            // One session was ended, so far: the next probe tells.
+            Err(error) if error.kind == NodeFailure::ShuttingDown => {}
             Ok(seen) => {
-                facts.health.answered(self.health, now);
+                facts.promoted = None;
+                facts.health.answered(health, now);
                 if let ProbedRole::Primary { insert, timeline } = seen.answer.role {
                     let topology = self.topology.load();
                     if topology.primary == Some(observation.node) && topology.timeline == Some(timeline) {
@@ -199,10 +249,96 @@ impl Loop {
                 facts.seen = Some(seen);
             }
             Err(error) => {
+                facts.promoted = None;
                 tracing::debug!(%error, kind = error.kind.label(), "probe failed");
-                facts.health.failed(&error, self.health, now);
+                facts.health.failed(&error, health, now);
             }
         }
+    }
+
+    /// A probe's result, as failover has it.
+    fn fact(&self, result: &Result<Seen, NodeError>) -> Fact {
+        let seen = match result {
+            Ok(seen) => seen,
+            Err(error) => {
+                return match error.kind {
+                    NodeFailure::Refused => Fact::Refused,
+                    NodeFailure::Timeout => Fact::Silent,
+                    NodeFailure::Starting => Fact::Starting,
+                    NodeFailure::ShuttingDown => Fact::ShuttingDown,
+                    NodeFailure::Broken => Fact::Broken,
+                    NodeFailure::Answered => Fact::Alive(error.cause.clone()),
+                };
+            }
+        };
+        let known = self.topology.load().timeline;
+        let role = match &seen.answer.role {
+            ProbedRole::Primary { insert, timeline } => Role::Primary {
+                timeline: *timeline,
+                insert: *insert,
+                fork: known.and_then(|known| seen.history.as_ref()?.fork_of(known)),
+            },
+            ProbedRole::Replica { positions, walreceiver, receiver, .. } => Role::Standby {
+                timeline: seen.timeline,
+                receive: positions.receive,
+                replay: positions.replay,
+                walreceiver: receiver.as_ref().map(|receiver| Walreceiver {
+                    pid: receiver.pid,
+                    streaming: walreceiver.as_deref() == Some("streaming"),
+                    timeline: positions.received_timeline.unwrap_or(TimelineId(0)),
+                    from: sender(&self.config.load().nodes, receiver),
+                }),
+            },
+        };
+        let start = seen.start.as_ref().map(|start| Arc::clone(&start.id));
+        Fact::Answered(FactSeen { system_identifier: seen.answer.system_identifier, start, role })
+    }
+
+    /// Failover hears it, and what it wants of this loop is done.
+    fn tell(&mut self, happening: Happening) {
+        let outcomes = self.shell.step(happening);
+        self.take_outcomes(outcomes);
+    }
+
+    fn take_outcomes(&mut self, outcomes: Vec<Outcome>) {
+        for outcome in outcomes {
+            match outcome {
+                Outcome::Probe(node) => self.watch.probe(node),
+                Outcome::Left(state, time) => self.metrics.failover_phase(state, time),
+                Outcome::Blocked(reason) => self.metrics.failover_blocks.inc(reason),
+                Outcome::Publish(target) => {
+                    self.metrics.failovers.inc(if target.planned { "switchover" } else { "failover" });
+                    let before = self.topology.load_full();
+                    let mut next = (*before).clone();
+                    take_target(&mut next, &target, self.track.last_sample());
+                    if let Some(facts) = self.facts.get_mut(target.primary.index()) {
+                        facts.promoted = Some(Instant::now());
+                    }
+                    self.publish(&before, next);
+                }
+            }
+        }
+    }
+
+    /// Failover hears of a write target that it has not made.
+    fn tell_of_primary(&mut self) {
+        let topology = self.topology.load_full();
+        let record = self.shell.machine().record();
+        let (Some(primary), Some(timeline), Some(system_identifier)) =
+            (topology.primary, topology.timeline, topology.system_identifier)
+        else {
+            return;
+        };
+        let known = record.primary == Some(primary) && record.epoch >= topology.epoch;
+        if !self.shell.acts() || known || !self.shell.machine().may_adopt() {
+            return;
+        }
+        let last = topology.switches.last().filter(|s| s.old_primary != primary);
+        let forked = last.and_then(|s| {
+            Some(Forked { old_primary: s.old_primary, old_timeline: s.old_timeline, fork: s.fork? })
+        });
+        let epoch = topology.epoch;
+        self.tell(Happening::Adopted { primary, timeline, epoch, system_identifier, forked });
     }
 
     fn take_report(&mut self, report: &Report) {
@@ -215,16 +351,14 @@ impl Loop {
                 cause: "it refused a session's connection".to_owned(),
                 kind: report.kind,
             };
-            facts.health.failed(&error, self.health, Instant::now());
+            facts.health.failed(&error, HealthSettings::of(&self.config.load()), Instant::now());
         }
-        if let Some(probe) = self.probe_now.get(index) {
-            probe.notify_one();
-        }
+        self.watch.probe(report.node);
     }
 
     fn decide(&mut self) {
         let now = Instant::now();
-        let before = self.topology.load();
+        let before = self.topology.load_full();
         for (id, facts) in (0u16..).map(NodeId).zip(&mut self.facts) {
             let sampled =
                 match self.positions.node(id).latest().filter(|s| s.epoch == before.epoch).map(|s| s.body) {
@@ -233,21 +367,26 @@ impl Loop {
                 };
             facts.replay = sampled.or_else(|| facts.seen.as_ref().and_then(probed_replay));
             facts.lag = facts.replay.and_then(|replay| self.track.lag(replay, now));
+            facts.quarantine = self.shell.machine().quarantine(id);
         }
-        let next = decide(&before, &self.facts, &self.policy, self.track.last_sample(), now);
+        let hold = self.shell.acts() && !self.shell.machine().may_adopt();
+        let policy = Policy { hold, ..Policy::of(&self.config.load()) };
+        let next = decide(&before, &self.facts, &policy, self.track.last_sample(), now);
         if has_reachable_primary(&next) {
             // A replica that only waits to be measured need not wait for the next round of probes.
             for view in next.nodes.iter().filter(|v| v.standing == Standing::Excluded(Exclusion::LagUnknown))
             {
-                if let Some(probe) = self.probe_now.get(view.id.index()) {
-                    probe.notify_one();
-                }
+                self.watch.probe(view.id);
             }
         }
-        if next == **before {
-            return;
+        if next != *before {
+            self.publish(&before, next);
         }
-        for event in events(&before, &next) {
+        self.tell_of_primary();
+    }
+
+    fn publish(&mut self, before: &Topology, next: Topology) {
+        for event in events(before, &next) {
             event.log();
         }
         let (epoch, primary) = (next.epoch, next.primary);
@@ -255,14 +394,17 @@ impl Loop {
         if new_epoch {
             self.track.begin(epoch);
         }
-        drop(before);
+        if new_epoch && let Some(old) = before.primary {
+            // Before anybody can act on the new one: whatever the old one still says is not passed on.
+            self.gate.close_sockets(old);
+        }
         self.topology.publish(next);
         if new_epoch {
             // Samples carry the epoch, and lags start anew: both are needed at once.
             if let Some(primary) = primary {
                 self.positions.node(primary).want();
             }
-            self.probe_now.iter().for_each(|probe| probe.notify_one());
+            self.watch.probe_all();
         }
         // Whoever waits for a position decides anew whether to.
         self.positions.wake_all();
@@ -287,6 +429,15 @@ pub struct Policy {
     pub mode: FailoverMode,
     /// A replica further behind serves nothing.
     pub max_lag: Duration,
+    /// Failover is at work: until it publishes, nobody else is believed to be the primary.
+    pub hold: bool,
+}
+
+impl Policy {
+    /// What the configuration says.
+    pub fn of(config: &Config) -> Policy {
+        Policy { mode: config.failover.mode, max_lag: config.consistency.max_lag, hold: false }
+    }
 }
 
 /// What is known of one node.
@@ -302,6 +453,12 @@ pub struct NodeFacts {
     pub lag: Option<ReplayLag>,
     /// Whether it may serve with a `recovery_min_apply_delay`.
     pub delayed_ok: bool,
+    /// A reload has taken it out: nothing is heard of it, and nobody waits for it.
+    pub removed: bool,
+    /// Whether failover keeps it out.
+    pub quarantine: Option<Quarantine>,
+    /// Since when it has been the primary by failover's word, until a probe of after that is answered.
+    pub promoted: Option<Instant>,
 }
 
 impl NodeFacts {
@@ -329,11 +486,13 @@ pub fn decide(
     now: Instant,
 ) -> Topology {
     let mut next = before.clone();
-    let choice = choose_primary(before, facts, policy);
+    let choice = if policy.hold { Choice::Keep } else { choose_primary(before, facts, policy) };
     if let Choice::Take(chosen) = choice {
         take_primary(&mut next, chosen, facts, last_sample);
     }
-    follow_restart(&mut next, facts, last_sample);
+    if !policy.hold {
+        follow_restart(&mut next, facts, last_sample);
+    }
     take_history(&mut next, facts);
     for (index, known) in facts.iter().enumerate() {
         let view = view(before, &next, choice, index, known, policy, now);
@@ -358,7 +517,7 @@ enum Choice {
 
 fn choose_primary(before: &Topology, facts: &[NodeFacts], policy: &Policy) -> Choice {
     let Some(current) = before.primary else {
-        if !facts.iter().all(|known| known.health.asked()) {
+        if !facts.iter().all(|known| known.health.asked() || known.removed) {
             return Choice::Waits;
         }
         return latest_writer(facts, |_, _| true).map_or(Choice::Keep, Choice::Take);
@@ -434,6 +593,45 @@ fn follow_restart(next: &mut Topology, facts: &[NodeFacts], last_sample: Option<
     next.epoch = Epoch(next.epoch.0 + 1);
 }
 
+/// Failover has made another write target.
+fn take_target(next: &mut Topology, target: &Target, last_sample: Option<(u64, Lsn)>) {
+    if let Some(old_timeline) = next.timeline {
+        let switch = Switch {
+            from: next.epoch,
+            old_primary: target.old_primary,
+            old_timeline,
+            fork: Some(target.fork),
+            last_sample,
+        };
+        push_switch(next, switch);
+    }
+    next.epoch = target.epoch;
+    next.primary = Some(target.primary);
+    next.timeline = Some(target.timeline);
+    next.start = None;
+    next.history = None;
+    // What is known of the nodes is of before: the next probes tell who follows it.
+    for view in &mut next.nodes {
+        if view.id == target.primary {
+            view.standing = Standing::Primary { reachable: true };
+            view.timeline = Some(target.timeline);
+        } else if !matches!(view.standing, Standing::Excluded(_)) {
+            view.standing = Standing::Excluded(Exclusion::OtherTimeline);
+        }
+    }
+}
+
+/// Which node a walreceiver receives from; `None`: its address is none of the configuration's.
+fn sender(nodes: &[NodeConfig], receiver: &Receiver) -> Option<NodeId> {
+    let (host, port) = (receiver.host.as_deref()?, receiver.port?);
+    let same = |node: &NodeConfig| {
+        (node.replication.host == host && node.replication.port == port)
+            || (node.host == host && node.port == port)
+    };
+    let index = nodes.iter().position(|node| same(node) && !node.removed)?;
+    u16::try_from(index).ok().map(NodeId)
+}
+
 fn push_switch(next: &mut Topology, switch: Switch) {
     next.switches.push(switch);
     let excess = next.switches.len().saturating_sub(MAX_SWITCHES);
@@ -460,6 +658,9 @@ fn view(
     now: Instant,
 ) -> Option<NodeView> {
     let old = before.nodes.get(index)?;
+    if known.removed {
+        return Some(members::removed(old));
+    }
     let seen = known.seen.as_ref();
     let standing = if next.primary == Some(old.id) {
         Standing::Primary { reachable: is_reachable_primary(next, known) }
@@ -495,6 +696,9 @@ fn view(
 }
 
 fn is_reachable_primary(next: &Topology, known: &NodeFacts) -> bool {
+    if known.promoted.is_some() {
+        return true;
+    }
     known.current().is_some_and(|seen| Some(seen.answer.system_identifier) == next.system_identifier)
         && known.writes().is_some()
         && known.writes() == next.timeline
@@ -525,6 +729,9 @@ fn replica_exclusion(
     let ProbedRole::Replica { walreceiver, recovery, .. } = &seen.answer.role else {
         return Some(if choice == Choice::Waits { Exclusion::NoPrimary } else { Exclusion::SecondPrimary });
     };
+    if let Some(why) = known.quarantine {
+        return Some(Exclusion::Quarantined(why));
+    }
     if next.timeline.is_none() {
         return Some(Exclusion::NoPrimary);
     }
@@ -679,6 +886,7 @@ impl Event {
             Event::StillOut { node, why } => match why {
                 // On the way in: each node passes these.
                 Exclusion::NotProbed
+                | Exclusion::Removed
                 | Exclusion::NoPrimary
                 | Exclusion::LagUnknown
                 | Exclusion::Ejected(_) => {
@@ -700,7 +908,8 @@ mod tests {
 
     const HEALTH: HealthSettings =
         HealthSettings { failure_threshold: 3, eject_time: Duration::from_secs(1) };
-    const FOLLOW: Policy = Policy { mode: FailoverMode::Follow, max_lag: Duration::from_secs(10) };
+    const FOLLOW: Policy =
+        Policy { mode: FailoverMode::Follow, max_lag: Duration::from_secs(10), hold: false };
 
     fn nodes(count: u16) -> Topology {
         let view = |id| NodeView {
@@ -735,7 +944,7 @@ mod tests {
             history: history.map(|text| TimelineHistory::parse(text).unwrap()),
             start: None,
         };
-        NodeFacts { health, seen: Some(seen), replay: None, lag: None, delayed_ok: false }
+        NodeFacts { health, seen: Some(seen), ..NodeFacts::default() }
     }
 
     fn writer(now: Instant, timeline: u32, history: Option<&str>) -> NodeFacts {
@@ -757,7 +966,8 @@ mod tests {
             newest_history: None,
         };
         let walreceiver = walreceiver.map(str::to_owned);
-        let role = ProbedRole::Replica { positions, walreceiver, recovery: Recovery::default() };
+        let recovery = Recovery::default();
+        let role = ProbedRole::Replica { positions, walreceiver, receiver: None, recovery };
         let mut facts = answering(now, timeline, None, role);
         facts.lag = lag.map(|s| ReplayLag { bytes: 100, time: LagTime::AtMost(Duration::from_secs(s)) });
         facts

@@ -2,13 +2,13 @@
 //! catalog facts of a live database. Runs nothing of the statement.
 
 use std::fmt;
-use std::sync::Arc;
 
 use crate::catalogs;
 use crate::classify::catalog::CatalogRows;
 use crate::classify::{
     Catalog, Classifier, Kind, Leaves, Lexing, Lookup, Statement, StatementClass, Suspect,
 };
+use crate::config::live::LiveConfig;
 use crate::config::{Config, LimitsConfig};
 use crate::net::NodeTls;
 use crate::node::Nodes;
@@ -38,7 +38,7 @@ pub async fn live(text: &str, config: Config, database: &str) -> Result<Explanat
     let tls = NodeTls::new(&config.node_tls).map_err(|error| error.to_string())?;
     let (limits, functions) = (config.limits.clone(), config.routing.functions.clone());
     let names: Vec<String> = config.nodes.iter().map(|node| node.name.clone()).collect();
-    let nodes = Nodes::new(Arc::new(config), &tls);
+    let nodes = Nodes::new(LiveConfig::new(config), &tls);
     let mut answers = Vec::new();
     let mut catalog = None;
     for (id, name) in (0u16..).map(NodeId).zip(names) {

@@ -6,6 +6,7 @@
 // What the other parts lean on.
 pub mod config;
 pub mod consistency;
+pub mod log;
 pub mod metrics;
 pub mod wal;
 pub mod wire;
@@ -22,6 +23,8 @@ pub mod scram;
 // The way of the cluster.
 pub mod catalogs;
 pub mod control;
+pub mod failover;
+pub mod gate;
 pub mod monitor;
 pub mod node;
 pub mod positions;
@@ -34,5 +37,6 @@ pub mod explain;
 pub mod healthcheck;
 pub mod manual;
 pub mod progress;
+pub mod reload;
 pub mod server;
 pub mod supervisor;

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, mpsc};
@@ -53,7 +54,7 @@ pub struct Door {
     /// What sessions share.
     pub shared: Arc<Shared>,
     /// TLS towards clients.
-    pub tls: ClientTls,
+    pub tls: ArcSwap<ClientTls>,
     /// Who may log in.
     pub verifiers: Verifiers,
     /// Counts clients and ends them.
@@ -133,15 +134,16 @@ impl Drop for Present {
     }
 }
 
-/// Sessions of users and in databases whose number is limited apart, and replication connections.
+/// Sessions of users, in databases, and replication connections, all of them, as a reload may limit whom nobody
+/// has limited before. As many entries as there are users and databases with sessions.
 #[derive(Default)]
 pub struct Census(Mutex<HashMap<Counted, usize>>);
 
-/// What is counted: the index of its entry in the configuration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// What is counted.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Counted {
-    User(usize),
-    Database(usize),
+    User(Box<str>),
+    Database(Box<str>),
     Replication,
 }
 
@@ -157,39 +159,47 @@ impl Drop for Places {
         for counted in &self.taken {
             if let Some(count) = counts.get_mut(counted) {
                 *count -= 1;
+                if *count == 0 {
+                    counts.remove(counted);
+                }
             }
         }
     }
 }
 
 impl Census {
-    /// Counts one more of each of `wanted`, or of none: then the first that is full is given.
-    fn enter(self: &Arc<Census>, wanted: &[(Counted, usize)]) -> Result<Places, Counted> {
+    /// Counts one more of each of `wanted`, or of none: then the first that is full is given. `None`: no limit.
+    fn enter(self: &Arc<Census>, wanted: Vec<(Counted, Option<usize>)>) -> Result<Places, Counted> {
         let mut counts = self.0.lock().unwrap_or_else(|p| p.into_inner());
-        let full = |(counted, most): &&(Counted, usize)| counts.get(counted).is_some_and(|n| n >= most);
-        // Nothing is in the table that has not been let in once, so no place at all is looked for apart.
-        if let Some((counted, _)) = wanted.iter().find(|limit| limit.1 == 0 || full(limit)) {
-            return Err(*counted);
+        let full = |(counted, most): &&(Counted, Option<usize>)| {
+            most.is_some_and(|most| counts.get(counted).copied().unwrap_or(0) >= most)
+        };
+        if let Some((counted, _)) = wanted.iter().find(full) {
+            return Err(counted.clone());
         }
-        for (counted, _) in wanted {
-            *counts.entry(*counted).or_default() += 1;
+        let taken: Vec<Counted> = wanted.into_iter().map(|(counted, _)| counted).collect();
+        for counted in &taken {
+            *counts.entry(counted.clone()).or_default() += 1;
         }
-        Ok(Places { census: self.clone(), taken: wanted.iter().map(|(counted, _)| *counted).collect() })
+        Ok(Places { census: self.clone(), taken })
     }
 }
 
-/// The limits that hold for a client apart from `max_clients`.
-fn limits_of(config: &Config, user: &str, database: &str, replication: bool) -> Vec<(Counted, usize)> {
-    let limit = |list: &[PoolOverride], name: &str| {
-        let at = list.iter().position(|o| o.name == name)?;
-        Some((at, list[at].max_clients?))
-    };
-    let mut limits = Vec::new();
+/// What a client counts as, and the limits that hold apart from `max_clients`.
+fn limits_of(
+    config: &Config,
+    user: &str,
+    database: &str,
+    replication: bool,
+) -> Vec<(Counted, Option<usize>)> {
+    let limit = |list: &[PoolOverride], name: &str| list.iter().find(|o| o.name == name)?.max_clients;
+    let mut limits = vec![
+        (Counted::User(user.into()), limit(&config.pool.users, user)),
+        (Counted::Database(database.into()), limit(&config.pool.databases, database)),
+    ];
     if replication {
-        limits.push((Counted::Replication, config.replication.max_connections));
+        limits.insert(0, (Counted::Replication, Some(config.replication.max_connections)));
     }
-    limits.extend(limit(&config.pool.users, user).map(|(at, most)| (Counted::User(at), most)));
-    limits.extend(limit(&config.pool.databases, database).map(|(at, most)| (Counted::Database(at), most)));
     limits
 }
 
@@ -243,6 +253,29 @@ pub async fn work(door: Arc<Door>, mut handed: Handover, worker: usize) {
     }
 }
 
+/// A client whose coming was logged (`log.connections`), as its going will be.
+struct Said {
+    peer: String,
+    user: String,
+    database: String,
+    since: Instant,
+}
+
+impl Said {
+    fn come(peer: Option<SocketAddr>, arrival: &Arrival, replication: bool) -> Said {
+        let peer = peer.map_or_else(|| "unknown".to_owned(), |peer| peer.to_string());
+        let (user, database) = (arrival.user.clone(), arrival.database.clone());
+        let read_only = arrival.read_only;
+        info!(peer, user, database, read_only, replication, "client connected");
+        Said { peer, user, database, since: Instant::now() }
+    }
+
+    fn gone(self) {
+        let Said { peer, user, database, since } = self;
+        info!(peer, user, database, seconds = since.elapsed().as_secs_f64(), "client disconnected");
+    }
+}
+
 impl Door {
     async fn serve(self: Arc<Door>, tcp: TcpStream, worker: usize, read_only: bool) {
         let peer = tcp.peer_addr().ok();
@@ -259,6 +292,13 @@ impl Door {
         let let_in = Box::pin(self.let_in(tcp, peer, read_only)).await;
         let Some((_places, arrival, replication)) = let_in else { return };
         let metrics = &self.shared.metrics;
+        let said = self
+            .shared
+            .config
+            .load()
+            .log
+            .connections
+            .then(|| Said::come(peer, &arrival, replication.is_some()));
         match replication {
             None => Session::run(self.shared.clone(), arrival, worker).await,
             Some(mode) => {
@@ -266,6 +306,9 @@ impl Door {
                 Box::pin(replication::run(self.shared.clone(), arrival, mode)).await;
                 metrics.replication_connections.dec();
             }
+        }
+        if let Some(said) = said {
+            said.gone();
         }
     }
 
@@ -277,11 +320,15 @@ impl Door {
         read_only: bool,
     ) -> Option<(Places, Arrival, Option<String>)> {
         let metrics = &self.shared.metrics;
-        let deadline = Instant::now() + self.shared.config.auth.login_timeout;
-        if let Err(error) = net::set_client_options(&tcp, &self.shared.config.client_tcp) {
-            debug!(%error, "could not set socket options");
-        }
-        let mut connection = match startup::greet(tcp, &self.tls, deadline).await {
+        let deadline = {
+            let config = self.shared.config.load();
+            if let Err(error) = net::set_client_options(&tcp, &config.client_tcp) {
+                debug!(%error, "could not set socket options");
+            }
+            Instant::now() + config.auth.login_timeout
+        };
+        let tls = self.tls.load_full();
+        let mut connection = match startup::greet(tcp, &tls, deadline).await {
             Ok(Greeting::Login(connection)) => connection,
             Ok(Greeting::Cancel { pid, key, connection }) => {
                 self.cancel(pid, &key).await;
@@ -356,7 +403,7 @@ impl Door {
                 Box::new(ErrorReport::fatal("57P03", "the database system is shutting down")),
             ));
         }
-        let config = &self.shared.config;
+        let config = self.shared.config.load();
         let clients = self.drain.clients();
         if clients > config.max_clients {
             return Err((
@@ -386,7 +433,8 @@ impl Door {
     /// Counts a client that has logged in, in PostgreSQL's words where it is one too many.
     fn count(&self, startup: &Startup) -> Result<Places, Refusal> {
         let (user, database) = (&startup.user, &startup.database);
-        let limits = limits_of(&self.shared.config, user, database, startup.replication.is_some());
+        let config = self.shared.config.load();
+        let limits = limits_of(&config, user, database, startup.replication.is_some());
         let report = |words| ErrorReport::fatal("53300", words);
         let refused = |full| match full {
             Counted::User(_) => {
@@ -396,12 +444,12 @@ impl Door {
                 ("too_many_in_database", report(format!("too many connections for database \"{database}\"")))
             }
             Counted::Replication => {
-                let most = self.shared.config.replication.max_connections;
+                let most = config.replication.max_connections;
                 let words = format!("number of requested replication connections exceeds {most}");
                 ("replication", report(words).hint("Raise replication.max_connections."))
             }
         };
-        self.census.enter(&limits).map_err(|full| {
+        self.census.enter(limits).map_err(|full| {
             let (why, report) = refused(full);
             (why, Box::new(report))
         })
@@ -447,15 +495,22 @@ mod tests {
     #[test]
     fn places_are_counted_all_or_none_and_given_back() {
         let census = Arc::new(Census::default());
-        let (user, database) = ((Counted::User(0), 2), (Counted::Database(0), 1));
-        let both = census.enter(&[user, database]).ok();
-        assert_eq!(census.enter(&[user, database]).err(), Some(Counted::Database(0)));
-        let second = census.enter(&[user]).ok();
-        assert_eq!(census.enter(&[user]).err(), Some(Counted::User(0)));
-        drop(both);
-        assert!(census.enter(&[user, database]).is_ok());
-        assert!(census.enter(&[]).is_ok());
+        let (user, database) = (Counted::User("u".into()), Counted::Database("d".into()));
+        let (two_users, one_database) = ((user.clone(), Some(2)), (database.clone(), Some(1)));
+        let both = || vec![two_users.clone(), one_database.clone()];
+        let first = census.enter(both()).ok();
+        assert_eq!(census.enter(both()).err(), Some(database.clone()));
+        let second = census.enter(vec![two_users.clone()]).ok();
+        assert_eq!(census.enter(vec![two_users.clone()]).err(), Some(user.clone()));
+        drop(first);
+        assert!(census.enter(both()).is_ok());
+        assert!(census.enter(vec![]).is_ok());
         drop(second);
-        assert_eq!(census.enter(&[(Counted::Replication, 0)]).err(), Some(Counted::Replication));
+        assert_eq!(census.enter(vec![(Counted::Replication, Some(0))]).err(), Some(Counted::Replication));
+        assert!(census.0.lock().unwrap().is_empty(), "what nobody uses is not remembered");
+        // Who came when there was no limit counts when there is one.
+        let early = census.enter(vec![(user.clone(), None)]).ok();
+        assert_eq!(census.enter(vec![(user.clone(), Some(1))]).err(), Some(user));
+        drop(early);
     }
 }

@@ -9,11 +9,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
-use highwater::config::{Config, LogConfig, LogFormat};
+use highwater::config::Config;
 use highwater::demo::DemoOptions;
 use highwater::explain::Explanation;
 use highwater::progress::Progress;
-use tracing_subscriber::EnvFilter;
 
 /// A transparent PostgreSQL replication proxy.
 #[derive(Parser)]
@@ -120,11 +119,11 @@ fn with_config(file: ConfigFile, command: impl FnOnce(Config) -> ExitCode) -> Ex
 }
 
 fn run(config: Config) -> ExitCode {
-    start_logging(&config.log);
+    let level = highwater::log::start(&config.log);
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
-    match highwater::server::run(config) {
+    match highwater::server::run(config, level) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("highwater: {e}");
@@ -203,23 +202,4 @@ fn check(config: Config) -> ExitCode {
     drop(progress);
     print!("{report}");
     if report.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) }
-}
-
-/// Libraries that tell of every notice and handshake; `log.level` may name them to hear them.
-const QUIET: &str = "tokio_postgres=warn,rustls=warn,hyper=warn";
-
-/// Log lines go to standard error, so that standard output is free for answers.
-fn start_logging(log: &LogConfig) {
-    // The configuration has been checked to hold a valid filter; what stands later in it wins.
-    let level = format!("{QUIET},{}", log.level);
-    let filter = EnvFilter::try_new(level).unwrap_or_else(|_| EnvFilter::new("info"));
-    let lines = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        // Colours are for people; a file or a journal gets plain text.
-        .with_ansi(std::io::stderr().is_terminal());
-    match log.format {
-        LogFormat::Text => lines.init(),
-        LogFormat::Json => lines.json().flatten_event(true).init(),
-    }
 }

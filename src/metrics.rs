@@ -6,6 +6,7 @@
 //! read when somebody scrapes. Deliberately does not serve HTTP (`admin` does) or keep history.
 
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use prometheus::core::Collector;
@@ -14,8 +15,9 @@ use prometheus::{
     IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
+use crate::config::MAX_NODES;
 use crate::route::RouteReason;
-use crate::topology::{NodeId, Standing, Topology};
+use crate::topology::{NodeId, Quarantine, Standing, Topology};
 
 /// The (database, user) pairs that get labels of their own; further ones are summed as `other`.
 pub const MAX_POOL_LABELS: usize = 100;
@@ -33,6 +35,8 @@ pub enum WaitFor {
     Backend,
     /// A primary being found.
     Primary,
+    /// Being let to the primary, while it is changed.
+    Gate,
 }
 
 /// The backends of one pool in one state, for a scrape.
@@ -75,6 +79,23 @@ pub struct Scrape<'a> {
     pub topology_changes: u64,
     /// How long ago each node's WAL position was last seen, in the configuration's order.
     pub sample_ages: &'a [Option<Duration>],
+    /// Where failover stands.
+    pub failover: FailoverFigures,
+}
+
+/// Where failover stands.
+#[derive(Clone, Debug, Default)]
+pub struct FailoverFigures {
+    /// Its state, out of `Labels::failover_states`.
+    pub state: &'static str,
+    /// Why it is blocked, out of `Labels::failover_blocks`.
+    pub blocked: Option<&'static str>,
+    /// Why nodes are kept out: one entry for each node.
+    pub quarantined: Vec<&'static str>,
+    /// Bytes with acknowledged writes that the last failover is known to have lost.
+    pub lost_acked_bytes_min: Option<u64>,
+    /// With `durability: quorum`: whether acknowledged writes are covered now.
+    pub sync: Option<bool>,
 }
 
 /// Every value of the labels that are known beforehand, so that each series is there from the start.
@@ -94,10 +115,18 @@ pub struct Labels {
     pub login_failures: &'static [&'static str],
     /// What becomes of cancel requests.
     pub cancels: &'static [&'static str],
+    /// Why statements are not let to the primary.
+    pub gate_refused: &'static [&'static str],
+    /// What sessions have that ends with their primary.
+    pub sessions_ended: &'static [&'static str],
     /// What takes too long.
     pub timeouts: &'static [&'static str],
     /// Why backends are closed.
     pub backends_closed: &'static [&'static str],
+    /// States of failover.
+    pub failover_states: &'static [&'static str],
+    /// Why failovers are blocked.
+    pub failover_blocks: &'static [&'static str],
 }
 
 /// Counters by a reason, looked up at each use; for events that are not on the way of every statement.
@@ -133,15 +162,16 @@ impl ReasonGauge {
 /// All metrics. Made once, shared by `Arc`.
 pub struct Metrics {
     registry: Registry,
-    node_names: Vec<String>,
-    /// `[node][class][reason]`, flattened.
-    statements: Vec<IntCounter>,
-    classes: &'static [&'static str],
-    reasons: &'static [&'static str],
-    statement_seconds: Vec<Histogram>,
-    waits: [Histogram; 4],
-    backends_opened: Vec<IntCounter>,
-    backends_closed: IntCounterVec,
+    failover_phases: HistogramVec,
+    /// Write targets that failover has made, by how.
+    pub failovers: ReasonCounter,
+    /// Failovers that could not go on, by why.
+    pub failover_blocks: ReasonCounter,
+    /// By node; those that a reload adds come later.
+    nodes: Box<[OnceLock<NodeSeries>]>,
+    per_node: PerNode,
+    labels: Labels,
+    waits: [Histogram; 5],
     /// Statements run again elsewhere, by why.
     pub redone: ReasonCounter,
     /// With `routing.shadow`: reads on the primary, by where they would have gone.
@@ -178,13 +208,47 @@ pub struct Metrics {
     pub protocol_errors: IntCounter,
     /// Statements whose outcome could not be learned.
     pub unknown_outcomes: IntCounter,
+    /// Statements that wait to be let to the primary.
+    pub gate_waiting: IntGauge,
+    /// Those that were not let there, by why.
+    pub gate_refused: ReasonCounter,
+    /// Sessions ended with their primary, by what they had there.
+    pub sessions_ended: ReasonCounter,
+    /// Sessions that were made to listen again on another backend.
+    pub listens_resumed: IntCounter,
+    /// Commits that the server says may not have been replicated.
+    pub unreplicated_commits: IntCounter,
     /// Sessions told that an acknowledged write may have been lost in a failover.
     pub lost_write: IntCounter,
     /// Reads that waited because the primary had its share of reads that no replica could serve.
     pub primary_reads_queued: IntCounter,
     /// Of those, the ones that failed in the end.
     pub primary_reads_refused: IntCounter,
+    /// Reloads of the configuration, by how they ended.
+    pub reloads: ReasonCounter,
+    /// Lines about single statements that were not logged, because there were too many.
+    pub log_suppressed: IntCounter,
 }
+
+/// The families with a series for each node.
+struct PerNode {
+    statements: IntCounterVec,
+    seconds: HistogramVec,
+    opened: IntCounterVec,
+    closed: IntCounterVec,
+}
+
+/// One node's series.
+struct NodeSeries {
+    name: String,
+    /// `[class][reason]`, flattened.
+    statements: Box<[IntCounter]>,
+    seconds: Histogram,
+    opened: IntCounter,
+}
+
+/// How reloads of the configuration end, as the metric labels it.
+pub const RELOAD_LABELS: [&str; 2] = ["applied", "refused"];
 
 fn register<C: Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<C>) -> C {
     let collector = made.expect("names and labels are constants that the tests have seen work");
@@ -222,22 +286,13 @@ impl Metrics {
     /// takes indexes into `labels.classes` and `labels.reasons`.
     pub fn new(node_names: &[String], labels: &Labels) -> Metrics {
         let registry = Registry::new();
-        let (classes, reasons) = (labels.classes, labels.reasons);
         let r = &registry;
-        let statements_vec = counters(
+        let statements = counters(
             r,
             "highwater_statements_total",
             "Statements that ran, by node, class and the reason of the route.",
             &["node", "class", "reason"],
         );
-        let mut statements = Vec::new();
-        for node in node_names {
-            for class in classes {
-                for reason in reasons {
-                    statements.push(statements_vec.with_label_values(&[node.as_str(), class, reason]));
-                }
-            }
-        }
         let seconds = histograms(
             r,
             "highwater_statement_seconds",
@@ -261,19 +316,14 @@ impl Metrics {
             "Connections to a node closed, by why.",
             &["node", "reason"],
         );
-        for node in node_names {
-            for reason in labels.backends_closed {
-                closed.with_label_values(&[node.as_str(), reason]);
-            }
-        }
         let build =
             register(r, IntGaugeVec::new(Opts::new("highwater_build_info", "Always 1."), &["version"]));
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        Metrics {
-            statement_seconds: node_names.iter().map(|n| seconds.with_label_values(&[n])).collect(),
-            waits: ["mark", "floor", "backend", "primary"].map(|w| wait.with_label_values(&[w])),
-            backends_opened: node_names.iter().map(|n| opened.with_label_values(&[n])).collect(),
-            backends_closed: closed,
+        let metrics = Metrics {
+            nodes: (0..MAX_NODES).map(|_| OnceLock::new()).collect(),
+            per_node: PerNode { statements, seconds, opened, closed },
+            labels: *labels,
+            waits: ["mark", "floor", "backend", "primary", "gate"].map(|w| wait.with_label_values(&[w])),
             redone: by_reason(
                 "highwater_redone_total",
                 "Statements run again on another node.",
@@ -360,6 +410,33 @@ impl Metrics {
                 "highwater_unknown_outcomes_total",
                 "Statements whose outcome is unknown.",
             ),
+            gate_waiting: gauge(
+                r,
+                "highwater_gate_waiting",
+                "Statements that wait to be let to the primary while it is being changed.",
+            ),
+            gate_refused: by_reason(
+                "highwater_gate_refused_total",
+                "Statements that were not let to the primary while it was being changed, by why.",
+                "reason",
+                labels.gate_refused,
+            ),
+            sessions_ended: by_reason(
+                "highwater_sessions_ended_total",
+                "Sessions ended because their primary was lost or left, by what they had there.",
+                "reason",
+                labels.sessions_ended,
+            ),
+            listens_resumed: counter(
+                r,
+                "highwater_listens_resumed_total",
+                "Sessions that were made to listen again after their backend was lost.",
+            ),
+            unreplicated_commits: counter(
+                r,
+                "highwater_unreplicated_commits_total",
+                "Commits whose wait for a synchronous replica was cancelled; told to the client as 08007.",
+            ),
             lost_write: counter(r, "highwater_lost_write_total", "Sessions told of a possibly lost write."),
             primary_reads_queued: counter(
                 r,
@@ -371,20 +448,76 @@ impl Metrics {
                 "highwater_primary_reads_refused_total",
                 "Reads above consistency.primary_read_cap that failed.",
             ),
-            classes,
-            reasons,
-            node_names: node_names.to_vec(),
-            statements,
+            failovers: by_reason(
+                "highwater_failovers_total",
+                "Primaries replaced.",
+                "reason",
+                &["failover", "switchover"],
+            ),
+            failover_blocks: by_reason(
+                "highwater_failover_blocks_total",
+                "Failovers that could not go on.",
+                "reason",
+                labels.failover_blocks,
+            ),
+            failover_phases: histograms(
+                r,
+                "highwater_failover_phase_seconds",
+                "Time spent in a state of failover that has been left.",
+                "phase",
+            ),
+            reloads: by_reason(
+                "highwater_reloads_total",
+                "Reloads of the configuration.",
+                "outcome",
+                &RELOAD_LABELS,
+            ),
+            log_suppressed: counter(
+                r,
+                "highwater_log_suppressed_total",
+                "Log lines about single statements above log.slow_per_second.",
+            ),
             registry,
+        };
+        for (index, name) in node_names.iter().enumerate() {
+            metrics.name_node(index, name);
         }
+        metrics
+    }
+
+    /// The node at `index` has this name, for good: from now on it is counted.
+    pub fn name_node(&self, index: usize, name: &str) {
+        let Some(place) = self.nodes.get(index) else { return };
+        place.get_or_init(|| {
+            let pairs = self
+                .labels
+                .classes
+                .iter()
+                .flat_map(|class| self.labels.reasons.iter().map(move |reason| (*class, *reason)));
+            let statements = pairs
+                .map(|(class, reason)| self.per_node.statements.with_label_values(&[name, class, reason]));
+            for reason in self.labels.backends_closed {
+                self.per_node.closed.with_label_values(&[name, reason]);
+            }
+            NodeSeries {
+                name: name.to_owned(),
+                statements: statements.collect(),
+                seconds: self.per_node.seconds.with_label_values(&[name]),
+                opened: self.per_node.opened.with_label_values(&[name]),
+            }
+        });
+    }
+
+    fn node(&self, node: NodeId) -> Option<&NodeSeries> {
+        self.nodes.get(node.index())?.get()
     }
 
     /// Counts a statement; indexes into the lists given to [`new`](Self::new). Out of range: not counted.
     pub fn statement(&self, node: NodeId, class: usize, reason: usize) {
-        if class < self.classes.len()
-            && reason < self.reasons.len()
+        let reasons = self.labels.reasons.len();
+        if reason < reasons
             && let Some(counter) =
-                self.statements.get((node.index() * self.classes.len() + class) * self.reasons.len() + reason)
+                self.node(node).and_then(|series| series.statements.get(class * reasons + reason))
         {
             counter.inc();
         }
@@ -392,20 +525,22 @@ impl Metrics {
 
     /// Every count of [`statement`](Self::statement) so far, as (node, class, reason, count).
     pub fn statements_so_far(&self) -> impl Iterator<Item = (NodeId, &'static str, &'static str, u64)> {
-        let pairs =
-            self.classes.iter().flat_map(|class| self.reasons.iter().map(move |reason| (class, reason)));
-        let nodes = (0u16..).map(NodeId).take(self.node_names.len());
-        let cells =
-            nodes.flat_map(move |node| pairs.clone().map(move |(class, reason)| (node, *class, *reason)));
-        cells
-            .zip(&self.statements)
-            .map(|((node, class, reason), counter)| (node, class, reason, counter.get()))
+        let (classes, reasons) = (self.labels.classes, self.labels.reasons);
+        let pairs = classes.iter().flat_map(move |class| reasons.iter().map(move |reason| (*class, *reason)));
+        (0u16..)
+            .map(NodeId)
+            .zip(&self.nodes)
+            .filter_map(|(node, series)| Some((node, series.get()?)))
+            .flat_map(move |(node, series)| {
+                let counted = pairs.clone().zip(&series.statements);
+                counted.map(move |((class, reason), counter)| (node, class, reason, counter.get()))
+            })
     }
 
     /// Observes a statement's time on `node`.
     pub fn statement_took(&self, node: NodeId, time: Duration) {
-        if let Some(histogram) = self.statement_seconds.get(node.index()) {
-            histogram.observe(time.as_secs_f64());
+        if let Some(series) = self.node(node) {
+            series.seconds.observe(time.as_secs_f64());
         }
     }
 
@@ -416,15 +551,23 @@ impl Metrics {
 
     /// Counts a connection opened to `node`.
     pub fn backend_opened(&self, node: NodeId) {
-        if let Some(counter) = self.backends_opened.get(node.index()) {
-            counter.inc();
+        if let Some(series) = self.node(node) {
+            series.opened.inc();
         }
     }
 
     /// Counts a connection to `node` closed.
     pub fn backend_closed(&self, node: NodeId, reason: &'static str) {
-        if let Some(name) = self.node_names.get(node.index()) {
-            self.backends_closed.with_label_values(&[name.as_str(), reason]).inc();
+        if let Some(series) = self.node(node) {
+            self.per_node.closed.with_label_values(&[series.name.as_str(), reason]).inc();
+        }
+    }
+
+    /// Observes how long a state of failover has lasted.
+    pub fn failover_phase(&self, phase: &'static str, time: Duration) {
+        // How long it was well is no figure of a failover.
+        if !matches!(phase, "healthy" | "starting") {
+            self.failover_phases.with_label_values(&[phase]).observe(time.as_secs_f64());
         }
     }
 
@@ -432,7 +575,9 @@ impl Metrics {
     pub fn render(&self, scrape: &Scrape<'_>) -> String {
         let now = Registry::new();
         topology_metrics(&now, scrape.topology);
-        pool_metrics(&now, &self.node_names, scrape.pools);
+        self.failover_metrics(&now, &scrape.failover);
+        let names = |node: NodeId| self.node(node).map(|series| series.name.as_str());
+        pool_metrics(&now, &names, scrape.pools);
         let cache = scrape.class_cache;
         counter(&now, "highwater_class_cache_hits_total", "Look-ups that found their statement.")
             .inc_by(cache.hits);
@@ -441,8 +586,8 @@ impl Metrics {
             .inc_by(cache.replaced_parsers);
         let samples =
             counters(&now, "highwater_samples_total", "Samples of a node's WAL position.", &["node"]);
-        for (node, count) in self.node_names.iter().zip(scrape.samples) {
-            samples.with_label_values(&[node]).inc_by(*count);
+        for (node, count) in self.nodes.iter().map_while(OnceLock::get).zip(scrape.samples) {
+            samples.with_label_values(&[node.name.as_str()]).inc_by(*count);
         }
         counter(&now, "highwater_topology_changes_total", "Changes of the topology.")
             .inc_by(scrape.topology_changes);
@@ -474,6 +619,35 @@ impl Metrics {
     }
 }
 
+impl Metrics {
+    fn failover_metrics(&self, now: &Registry, figures: &FailoverFigures) {
+        let gauges = |name: &str, help: &str, label: &str| -> IntGaugeVec {
+            register(now, IntGaugeVec::new(Opts::new(name, help), &[label]))
+        };
+        let states = gauges("highwater_failover_state", "1 at the state that failover is in.", "state");
+        for state in self.labels.failover_states {
+            states.with_label_values(&[state]).set(i64::from(*state == figures.state));
+        }
+        let blocked = gauges("highwater_failover_blocked", "1 at what a failover waits for.", "reason");
+        for reason in self.labels.failover_blocks {
+            blocked.with_label_values(&[reason]).set(i64::from(Some(*reason) == figures.blocked));
+        }
+        let kept_out = gauges("highwater_quarantined_nodes", "Nodes that must be repaired.", "reason");
+        for reason in [Quarantine::OldPrimary, Quarantine::Diverged].map(Quarantine::label) {
+            let count = figures.quarantined.iter().filter(|why| **why == reason).count();
+            kept_out.with_label_values(&[reason]).set(as_gauge(count as u64));
+        }
+        if let Some(bytes) = figures.lost_acked_bytes_min {
+            gauge(now, "highwater_lost_acked_bytes_min", "WAL of acknowledged writes lost, at least.")
+                .set(as_gauge(bytes));
+        }
+        if let Some(covered) = figures.sync {
+            gauge(now, "highwater_sync_state", "1: acknowledged writes survive the primary; 0: degraded.")
+                .set(i64::from(covered));
+        }
+    }
+}
+
 fn as_gauge(count: u64) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
@@ -493,7 +667,7 @@ fn topology_metrics(now: &Registry, topology: &Topology) {
         "Queries that replay has cancelled, as the node counts them.",
         &["node"],
     );
-    for node in &topology.nodes {
+    for node in topology.members() {
         let name: &str = &node.name;
         if let Some(recovery) = node.recovery {
             paused.with_label_values(&[name]).set(f64::from(u8::from(recovery.paused)));
@@ -512,6 +686,11 @@ fn topology_metrics(now: &Registry, topology: &Topology) {
             seconds.with_label_values(&[name]).set(lag.as_secs_f64());
         }
     }
+    let second = |node: &&crate::topology::NodeView| {
+        node.standing == Standing::Excluded(crate::topology::Exclusion::SecondPrimary)
+    };
+    gauge(now, "highwater_split_brain", "Nodes that take writes and are not the primary.")
+        .set(as_gauge(topology.nodes.iter().filter(second).count() as u64));
     gauge(now, "highwater_epoch", "Write targets this proxy has had.").set(as_gauge(topology.epoch.0));
     if let Some(timeline) = topology.timeline {
         let made: Gauge = register(now, Gauge::new("highwater_timeline", "The primary's timeline."));
@@ -519,14 +698,14 @@ fn topology_metrics(now: &Registry, topology: &Topology) {
     }
 }
 
-fn pool_metrics(now: &Registry, node_names: &[String], pools: &[PoolFigure]) {
+fn pool_metrics<'n>(now: &Registry, names: &dyn Fn(NodeId) -> Option<&'n str>, pools: &'n [PoolFigure]) {
     let mut named: Vec<(&str, &str)> = pools.iter().map(|p| (p.database.as_str(), p.user.as_str())).collect();
     named.sort_unstable();
     named.dedup();
     named.truncate(MAX_POOL_LABELS);
     let mut sums: BTreeMap<[&str; 4], u64> = BTreeMap::new();
     for pool in pools {
-        let Some(node) = node_names.get(pool.node.index()) else { continue };
+        let Some(node) = names(pool.node) else { continue };
         let pair = (pool.database.as_str(), pool.user.as_str());
         let (database, user) = if named.binary_search(&pair).is_ok() { pair } else { ("other", "other") };
         let sum = sums.entry([node, database, user, pool.state]).or_default();
@@ -632,6 +811,11 @@ pub(crate) mod tests {
             samples: &samples,
             topology_changes: 3,
             sample_ages: &[Some(Duration::from_millis(1500)), None, None],
+            failover: FailoverFigures {
+                state: "healthy",
+                quarantined: vec!["diverged"],
+                ..FailoverFigures::default()
+            },
         });
         for line in [
             "highwater_statements_total{class=\"write\",node=\"n1\",reason=\"unclear\"} 2",
@@ -647,6 +831,8 @@ pub(crate) mod tests {
             "highwater_node_role{node=\"n0\",role=\"primary\"} 1",
             "highwater_replica_replay_lag_bytes{node=\"n1\"} 4096",
             "highwater_replica_replay_lag_seconds{node=\"n1\"} 0.25",
+            "highwater_quarantined_nodes{reason=\"diverged\"} 1",
+            "highwater_split_brain 0",
             "highwater_epoch 2",
             "highwater_timeline 3",
             "highwater_pool_backends{database=\"other\",node=\"n0\",state=\"idle\",user=\"other\"} 100",

@@ -8,19 +8,21 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use deadpool_postgres::{
     Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, TimeoutType,
 };
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::{Client, Row, Statement};
+use tokio_postgres::{Client, Row, SimpleQueryMessage, Statement};
 
-use crate::config::{Config, FunctionOverrides};
+use crate::config::FunctionOverrides;
+use crate::config::live::LiveConfig;
 use crate::net::NodeTls;
 use crate::topology::{NodeId, Recovery};
 use crate::wal::{Lsn, TimelineHistory, TimelineId, round_down_page_header};
@@ -42,6 +44,8 @@ pub enum NodeFailure {
     Timeout,
     /// The server says that it is starting up, shutting down or recovering (57P03): not dead.
     Starting,
+    /// An idle connection was ended at an administrator's word: shut down, or restarted, or only that session.
+    ShuttingDown,
     /// The connection broke.
     Broken,
     /// The server answered, with an error: it lives, but does not let us look.
@@ -55,6 +59,7 @@ impl NodeFailure {
             NodeFailure::Refused => "refused",
             NodeFailure::Timeout => "timeout",
             NodeFailure::Starting => "starting",
+            NodeFailure::ShuttingDown => "shutting_down",
             NodeFailure::Broken => "broken",
             NodeFailure::Answered => "answered",
         }
@@ -192,9 +197,22 @@ pub enum ProbedRole {
         positions: ReplicaSample,
         /// The walreceiver's status (`streaming`, `waiting`, ...); `None`: none runs.
         walreceiver: Option<String>,
+        /// That walreceiver, as far as it can be told from others.
+        receiver: Option<Receiver>,
         /// What holds its replay up.
         recovery: Recovery,
     },
+}
+
+/// A walreceiver and whom it receives from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Receiver {
+    /// Its process.
+    pub pid: u32,
+    /// The sender's host, as the walreceiver was told it.
+    pub host: Option<String>,
+    /// The sender's port.
+    pub port: Option<u16>,
 }
 
 /// What a replica said of transactions that a primary still lists as running.
@@ -240,7 +258,10 @@ SELECT (SELECT system_identifier FROM pg_control_system()), \
     (extract(epoch FROM current_setting('recovery_min_apply_delay')::interval) * 1000)::bigint::text, \
     pg_is_wal_replay_paused()::text, \
     (SELECT sum(confl_tablespace + confl_lock + confl_snapshot + confl_bufferpin + confl_deadlock)::text \
-     FROM pg_stat_database_conflicts)] \
+     FROM pg_stat_database_conflicts), \
+    (SELECT pid::text FROM pg_stat_get_wal_receiver()), \
+    (SELECT sender_host FROM pg_stat_get_wal_receiver()), \
+    (SELECT sender_port::text FROM pg_stat_get_wal_receiver())] \
   ELSE ARRAY['primary', pg_current_wal_insert_lsn()::text, \
     left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)] END";
 
@@ -324,8 +345,8 @@ impl LoginSettings {
 pub struct Nodes {
     /// What logins give.
     pub login_settings: Arc<LoginSettings>,
-    config: Arc<Config>,
-    dialer: Dialer,
+    config: Arc<LiveConfig>,
+    dialer: ArcSwap<Dialer>,
     pools: Mutex<HashMap<(NodeId, String), PoolEntry>>,
 }
 
@@ -336,15 +357,23 @@ struct PoolEntry {
 
 impl Nodes {
     /// No connection is made yet.
-    pub fn new(config: Arc<Config>, tls: &NodeTls) -> Arc<Nodes> {
-        let (connector, mode) = tls.postgres_connector();
-        let dialer = Dialer { connector, mode };
+    pub fn new(config: Arc<LiveConfig>, tls: &NodeTls) -> Arc<Nodes> {
+        let dialer = ArcSwap::from_pointee(Dialer::new(tls));
         Arc::new(Nodes { login_settings: Arc::default(), config, dialer, pools: Mutex::new(HashMap::new()) })
     }
 
+    /// Connections are made by this TLS from now on; pooled ones of before, and those made as another role or to
+    /// other addresses, are closed as they come back.
+    pub fn reconnect(&self, tls: &NodeTls) {
+        self.dialer.store(Arc::new(Dialer::new(tls)));
+        for (_, entry) in self.lock_pools().drain() {
+            entry.pool.close();
+        }
+    }
+
     /// What the configuration says of functions, for those who read the databases' catalogs.
-    pub fn functions(&self) -> &FunctionOverrides {
-        &self.config.routing.functions
+    pub fn functions(&self) -> FunctionOverrides {
+        self.config.load().routing.functions.clone()
     }
 
     /// A connection of its own to `database` on `node` as the control user. Its task is spawned on the
@@ -352,16 +381,20 @@ impl Nodes {
     ///
     /// Fails after `pool.connect_timeout` at the latest, login included.
     pub async fn connect(&self, node: NodeId, database: &str) -> Result<Client, NodeError> {
-        Ok(self.dial_within(node, database, self.config.pool.connect_timeout).await?.0)
+        let limit = self.config.load().pool.connect_timeout;
+        Ok(self.dial_within(node, database, limit).await?.0)
     }
 
     /// A connection of its own to the control database of `node`, with our questions as prepared
     /// statements (samplers, probes). `deadline` bounds the connection with its login, and then each
     /// question.
     pub async fn open(&self, node: NodeId, deadline: Duration) -> Result<NodeClient, NodeError> {
-        let (client, task) = self.dial_within(node, &self.config.control.database, deadline).await?;
+        let settings = self.settings(node, &self.control_database())?;
+        let told_to_end = Arc::new(AtomicBool::new(false));
+        let (client, task) = self.dial(node, &settings, deadline, Some(&told_to_end)).await?;
         let connection = NodeClient {
             client,
+            told_to_end,
             task: EndWithOwner(task),
             name: self.name(node),
             deadline,
@@ -371,6 +404,19 @@ impl Nodes {
             wal_sizes: (0, 0),
         };
         connection.prepared().await
+    }
+
+    /// A connection of its own to the control database of `node`, for orders, under `application` as its name.
+    pub async fn session(
+        &self,
+        node: NodeId,
+        application: &str,
+        deadline: Duration,
+    ) -> Result<ControlSession, NodeError> {
+        let mut settings = self.settings(node, &self.control_database())?;
+        settings.application_name(application);
+        let (client, task) = self.dial(node, &settings, deadline, None).await?;
+        Ok(ControlSession { client, _task: EndWithOwner(task), name: self.name(node) })
     }
 
     /// A shared connection out of a small bounded pool per (node, database): auth query, catalog facts,
@@ -401,9 +447,9 @@ impl Nodes {
 
     /// Closes the pooled connections to all databases but `except` and the control database.
     pub fn close_databases(&self, except: &str) {
-        let control = &self.config.control.database;
+        let control = self.control_database();
         self.lock_pools().retain(|(_, database), entry| {
-            let keep = database == except || database == control;
+            let keep = database == except || *database == control;
             if !keep {
                 entry.pool.close();
             }
@@ -421,7 +467,7 @@ impl Nodes {
     ) -> Result<NotCommitted, NodeError> {
         let asked: Vec<i64> = xids.iter().filter_map(|x| i64::try_from(*x).ok()).collect();
         let question = async {
-            let client = self.client(node, &self.config.control.database).await?;
+            let client = self.client(node, &self.control_database()).await?;
             let statement = client.prepare_cached(NOT_COMMITTED).await.map_err(|e| self.error(node, &e))?;
             client.query_one(&statement, &[&asked]).await.map_err(|e| self.error(node, &e))
         };
@@ -433,7 +479,12 @@ impl Nodes {
 
     /// The node's name in the configuration.
     pub fn name(&self, node: NodeId) -> String {
-        self.config.nodes.get(node.index()).map_or_else(|| format!("#{}", node.0), |n| n.name.clone())
+        self.config.load().nodes.get(node.index()).map_or_else(|| format!("#{}", node.0), |n| n.name.clone())
+    }
+
+    /// The database for probes, samples and the auth query.
+    pub fn control_database(&self) -> String {
+        self.config.load().control.database.clone()
     }
 
     fn pool(&self, node: NodeId, database: &str) -> Result<Pool, NodeError> {
@@ -451,21 +502,23 @@ impl Nodes {
             }
         }
         let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
-        let limit = Some(self.config.pool.connect_timeout);
-        let pool = Pool::builder(Manager::from_connect(settings, self.dialer.clone(), recycling))
-            .max_size(POOL_CONNECTIONS)
-            .runtime(Runtime::Tokio1)
-            .wait_timeout(limit)
-            .create_timeout(limit)
-            .recycle_timeout(limit)
-            .build()
-            .map_err(|e| self.failure(node, NodeFailure::Broken, e.to_string()))?;
+        let limit = Some(self.config.load().pool.connect_timeout);
+        let pool =
+            Pool::builder(Manager::from_connect(settings, Dialer::clone(&self.dialer.load()), recycling))
+                .max_size(POOL_CONNECTIONS)
+                .runtime(Runtime::Tokio1)
+                .wait_timeout(limit)
+                .create_timeout(limit)
+                .recycle_timeout(limit)
+                .build()
+                .map_err(|e| self.failure(node, NodeFailure::Broken, e.to_string()))?;
         pools.insert(key, PoolEntry { pool: pool.clone(), used: Instant::now() });
         Ok(pool)
     }
 
     fn settings(&self, node: NodeId, database: &str) -> Result<tokio_postgres::Config, NodeError> {
-        let Some(address) = self.config.nodes.get(node.index()) else {
+        let config = self.config.load();
+        let Some(address) = config.nodes.get(node.index()) else {
             return Err(self.failure(
                 node,
                 NodeFailure::Refused,
@@ -476,16 +529,16 @@ impl Nodes {
         settings
             .host(&address.host)
             .port(address.port)
-            .user(&self.config.control.user)
+            .user(&config.control.user)
             .dbname(database)
             .application_name("highwater")
             .options(SETTINGS)
-            .connect_timeout(self.config.pool.connect_timeout)
+            .connect_timeout(config.pool.connect_timeout)
             .keepalives_idle(Duration::from_secs(10))
             .keepalives_interval(Duration::from_secs(5))
             .keepalives_retries(3)
-            .tcp_user_timeout(self.config.failover.tcp_user_timeout);
-        if let Some(password) = &self.config.control.password {
+            .tcp_user_timeout(config.failover.tcp_user_timeout);
+        if let Some(password) = &config.control.password {
             settings.password(&password.0);
         }
         Ok(settings)
@@ -498,8 +551,19 @@ impl Nodes {
         deadline: Duration,
     ) -> Result<(Client, JoinHandle<()>), NodeError> {
         let settings = self.settings(node, database)?;
+        self.dial(node, &settings, deadline, None).await
+    }
+
+    async fn dial(
+        &self,
+        node: NodeId,
+        settings: &tokio_postgres::Config,
+        deadline: Duration,
+        told_to_end: Option<&Arc<AtomicBool>>,
+    ) -> Result<(Client, JoinHandle<()>), NodeError> {
         // A frozen server still accepts TCP: the deadline must span the login as well.
-        match timeout(deadline, self.dialer.dial(&settings)).await {
+        let dialer = self.dialer.load_full();
+        match timeout(deadline, dialer.dial(settings, told_to_end)).await {
             Ok(connected) => connected.map_err(|error| self.error(node, &error)),
             Err(_) => Err(self.failure(node, NodeFailure::Timeout, "connection timed out".to_owned())),
         }
@@ -526,6 +590,7 @@ impl Nodes {
 /// towards a server that does not answer.
 pub struct NodeClient {
     client: Client,
+    told_to_end: Arc<AtomicBool>,
     task: EndWithOwner,
     name: String,
     deadline: Duration,
@@ -544,6 +609,11 @@ impl Drop for EndWithOwner {
 }
 
 impl NodeClient {
+    /// Each question to come may take so long.
+    pub fn answer_within(&mut self, deadline: Duration) {
+        self.deadline = deadline;
+    }
+
     /// Where the node is. One round trip.
     pub async fn sample(&self) -> Result<SampleAnswer, NodeError> {
         let row = self.ask(self.sample.as_ref()).await?;
@@ -580,10 +650,12 @@ impl NodeClient {
         }
     }
 
-    /// Resolves when the connection has ended, for whatever reason.
-    pub async fn ended(&mut self) {
+    /// Resolves when the connection has ended, for whatever reason; whether the server did so at an administrator's
+    /// word, as it does when it is shut down in order.
+    pub async fn ended(&mut self) -> bool {
         // The task is never awaited again once it has ended: the owner then drops the connection.
         let _ = (&mut self.task.0).await;
+        self.told_to_end.load(Ordering::SeqCst)
     }
 
     async fn prepared(mut self) -> Result<NodeClient, NodeError> {
@@ -636,6 +708,41 @@ impl NodeClient {
     }
 }
 
+/// A connection that gives orders, each a statement of its own: `ALTER SYSTEM` takes no company. Dropping it
+/// closes it at once; what was sent and not answered may still be carried out.
+pub struct ControlSession {
+    client: Client,
+    _task: EndWithOwner,
+    name: String,
+}
+
+impl ControlSession {
+    /// Runs one statement; its rows, as text.
+    pub async fn ask(&self, sql: &str, deadline: Duration) -> Result<Vec<Vec<Option<String>>>, NodeError> {
+        let messages = timeout(deadline, self.client.simple_query(sql))
+            .await
+            .map_err(|_| NodeError {
+                node: self.name.clone(),
+                cause: "no answer in time".to_owned(),
+                kind: NodeFailure::Timeout,
+            })?
+            .map_err(|error| describe(self.name.clone(), &error))?;
+        let columns = |row: &tokio_postgres::SimpleQueryRow| {
+            (0..row.len()).map(|column| row.get(column).map(str::to_owned)).collect()
+        };
+        let rows = messages.iter().filter_map(|message| match message {
+            SimpleQueryMessage::Row(row) => Some(columns(row)),
+            _ => None,
+        });
+        Ok(rows.collect())
+    }
+
+    /// Whether the connection has ended.
+    pub fn is_closed(&self) -> bool {
+        self.client.is_closed()
+    }
+}
+
 /// Makes control connections, with the TLS that all connections to nodes have.
 #[derive(Clone)]
 struct Dialer {
@@ -644,17 +751,29 @@ struct Dialer {
 }
 
 impl Dialer {
+    fn new(tls: &NodeTls) -> Dialer {
+        let (connector, mode) = tls.postgres_connector();
+        Dialer { connector, mode }
+    }
+
     /// The one place where a control connection is made; its task runs until the connection ends.
+    /// `told_to_end` is set when the server ends it at an administrator's word.
     async fn dial(
         &self,
         settings: &tokio_postgres::Config,
+        told_to_end: Option<&Arc<AtomicBool>>,
     ) -> Result<(Client, JoinHandle<()>), tokio_postgres::Error> {
         let mut settings = settings.clone();
         settings.ssl_mode(self.mode);
         let (client, connection) = settings.connect(self.connector.clone()).await?;
+        let told_to_end = told_to_end.map(Arc::clone);
         let task = tokio::spawn(async move {
-            // Whoever asks over the connection gets its error; there is nobody else to tell.
-            let _ = connection.await;
+            // Whoever asks over the connection gets its error; an idle one's says whether it is a shutdown.
+            let ended = connection.await;
+            let ordered = ended.is_err_and(|error| error.as_db_error().is_some_and(is_shutdown));
+            if let Some(told_to_end) = told_to_end {
+                told_to_end.store(ordered, Ordering::SeqCst);
+            }
         });
         Ok((client, task))
     }
@@ -668,8 +787,13 @@ impl deadpool_postgres::Connect for Dialer {
         Box<dyn Future<Output = Result<(Client, JoinHandle<()>), tokio_postgres::Error>> + Send + '_>,
     > {
         let settings = settings.clone();
-        Box::pin(async move { self.dial(&settings).await })
+        Box::pin(async move { self.dial(&settings, None).await })
     }
+}
+
+/// 57P01 by an administrator: a backend whose postmaster was killed says the same, from another routine.
+fn is_shutdown(error: &tokio_postgres::error::DbError) -> bool {
+    *error.code() == SqlState::ADMIN_SHUTDOWN && error.routine() == Some("ProcessInterrupts")
 }
 
 fn describe(node: String, error: &tokio_postgres::Error) -> NodeError {
@@ -752,6 +876,11 @@ fn read_probe(row: &Row, (block, segment): (u64, u64)) -> Option<ProbeAnswer> {
         "replica" => ProbedRole::Replica {
             positions: replica_positions(&fields),
             walreceiver: fields.get(6).cloned().flatten(),
+            receiver: field(&fields, 10).map(|pid| Receiver {
+                pid,
+                host: fields.get(11).cloned().flatten(),
+                port: field(&fields, 12),
+            }),
             recovery: Recovery {
                 apply_delay: Duration::from_millis(field(&fields, 7).unwrap_or(0)),
                 paused: field(&fields, 8).unwrap_or(false),

@@ -3,6 +3,8 @@
 //! One thread runs the control plane (probes, samplers, catalog facts, HTTP), so that a busy worker
 //! never delays a probe; one accepts; the workers serve clients.
 
+mod apply;
+
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -10,34 +12,41 @@ use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use arc_swap::ArcSwap;
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 use tracing::info;
 
+use self::apply::Applier;
 use crate::admin::access::Access;
 use crate::admin::{self, AdminState, Memory};
-use crate::backend::pool::{CloseReason, PoolContext, Pools};
+use crate::backend::pool::{CloseReason, PoolContext, Pools, Ways};
 use crate::catalogs::Catalogs;
 use crate::classify::{Classifier, PinReason};
 use crate::client::auth::AuthFailure;
 use crate::client::verifiers::Verifiers;
 use crate::config::Config;
+use crate::config::live::LiveConfig;
 use crate::control;
+use crate::failover::event::{BlockReason, State};
+use crate::gate::Gate;
 use crate::listener::{self, Door};
-use crate::metrics::{ClassCacheFigures, Labels, Metrics, PoolFigure};
+use crate::log;
+use crate::metrics::{ClassCacheFigures, FailoverFigures, Labels, Metrics, PoolFigure};
 use crate::net::{ClientTls, NodeTls};
 use crate::node::Nodes;
 use crate::positions::Positions;
+use crate::reload::Reload;
 use crate::route::{ClassLabel, RouteReason};
 use crate::session::handle::Sessions;
 use crate::session::prepared::Names;
 use crate::session::promise::PrimaryReads;
 use crate::session::shared_mark::{GlobalMark, NamedMarks};
 use crate::session::timeouts::Overdue;
-use crate::session::{REDONE_LABELS, Shared};
+use crate::session::{ENDED_LABELS, GATE_REFUSED_LABELS, REDONE_LABELS, Shared};
 use crate::supervisor::{self, Pulse};
-use crate::topology::{NodeId, Topology, TopologyHandle};
+use crate::topology::{Topology, TopologyHandle};
 
 /// Why the proxy could not start.
 #[derive(Debug)]
@@ -82,6 +91,10 @@ pub struct ServerHandle {
     /// Counts.
     pub metrics: Arc<Metrics>,
     pulse: Arc<Pulse>,
+    /// Reads the configuration's file again.
+    pub reload: Reload,
+    /// Where operators' commands go.
+    pub commands: control::Commands,
     stop: watch::Sender<Stop>,
     main: Option<JoinHandle<()>>,
 }
@@ -111,12 +124,15 @@ impl Drop for ServerHandle {
 
 /// Starts the proxy and returns once it accepts clients; the nodes may still be unknown then.
 pub fn start(config: Config) -> Result<ServerHandle, StartError> {
-    let config = Arc::new(config);
+    start_with(config, None)
+}
+
+fn start_with(config: Config, level: Option<log::Level>) -> Result<ServerHandle, StartError> {
     let (stop, stopped) = watch::channel(Stop::Run);
     let (ready, started) = oneshot::channel();
     let main = std::thread::Builder::new()
         .name("hw-main".to_owned())
-        .spawn(move || run_main(config, stopped, ready))
+        .spawn(move || run_main(config, level, stopped, ready))
         .map_err(failed("start a thread"))?;
     match started.blocking_recv() {
         Ok(Ok(started)) => Ok(ServerHandle {
@@ -125,6 +141,8 @@ pub fn start(config: Config) -> Result<ServerHandle, StartError> {
             topology: started.topology,
             metrics: started.metrics,
             pulse: started.pulse,
+            reload: started.reload,
+            commands: started.commands,
             stop,
             main: Some(main),
         }),
@@ -136,19 +154,38 @@ pub fn start(config: Config) -> Result<ServerHandle, StartError> {
 }
 
 /// Runs the proxy until a signal. SIGTERM drains; SIGINT, or a second signal, ends all sessions at once, as
-/// PostgreSQL's fast shutdown does; SIGQUIT ends the process with no words, as its immediate one.
-pub fn run(config: Config) -> Result<(), StartError> {
-    let server = start(config)?;
+/// PostgreSQL's fast shutdown does; SIGQUIT ends the process with no words, as its immediate one. SIGHUP reloads the
+/// configuration; `level` follows it.
+pub fn run(config: Config, level: log::Level) -> Result<(), StartError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(failed("start a runtime"))?;
-    runtime.block_on(async {
+    // Before anybody can know that we run: a signal that nobody listens for ends the process.
+    let (mut terminate, mut interrupt, mut hangup) = {
         use tokio::signal::unix::{SignalKind, signal};
-        let mut terminate = signal(SignalKind::terminate()).map_err(failed("listen for SIGTERM"))?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("listen for SIGINT"))?;
+        let _inside = runtime.enter();
+        (
+            signal(SignalKind::terminate()).map_err(failed("listen for SIGTERM"))?,
+            signal(SignalKind::interrupt()).map_err(failed("listen for SIGINT"))?,
+            signal(SignalKind::hangup()).map_err(failed("listen for SIGHUP"))?,
+        )
+    };
+    let server = start_with(config, Some(level))?;
+    runtime.block_on(async {
+        let reload = server.reload.clone();
+        let status = format!("accepting clients on {}", server.address);
+        supervisor::ready(&status);
         tokio::spawn(server.pulse.clone().feed());
-        supervisor::ready(&format!("accepting clients on {}", server.address));
+        tokio::spawn(async move {
+            while hangup.recv().await.is_some() {
+                info!("SIGHUP: reloading the configuration");
+                supervisor::reloading();
+                // Whatever comes of it has been logged.
+                let _ = reload.reload().await;
+                supervisor::ready(&status);
+            }
+        });
         loop {
             let running = *server.stop.borrow() == Stop::Run;
             let stop = tokio::select! {
@@ -176,10 +213,13 @@ struct Started {
     topology: Arc<TopologyHandle>,
     metrics: Arc<Metrics>,
     pulse: Arc<Pulse>,
+    reload: Reload,
+    commands: control::Commands,
 }
 
 fn run_main(
-    config: Arc<Config>,
+    config: Config,
+    level: Option<log::Level>,
     stopped: watch::Receiver<Stop>,
     ready: oneshot::Sender<Result<Started, StartError>>,
 ) {
@@ -191,10 +231,15 @@ fn run_main(
         }
     };
     runtime.block_on(async move {
-        match build(&config).await {
+        match build(config).await {
             Ok(parts) => {
-                let _ = ready.send(Ok(parts.started()));
-                parts.run(&config, stopped).await;
+                let (reload, asked) = Reload::new();
+                let (door, members, access) =
+                    (parts.door.clone(), parts.control.members(), parts.access.clone());
+                let applier = Applier { door, members, access, level };
+                tokio::spawn(applier.run(asked));
+                let _ = ready.send(Ok(parts.started(reload)));
+                parts.run(stopped).await;
             }
             Err(error) => {
                 let _ = ready.send(Err(error));
@@ -210,11 +255,12 @@ struct Parts {
     listener_read_only: Option<TcpListener>,
     address: SocketAddr,
     http: Option<(TcpListener, SocketAddr)>,
+    access: Arc<Access>,
     door: Arc<Door>,
     /// Of the main thread, and behind it of each worker.
     pulse: Arc<Pulse>,
     /// Holds the control loop's tasks.
-    _control: control::Control,
+    control: control::Control,
 }
 
 async fn bind(address: &str) -> Result<(TcpListener, SocketAddr), StartError> {
@@ -224,7 +270,10 @@ async fn bind(address: &str) -> Result<(TcpListener, SocketAddr), StartError> {
     Ok((listener, address))
 }
 
-async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
+async fn build(config: Config) -> Result<Parts, StartError> {
+    let live = LiveConfig::new(config);
+    let config = &live.load_full();
+    let places = config.places();
     let tls =
         |error: crate::net::TlsError| StartError { what: "set up TLS".to_owned(), cause: error.to_string() };
     let client_tls = ClientTls::new(&config.client_tls).map_err(tls)?;
@@ -240,11 +289,20 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
     };
 
     let topology = Arc::new(TopologyHandle::new(Topology::initial(config)));
-    let positions = Arc::new(Positions::new(config.nodes.len()));
+    let positions = Arc::new(Positions::new(places));
+    let gate = Arc::new(Gate::new(places, config.workers, config.failover.max_paused));
     let names: Vec<String> = config.nodes.iter().map(|n| n.name.clone()).collect();
     let metrics = Arc::new(Metrics::new(&names, &labels()));
-    let nodes = Nodes::new(config.clone(), &node_tls);
-    let control = control::start(config.clone(), nodes.clone(), topology.clone(), positions.clone());
+    let nodes = Nodes::new(live.clone(), &node_tls);
+    let control = control::start(
+        live.clone(),
+        nodes.clone(),
+        topology.clone(),
+        positions.clone(),
+        gate.clone(),
+        metrics.clone(),
+    )
+    .map_err(|error| StartError { what: "use failover.state_dir".to_owned(), cause: error.to_string() })?;
     let catalogs = Catalogs::new(
         nodes.clone(),
         topology.clone(),
@@ -252,16 +310,18 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
         config.limits.databases,
     );
     let pools = Arc::new(Pools::new(Arc::new(PoolContext {
-        config: config.clone(),
-        tls: node_tls,
+        config: live.clone(),
+        tls: ArcSwap::new(node_tls),
+        ways: Ways::new(places),
         positions: positions.clone(),
         topology: topology.clone(),
         metrics: metrics.clone(),
         login_settings: nodes.login_settings.clone(),
-        outstanding: config.nodes.iter().map(|_| AtomicU32::new(0)).collect(),
+        gate: gate.clone(),
+        outstanding: (0..places).map(|_| AtomicU32::new(0)).collect(),
     })));
     let shared = Arc::new(Shared {
-        config: config.clone(),
+        config: live.clone(),
         topology: topology.clone(),
         positions,
         classifier: Arc::new(Classifier::new(&config.limits)),
@@ -269,6 +329,7 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
         nodes: nodes.clone(),
         making_room: AtomicBool::new(false),
         pools,
+        gate,
         metrics,
         sessions: Arc::new(Sessions::default()),
         names: Names::new(rand::random()),
@@ -279,27 +340,33 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
             config.consistency.named_session_idle,
         )),
         primary_reads: PrimaryReads::default(),
+        lines: log::Rate::default(),
     });
-    let verifiers = Verifiers::new(config.clone(), nodes, topology)
+    let verifiers = Verifiers::new(config, &nodes, &topology)
         .map_err(|error| StartError { what: "set up the login".to_owned(), cause: error.to_string() })?;
-    let door =
-        Arc::new(Door { shared, tls: client_tls, verifiers, drain: Arc::default(), census: Arc::default() });
+    let tls = ArcSwap::from_pointee(client_tls);
+    let door = Arc::new(Door { shared, tls, verifiers, drain: Arc::default(), census: Arc::default() });
     let pulse = Arc::new(Pulse::new(1 + config.workers));
-    Ok(Parts { listener, listener_read_only, address, http, door, pulse, _control: control })
+    let access = Arc::new(Access::new(config.http_token.as_ref()));
+    Ok(Parts { listener, listener_read_only, address, http, access, door, pulse, control })
 }
 
 impl Parts {
-    fn started(&self) -> Started {
+    fn started(&self, reload: Reload) -> Started {
         Started {
             address: self.address,
             http: self.http.as_ref().map(|(_, address)| *address),
             topology: self.door.shared.topology.clone(),
             metrics: self.door.shared.metrics.clone(),
             pulse: self.pulse.clone(),
+            reload,
+            commands: self.control.commands(),
         }
     }
 
-    async fn run(self, config: &Arc<Config>, mut stopped: watch::Receiver<Stop>) {
+    async fn run(self, mut stopped: watch::Receiver<Stop>) {
+        let live = self.door.shared.config.clone();
+        let config = live.load_full();
         let (senders, receivers) = listener::handover(config.workers);
         let mut threads = Vec::new();
         let (quit, quitting) = watch::channel(false);
@@ -323,13 +390,17 @@ impl Parts {
         accepting.push(tokio::spawn(listener::accept(self.listener, senders, false)));
         let pools = self.door.shared.pools.clone();
         tokio::spawn(async move { pools.reap().await });
+        let (gate, sessions) = (self.door.shared.gate.clone(), self.door.shared.sessions.clone());
+        let pools = self.door.shared.pools.clone();
+        tokio::spawn(async move { pools.close_left().await });
+        tokio::spawn(async move { sessions.wake_at(&gate).await });
         if let Some((listener, _)) = self.http {
             let pools = self.door.shared.pools.clone();
             let classifier = self.door.shared.classifier.clone();
             let positions = self.door.shared.positions.clone();
-            let ids: Vec<NodeId> = (0u16..).map(NodeId).take(config.nodes.len()).collect();
-            let (seen, seen_ids) = (positions.clone(), ids.clone());
-            let age = move |id: &NodeId| seen.node(*id).seen_at().map(|at| at.elapsed());
+            let commands = self.control.commands();
+            let topology = self.door.shared.topology.clone();
+            let (seen, of) = (positions.clone(), topology.clone());
             tokio::spawn(admin::serve(
                 listener,
                 AdminState {
@@ -342,9 +413,15 @@ impl Parts {
                         let replaced_parsers = classifier.replaced_parsers();
                         ClassCacheFigures { hits, misses, replaced_parsers }
                     }),
-                    samples: Arc::new(move || ids.iter().map(|id| positions.node(*id).counter()).collect()),
-                    sample_ages: Arc::new(move || seen_ids.iter().map(&age).collect()),
-                    access: Arc::new(Access::new(config.http_token.as_ref())),
+                    failover: Arc::new(move || failover_figures(&commands.status())),
+                    samples: Arc::new(move || {
+                        topology.load().nodes.iter().map(|view| positions.node(view.id).counter()).collect()
+                    }),
+                    sample_ages: Arc::new(move || {
+                        let age = |id| seen.node(id).seen_at().map(|at| at.elapsed());
+                        of.load().nodes.iter().map(|view| age(view.id)).collect()
+                    }),
+                    access: self.access,
                     memory: Arc::new(Memory::new(config.http_history)),
                 },
             ));
@@ -362,7 +439,7 @@ impl Parts {
                 std::future::pending::<()>().await;
             }
         };
-        self.door.drain.drain(&self.door.shared, Instant::now() + config.drain_timeout, hurry).await;
+        self.door.drain.drain(&self.door.shared, Instant::now() + live.load().drain_timeout, hurry).await;
         for accepting in accepting {
             accepting.abort();
         }
@@ -404,8 +481,22 @@ fn labels() -> Labels {
         client_refused: &listener::REFUSED_LABELS,
         login_failures: &AuthFailure::LABELS,
         cancels: &listener::CANCEL_LABELS,
+        gate_refused: &GATE_REFUSED_LABELS,
+        sessions_ended: &ENDED_LABELS,
         timeouts: &Overdue::LABELS,
         backends_closed: &CloseReason::LABELS,
+        failover_states: &State::LABELS,
+        failover_blocks: &BlockReason::LABELS,
+    }
+}
+
+fn failover_figures(status: &control::Status) -> FailoverFigures {
+    FailoverFigures {
+        state: status.state,
+        blocked: status.blocked.as_ref().map(|(label, _)| *label),
+        quarantined: status.quarantined.iter().map(|(_, why)| why.label()).collect(),
+        lost_acked_bytes_min: status.loss.map(|loss| loss.acked_bytes_min),
+        sync: (status.durability == "quorum").then_some(status.covered),
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use arc_swap::{ArcSwap, Guard};
 use tokio::sync::Notify;
 
-use crate::config::Config;
+use crate::config::{Config, NodeConfig};
 use crate::wal::{Lsn, TimelineHistory, TimelineId};
 
 /// Which node: its index in the configuration's `nodes`.
@@ -55,6 +55,29 @@ pub enum Exclusion {
     ForeignCluster,
     /// It accepts writes, but is not the primary of this epoch.
     SecondPrimary,
+    /// A reload has taken it out of the configuration.
+    Removed,
+    /// It must be repaired first, whatever it says.
+    Quarantined(Quarantine),
+}
+
+/// Why a node is kept out until somebody repairs it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Quarantine {
+    /// It was the primary of an epoch that is over.
+    OldPrimary,
+    /// It holds WAL that the primary does not have.
+    Diverged,
+}
+
+impl Quarantine {
+    /// One word for a metric label or a log field.
+    pub fn label(self) -> &'static str {
+        match self {
+            Quarantine::OldPrimary => "old_primary",
+            Quarantine::Diverged => "diverged",
+        }
+    }
 }
 
 impl Exclusion {
@@ -73,6 +96,8 @@ impl Exclusion {
             Exclusion::OtherTimeline => "other_timeline",
             Exclusion::ForeignCluster => "foreign_cluster",
             Exclusion::SecondPrimary => "second_primary",
+            Exclusion::Removed => "removed",
+            Exclusion::Quarantined(_) => "quarantined",
         }
     }
 }
@@ -92,6 +117,13 @@ impl fmt::Display for Exclusion {
             Exclusion::OtherTimeline => f.write_str("it replays another timeline than the primary's"),
             Exclusion::ForeignCluster => f.write_str("its system identifier is not the cluster's"),
             Exclusion::SecondPrimary => f.write_str("it accepts writes, but is not the primary"),
+            Exclusion::Removed => f.write_str("it is no longer in the configuration"),
+            Exclusion::Quarantined(Quarantine::OldPrimary) => {
+                f.write_str("it was the primary of an epoch that is over: it needs pg_rewind or a new copy")
+            }
+            Exclusion::Quarantined(Quarantine::Diverged) => f.write_str(
+                "it holds changes that the primary does not have: it needs pg_rewind or a new copy",
+            ),
         }
     }
 }
@@ -154,6 +186,27 @@ pub struct NodeView {
     pub recovery: Option<Recovery>,
 }
 
+impl NodeView {
+    /// A node that nothing is known of.
+    pub fn unknown(id: NodeId, node: &NodeConfig) -> NodeView {
+        NodeView {
+            id,
+            name: Arc::from(node.name.as_str()),
+            weight: node.weight,
+            standing: Standing::Excluded(if node.removed {
+                Exclusion::Removed
+            } else {
+                Exclusion::NotProbed
+            }),
+            timeline: None,
+            replay_lag_bytes: None,
+            replay_lag: None,
+            server_major: None,
+            recovery: None,
+        }
+    }
+}
+
 /// How one epoch ended, for sessions that carry a mark or a note of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Switch {
@@ -193,18 +246,8 @@ pub struct Topology {
 impl Topology {
     /// Before anything has been probed: the configured nodes, none of them usable.
     pub fn initial(config: &Config) -> Topology {
-        let view = |(index, node): (usize, &crate::config::NodeConfig)| NodeView {
-            // More nodes than a NodeId can count cannot be told apart, hence are left out.
-            id: NodeId(index as u16),
-            name: Arc::from(node.name.as_str()),
-            weight: node.weight,
-            standing: Standing::Excluded(Exclusion::NotProbed),
-            timeline: None,
-            replay_lag_bytes: None,
-            replay_lag: None,
-            server_major: None,
-            recovery: None,
-        };
+        // More nodes than a NodeId can count cannot be told apart, hence are left out.
+        let view = |(index, node)| NodeView::unknown(NodeId(index as u16), node);
         Topology {
             epoch: Epoch(0),
             system_identifier: None,
@@ -220,6 +263,11 @@ impl Topology {
     /// The view of one node.
     pub fn node(&self, id: NodeId) -> &NodeView {
         &self.nodes[id.index()]
+    }
+
+    /// The nodes of the cluster: those that a reload has removed keep their place in `nodes`, and are none.
+    pub fn members(&self) -> impl Iterator<Item = &NodeView> {
+        self.nodes.iter().filter(|n| n.standing != Standing::Excluded(Exclusion::Removed))
     }
 
     /// The replicas that may serve reads, apart from what a session's mark asks.
@@ -260,6 +308,7 @@ impl TopologyHandle {
         let next = Arc::new(next);
         let before = self.current.swap(Arc::clone(&next));
         if before.epoch != next.epoch
+            || before.nodes.len() != next.nodes.len()
             || before.nodes.iter().zip(&next.nodes).any(|(old, new)| !old.standing.is_like(&new.standing))
         {
             self.changes.fetch_add(1, Ordering::Relaxed);

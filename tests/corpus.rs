@@ -168,6 +168,7 @@ async fn regression_suite() {
             let _ = run(client, "SET statement_timeout = '10s'; SET extra_float_digits = 1; SET datestyle = 'Postgres, MDY'; SET timezone = 'PST8PDT'").await;
         }
         let classifier = Classifier::new(&LimitsConfig {
+            nodes: 16,
             unit_hold: 65_536,
             statement_text: 65_536,
             databases: 1,

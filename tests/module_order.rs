@@ -14,6 +14,8 @@ const MAY_USE: &[(&str, &str)] = &[
     ("consistency", "wal"),
     ("topology", "config wal"),
     ("positions", "topology wal"),
+    // What both ways stand at: the cluster's sets it, the statements' passes it.
+    ("gate", "topology"),
     ("classify", "config consistency wal wire"),
     ("route", "classify topology positions wal"),
     // A value too, once it has been read.
@@ -25,32 +27,35 @@ const MAY_USE: &[(&str, &str)] = &[
     // The way of the cluster.
     ("node", "config net topology wal"),
     ("monitor", "config metrics node topology positions wal"),
-    ("control", "config metrics monitor node topology positions wal"),
+    ("failover", "config gate node topology wal"),
+    ("control", "config failover gate metrics monitor node topology positions wal"),
     ("catalogs", "classify config metrics node topology wal"),
     // The way of a statement. A session and its backends tell `control` and `node` of failures they
     // meet (a handle that sends); they ask them nothing.
     ("client", "config metrics net node scram topology wal wire"),
-    ("backend", "classify config metrics net node scram topology positions wal wire"),
+    ("backend", "classify config gate metrics net node scram topology positions wal wire"),
     (
         "session",
-        "backend catalogs classify client config consistency control metrics net node positions route scram topology wal wire",
+        "backend catalogs classify client config consistency control gate log metrics net node positions route scram topology wal wire",
     ),
     ("listener", "backend catalogs client config metrics net node session topology wal wire"),
     // The way of the operator.
+    ("log", "config"),
     ("admin", "config metrics positions topology wal"),
     ("check", "config monitor net node topology wal"),
     ("explain", "catalogs classify config net node topology"),
+    ("reload", "config"),
     (
         "server",
-        "admin backend catalogs classify client config control listener metrics monitor net node positions \
-         route session supervisor topology wal",
+        "admin backend catalogs classify client config control failover gate listener log metrics monitor net node positions \
+         reload route session supervisor topology wal",
     ),
     ("supervisor", ""),
     ("healthcheck", ""),
     ("manual", ""),
     ("progress", ""),
     ("demo", "config metrics progress server topology"),
-    ("main", "check config demo explain healthcheck manual progress server classify route"),
+    ("main", "check config demo explain healthcheck log manual progress server classify route"),
 ];
 
 /// Files (or folders) of pure code: no I/O, clock, chance, logging, metrics.
@@ -71,8 +76,16 @@ const PURE: &[&str] = &[
     "monitor/health.rs",
     "monitor/lag.rs",
     "monitor/floor.rs",
+    "failover/mod.rs",
+    "failover/event.rs",
     "failover/decide.rs",
+    "failover/detect.rs",
     "failover/candidate.rs",
+    "failover/command.rs",
+    "failover/record.rs",
+    "failover/sync.rs",
+    "failover/conninfo.rs",
+    "failover/text.rs",
     "admin/history.rs",
     "admin/chart.rs",
     "admin/page.rs",

@@ -33,7 +33,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use self::access::Access;
 use self::history::History;
 use self::page::View;
-use crate::metrics::{ClassCacheFigures, Metrics, PoolFigure, Scrape, is_up, role_label};
+use crate::metrics::{ClassCacheFigures, FailoverFigures, Metrics, PoolFigure, Scrape, is_up, role_label};
 use crate::topology::{Standing, Topology, TopologyHandle};
 
 /// Connections at most; further ones wait in the kernel's queue.
@@ -65,6 +65,8 @@ pub struct AdminState {
     pub pools: Arc<dyn Fn() -> Vec<PoolFigure> + Send + Sync>,
     /// The classification cache's figures now; called once a scrape, must not block.
     pub class_cache: Arc<dyn Fn() -> ClassCacheFigures + Send + Sync>,
+    /// Where failover stands; must not block.
+    pub failover: Arc<dyn Fn() -> FailoverFigures + Send + Sync>,
     /// Samples sent to each node so far; called once a scrape, must not block.
     pub samples: Arc<dyn Fn() -> Vec<u64> + Send + Sync>,
     /// How long ago each node's position was last seen; must not block.
@@ -195,9 +197,11 @@ async fn answer(
             let readiness = readiness(&state.topology.load(), state.draining.load(Ordering::Relaxed));
             response(readiness.status(), TEXT, format!("{}\n", readiness.text()))
         }
-        "/topology" => {
-            response(StatusCode::OK, JSON, format!("{:#}\n", topology_json(&state.topology.load())))
-        }
+        "/topology" => response(
+            StatusCode::OK,
+            JSON,
+            format!("{:#}\n", topology_json(&state.topology.load(), &(state.failover)())),
+        ),
         _ => response(
             StatusCode::NOT_FOUND,
             TEXT,
@@ -225,6 +229,7 @@ async fn status_page(state: &AdminState) -> Response<Full<Bytes>> {
         let history = memory.lock().clone();
         page::page(&View {
             topology: &state.topology.load(),
+            failover: &(state.failover)(),
             history: &history,
             keep: memory.keep,
             draining: state.draining.load(Ordering::Relaxed),
@@ -256,6 +261,7 @@ fn scrape(state: &AdminState) -> String {
         samples: &(state.samples)(),
         topology_changes: state.topology.changes(),
         sample_ages: &(state.sample_ages)(),
+        failover: (state.failover)(),
     })
 }
 
@@ -304,10 +310,9 @@ pub fn readiness(topology: &Topology, draining: bool) -> Readiness {
     }
 }
 
-fn topology_json(topology: &Topology) -> serde_json::Value {
+fn topology_json(topology: &Topology, failover: &FailoverFigures) -> serde_json::Value {
     let nodes: Vec<_> = topology
-        .nodes
-        .iter()
+        .members()
         .map(|node| {
             let excluded = match &node.standing {
                 Standing::Excluded(why) => Some(why.label()),
@@ -336,6 +341,7 @@ fn topology_json(topology: &Topology) -> serde_json::Value {
         "system_identifier": topology.system_identifier.map(|s| s.to_string()),
         "primary": primary,
         "timeline": topology.timeline.map(|t| t.0),
+        "failover": { "state": failover.state, "blocked": failover.blocked },
         "nodes": nodes,
     })
 }
@@ -362,6 +368,7 @@ mod tests {
             sample_ages: Arc::new(Vec::new),
             access: Arc::default(),
             memory: Arc::new(Memory::new(Duration::from_secs(60))),
+            failover: Arc::new(FailoverFigures::default),
         }
     }
 

@@ -44,6 +44,12 @@ pub async fn ask(backend: &mut Backend, sql: &str) -> Result<Answer, Broken> {
     }
 }
 
+/// A command of our own; the notifications that came meanwhile, each a whole message.
+pub async fn command(backend: &mut Backend, sql: &str) -> Result<Vec<BytesMut>, Broken> {
+    fence(backend).await?;
+    Ok(ask(backend, sql).await?.notifications)
+}
+
 /// The same, but that an error is an answer.
 async fn ask_even_in_vain(backend: &mut Backend, sql: &str) -> Result<Answer, Broken> {
     let mut message = Vec::with_capacity(sql.len() + 6);
@@ -63,9 +69,11 @@ async fn round_trip(backend: &mut Backend, message: &[u8]) -> Result<Answer, Bro
     backend.output.put_slice(message);
     // The unnamed statement dies with a Query, and nobody's may outlive this.
     backend.unnamed = None;
-    let answer = match tokio::time::timeout(ROUND_TRIP, answer(backend)).await {
-        Ok(result) => result,
-        Err(_late) => Err(Broken),
+    let left = backend.socket.closed();
+    let answer = tokio::select! {
+        biased;
+        () = left => Err(Broken),
+        answer = tokio::time::timeout(ROUND_TRIP, answer(backend)) => answer.unwrap_or(Err(Broken)),
     };
     if answer.is_err() {
         // Its answer may still come: nobody must take that for the answer to something else.
@@ -145,7 +153,11 @@ pub async fn fence(backend: &mut Backend) -> Result<(), Broken> {
     if !backend.cancel.was_sent() {
         return Ok(());
     }
-    backend.cancel.settled().await;
+    tokio::select! {
+        biased;
+        () = backend.socket.closed() => return Err(Broken),
+        () = backend.cancel.settled() => {}
+    }
     if backend.cancel.is_astray() {
         return Err(Broken);
     }
@@ -231,6 +243,8 @@ pub struct Look {
     /// What is there. None: the server has answered with an error, which a setting of the session's may
     /// have caused (`statement_timeout`).
     pub shown: Option<Shown>,
+    /// What makes another backend listen to the same channels.
+    pub listens: Option<Vec<u8>>,
     /// Notifications that came meanwhile, each a whole message.
     pub notifications: Vec<BytesMut>,
 }
@@ -263,11 +277,15 @@ pub async fn look(backend: &mut Backend) -> Result<Look, Broken> {
     let own_names = backend.own_names.iter();
     let unknown = none_of("name", own_names.filter_map(|name| setting::literal(name, true)));
     let prepared = format!("EXISTS (SELECT FROM pg_catalog.pg_prepared_statements WHERE from_sql{unknown})");
+    let listens = "(SELECT pg_catalog.string_agg('LISTEN ' OPERATOR(pg_catalog.||) pg_catalog.quote_ident(c), '; ') \
+         FROM pg_catalog.pg_listening_channels() AS c)";
     // A cancel that is still on its way must not hit the question.
     fence(backend).await?;
-    let answer = ask_even_in_vain(backend, &format!("{QUESTION}{named}), {prepared}")).await?;
+    let question = format!("{QUESTION}{named}), {prepared}, {listens}");
+    let mut answer = ask_even_in_vain(backend, &question).await?;
     let shown = if answer.failed { None } else { Some(shown(&answer.rows).ok_or(Broken)?) };
-    Ok(Look { shown, notifications: answer.notifications })
+    let listens = answer.rows.pop().and_then(|mut row| row.pop().flatten());
+    Ok(Look { shown, listens, notifications: answer.notifications })
 }
 
 fn shown(rows: &[Vec<Option<Vec<u8>>>]) -> Option<Shown> {

@@ -21,6 +21,7 @@ use bytes::{Buf, BytesMut};
 use lru::LruCache;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::gate::Socket;
 use crate::net::Stream;
 use crate::topology::{Epoch, NodeId};
 
@@ -119,6 +120,8 @@ pub struct Backend {
     pub epoch: Epoch,
     /// Changes of what logins give when it was opened; none: it may have been given what was valid before.
     pub login_settings: Option<u64>,
+    /// Which way to its node it was opened by: after a reload has changed the way, it serves no further unit.
+    pub way: u64,
     /// When it was opened.
     pub opened: Instant,
     /// When it was last given back.
@@ -144,6 +147,8 @@ pub struct Backend {
     pub last_writer: Option<u32>,
     /// The worker on whose reactor its socket is registered.
     pub worker: usize,
+    /// Its place in the count of connections; the last to be dropped.
+    pub socket: Socket,
 }
 
 /// The startup parameters of a client that its backends must share, in a canonical order: all but
@@ -262,6 +267,7 @@ impl Backend {
         epoch: Epoch,
         worker: usize,
         now: Instant,
+        socket: Socket,
     ) -> Backend {
         let parameters: Arc<Parameters> = Arc::new(login.parameters.into_iter().collect());
         Backend {
@@ -277,6 +283,7 @@ impl Backend {
             vouched_for: false,
             epoch,
             login_settings: None,
+            way: 0,
             opened: now,
             idle_since: now,
             // Unbounded: what goes over `pool.max_prepared` must be closed on the server as well, which a
@@ -289,6 +296,7 @@ impl Backend {
             applied: Arc::default(),
             last_writer: None,
             worker,
+            socket,
         }
     }
 

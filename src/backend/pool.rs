@@ -6,16 +6,19 @@
 //! backend or a new one, goes to who has waited longest.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::AtomicU32;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use tokio::sync::oneshot;
 
 use super::clean;
 use super::login::{self, LoginError, LoginTarget};
 use super::{Backend, CancelTarget, Dirt, StartupParameters};
 use crate::config::Config;
+use crate::config::live::LiveConfig;
+use crate::gate::{Gate, Socket};
 use crate::metrics::{Metrics, WaitFor};
 use crate::net::NodeTls;
 use crate::node::{LoginSettings, NodeFailure};
@@ -26,9 +29,11 @@ use crate::topology::{NodeId, TopologyHandle};
 /// What all pools share.
 pub struct PoolContext {
     /// The configuration.
-    pub config: Arc<Config>,
+    pub config: Arc<LiveConfig>,
     /// TLS towards nodes.
-    pub tls: Arc<NodeTls>,
+    pub tls: ArcSwap<NodeTls>,
+    /// The ways to the nodes.
+    pub ways: Ways,
     /// Where a fresh backend's counter comes from.
     pub positions: Arc<Positions>,
     /// Where its epoch comes from.
@@ -37,14 +42,52 @@ pub struct PoolContext {
     pub metrics: Arc<Metrics>,
     /// What logins give.
     pub login_settings: Arc<LoginSettings>,
+    /// Which connections are to be there.
+    pub gate: Arc<Gate>,
     /// Per node: statements that sessions have sent and not seen the end of.
     pub outstanding: Box<[AtomicU32]>,
+}
+
+/// Per node, which way there is the present one: a number that rises when a reload changes the way (another
+/// address, other TLS), and is odd while there is none (the node was removed). A backend that was opened by another
+/// serves no further unit. Sessions read one atomic for it where they are lent a backend, and give it back.
+pub struct Ways(Box<[AtomicU64]>);
+
+impl Ways {
+    /// To so many nodes.
+    pub fn new(places: usize) -> Ways {
+        Ways((0..places).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn of(&self, node: NodeId) -> u64 {
+        self.0[node.index()].load(Ordering::Acquire)
+    }
+
+    fn is_open_to(&self, backend: &Backend) -> bool {
+        backend.way & 1 == 0 && backend.way == self.of(backend.node)
+    }
+
+    /// From now on another way leads to `node`, or none.
+    pub fn change(&self, node: NodeId, removed: bool) {
+        let way = &self.0[node.index()];
+        // The next number of that parity; there is one writer.
+        let now = way.load(Ordering::Relaxed);
+        way.store(now + if (now & 1 == 1) == removed { 2 } else { 1 }, Ordering::Release);
+    }
 }
 
 impl PoolContext {
     /// Delivers an announced cancel request. Resolves when the node has ended its connection.
     pub async fn cancel(&self, target: &CancelTarget) -> std::io::Result<()> {
-        login::cancel(&self.target(target.node), target.pid, &target.key).await
+        let left = || std::io::Error::from(std::io::ErrorKind::ConnectionAborted);
+        let socket = self.gate.socket(target.node).ok_or_else(left)?;
+        let (config, tls) = (self.config.load_full(), self.tls.load_full());
+        let to = way_to(&config, &tls, target.node);
+        tokio::select! {
+            biased;
+            () = socket.closed() => Err(left()),
+            done = login::cancel(&to, target.pid, &target.key) => done,
+        }
     }
 
     /// Has the node cancel what `target` runs, which was announced. Should that not arrive, the backend
@@ -56,7 +99,8 @@ impl PoolContext {
         }
     }
 
-    /// A connection of its own, in no pool, for a client that has authenticated.
+    /// A connection of its own, in no pool, for a client that has authenticated. Its place in the count of
+    /// connections is to be kept beside it.
     pub async fn log_in_apart(
         &self,
         node: NodeId,
@@ -64,23 +108,34 @@ impl PoolContext {
         database: &str,
         parameters: &[(String, String)],
         keys: &LoginKeys,
-    ) -> Result<login::LoggedIn, AcquireError> {
-        login::log_in(&self.target(node), user, database, parameters, keys).await.map_err(refusal)
-    }
-
-    fn target(&self, node: NodeId) -> LoginTarget<'_> {
-        let address = &self.config.nodes[node.index()];
-        LoginTarget {
-            host: &address.host,
-            port: address.port,
-            tls: &self.tls,
-            connect_timeout: self.config.pool.connect_timeout,
-            tcp_user_timeout: self.config.failover.tcp_user_timeout,
+    ) -> Result<(login::LoggedIn, Socket), AcquireError> {
+        let socket = self.gate.socket(node).ok_or(AcquireError::Left)?;
+        let (config, tls) = (self.config.load_full(), self.tls.load_full());
+        let target = way_to(&config, &tls, node);
+        let logged_in = tokio::select! {
+            biased;
+            () = socket.closed() => return Err(AcquireError::Left),
+            done = login::log_in(&target, user, database, parameters, keys) => done.map_err(refusal)?,
+        };
+        if socket.is_closed() {
+            return Err(AcquireError::Left);
         }
+        Ok((logged_in, socket))
     }
 
     fn count_closed(&self, node: NodeId, reason: CloseReason) {
         self.metrics.backend_closed(node, reason.label());
+    }
+}
+
+fn way_to<'a>(config: &'a Config, tls: &'a NodeTls, node: NodeId) -> LoginTarget<'a> {
+    let address = &config.nodes[node.index()];
+    LoginTarget {
+        host: &address.host,
+        port: address.port,
+        tls,
+        connect_timeout: config.pool.connect_timeout,
+        tcp_user_timeout: config.failover.tcp_user_timeout,
     }
 }
 
@@ -105,11 +160,13 @@ pub enum CloseReason {
     DatabaseCommand,
     /// ALTER ROLE or DATABASE .. SET has changed what a login gives.
     LoginSettings,
+    /// A reload has changed or removed its node, or made its pool smaller.
+    Reload,
 }
 
 impl CloseReason {
     /// All labels.
-    pub const LABELS: [&'static str; 9] = [
+    pub const LABELS: [&'static str; 10] = [
         CloseReason::Dead.label(),
         CloseReason::Replaced.label(),
         CloseReason::Unclean.label(),
@@ -119,6 +176,7 @@ impl CloseReason {
         CloseReason::Broken.label(),
         CloseReason::DatabaseCommand.label(),
         CloseReason::LoginSettings.label(),
+        CloseReason::Reload.label(),
     ];
 
     /// One word for a metric label.
@@ -133,6 +191,7 @@ impl CloseReason {
             CloseReason::Broken => "broken",
             CloseReason::DatabaseCommand => "database_command",
             CloseReason::LoginSettings => "login_settings",
+            CloseReason::Reload => "reload",
         }
     }
 }
@@ -156,6 +215,8 @@ pub enum AcquireError {
     },
     /// The proxy cannot log in there: an authentication method or TLS mode that does not fit.
     Unfit(Arc<str>),
+    /// The node is being left: there are to be no connections to it now.
+    Left,
     /// Nothing became free in time.
     Timeout,
 }
@@ -193,9 +254,11 @@ pub struct Pool {
     database: Arc<str>,
     user: Arc<str>,
     /// Connections at most.
-    size: usize,
+    size: AtomicUsize,
+    /// An older connection is closed when it becomes idle; in milliseconds.
+    lifetime: AtomicU64,
     /// The keys of the latest login: after a change of password the new ones serve.
-    keys: Mutex<LoginKeys>,
+    keys: Arc<Mutex<LoginKeys>>,
     state: Mutex<State>,
 }
 
@@ -279,11 +342,21 @@ impl Pool {
                 .or_else(|| state.idle.iter().rposition(|b| fits(b)))?;
             let mut backend = state.idle.remove(at);
             let valid = backend.login_settings == Some(self.context.login_settings.generation());
-            if valid && backend.epoch == epoch && backend.is_alive() {
+            if backend.socket.is_closed() {
+                state.open -= 1;
+                self.context.count_closed(self.node, CloseReason::Epoch);
+                continue;
+            }
+            let open = self.context.ways.is_open_to(&backend);
+            if valid && open && backend.epoch == epoch && backend.is_alive() {
                 return Some(backend);
             }
             state.open -= 1;
-            let reason = if valid { CloseReason::Dead } else { CloseReason::LoginSettings };
+            let reason = match (valid, open) {
+                (_, false) => CloseReason::Reload,
+                (true, true) => CloseReason::Dead,
+                (false, true) => CloseReason::LoginSettings,
+            };
             self.context.count_closed(self.node, reason);
         }
     }
@@ -295,7 +368,7 @@ impl Pool {
     /// Opens connections for those who wait, as far as the pool's size allows. A full pool gives up an
     /// idle backend whose startup parameters nobody who waits can use.
     fn open_more(self: &Arc<Pool>, state: &mut State) {
-        let size = self.size;
+        let size = self.size.load(Ordering::Relaxed);
         while let Some(next) = state.waiters.iter().position(|w| !w.coming && !w.grant.is_closed()) {
             if state.open >= size {
                 if state.idle.is_empty() {
@@ -352,7 +425,8 @@ impl Pool {
         startup: &Arc<StartupParameters>,
         worker: usize,
     ) -> Result<Box<Backend>, AcquireError> {
-        let target = self.context.target(self.node);
+        // Before the addresses are read: a change meanwhile counts as one after it.
+        let way = self.context.ways.of(self.node);
         let keys = self.keys.lock().unwrap_or_else(|p| p.into_inner()).clone();
         let (epoch, primary) = {
             let topology = self.context.topology.load();
@@ -361,11 +435,11 @@ impl Pool {
         // Before the login: a change meanwhile counts as one after it.
         let settings = &self.context.login_settings;
         let generation = settings.generation();
-        let max_lag = self.context.config.consistency.max_lag;
+        let max_lag = self.context.config.load().consistency.max_lag;
         let valid = primary == Some(self.node) || !settings.changed_within(max_lag);
-        let logged_in = login::log_in(&target, &self.user, &self.database, &super::exempt(startup), &keys)
-            .await
-            .map_err(refusal)?;
+        let parameters = super::exempt(startup);
+        let (logged_in, socket) =
+            self.context.log_in_apart(self.node, &self.user, &self.database, &parameters, &keys).await?;
         let cancel = Arc::new(CancelTarget::new(self.node, logged_in.pid, logged_in.key.clone()));
         self.context.metrics.backend_opened(self.node);
         let mut backend = Box::new(Backend::new(
@@ -377,8 +451,10 @@ impl Pool {
             epoch,
             worker,
             self.birth(),
+            socket,
         ));
         backend.login_settings = valid.then_some(generation);
+        backend.way = way;
         Ok(backend)
     }
 
@@ -386,7 +462,18 @@ impl Pool {
     /// that those which a burst has opened do not all end in one moment.
     fn birth(&self) -> Instant {
         let now = Instant::now();
-        now.checked_sub(head_start(self.context.config.pool.server_lifetime, rand::random())).unwrap_or(now)
+        now.checked_sub(head_start(self.lifetime(), rand::random())).unwrap_or(now)
+    }
+
+    fn lifetime(&self) -> Duration {
+        Duration::from_millis(self.lifetime.load(Ordering::Relaxed))
+    }
+
+    /// Takes over what the configuration says of it now.
+    fn follow(&self, config: &Config) {
+        self.size.store(config.pool.size_of(&self.database, &self.user), Ordering::Relaxed);
+        let lifetime = u64::try_from(config.pool.server_lifetime.as_millis()).unwrap_or(u64::MAX);
+        self.lifetime.store(lifetime, Ordering::Relaxed);
     }
 
     /// Gives a clean backend to who has waited longest of those whom it fits, or keeps it.
@@ -440,17 +527,25 @@ impl Pool {
     fn keep(self: &Arc<Pool>, mut backend: Box<Backend>) {
         let now = Instant::now();
         let epoch = self.context.topology.load().epoch;
-        if backend.epoch != epoch {
+        if backend.epoch != epoch || backend.socket.is_closed() {
+            drop(backend);
             return self.closed(CloseReason::Epoch);
         }
-        if now.duration_since(backend.opened) > self.context.config.pool.server_lifetime {
+        if now.duration_since(backend.opened) > self.lifetime() {
             return self.closed(CloseReason::Lifetime);
         }
         if backend.login_settings != Some(self.context.login_settings.generation()) {
             return self.closed(CloseReason::LoginSettings);
         }
+        if !self.context.ways.is_open_to(&backend) {
+            return self.closed(CloseReason::Reload);
+        }
         backend.idle_since = now;
         let mut state = self.lock();
+        if state.open > self.size.load(Ordering::Relaxed) {
+            drop(state);
+            return self.closed(CloseReason::Reload);
+        }
         // Nobody overtakes a head for whom nothing is on its way: it gets this one's place.
         let passed_over = state.waiters.front().is_some_and(|w| !w.coming && *w.startup != *backend.startup);
         if passed_over {
@@ -477,26 +572,44 @@ impl Pool {
         self.open_more(&mut state);
     }
 
+    /// Closes idle backends whose connections were told to close.
+    fn close_left(self: &Arc<Pool>) {
+        let mut state = self.lock();
+        let before = state.idle.len();
+        state.idle.retain(|backend| !backend.socket.is_closed());
+        let closed = before - state.idle.len();
+        (0..closed).for_each(|_| self.context.count_closed(self.node, CloseReason::Epoch));
+        state.open -= closed;
+        self.open_more(&mut state);
+    }
+
     /// Closes idle backends that are too old, unused for too long, dead or of an earlier epoch.
     fn reap(self: &Arc<Pool>, now: Instant) {
-        let pool = &self.context.config.pool;
+        let idle_timeout = self.context.config.load().pool.server_idle_timeout;
+        let (lifetime, size) = (self.lifetime(), self.size.load(Ordering::Relaxed));
         let epoch = self.context.topology.load().epoch;
         let mut state = self.lock();
         let before = state.idle.len();
+        let mut too_many = state.open.saturating_sub(size);
         state.idle.retain_mut(|b| {
-            let reason = if b.epoch != epoch {
+            let reason = if !self.context.ways.is_open_to(b) {
+                CloseReason::Reload
+            } else if b.epoch != epoch || b.socket.is_closed() {
                 CloseReason::Epoch
-            } else if now.duration_since(b.idle_since) > pool.server_idle_timeout {
+            } else if now.duration_since(b.idle_since) > idle_timeout {
                 CloseReason::IdleTimeout
-            } else if now.duration_since(b.opened) > pool.server_lifetime {
+            } else if now.duration_since(b.opened) > lifetime {
                 CloseReason::Lifetime
             } else if b.login_settings != Some(self.context.login_settings.generation()) {
                 CloseReason::LoginSettings
             } else if !b.is_alive() {
                 CloseReason::Dead
+            } else if too_many > 0 {
+                CloseReason::Reload
             } else {
                 return true;
             };
+            too_many = too_many.saturating_sub(1);
             self.context.count_closed(b.node, reason);
             false
         });
@@ -591,6 +704,12 @@ impl Lease {
         });
     }
 
+    /// Whether its node is still where it was when this was opened: else samples of the node say nothing of it. Ask
+    /// after the sample was looked at: a node is sampled at another address only once its way has changed.
+    pub fn is_current(&self) -> bool {
+        self.pool.context.ways.is_open_to(self)
+    }
+
     /// Gives an idle backend back to its pool, which cleans it first where it must.
     pub fn give_back(mut self) {
         if let Some(backend) = self.backend.take() {
@@ -623,8 +742,12 @@ impl Drop for Lease {
 
 /// The pools of one database and user, one per node.
 pub struct UserPools {
-    /// By node.
-    pub nodes: Box<[Arc<Pool>]>,
+    context: Arc<PoolContext>,
+    database: Arc<str>,
+    user: Arc<str>,
+    keys: Arc<Mutex<LoginKeys>>,
+    /// By node; made when first used.
+    nodes: Box<[OnceLock<Arc<Pool>>]>,
     /// What a server reports at login, by startup parameters, and under which settings of logins.
     welcomes: Mutex<HashMap<Arc<StartupParameters>, (u64, Welcome)>>,
 }
@@ -646,14 +769,34 @@ const MAX_WELCOMES: usize = 64;
 impl UserPools {
     /// The latest login's keys serve from now on.
     pub fn set_keys(&self, keys: &LoginKeys) {
-        for pool in &self.nodes {
-            *pool.keys.lock().unwrap_or_else(|p| p.into_inner()) = keys.clone();
-        }
+        *self.keys.lock().unwrap_or_else(|p| p.into_inner()) = keys.clone();
+    }
+
+    /// The pool of one node.
+    pub fn node(&self, node: NodeId) -> &Arc<Pool> {
+        self.nodes[node.index()].get_or_init(|| {
+            let pool = Pool {
+                context: self.context.clone(),
+                node,
+                database: self.database.clone(),
+                user: self.user.clone(),
+                size: AtomicUsize::new(0),
+                lifetime: AtomicU64::new(0),
+                keys: self.keys.clone(),
+                state: Mutex::new(State::default()),
+            };
+            pool.follow(&self.context.config.load());
+            Arc::new(pool)
+        })
+    }
+
+    fn made(&self) -> impl Iterator<Item = &Arc<Pool>> {
+        self.nodes.iter().filter_map(OnceLock::get)
     }
 
     /// What a server reported to an earlier login with these startup parameters.
     pub fn welcome(&self, startup: &StartupParameters) -> Option<Welcome> {
-        let generation = self.nodes.first()?.context.login_settings.generation();
+        let generation = self.context.login_settings.generation();
         let welcomes = self.welcomes.lock().unwrap_or_else(|p| p.into_inner());
         welcomes.get(startup).filter(|(valid, _)| *valid == generation).map(|(_, told)| told.clone())
     }
@@ -694,20 +837,14 @@ impl Pools {
             pools.set_keys(keys);
             return pools;
         }
-        let nodes = (0..self.context.config.nodes.len())
-            .map(|i| {
-                Arc::new(Pool {
-                    context: self.context.clone(),
-                    node: NodeId(u16::try_from(i).unwrap_or(u16::MAX)),
-                    database: key.0.clone(),
-                    user: key.1.clone(),
-                    size: self.context.config.pool.size_of(database, user),
-                    keys: Mutex::new(keys.clone()),
-                    state: Mutex::new(State::default()),
-                })
-            })
-            .collect();
-        let pools = Arc::new(UserPools { nodes, welcomes: Mutex::new(HashMap::new()) });
+        let pools = Arc::new(UserPools {
+            context: self.context.clone(),
+            database: key.0.clone(),
+            user: key.1.clone(),
+            keys: Arc::new(Mutex::new(keys.clone())),
+            nodes: (0..self.context.ways.0.len()).map(|_| OnceLock::new()).collect(),
+            welcomes: Mutex::new(HashMap::new()),
+        });
         users.insert(key, pools.clone());
         pools
     }
@@ -715,15 +852,39 @@ impl Pools {
     /// Closes the idle backends of all databases but `except`.
     pub fn close_idle(&self, except: &str) {
         for user in self.all() {
-            for pool in user.nodes.iter().filter(|pool| *pool.database != *except) {
+            for pool in user.made().filter(|pool| *pool.database != *except) {
                 pool.close_idle();
+            }
+        }
+    }
+
+    /// Follows another configuration that is in force now: sizes, lifetimes, and what is too much of idle backends.
+    /// Logins to come are told anew what they find.
+    pub fn follow(&self, config: &Config) {
+        let now = Instant::now();
+        for user in self.all() {
+            user.welcomes.lock().unwrap_or_else(|p| p.into_inner()).clear();
+            for pool in user.made() {
+                pool.follow(config);
+                pool.reap(now);
+            }
+        }
+    }
+
+    /// Closes what nobody uses of the connections that are told to close, for ever.
+    pub async fn close_left(&self) {
+        let mut seen = 0;
+        loop {
+            self.context.gate.closing(&mut seen).await;
+            for user in self.all() {
+                user.made().for_each(Pool::close_left);
             }
         }
     }
 
     /// Every pool's counts, for metrics.
     pub fn counts(&self) -> Vec<PoolCounts> {
-        self.all().iter().flat_map(|u| u.nodes.iter().map(|p| p.counts())).collect()
+        self.all().iter().flat_map(|u| u.made().map(|p| p.counts()).collect::<Vec<_>>()).collect()
     }
 
     fn all(&self) -> Vec<Arc<UserPools>> {
@@ -738,14 +899,12 @@ impl Pools {
             tick.tick().await;
             let now = Instant::now();
             for user in self.all() {
-                for pool in &user.nodes {
+                for pool in user.made() {
                     pool.reap(now);
                 }
             }
             let mut users = self.users.lock().unwrap_or_else(|p| p.into_inner());
-            users.retain(|_, pools| {
-                Arc::strong_count(pools) > 1 || pools.nodes.iter().any(|p| p.lock().open > 0)
-            });
+            users.retain(|_, pools| Arc::strong_count(pools) > 1 || pools.made().any(|p| p.lock().open > 0));
         }
     }
 }

@@ -27,6 +27,8 @@ mod opinion;
 pub mod refusal;
 mod scan;
 pub mod setting;
+mod skeleton;
+mod trace;
 mod transaction;
 pub mod tree;
 
@@ -38,6 +40,8 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 
 pub use catalog::Catalog;
 pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
+pub use skeleton::skeleton_text;
+pub use trace::traceparent;
 pub use transaction::{Isolation, TransactionCommand, depends_on_transaction, parameters_name_the_clock};
 
 use crate::config::LimitsConfig;
@@ -150,6 +154,12 @@ impl StatementClass {
     /// Whether it is a read and nothing else: it sets nothing and leaves nothing.
     pub fn is_mere_read(self) -> bool {
         matches!(self.kind, Kind::Read | Kind::Empty) && !self.settings && self.leaves == Leaves::Nothing
+    }
+
+    /// Whether it may end a transaction that was open before: COMMIT and kin, and what may have one in it.
+    pub fn may_commit(self) -> bool {
+        self.kind == Kind::TransactionControl
+            || matches!(self.reason, ClassReason::Several | ClassReason::Unclear | ClassReason::Lexing)
     }
 
     fn write(reason: ClassReason) -> StatementClass {

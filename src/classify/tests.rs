@@ -10,6 +10,7 @@ use crate::consistency::{Level, Route};
 
 fn classifier() -> Classifier {
     Classifier::new(&LimitsConfig {
+        nodes: 16,
         unit_hold: 65_536,
         statement_text: 65_536,
         statements_per_session: 100,

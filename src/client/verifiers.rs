@@ -15,11 +15,12 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use arc_swap::ArcSwap;
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::sync::OnceCell;
 use tokio_postgres::types::Type;
 
-use crate::config::{AuthSource, Config, Secret};
+use crate::config::{AuthSource, Config, Secret, UserConfig};
 use crate::node::Nodes;
 use crate::scram::{LoginKeys, Verifier};
 use crate::topology::{NodeId, Standing, TopologyHandle};
@@ -33,18 +34,25 @@ const ASKED: usize = 3;
 pub struct Verifiers {
     /// Makes mock verifiers unpredictable, and the same for the same name.
     secret: [u8; 32],
-    source: Source,
+    source: ArcSwap<Source>,
 }
 
 enum Source {
-    Listed(HashMap<String, Listed>),
-    Asked { config: Arc<Config>, nodes: Arc<Nodes>, topology: Arc<TopologyHandle> },
+    Listed(HashMap<String, Arc<Listed>>),
+    Asked { query: String, nodes: Arc<Nodes>, topology: Arc<TopologyHandle> },
 }
 
 struct Listed {
     password: Secret,
     keys: LoginKeys,
     verifier: OnceCell<Verifier>,
+}
+
+impl Listed {
+    fn new(user: &UserConfig) -> Arc<Listed> {
+        let keys = LoginKeys::password(user.password.clone());
+        Arc::new(Listed { password: user.password.clone(), keys, verifier: OnceCell::new() })
+    }
 }
 
 /// What is known of a user who wants to log in to a database.
@@ -97,50 +105,60 @@ impl std::error::Error for VerifierError {}
 impl Verifiers {
     /// Nothing is asked or derived yet.
     pub fn new(
-        config: Arc<Config>,
-        nodes: Arc<Nodes>,
-        topology: Arc<TopologyHandle>,
+        config: &Config,
+        nodes: &Arc<Nodes>,
+        topology: &Arc<TopologyHandle>,
     ) -> Result<Verifiers, VerifierError> {
         let mut secret = [0; 32];
         SystemRandom::new()
             .fill(&mut secret)
             .map_err(|_| VerifierError::System("no random bytes from the system"))?;
+        let nobody = Source::Listed(HashMap::new());
+        let verifiers = Verifiers { secret, source: ArcSwap::from_pointee(nobody) };
+        verifiers.follow(config, nodes, topology);
+        Ok(verifiers)
+    }
+
+    /// Logins to come go by `config`. Who is listed with the password of before keeps what was derived from it.
+    pub fn follow(&self, config: &Config, nodes: &Arc<Nodes>, topology: &Arc<TopologyHandle>) {
         let source = match config.auth.source {
-            AuthSource::Query => Source::Asked { config, nodes, topology },
-            AuthSource::List => Source::Listed(
-                config
-                    .auth
-                    .users
-                    .iter()
-                    .map(|user| {
-                        let keys = LoginKeys::password(user.password.clone());
-                        let password = user.password.clone();
-                        (user.name.clone(), Listed { password, keys, verifier: OnceCell::new() })
-                    })
-                    .collect(),
-            ),
+            AuthSource::Query => Source::Asked {
+                query: config.auth.query.clone(),
+                nodes: Arc::clone(nodes),
+                topology: Arc::clone(topology),
+            },
+            AuthSource::List => {
+                let before = self.source.load();
+                let known = |user: &UserConfig| match &**before {
+                    Source::Listed(users) => users.get(&user.name).filter(|l| l.password == user.password),
+                    Source::Asked { .. } => None,
+                };
+                let listed = |user: &UserConfig| known(user).cloned().unwrap_or_else(|| Listed::new(user));
+                let users = config.auth.users.iter();
+                Source::Listed(users.map(|user| (user.name.clone(), listed(user))).collect())
+            }
         };
-        Ok(Verifiers { secret, source })
+        self.source.store(Arc::new(source));
     }
 
     /// One listed user, without a configuration around it.
     #[cfg(test)]
     pub(crate) fn of_one(user: &str, password: &str) -> Verifiers {
-        let password = Secret(password.to_owned());
-        let keys = LoginKeys::password(password.clone());
-        let listed = Listed { password, keys, verifier: OnceCell::new() };
-        Verifiers { secret: [3; 32], source: Source::Listed(HashMap::from([(user.to_owned(), listed)])) }
+        let listed =
+            Listed::new(&UserConfig { name: user.to_owned(), password: Secret(password.to_owned()) });
+        let source = Source::Listed(HashMap::from([(user.to_owned(), listed)]));
+        Verifiers { secret: [3; 32], source: ArcSwap::from_pointee(source) }
     }
 
     /// What is known of `user` and its right to `database`.
     pub async fn look_up(&self, user: &str, database: &str) -> Result<Account, VerifierError> {
-        match &self.source {
+        match &*self.source.load_full() {
             Source::Listed(users) => match users.get(user) {
                 Some(listed) => self.listed(user, listed).await,
                 None => Ok(self.nobody(user)),
             },
-            Source::Asked { config, nodes, topology } => {
-                let row = ask_nodes(config, nodes, topology, user, database).await?;
+            Source::Asked { query, nodes, topology } => {
+                let row = ask_nodes(query, nodes, topology, user, database).await?;
                 Ok(match row {
                     Some(row) => self.account(user, row, SystemTime::now()),
                     None => self.nobody(user),
@@ -213,7 +231,7 @@ enum AskError {
 }
 
 async fn ask_nodes(
-    config: &Config,
+    query: &str,
     nodes: &Nodes,
     topology: &TopologyHandle,
     user: &str,
@@ -223,10 +241,10 @@ async fn ask_nodes(
     for node in whom_to_ask(topology) {
         let attempt = async {
             let client = nodes
-                .client(node, &config.control.database)
+                .client(node, &nodes.control_database())
                 .await
                 .map_err(|error| AskError::Away(format!("{}: {}", error.node, error.cause)))?;
-            ask(&client, &config.auth.query, user, database).await
+            ask(&client, query, user, database).await
         };
         match tokio::time::timeout(ANSWER, attempt).await {
             Ok(Ok(row)) => return Ok(row),
@@ -307,7 +325,8 @@ mod tests {
 
     #[test]
     fn only_a_valid_scram_verifier_lets_anybody_in() {
-        let verifiers = Verifiers { secret: [1; 32], source: Source::Listed(HashMap::new()) };
+        let verifiers =
+            Verifiers { secret: [1; 32], source: ArcSwap::from_pointee(Source::Listed(HashMap::new())) };
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
         let is_mock = |row: AuthRow| verifiers.account("app", row, now).verifier.is_mock();
         assert!(!is_mock(row()));
@@ -322,7 +341,8 @@ mod tests {
 
     #[test]
     fn a_null_never_opens_anything() {
-        let verifiers = Verifiers { secret: [1; 32], source: Source::Listed(HashMap::new()) };
+        let verifiers =
+            Verifiers { secret: [1; 32], source: ArcSwap::from_pointee(Source::Listed(HashMap::new())) };
         let account = |row| verifiers.account("app", row, SystemTime::UNIX_EPOCH);
         assert!(!account(AuthRow { may_log_in: None, ..row() }).may_log_in);
         assert_eq!(account(AuthRow { may_connect: None, ..row() }).database, DatabaseAccess::Unknown);

@@ -460,14 +460,13 @@ impl Template {
     }
 }
 
-/// The least that the proxy's role needs: to see all of the statistics, to read the verifiers of
-/// those who log in, and to read a timeline's history file.
+/// What the proxy's role is granted: what the documentation tells an operator to, no more and no less.
+const GRANTS: &str = include_str!("../../docs/sql/grants.sql");
+
 fn roles_sql(roles: &Roles) -> String {
     let Roles { control, app, replicator, .. } = roles;
     format!(
-        "CREATE ROLE {control} LOGIN PASSWORD '{control_password}' IN ROLE pg_monitor;\n\
-         GRANT SELECT ON pg_catalog.pg_authid TO {control};\n\
-         GRANT EXECUTE ON FUNCTION pg_catalog.pg_read_file(text, bigint, bigint, boolean) TO {control};\n\
+        "CREATE ROLE {control} LOGIN PASSWORD '{control_password}';\n{GRANTS}\
          CREATE ROLE {app} LOGIN PASSWORD '{app_password}';\n\
          CREATE ROLE {replicator} LOGIN REPLICATION PASSWORD '{replicator_password}';\n\
          CREATE DATABASE app OWNER {app};\n",

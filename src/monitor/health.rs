@@ -8,6 +8,7 @@
 
 use std::time::{Duration, Instant};
 
+use crate::config::Config;
 use crate::node::{NodeError, NodeFailure};
 
 /// The ejection time doubles at most this often: 16 times the configured one.
@@ -20,6 +21,14 @@ pub struct HealthSettings {
     pub failure_threshold: u32,
     /// How long a node stays ejected the first time.
     pub eject_time: Duration,
+}
+
+impl HealthSettings {
+    /// What the configuration says.
+    pub fn of(config: &Config) -> HealthSettings {
+        let failover = &config.failover;
+        HealthSettings { failure_threshold: failover.failure_threshold, eject_time: failover.eject_time }
+    }
 }
 
 /// Whether a node answers.
@@ -79,6 +88,8 @@ impl Health {
         self.asked = true;
         self.failures = self.failures.saturating_add(1);
         match error.kind {
+            // Of one session, so far; the next probe tells.
+            NodeFailure::ShuttingDown => {}
             NodeFailure::Starting => self.down(Answering::Starting, &error.cause, settings, now),
             NodeFailure::Refused => {
                 self.down(Answering::No(error.cause.clone()), &error.cause, settings, now)

@@ -62,6 +62,11 @@ impl PrimaryHistory {
         PrimaryHistory { entries: VecDeque::new(), keep }
     }
 
+    /// Remembers positions for `keep` from now on.
+    pub fn keep(&mut self, keep: Duration) {
+        self.keep = keep;
+    }
+
     /// Forgets all: the positions to come belong to another history.
     pub fn clear(&mut self) {
         self.entries.clear();

@@ -11,5 +11,6 @@ pub mod lag;
 pub mod probe;
 mod received;
 pub mod sample;
+pub mod watch;
 
 pub use received::ReceivedTimeline;

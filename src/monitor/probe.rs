@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep_until, timeout};
 
+use crate::config::live::LiveConfig;
 use crate::monitor::ReceivedTimeline;
 use crate::node::{NodeClient, NodeError, NodeFailure, Nodes, ProbeAnswer, ProbedRole, Start};
 use crate::topology::NodeId;
@@ -45,45 +46,45 @@ pub struct Observation {
     pub result: Result<Seen, NodeError>,
 }
 
-/// How probes are made.
-#[derive(Clone, Copy, Debug)]
-pub struct ProbeSettings {
-    /// Time between two probes.
-    pub interval: Duration,
-    /// How long a probe may take, connecting included.
-    pub deadline: Duration,
-}
-
 /// Probes `node` until the receiver of `results` is gone.
 pub async fn run(
     node: NodeId,
     nodes: Arc<Nodes>,
-    settings: ProbeSettings,
+    config: Arc<LiveConfig>,
     now_please: Arc<Notify>,
     results: mpsc::Sender<Observation>,
 ) {
-    let mut probe = Probe { node, nodes, settings, held: None };
+    let mut probe = Probe { node, nodes, config, held: None };
     loop {
         let asked_at = Instant::now();
         let result = probe.once().await;
+        let interval = probe.config.load().failover.check_interval;
         let pause = match &result {
             // It fails fast, so asking often costs little, and a restart takes a tenth of a second.
-            Err(e) if matches!(e.kind, NodeFailure::Refused | NodeFailure::Starting) => {
-                settings.interval.min(RETRY)
-            }
-            _ => settings.interval,
+            Err(e) if matches!(e.kind, NodeFailure::Refused | NodeFailure::Starting) => interval.min(RETRY),
+            _ => interval,
         };
         if results.send(Observation { node, asked_at, result }).await.is_err() {
             return;
         }
-        probe.wait(asked_at + pause, &now_please).await;
+        if probe.wait(asked_at + pause, &now_please).await {
+            let error = NodeError {
+                node: probe.nodes.name(node),
+                cause: "it ended an idle session as an administrator told it to".to_owned(),
+                kind: NodeFailure::ShuttingDown,
+            };
+            let observation = Observation { node, asked_at: Instant::now(), result: Err(error) };
+            if results.send(observation).await.is_err() {
+                return;
+            }
+        }
     }
 }
 
 struct Probe {
     node: NodeId,
     nodes: Arc<Nodes>,
-    settings: ProbeSettings,
+    config: Arc<LiveConfig>,
     held: Option<Held>,
 }
 
@@ -95,7 +96,8 @@ struct Held {
 
 impl Probe {
     async fn once(&mut self) -> Result<Seen, NodeError> {
-        match timeout(self.settings.deadline, self.ask()).await {
+        let deadline = self.config.load().failover.check_timeout;
+        match timeout(deadline, self.ask(deadline)).await {
             Ok(result) => {
                 // An error as answer leaves the connection as it was; nothing else does.
                 if matches!(&result, Err(e) if e.kind != NodeFailure::Answered) {
@@ -114,37 +116,40 @@ impl Probe {
         }
     }
 
-    async fn ask(&mut self) -> Result<Seen, NodeError> {
+    async fn ask(&mut self, deadline: Duration) -> Result<Seen, NodeError> {
         if let Some(held) = &mut self.held {
+            held.client.answer_within(deadline);
             match held.look().await {
                 // A broken connection says little by itself: a new one tells refused, starting and well apart.
                 Err(error) if error.kind == NodeFailure::Broken => self.held = None,
                 result => return result,
             }
         }
-        let client = self.nodes.open(self.node, self.settings.deadline).await?;
+        let client = self.nodes.open(self.node, deadline).await?;
         let held = Held { client, received: ReceivedTimeline::default(), history: None };
         self.held.insert(held).look().await
     }
 
-    async fn wait(&mut self, due: Instant, now_please: &Notify) {
+    /// Until the next probe is due, or somebody wants one, or the connection has ended; whether that was ordered.
+    async fn wait(&mut self, due: Instant, now_please: &Notify) -> bool {
         let earliest = due.min(Instant::now() + LEAST_GAP);
         let due = sleep_until(due.into());
         let ended = match &mut self.held {
             None => {
                 tokio::select! { () = due => {}, () = now_please.notified() => {} }
-                false
+                None
             }
             Some(held) => tokio::select! {
-                () = due => false,
-                () = now_please.notified() => false,
-                () = held.client.ended() => true,
+                () = due => None,
+                () = now_please.notified() => None,
+                ordered = held.client.ended() => Some(ordered),
             },
         };
-        if ended {
+        if ended.is_some() {
             self.held = None;
         }
         sleep_until(earliest.into()).await;
+        ended == Some(true)
     }
 }
 

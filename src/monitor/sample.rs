@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{sleep, sleep_until};
 
+use crate::config::Config;
+use crate::config::live::LiveConfig;
 use crate::monitor::ReceivedTimeline;
 use crate::monitor::floor::Floor;
 use crate::monitor::lag::{PrimaryHistory, ReplayLag};
@@ -52,6 +54,17 @@ pub struct SampleSettings {
     pub gap: Duration,
     /// How long connecting, and then an answer, may take.
     pub deadline: Duration,
+}
+
+impl SampleSettings {
+    /// What the configuration says.
+    pub fn of(config: &Config) -> SampleSettings {
+        SampleSettings {
+            interval: config.consistency.sample_interval,
+            gap: config.consistency.sample_gap,
+            deadline: config.failover.check_timeout,
+        }
+    }
 }
 
 /// What has been seen of the epoch's primary: shared by its sampler, which writes, and the control
@@ -138,6 +151,11 @@ impl PrimaryTrack {
         self.lock().history.past_for(replay, now)
     }
 
+    /// Positions are remembered for `keep` from now on.
+    pub fn keep(&self, keep: Duration) {
+        self.lock().history.keep(keep);
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Track> {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -156,7 +174,7 @@ pub struct Sampler {
     /// Where the primary's positions go.
     pub track: Arc<PrimaryTrack>,
     /// How.
-    pub settings: SampleSettings,
+    pub config: Arc<LiveConfig>,
     /// Asked for whenever the connection was lost: tells what became of the node.
     pub probe: Arc<Notify>,
 }
@@ -167,7 +185,7 @@ impl Sampler {
         let mut backoff = Duration::ZERO;
         loop {
             sleep(backoff).await;
-            match self.nodes.open(self.node, self.settings.deadline).await {
+            match self.nodes.open(self.node, self.settings().deadline).await {
                 Ok(client) => {
                     let (samples, error) = self.sample_on(client).await;
                     // One that accepts connections but answers nothing must not be hammered.
@@ -186,6 +204,10 @@ impl Sampler {
         }
     }
 
+    fn settings(&self) -> SampleSettings {
+        SampleSettings::of(&self.config.load())
+    }
+
     /// One incarnation: how many samples were answered, and what ended it.
     async fn sample_on(&self, mut client: NodeClient) -> (u64, String) {
         let mut answered = 0;
@@ -194,7 +216,9 @@ impl Sampler {
         let mut state = Known::new(positions.connected(), start);
         let mut pace = Pace { sent: None, active_until: Instant::now() };
         loop {
-            if let Turn::Ended = pace.wait(positions, &mut client, &self.settings).await {
+            let settings = self.settings();
+            client.answer_within(settings.deadline);
+            if let Turn::Ended = pace.wait(positions, &mut client, &settings).await {
                 return (answered, "the connection ended".to_owned());
             }
             let leaned_on = positions.is_wanted() || pace.is_active(Instant::now());
@@ -288,7 +312,7 @@ impl Sampler {
         };
         let (tell, answer) = oneshot::channel();
         state.clearing = Some(Clearing { epoch, answer });
-        let (nodes, deadline) = (Arc::clone(&self.nodes), self.settings.deadline);
+        let (nodes, deadline) = (Arc::clone(&self.nodes), self.settings().deadline);
         let (positions, primary) = (Arc::clone(&self.positions), self.node);
         tokio::spawn(async move {
             let answer = nodes.not_committed(replica, &xids, deadline).await;
@@ -443,7 +467,7 @@ impl Pace {
                 continue;
             }
             tokio::select! {
-                () = client.ended() => return Turn::Ended,
+                _ = client.ended() => return Turn::Ended,
                 () = positions.wanted() => {}
                 () = sleep_until(look.into()) => {}
             }

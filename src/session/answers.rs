@@ -98,6 +98,13 @@ impl Exchange<'_> {
             Err(_) => return Err(End::NodeLost { node }),
         };
         let whole = self.backend.input.len() >= header.len;
+        if matches!(header.tag, b'C' | b's' | b'I' | b'V' | b'Z') && self.backend.socket.is_closed() {
+            // A node that is being left has completed something: that must not be passed on as done.
+            return Err(End::NodeLost { node });
+        }
+        if whole && header.tag != b'Z' && header.tag != b'N' {
+            self.not_the_last();
+        }
         if self.unit.discard.is_some() {
             return self.discard_message(header, whole);
         }
@@ -146,6 +153,9 @@ impl Exchange<'_> {
                     // the backend will say.
                     return Ok(self.discard(Again::NodeLost, true));
                 }
+                if fields.routine == b"SyncRepWaitForLSN" {
+                    return Ok(self.not_replicated(header.len));
+                }
                 self.commit();
                 self.forward(header.len);
                 Ok(Step::On)
@@ -175,14 +185,37 @@ impl Exchange<'_> {
                 {
                     return Ok(step);
                 }
+                let holds = tag == b'C'
+                    && self.unit.unreplicated
+                    && matches!(self.unit.expects.front(), Some(Expect::Query));
                 if self.answered(tag)? {
-                    self.forward(header.len);
+                    if holds {
+                        self.unit.held_back = Some(self.backend.input.split_to(header.len)[..].into());
+                    } else {
+                        self.forward(header.len);
+                    }
                 } else {
                     self.backend.input.advance(header.len);
                 }
                 self.answer_ourselves();
                 Ok(Step::On)
             }
+        }
+    }
+
+    /// The server has stopped waiting for a synchronous replica to have a commit, and goes on as if it had one. Its
+    /// notice says so in words of its language, which few clients look for; the unit's answer ends in an error instead.
+    fn not_replicated(&mut self, len: usize) -> Step {
+        self.commit();
+        self.backend.input.advance(len);
+        self.unit.unreplicated = true;
+        Step::On
+    }
+
+    /// A message comes behind a CommandComplete that was held back because it might have been the last.
+    fn not_the_last(&mut self) {
+        if let Some(message) = self.unit.held_back.take() {
+            self.session.client.output.put_slice(&message);
         }
     }
 
@@ -714,6 +747,11 @@ impl Exchange<'_> {
                 self.session.tell_differences(&parameters);
             }
             Purpose::Sequences => {}
+            Purpose::Listen => {
+                self.backend.dirt = self.backend.dirt.max(Dirt::State);
+                self.session.listens_again();
+                self.session.show_pins();
+            }
             Purpose::Begin if status == TransactionStatus::InTransaction => {
                 self.session.transaction_opened();
             }
@@ -796,6 +834,12 @@ impl Exchange<'_> {
             }
             self.session.put_ready();
         } else {
+            if std::mem::take(&mut self.unit.unreplicated) {
+                // In place of what says that it was done.
+                self.unit.held_back = None;
+                self.session.shared.metrics.unreplicated_commits.inc();
+                put_report(&mut self.session.client.output, &super::loss::unreplicated());
+            }
             self.forward(len);
             self.session.status = status;
         }

@@ -40,6 +40,8 @@ pub enum Demand {
         ddl: bool,
         /// A Query in it may change settings.
         settings: bool,
+        /// A Query in it may end a transaction.
+        may_commit: bool,
     },
 }
 
@@ -59,6 +61,7 @@ impl Demand {
                 leaves: Leaves::Nothing,
                 ddl: false,
                 settings: false,
+                may_commit: false,
             },
             other => other,
         }
@@ -67,8 +70,15 @@ impl Demand {
     /// The same as part of a transaction on the primary.
     pub fn in_transaction(self) -> Demand {
         match self.unvetted() {
-            Demand::Primary { reason: RouteReason::Read, label, leaves, ddl, settings } => {
-                Demand::Primary { reason: RouteReason::InTransaction, label, leaves, ddl, settings }
+            Demand::Primary { reason: RouteReason::Read, label, leaves, ddl, settings, may_commit } => {
+                Demand::Primary {
+                    reason: RouteReason::InTransaction,
+                    label,
+                    leaves,
+                    ddl,
+                    settings,
+                    may_commit,
+                }
             }
             other => other,
         }
@@ -100,6 +110,11 @@ impl Demand {
         matches!(self, Demand::Primary { settings: true, .. })
     }
 
+    /// Whether a Query in it may end a transaction.
+    pub fn may_commit(&self) -> bool {
+        matches!(self, Demand::Primary { may_commit: true, .. })
+    }
+
     /// Its class, for metrics.
     pub fn label(&self) -> ClassLabel {
         match self {
@@ -123,6 +138,7 @@ impl Demand {
             leaves: class.leaves,
             ddl: class.kind == Kind::Ddl,
             settings: class.settings,
+            may_commit: class.may_commit(),
         }
     }
 
@@ -133,6 +149,7 @@ impl Demand {
             leaves: Leaves::Nothing,
             ddl: false,
             settings: false,
+            may_commit: label == ClassLabel::of(Kind::TransactionControl),
         }
     }
 }
@@ -145,6 +162,7 @@ fn too_long() -> Demand {
         leaves: Leaves::Unproven,
         ddl: true,
         settings: false,
+        may_commit: true,
     }
 }
 
@@ -177,7 +195,7 @@ impl Session {
                 self.fill_client().await?;
                 continue;
             };
-            if at + header.len > self.shared.config.limits.unit_hold {
+            if at + header.len > self.config.limits.unit_hold {
                 return Ok(too_long());
             }
             if at + header.len > self.client.input.len() {
@@ -187,7 +205,7 @@ impl Session {
             match header.tag {
                 b'Q' => return self.demand_query(at, header.len).await,
                 b'F' => return Ok(Demand::not_a_read(ClassLabel::Unit)),
-                b'P' if header.len > self.shared.config.limits.statement_text => return Ok(too_long()),
+                b'P' if header.len > self.config.limits.statement_text => return Ok(too_long()),
                 b'P' => {
                     needs_backend = true;
                     let body = &self.client.input[at + HEADER..at + header.len];
@@ -335,7 +353,7 @@ impl Session {
         // It leaves nothing but the name, which is taken from the backend before another session's use.
         let leaves_a_name = Demand::of_query(StatementClass { leaves: Leaves::Nothing, ..class });
         if let Some(prepare) = classify::sql_prepare(text) {
-            let limits = &self.shared.config.limits;
+            let limits = &self.config.limits;
             if SharedName::is_like(&prepare.name)
                 || text.len() > limits.statement_text
                 || self.statements.len() >= limits.statements_per_session
@@ -465,6 +483,9 @@ impl Session {
         self.statements.drop_unnamed();
         if matches!(batch, ResetBatch::DiscardAll | ResetBatch::DeallocateAll) {
             self.statements.clear();
+        }
+        if matches!(batch, ResetBatch::DiscardAll | ResetBatch::Asyncpg) {
+            self.listening.forget();
         }
         match batch {
             ResetBatch::DeallocateAll => {}

@@ -114,6 +114,8 @@ pub enum Purpose {
     Own,
     /// The backend forgets what another session has drawn from sequences.
     Sequences,
+    /// The backend listens to what another did that was lost.
+    Listen,
     /// The session's transaction begins there.
     Begin,
     /// It is made to fail there, as it has before: an error is what is asked for.
@@ -244,6 +246,12 @@ pub struct Unit {
     pub login_settings: bool,
     /// It has statements that are not reads.
     pub writes: bool,
+    /// In a transaction it may have committed that.
+    pub may_commit: bool,
+    /// A wait for a synchronous replica was cancelled in it: what it has committed may be lost with the primary.
+    pub unreplicated: bool,
+    /// A CommandComplete that is held back for that reason.
+    pub(super) held_back: Option<Box<[u8]>>,
 }
 
 /// Why a unit is to be run again.
@@ -347,6 +355,9 @@ impl Unit {
             ddl: false,
             login_settings: false,
             writes: false,
+            may_commit: false,
+            unreplicated: false,
+            held_back: None,
         }
     }
 
@@ -471,6 +482,9 @@ impl Exchange<'_> {
         if self.session.handle.poll_ending(cx) == super::handle::Ending::Now {
             return Poll::Ready(Err(End::shutdown()));
         }
+        if self.backend.socket.is_closed() {
+            return Poll::Ready(self.told_to_close());
+        }
         loop {
             let mut moved = match self.translate() {
                 Ok(Step::Over(outcome)) => return Poll::Ready(Ok(outcome)),
@@ -578,6 +592,14 @@ impl Exchange<'_> {
             Poll::Ready(()) => Err(End::ClientGone),
             Poll::Pending => Ok(false),
         }
+    }
+
+    /// The node is being left. What it says from now on does not count, and neither does what has not been read.
+    fn told_to_close(&mut self) -> Result<Outcome, End> {
+        if self.unit.redoable {
+            return Ok(Outcome::Again(self.unit.discard.unwrap_or(Again::NodeLost)));
+        }
+        Err(End::NodeLost { node: self.backend.node })
     }
 
     /// The node has closed the connection. What it had said before counts first.

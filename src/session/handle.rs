@@ -14,6 +14,7 @@ use futures_util::task::AtomicWaker;
 use super::pins::PinSet;
 use crate::backend::CancelTarget;
 use crate::backend::senders::Senders;
+use crate::gate::Gate;
 
 /// Process ids that we give out are at least this: PostgreSQL's own are far below, so a client that
 /// passes one to `pg_terminate_backend` can never hit a real process.
@@ -39,6 +40,8 @@ pub struct SessionHandle {
     cancelled: AtomicBool,
     pins: AtomicU16,
     ending: AtomicU8,
+    /// Another configuration is in force than the session goes by.
+    reloaded: AtomicBool,
     waker: AtomicWaker,
 }
 
@@ -148,6 +151,17 @@ impl SessionHandle {
         }
     }
 
+    /// Whether another configuration has been put in force since the session last took one over.
+    #[inline]
+    pub fn is_reloaded(&self) -> bool {
+        self.reloaded.load(Ordering::Relaxed)
+    }
+
+    /// The session takes over the configuration that is in force: look for it after this.
+    pub fn takes_over(&self) {
+        self.reloaded.store(false, Ordering::SeqCst);
+    }
+
     /// Asks the session to end.
     pub fn end(&self, how: Ending) {
         self.ending.fetch_max(how.rank(), Ordering::SeqCst);
@@ -189,6 +203,7 @@ impl Sessions {
             cancelled: AtomicBool::new(false),
             pins: AtomicU16::new(0),
             ending: AtomicU8::new(self.ending.load(Ordering::SeqCst)),
+            reloaded: AtomicBool::new(false),
             waker: AtomicWaker::new(),
         });
         all.insert(pid, handle.clone());
@@ -210,6 +225,27 @@ impl Sessions {
         };
         for handle in all {
             handle.end(how);
+        }
+    }
+
+    /// Tells all sessions that another configuration is in force: those that wait take it over now, the others before
+    /// their next statement. One that registers later finds it by itself.
+    pub fn reloaded(&self) {
+        let all: Vec<_> = self.lock().values().cloned().collect();
+        for handle in all {
+            handle.reloaded.store(true, Ordering::SeqCst);
+            handle.waker.wake();
+        }
+    }
+
+    /// Wakes all sessions whenever connections are told to close, so that those that have one of them let go of it;
+    /// for ever.
+    pub async fn wake_at(&self, gate: &Gate) {
+        let mut seen = 0;
+        loop {
+            gate.closing(&mut seen).await;
+            let all: Vec<_> = self.lock().values().cloned().collect();
+            all.iter().for_each(|handle| handle.waker.wake());
         }
     }
 

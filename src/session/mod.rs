@@ -9,7 +9,9 @@
 mod answers;
 mod demand;
 mod exchange;
+mod gate;
 pub mod handle;
+mod loss;
 pub mod mark;
 mod messages;
 pub mod own;
@@ -20,6 +22,7 @@ pub mod promise;
 pub mod replication;
 pub mod settings;
 pub mod shared_mark;
+mod slow;
 pub mod timeouts;
 mod transaction;
 mod translate;
@@ -34,7 +37,10 @@ use bytes::{Buf, BufMut, BytesMut};
 
 use self::demand::Demand;
 use self::exchange::{Again, HIGH_WATER, Outcome, Purpose, Unit, put_report};
+pub use self::gate::GATE_REFUSED_LABELS;
 use self::handle::{Ending, SessionHandle, Sessions};
+pub use self::loss::ENDED_LABELS;
+use self::loss::Listening;
 use self::mark::{Freshness, Mark, Survival};
 use self::pins::{Done, Next, PinSet, Pins};
 use self::place::Placed;
@@ -49,8 +55,11 @@ use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_d
 use crate::catalogs::{Catalogs, DatabaseCatalog};
 use crate::classify::setting::{self, Change};
 use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
+use crate::config::live::LiveConfig;
 use crate::config::{Config, PoolMode, Transactions};
 use crate::consistency::Promise;
+use crate::gate::{Gate, Presence};
+use crate::log;
 use crate::metrics::Metrics;
 use crate::net::Stream;
 use crate::node::{NodeFailure, Nodes};
@@ -64,8 +73,8 @@ pub const REDONE_LABELS: [&str; 5] = Again::LABELS;
 
 /// What all sessions share.
 pub struct Shared {
-    /// The configuration.
-    pub config: Arc<Config>,
+    /// The configuration that is in force; a session goes by the one that it took over last ([`Session::follow`]).
+    pub config: Arc<LiveConfig>,
     /// What is believed of the nodes.
     pub topology: Arc<TopologyHandle>,
     /// What is known of their positions.
@@ -80,6 +89,8 @@ pub struct Shared {
     pub making_room: AtomicBool,
     /// Backends.
     pub pools: Arc<Pools>,
+    /// Before the primary.
+    pub gate: Arc<Gate>,
     /// Counts.
     pub metrics: Arc<Metrics>,
     /// All sessions.
@@ -94,6 +105,8 @@ pub struct Shared {
     pub named_marks: Mutex<NamedMarks>,
     /// How many reads went to the primary because no replica was fresh enough, of how many.
     pub primary_reads: PrimaryReads,
+    /// Bounds log lines about single statements.
+    pub lines: log::Rate,
 }
 
 impl Shared {
@@ -228,6 +241,8 @@ const STOPPING: Duration = Duration::from_secs(1);
 /// One client's session.
 pub struct Session {
     shared: Arc<Shared>,
+    /// What it goes by, until the unit that runs is over.
+    config: Arc<Config>,
     worker: usize,
     handle: Arc<SessionHandle>,
     client: ClientEnd,
@@ -270,6 +285,10 @@ pub struct Session {
     /// At level `strong`: what the running statement must be shown.
     freshness: Option<Freshness>,
     lease: Option<Lease>,
+    /// Whether it is on the primary, as the gate counts.
+    presence: Presence,
+    /// The channels it listens to.
+    listening: Listening,
     role: Role,
     /// The sampler connection of the replica that `lease` is on when the session was let there.
     incarnation: Incarnation,
@@ -295,6 +314,8 @@ pub struct Session {
     /// Length of the client's output before the unit's answer.
     output_before: usize,
     started: Instant,
+    /// The running unit's text, where slow statements are logged.
+    kept: Option<Box<slow::Kept>>,
     /// A failover has lost something of the session's; its next statement says so, once.
     lost: Option<mark::Fork>,
 }
@@ -329,12 +350,13 @@ impl Session {
     ) -> (Box<Session>, Beginning) {
         let application_name = arrival.startup.take_application_name();
         let own = take_own(&mut arrival.startup);
-        let mode = shared.config.pool.mode_of(&arrival.database, &arrival.user);
+        let config = shared.config.load_full();
+        let mode = config.pool.mode_of(&arrival.database, &arrival.user);
         let pools = shared.pools.of(&arrival.database, &arrival.user, &arrival.keys);
         let topology = shared.topology.load();
-        let mut promise = shared.config.consistency.promise_for(&arrival.user, &arrival.database);
+        let mut promise = config.consistency.promise_for(&arrival.user, &arrival.database);
         let split;
-        (split, promise.route) = shared.config.routing.for_session(&arrival.user, &arrival.database);
+        (split, promise.route) = config.routing.for_session(&arrival.user, &arrival.database);
         let (at_login, invalid) = match own {
             Ok(own) => (own, None),
             Err(report) => (Vec::new(), Some(report)),
@@ -362,7 +384,7 @@ impl Session {
             read_only: arrival.read_only,
             // On a replica there is nothing to keep: the session's backends are alike, and lost with it.
             keeps_backend: mode == PoolMode::Session && !arrival.read_only,
-            timeouts: Timeouts::new(shared.config.timeouts),
+            timeouts: Timeouts::new(config.timeouts),
             status: TransactionStatus::Idle,
             splits: false,
             lazy: None,
@@ -375,6 +397,8 @@ impl Session {
             shared_mark: None,
             freshness: None,
             lease: None,
+            presence: shared.gate.presence(worker),
+            listening: Listening::default(),
             role: Role::Primary,
             incarnation: Incarnation::default(),
             pins: Pins::default(),
@@ -390,8 +414,10 @@ impl Session {
             drop_rest: 0,
             output_before: 0,
             started: Instant::now(),
+            kept: None,
             lost: None,
             shared: shared.clone(),
+            config,
         });
         session.share_mark();
         (session, Beginning { application_name, invalid })
@@ -416,7 +442,7 @@ impl Session {
                 let mut lease = self.lease_for_login().await?;
                 let idle_session_timeout =
                     clean::idle_session_timeout(&mut lease).await.map_err(|_| broken())?;
-                let isolation = match self.shared.config.routing.transactions {
+                let isolation = match self.config.routing.transactions {
                     Transactions::Primary => Arc::default(),
                     Transactions::Split => {
                         clean::default_isolation(&mut lease).await.map_err(|_| broken())?
@@ -473,6 +499,25 @@ impl Session {
         };
     }
 
+    /// Takes over the configuration that is in force: what the session is promised, where its reads run, and when it
+    /// is ended. Not within a transaction, which keeps what it began with.
+    #[cold]
+    fn follow(&mut self) {
+        if self.status != TransactionStatus::Idle {
+            return;
+        }
+        self.handle.takes_over();
+        let Some(config) = self.shared.config.changed_from(&self.config) else { return };
+        let mut promise = config.consistency.promise_for(self.own.user(), &self.database);
+        (self.split, promise.route) = config.routing.for_session(self.own.user(), &self.database);
+        if config.timeouts != self.config.timeouts {
+            self.timeouts.follow(config.timeouts);
+        }
+        self.config = config;
+        self.own.rebase(promise);
+        self.follow_own();
+    }
+
     async fn serve(&mut self) -> End {
         loop {
             let served = match self.await_message().await {
@@ -487,7 +532,7 @@ impl Session {
 
     /// Waits until the client has sent the header of a message; meanwhile passes on what a held
     /// backend says by itself.
-    async fn await_message(&mut self) -> Result<(), End> {
+    async fn next_message(&mut self) -> Result<(), End> {
         poll_fn(|cx| match self.poll_message(cx) {
             Poll::Pending => self.timeouts.poll_waiting(self.status, cx).map(|what| {
                 self.shared.metrics.timeouts.inc(what.label());
@@ -518,6 +563,9 @@ impl Session {
                     return Poll::Ready(Err(End::shutdown()));
                 }
                 Ending::No | Ending::WhenIdle => {}
+            }
+            if self.handle.is_reloaded() {
+                self.follow();
             }
             self.hear_backend(cx)?;
             let not_all_heard = self.client.output.len() >= HIGH_WATER;
@@ -564,6 +612,9 @@ impl Session {
     /// What a held backend says while nothing runs: notifications, parameters, its end. As much of it as
     /// the client keeps up with.
     fn hear_backend(&mut self, cx: &mut std::task::Context<'_>) -> Result<(), End> {
+        if let Some(node) = self.is_left() {
+            return Err(End::NodeLost { node });
+        }
         let Some(mut lease) = self.lease.take() else { return Ok(()) };
         let heard = self.hear(&mut lease, cx);
         self.lease = Some(lease);
@@ -602,6 +653,13 @@ impl Session {
                 let message = backend.input.split_to(header.len);
                 backend.report(&message[HEADER..]);
                 self.tell_parameter(&message[HEADER..]);
+            }
+            // It is going away, and all that the session has there can be had elsewhere.
+            b'E' if self.outlives_backend() => return Err(End::NodeLost { node: backend.node }),
+            b'N' if self.outlives_backend()
+                && wire::error_fields(&backend.input[HEADER..header.len]).routine == b"quickdie" =>
+            {
+                return Err(End::NodeLost { node: backend.node });
             }
             b'N' | b'E' => {
                 self.client.output.put_slice(&backend.input.split_to(header.len));
@@ -653,6 +711,9 @@ impl Session {
     /// Runs the unit that begins at the start of the client's input.
     async fn unit(&mut self) -> Result<(), End> {
         self.started = Instant::now();
+        if self.handle.is_reloaded() {
+            self.follow();
+        }
         // The server keeps them until the transaction is over.
         match self.lease {
             Some(_) => _ = self.deaf_since.get_or_insert(self.started),
@@ -666,6 +727,9 @@ impl Session {
         let result = if self.lease.is_some() { self.held_unit().await } else { self.free_unit().await };
         if self.lease.is_none() {
             self.handle.idle();
+        }
+        if self.lease.is_none() || self.status == TransactionStatus::Idle {
+            self.presence.leave();
         }
         self.follow_own();
         self.timeouts.unit_ended(self.status);
@@ -741,7 +805,7 @@ impl Session {
                     if self.take_back(again, node, &mut avoid) {
                         return self.fail_unit(canceled());
                     }
-                    if avoid.len() > self.shared.config.nodes.len() + 2 {
+                    if avoid.len() > self.config.nodes.len() + 2 {
                         let report = ErrorReport::error("08006", "the connection to the node broke")
                             .detail("The read was tried on every node.");
                         return self.fail_unit(report);
@@ -777,6 +841,7 @@ impl Session {
         let opens = self.lazy.is_some() && placed.role == Role::Primary;
         self.unit = if opens { Unit::new(false, 0) } else { Unit::new(demand.is_read(), demand.vetted()) };
         self.unit.before = self.status;
+        self.keep_text();
         self.count_demand(demand);
         self.output_before = self.client.output.len();
         self.role = placed.role;
@@ -792,11 +857,12 @@ impl Session {
         }
         self.give_own(&mut lease);
         self.forget_sequences(&mut lease);
+        let mut unit = std::mem::replace(&mut self.unit, Unit::none());
+        self.give_listens(&mut unit, &mut lease);
         if opens {
-            let mut unit = std::mem::replace(&mut self.unit, Unit::none());
             self.open_transaction(&mut unit, &mut lease);
-            self.unit = unit;
         }
+        self.unit = unit;
         self.lease = Some(lease);
     }
 
@@ -866,6 +932,7 @@ impl Session {
         self.unit.leave(demand.leaves());
         self.unit.writes = !demand.is_read() && !self.read_only;
         self.unit.ddl = demand.is_ddl();
+        self.unit.may_commit = demand.may_commit();
         if (demand.sets() || demand.is_ddl())
             && let Ok(Some(header)) = wire::header(&self.client.input)
             && let Some(body) = self.client.input.get(HEADER..header.len)
@@ -889,13 +956,20 @@ impl Session {
         if self.role == Role::Primary && self.status == TransactionStatus::Idle {
             // A pinned session's mark holds for its backend, too.
             self.ask_freshness();
-            if let Err(report) = self.await_primary().await? {
-                return self.fail_unit(report);
+            loop {
+                if let Err(report) = self.await_primary().await? {
+                    return self.fail_unit(report);
+                }
+                if self.presence.enter() {
+                    break;
+                }
             }
         }
         let Some(lease) = &self.lease else { return Ok(()) };
         let node = lease.node;
-        if self.role != Role::Replica && lease.epoch != self.shared.topology.load().epoch {
+        if self.role != Role::Replica
+            && (lease.epoch != self.shared.topology.load().epoch || lease.socket.is_closed())
+        {
             // Whatever it is, it is no more what it was: not one byte of a statement for it.
             return Err(End::NodeLost { node });
         }
@@ -905,6 +979,7 @@ impl Session {
         let reason = if self.pins.hold() { RouteReason::Pinned } else { RouteReason::InTransaction };
         self.unit = Unit::new(false, 0);
         self.unit.before = self.status;
+        self.keep_text();
         if let Some(demand) = &demand {
             self.count_demand(demand);
         }
@@ -990,7 +1065,9 @@ impl Session {
 
     fn count(&self, node: NodeId, class: ClassLabel, reason: RouteReason) {
         self.shared.metrics.statement(node, class as usize, reason as usize);
-        self.shared.metrics.statement_took(node, self.started.elapsed());
+        let took = self.started.elapsed();
+        self.shared.metrics.statement_took(node, took);
+        self.look_if_slow(node, class, reason, took);
     }
 
     /// The unit ran on a replica that could not serve it: where it must not go again, and what is
@@ -1087,7 +1164,9 @@ impl Session {
         if std::mem::take(&mut self.ddl) {
             self.catalog.invalidate();
         }
-        if next == Next::Look {
+        // To which channels it listens now has to be known, should this backend be lost.
+        let listens = self.unit.pins.has(PinReason::Listen) && self.pins.now().has(PinReason::Listen);
+        if next == Next::Look || listens {
             self.look_at_backend().await?;
         }
         if self.role == Role::Replica && self.pins.hold() {
@@ -1124,7 +1203,7 @@ impl Session {
             return Ok(());
         }
         let Some(lease) = &mut self.lease else { return Ok(()) };
-        let too_much = self.settings.wanted().size() > self.shared.config.limits.session_settings;
+        let too_much = self.settings.wanted().size() > self.config.limits.session_settings;
         if outcome == AtReady::Untracked || too_much {
             lease.dirt = lease.dirt.max(Dirt::State);
             self.pins.keep(PinReason::Setting);
@@ -1195,6 +1274,7 @@ impl Session {
                 None => lease.own_names = had,
             }
         }
+        self.listening.seen(look.listens);
         for message in look.notifications {
             self.notification_heard(message);
         }
@@ -1267,6 +1347,7 @@ impl Session {
 
     /// An error of ours in place of a unit's answer. The unit's messages are dropped.
     fn fail_unit(&mut self, report: ErrorReport) -> Result<(), End> {
+        self.log_failed(&report);
         let mut message = Vec::new();
         report.put(&mut message);
         self.refuse_unit(&message)
@@ -1286,54 +1367,6 @@ impl Session {
         } else {
             self.skipping = true;
         }
-        Ok(())
-    }
-
-    /// Whether the session can go on after `end`.
-    fn survive(&mut self, end: End) -> Result<(), End> {
-        let (node, state_lost) = match end {
-            End::NodeLost { node } => (node, false),
-            End::StateLost { node } => (node, true),
-            end => return Err(end),
-        };
-        let node_name = &self.shared.config.nodes[node.index()].name;
-        let in_transaction = self.status != TransactionStatus::Idle && !self.is_apart();
-        let between_units = self.unit.is_over();
-        if !between_units && self.unit.writes {
-            self.shared.metrics.unknown_outcomes.inc();
-        }
-        if state_lost || self.pins.hold() || in_transaction || !self.unit.was_sent_whole() || between_units {
-            return Err(End::fatal(
-                ErrorReport::fatal(
-                    "57P01",
-                    format!("terminating connection because node \"{node_name}\" was lost"),
-                )
-                .detail("The transaction or session state on it is gone.")
-                .hint("In a moment you should be able to reconnect and repeat your command."),
-            ));
-        }
-        if self.unit.is_inside_answer() {
-            // Nothing can be said in the middle of a message.
-            return Err(end);
-        }
-        self.lease = None;
-        self.handle.idle();
-        let report = if self.unit.writes {
-            ErrorReport::error("08007", "transaction resolution unknown")
-                .detail(format!("The connection to node \"{node_name}\" was lost before it answered; the statement may or may not have taken effect."))
-        } else {
-            ErrorReport::error("08006", format!("connection to node \"{node_name}\" lost"))
-                .detail("Part of the result had been sent already.")
-        };
-        put_report(&mut self.client.output, &report);
-        self.statements.failed(false);
-        self.settings.forget_pending();
-        self.portals.clear();
-        self.unit = Unit::none();
-        if self.lazy.is_some() {
-            self.status = TransactionStatus::Failed;
-        }
-        self.put_ready();
         Ok(())
     }
 
@@ -1378,6 +1411,7 @@ impl Session {
         if let Some(lease) = self.lease.take() {
             self.part_from(lease, &end).await;
         }
+        self.presence.leave();
         if let End::Fatal(report) = &end {
             if report.sqlstate == "08P01" {
                 self.shared.metrics.protocol_errors.inc();

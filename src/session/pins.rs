@@ -39,7 +39,8 @@ impl PinSet {
         PinSet(1 << reason as u16)
     }
 
-    const fn and(self, reason: PinReason) -> PinSet {
+    /// With one more.
+    pub const fn and(self, reason: PinReason) -> PinSet {
         PinSet(self.0 | PinSet::of(reason).0)
     }
 

@@ -10,6 +10,7 @@ use super::mark::{self, Freshness, PrimaryVerdict, ReplicaVerdict};
 use super::{End, Role, Session, canceled};
 use crate::backend::pool::{AcquireError, Lease};
 use crate::consistency::{LagLimit, Level, OnStale, Route};
+use crate::gate::Posture;
 use crate::metrics::WaitFor;
 use crate::positions::{Incarnation, SampleBody};
 use crate::route::RouteReason;
@@ -81,7 +82,7 @@ impl Session {
             Demand::Read { .. } if !self.split => RouteReason::SplitOff,
             Demand::Read { .. } if self.asked_for.route == Route::Primary => RouteReason::Asked,
             Demand::Read { .. } if self.settings.keeps_on_primary() => RouteReason::Settings,
-            Demand::Read { .. } if self.shared.config.routing.shadow => {
+            Demand::Read { .. } if self.config.routing.shadow => {
                 let reason = self.would_be();
                 self.shared.metrics.shadow_reads.inc(reason.label());
                 RouteReason::Shadow
@@ -121,7 +122,9 @@ impl Session {
                 match self.lease_from(node).await? {
                     Ok(lease) => {
                         // Only samples sent after the backend was connected speak for it.
-                        if self.await_fresh_sample(&lease, &mut wait_until, patience).await? {
+                        if self.await_fresh_sample(&lease, &mut wait_until, patience).await?
+                            && lease.is_current()
+                        {
                             return Ok(Tried::Placed(Placed {
                                 lease,
                                 node,
@@ -141,9 +144,9 @@ impl Session {
                         avoid.push(node);
                         continue;
                     }
-                    // A login that a late replica does not know yet, or one that is full or starting:
-                    // not ill, but not for this read.
-                    Err(AcquireError::Refused { .. } | AcquireError::Unfit(_)) => {
+                    // A login that a late replica does not know yet, or one that is full, starting or being
+                    // left: not ill, but not for this read.
+                    Err(AcquireError::Refused { .. } | AcquireError::Unfit(_) | AcquireError::Left) => {
                         avoid.push(node);
                         continue;
                     }
@@ -174,7 +177,7 @@ impl Session {
 
     /// How long a read waits for a replica.
     fn replica_patience(&self) -> Duration {
-        let consistency = &self.shared.config.consistency;
+        let consistency = &self.config.consistency;
         match (self.asked_for.route, self.asked_for.on_stale) {
             (Route::Replica, _) => consistency.catch_up_wait.max(consistency.primary_read_wait),
             (_, OnStale::Primary) => Duration::ZERO,
@@ -199,7 +202,7 @@ impl Session {
     /// No replica is fresh enough in time: the read goes to the primary, or fails, or (`None`) waits once more
     /// because the primary has its share of such reads already.
     fn stale(&self, wait_until: &mut Instant, queued: &mut bool) -> Option<Tried> {
-        let consistency = &self.shared.config.consistency;
+        let consistency = &self.config.consistency;
         if self.asked_for.on_stale == OnStale::Error {
             let report = ErrorReport::error("HW002", "no replica is fresh enough for this read")
                 .detail(format!(
@@ -239,7 +242,7 @@ impl Session {
 
     /// A read was placed: on the primary because no replica was fresh enough (`stale`), or well.
     fn count_read(&self, stale: bool) {
-        if self.shared.config.consistency.primary_read_cap < 100 {
+        if self.config.consistency.primary_read_cap < 100 {
             self.shared.primary_reads.count(stale);
         }
     }
@@ -284,7 +287,7 @@ impl Session {
 
     /// A replica, for a session of the read-only port: there is no other place, so one is waited for.
     async fn place_on_standby(&mut self, avoid: &[NodeId]) -> Result<Result<Placed, ErrorReport>, End> {
-        let pause = self.shared.config.failover.pause_timeout;
+        let pause = self.config.failover.pause_timeout;
         let until = Instant::now() + pause;
         loop {
             let shared = self.shared.clone();
@@ -415,9 +418,12 @@ impl Session {
         }
     }
 
-    async fn place_on_primary(&mut self, reason: RouteReason) -> Result<Result<Placed, ErrorReport>, End> {
+    pub(super) async fn place_on_primary(
+        &mut self,
+        reason: RouteReason,
+    ) -> Result<Result<Placed, ErrorReport>, End> {
         let begun = Instant::now();
-        let pause_until = begun + self.shared.config.failover.pause_timeout;
+        let pause_until = begun + self.config.failover.pause_timeout;
         let mut paused = false;
         loop {
             if let Err(report) = self.await_primary().await? {
@@ -433,7 +439,7 @@ impl Session {
                         }
                         drop(lease);
                         if Instant::now() >= pause_until {
-                            return Ok(Err(no_primary(self.shared.config.failover.pause_timeout)));
+                            return Ok(Err(no_primary(self.config.failover.pause_timeout)));
                         }
                         continue;
                     }
@@ -441,10 +447,15 @@ impl Session {
                     if topology.primary != Some(node)
                         || topology.epoch != lease.epoch
                         || topology.epoch != self.mark.epoch()
+                        || lease.socket.is_closed()
                     {
                         // The primary changed meanwhile: never a write on the old one, and none whose
                         // note the mark would not take.
                         drop(lease);
+                        continue;
+                    }
+                    if !self.presence.enter() {
+                        lease.give_back();
                         continue;
                     }
                     if paused {
@@ -459,7 +470,7 @@ impl Session {
                     self.client.output.put_slice(&message);
                     return Err(End::NodeSaidFatal);
                 }
-                Err(AcquireError::Refused { .. }) => {}
+                Err(AcquireError::Refused { .. } | AcquireError::Left) => {}
                 Err(AcquireError::Unreachable { failure, .. }) => {
                     self.shared.reports.report_failure(node, failure);
                 }
@@ -467,7 +478,7 @@ impl Session {
             // Nothing was sent: waiting for the primary, or for the next one, is safe.
             paused = true;
             if Instant::now() >= pause_until {
-                return Ok(Err(no_primary(self.shared.config.failover.pause_timeout)));
+                return Ok(Err(no_primary(self.config.failover.pause_timeout)));
             }
             let shared = self.shared.clone();
             let changed = shared.topology.changed();
@@ -530,9 +541,12 @@ impl Session {
     /// Waits until there is a primary and it shows all that replicas have shown this session.
     pub(super) async fn await_primary(&mut self) -> Result<Result<(), ErrorReport>, End> {
         let begun = Instant::now();
-        let pause_until = begun + self.shared.config.failover.pause_timeout;
+        let pause_until = begun + self.config.failover.pause_timeout;
         let mut waited = None;
         loop {
+            if let Err(report) = self.pass_gate(pause_until).await? {
+                return Ok(Err(report));
+            }
             let shared = self.shared.clone();
             let sampled = shared.positions.changed();
             let reorganised = shared.topology.changed();
@@ -564,7 +578,7 @@ impl Session {
             };
             drop(topology);
             if Instant::now() >= pause_until {
-                let pause = shared.config.failover.pause_timeout;
+                let pause = self.config.failover.pause_timeout;
                 return Ok(Err(match what {
                     WaitFor::Primary => no_primary(pause),
                     _ => ErrorReport::error(
@@ -595,6 +609,7 @@ impl Session {
         tokio::select! {
             biased;
             () = self.handle.interrupted() => {}
+            node = self.left() => return Err(End::NodeLost { node }),
             _ = tokio::time::timeout_at(deadline.into(), what) => {}
         }
         if self.handle.ending() == super::handle::Ending::Now {
@@ -604,7 +619,7 @@ impl Session {
     }
 
     fn patience(&self) -> Duration {
-        self.shared.config.pool.query_wait_timeout
+        self.config.pool.query_wait_timeout
     }
 
     /// No backend was had: the client has cancelled, or time is up.
@@ -622,7 +637,7 @@ impl Session {
         let last_written_by = self.asks_sequences.then_some(self.handle.pid);
         let lease = tokio::select! {
             biased;
-            lease = self.pools.nodes[node.index()].acquire(&self.startup, self.worker, last_written_by, patience) => lease,
+            lease = self.pools.node(node).acquire(&self.startup, self.worker, last_written_by, patience) => lease,
             () = self.handle.interrupted() => {
                 if self.handle.ending() == super::handle::Ending::Now {
                     return Err(End::shutdown());
@@ -638,7 +653,8 @@ impl Session {
         let topology = self.shared.topology.load_full();
         let replicas: Vec<NodeId> = topology.serving_replicas().map(|v| v.id).collect();
         let mut last = None;
-        let primary = topology.primary.filter(|_| !self.read_only);
+        let closed = self.shared.gate.posture() == Posture::Closed;
+        let primary = topology.primary.filter(|_| !self.read_only && !closed);
         for node in primary.into_iter().chain(replicas) {
             match self.lease_from(node).await? {
                 Ok(lease) => return Ok(lease),

@@ -13,7 +13,7 @@ use crate::backend::{Applied, StartupParameters};
 use crate::classify::hint::Hints;
 use crate::classify::setting::{self, Change};
 use crate::classify::{ClassReason, Kind, Lookup, StatementClass};
-use crate::consistency::{Level, Promise, Token};
+use crate::consistency::{Level, Override, Promise, Token};
 use crate::topology::{Epoch, NodeId, Topology};
 use crate::wal::{Lsn, WalPosition};
 use crate::wire::{self, ErrorReport, Severity, TransactionStatus};
@@ -22,6 +22,8 @@ use crate::wire::{self, ErrorReport, Severity, TransactionStatus};
 pub(super) struct OwnState {
     /// The role that logged in: names of sessions are a user's own.
     user: Arc<str>,
+    /// What was said at startup.
+    said: Override,
     /// What holds by the configuration, and what was said at startup.
     base: Promise,
     /// The settings that the promise was last made of.
@@ -43,9 +45,11 @@ pub(super) struct OwnState {
 
 impl OwnState {
     pub(super) fn new(user: Arc<str>, base: Promise, at_login: Vec<Own>) -> OwnState {
+        let said = own::said(&at_login);
         OwnState {
             user,
-            base: own::said(&at_login).over(base),
+            said,
+            base: said.over(base),
             seen: Arc::default(),
             token: None,
             name: None,
@@ -55,6 +59,21 @@ impl OwnState {
             asked: false,
             shows: false,
         }
+    }
+
+    /// The configuration says something else from now on; [`Session::follow_own`] brings the session up to it.
+    pub(super) fn rebase(&mut self, base: Promise) {
+        let base = self.said.over(base);
+        if base != self.base {
+            self.base = base;
+            // As if the settings had changed: what they say is laid over it again.
+            self.seen = Arc::new(Applied::default());
+        }
+    }
+
+    /// The role that logged in.
+    pub(super) fn user(&self) -> &str {
+        &self.user
     }
 
     /// What the session is promised at first.

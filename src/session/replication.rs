@@ -22,6 +22,7 @@ use super::{Arrival, End, Registered, Shared};
 use crate::backend::login::LoggedIn;
 use crate::backend::pool::AcquireError;
 use crate::backend::{CancelTarget, poll_drain, poll_fill};
+use crate::gate::{Posture, Socket};
 use crate::net::Stream;
 use crate::topology::{Epoch, NodeId};
 use crate::wire::{self, ErrorReport, Severity, TransactionStatus};
@@ -48,14 +49,14 @@ pub async fn run(shared: Arc<Shared>, arrival: Arrival, mode: String) {
         async move { shared.pools.context.log_in_apart(node, &user, &database, &parameters, &keys).await }
     };
     let end = match find_primary(&shared, &handle, log_in).await {
-        Ok((node, epoch, logged_in)) => {
+        Ok((node, epoch, logged_in, socket)) => {
             let target = Arc::new(CancelTarget::new(node, logged_in.pid, logged_in.key.clone()));
             put_welcome(&mut out, &logged_in, &handle);
             handle.begin();
             // Whether it is idle, the server knows: it ignores a cancel then. None can have come yet, for
             // nobody has the key.
             let _ = handle.running(&target);
-            let mut relay = Relay::new(client, logged_in, out);
+            let mut relay = Relay::new(client, logged_in, socket, out);
             let end = relay.run(&shared, &handle, epoch).await;
             handle.idle();
             return relay.close(end).await;
@@ -84,26 +85,26 @@ async fn find_primary<Fut>(
     shared: &Arc<Shared>,
     handle: &SessionHandle,
     log_in: impl Fn(NodeId) -> Fut,
-) -> Result<(NodeId, Epoch, LoggedIn), Refusal>
+) -> Result<(NodeId, Epoch, LoggedIn, Socket), Refusal>
 where
-    Fut: Future<Output = Result<LoggedIn, AcquireError>>,
+    Fut: Future<Output = Result<(LoggedIn, Socket), AcquireError>>,
 {
-    let pause = shared.config.failover.pause_timeout;
+    let pause = shared.config.load().failover.pause_timeout;
     let until = Instant::now() + pause;
     loop {
         let (primary, epoch) = {
             let topology = shared.topology.load();
             (topology.primary, topology.epoch)
         };
-        if let Some(node) = primary {
+        if let Some(node) = primary.filter(|_| shared.gate.posture() != Posture::Closed) {
             let outcome = tokio::select! {
                 biased;
                 () = handle.interrupted() => return Err(Refusal::Ours(End::shutdown())),
                 outcome = log_in(node) => outcome,
             };
             match outcome {
-                Ok(logged_in) if shared.topology.load().epoch == epoch => {
-                    return Ok((node, epoch, logged_in));
+                Ok((logged_in, socket)) if shared.topology.load().epoch == epoch => {
+                    return Ok((node, epoch, logged_in, socket));
                 }
                 Ok(_) => continue,
                 Err(AcquireError::Refused { message, sqlstate }) if sqlstate != *b"57P03" => {
@@ -117,7 +118,7 @@ where
                 Err(AcquireError::Unreachable { failure, .. }) => {
                     shared.reports.report_failure(node, failure)
                 }
-                Err(AcquireError::Refused { .. } | AcquireError::Timeout) => {}
+                Err(AcquireError::Refused { .. } | AcquireError::Timeout | AcquireError::Left) => {}
             }
         }
         if Instant::now() >= until {
@@ -157,14 +158,15 @@ struct Relay {
     to_client: BytesMut,
     to_node: BytesMut,
     frames: Frames,
+    socket: Socket,
 }
 
 impl Relay {
-    fn new(client: Stream, logged_in: LoggedIn, mut to_client: BytesMut) -> Relay {
+    fn new(client: Stream, logged_in: LoggedIn, socket: Socket, mut to_client: BytesMut) -> Relay {
         let mut frames = Frames::default();
         frames.pass(&logged_in.leftover);
         to_client.put_slice(&logged_in.leftover);
-        Relay { client, node: logged_in.stream, to_client, to_node: BytesMut::new(), frames }
+        Relay { client, node: logged_in.stream, to_client, to_node: BytesMut::new(), frames, socket }
     }
 
     async fn run(&mut self, shared: &Shared, handle: &SessionHandle, epoch: Epoch) -> End {
@@ -172,7 +174,8 @@ impl Relay {
             let changed = shared.topology.changed();
             tokio::pin!(changed);
             changed.as_mut().enable();
-            if shared.topology.load().epoch != epoch {
+            let left = self.socket.closed();
+            if shared.topology.load().epoch != epoch || self.socket.is_closed() {
                 let report =
                     ErrorReport::fatal("57P01", "terminating connection because the primary changed")
                         .hint("Reconnect; slots and positions may differ on the new primary.");
@@ -180,6 +183,7 @@ impl Relay {
             }
             tokio::select! {
                 biased;
+                () = left => {}
                 end = poll_fn(|cx| self.poll(handle, cx)) => return end,
                 () = changed => {}
             }
@@ -244,6 +248,9 @@ impl Relay {
                 let _ = tokio::time::timeout(LAST_WORDS, rest).await;
             }
             End::Fatal(report) => {
+                // Whoever waits for it to be closed need not wait for the client.
+                drop(self.node);
+                drop(self.socket);
                 if self.frames.at_boundary() {
                     put_report(&mut self.to_client, &report);
                 }

@@ -184,6 +184,11 @@ impl NamedMarks {
         NamedMarks { limit, idle, marks: HashMap::new() }
     }
 
+    /// Other bounds, from now on. Names above the limit stay until they make room.
+    pub fn bound(&mut self, limit: usize, idle: Duration) {
+        (self.limit, self.idle) = (limit, idle);
+    }
+
     /// Names now.
     pub fn len(&self) -> usize {
         self.marks.len()

@@ -66,6 +66,8 @@ const GRACE: Duration = Duration::from_secs(2);
 /// The timeouts of one session, and since when they run.
 pub(super) struct Timeouts {
     limits: TimeoutsConfig,
+    /// What the server has for this role and database; zero: none.
+    server_idle_session: Duration,
     waiting_since: Instant,
     transaction_since: Option<Instant>,
     /// The running statement was told to stop, because of its transaction's age.
@@ -78,6 +80,7 @@ impl Timeouts {
     pub(super) fn new(limits: TimeoutsConfig) -> Timeouts {
         Timeouts {
             limits,
+            server_idle_session: Duration::ZERO,
             waiting_since: Instant::now(),
             transaction_since: None,
             stopped: false,
@@ -88,10 +91,18 @@ impl Timeouts {
     /// The server's own `idle_session_timeout` for this role and database, which it cannot apply itself
     /// to connections that sessions share: the shorter of the two counts.
     pub(super) fn also_idle_session(&mut self, of_server: Duration) {
+        self.server_idle_session = of_server;
         let ours = &mut self.limits.idle_session;
         if !of_server.is_zero() && (ours.is_zero() || of_server < *ours) {
             *ours = of_server;
         }
+    }
+
+    /// Other limits hold from now on, for who is waited for, too.
+    pub(super) fn follow(&mut self, limits: TimeoutsConfig) {
+        self.limits = limits;
+        self.also_idle_session(self.server_idle_session);
+        self.alarm = None;
     }
 
     fn any(&self) -> bool {
@@ -228,6 +239,21 @@ mod tests {
         let mut timeouts = Timeouts::new(none);
         for (server, expected) in [(0, 0), (5, 5), (9, 5), (3, 3), (0, 3)] {
             timeouts.also_idle_session(Duration::from_secs(server));
+            assert_eq!(timeouts.limits.idle_session, Duration::from_secs(expected));
+        }
+    }
+
+    #[test]
+    fn other_limits_leave_the_servers_own_in_force() {
+        let of = |seconds| TimeoutsConfig {
+            idle_session: Duration::from_secs(seconds),
+            idle_in_transaction: Duration::ZERO,
+            transaction: Duration::ZERO,
+        };
+        let mut timeouts = Timeouts::new(of(2));
+        timeouts.also_idle_session(Duration::from_secs(5));
+        for (ours, expected) in [(9, 5), (0, 5), (3, 3)] {
+            timeouts.follow(of(ours));
             assert_eq!(timeouts.limits.idle_session, Duration::from_secs(expected));
         }
     }

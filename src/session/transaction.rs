@@ -83,7 +83,7 @@ impl Session {
     /// Whether this session's transactions may begin without a backend. `default_isolation`: what the server takes
     /// where BEGIN says nothing.
     pub(super) fn splits_transactions(&self, default_isolation: &[u8]) -> bool {
-        let routing = &self.shared.config.routing;
+        let routing = &self.config.routing;
         routing.transactions == Transactions::Split
             && routing.split
             && !self.read_only
@@ -265,7 +265,7 @@ impl Session {
         let is_new = parse.name.is_empty()
             || !SharedName::is_like(parse.name)
                 && matches!(self.statements.find(parse.name), Found::Nothing)
-                && self.statements.len() < self.shared.config.limits.statements_per_session;
+                && self.statements.len() < self.config.limits.statements_per_session;
         (is_new && parse.types().next().is_none()).then(|| {
             let settings = self.settings.parse_fingerprint();
             (parse.name.to_vec(), self.shared.names.statement(&parse, settings))
@@ -323,7 +323,7 @@ impl Session {
         // A portal that is not executed to its end would be found by the next unit.
         let (mut at, mut bound, mut any_bound) = (0, false, false);
         loop {
-            if at > self.shared.config.limits.unit_hold {
+            if at > self.config.limits.unit_hold {
                 return Apart::No;
             }
             let header = match wire::header(&unit[at..]) {
@@ -334,7 +334,7 @@ impl Session {
             let Some(body) = unit.get(at + HEADER..at + header.len) else { return Apart::Incomplete };
             at += header.len;
             let is_apart = match header.tag {
-                b'P' if header.len > self.shared.config.limits.statement_text => false,
+                b'P' if header.len > self.config.limits.statement_text => false,
                 b'Q' if judge => false,
                 b'Q' => {
                     return match wire::cstr(body) {

@@ -353,7 +353,7 @@ impl Exchange<'_> {
 
     /// A Query within an open unit: what it does is counted in, and on a replica it must be a read.
     fn count_query(&mut self, len: usize) -> Result<Option<Step>, End> {
-        if self.there() < len && len <= self.session.shared.config.limits.unit_hold {
+        if self.there() < len && len <= self.session.config.limits.unit_hold {
             return self.wait_for(len).map(Some);
         }
         let class = (self.there() >= len).then(|| self.body(len)).map(|body| {
@@ -384,6 +384,7 @@ impl Exchange<'_> {
             Some(Lookup::Ask(_)) => self.unit.writes = true,
             None => {
                 self.unit.writes = true;
+                self.unit.may_commit = true;
                 self.unit.ddl = true;
                 self.leave(Leaves::Unproven);
             }
@@ -424,6 +425,7 @@ impl Exchange<'_> {
         self.unit.ddl |= class.kind == Kind::Ddl;
         self.unit.clears_names |= matches!(class.leaves, Leaves::DiscardsAll | Leaves::DeallocatesAll);
         self.unit.writes |= !is_read(class);
+        self.unit.may_commit |= class.may_commit();
         self.leave(class.leaves);
     }
 
@@ -471,7 +473,7 @@ impl Exchange<'_> {
     }
 
     fn translate_parse(&mut self, len: usize) -> Result<Step, End> {
-        if len > self.session.shared.config.limits.statement_text {
+        if len > self.session.config.limits.statement_text {
             return self.translate_long_parse(len);
         }
         if self.there() < len {
@@ -512,7 +514,7 @@ impl Exchange<'_> {
             Found::OnBackend => return Ok(self.parse_twice(parse.name, Found::Statement(statement), len)),
             Found::Nothing => {}
         }
-        let limit = self.session.shared.config.limits.statements_per_session;
+        let limit = self.session.config.limits.statements_per_session;
         if self.session.statements.len() >= limit {
             self.own_error(
                 ErrorReport::error("53400", format!("too many prepared statements in one session ({limit})"))
@@ -574,7 +576,7 @@ impl Exchange<'_> {
 
     /// Closes the shared statements that the backend has above its limit, those used longest ago.
     fn evict_surplus(&mut self) {
-        let limit = self.session.shared.config.pool.max_prepared;
+        let limit = self.session.config.pool.max_prepared;
         while self.backend.prepared.len() >= limit {
             let Some((oldest, there)) = self.backend.prepared.pop_lru() else { return };
             self.close_shared(oldest, there);
@@ -624,7 +626,7 @@ impl Exchange<'_> {
         let name = name.to_vec();
         self.leave(Leaves::Pins(PinReason::LargeStatement));
         self.session.pin_now(PinReason::LargeStatement);
-        self.unit.writes = true;
+        (self.unit.writes, self.unit.may_commit) = (true, true);
         if name.is_empty() {
             self.backend.unnamed = None;
             self.session.statements.sent(b"", Found::OnBackend);
@@ -682,7 +684,7 @@ impl Exchange<'_> {
             Resolved::Stopped(step) => return Ok(step),
         };
         if let Some(statement) = self.unit.binding.take() {
-            if there < len && len <= self.session.shared.config.limits.unit_hold {
+            if there < len && len <= self.session.config.limits.unit_hold {
                 return self.wait_for(len);
             }
             let changes = self.bound_changes(&statement, (there == len).then_some(len));
@@ -725,7 +727,10 @@ impl Exchange<'_> {
     fn resolve(&mut self, name: &[u8]) -> Resolved {
         let statement = match self.session.statements.find(name) {
             Found::Statement(statement) => statement,
-            Found::OnBackend => return Resolved::Name(name.to_vec()),
+            Found::OnBackend => {
+                (self.unit.writes, self.unit.may_commit) = (true, true);
+                return Resolved::Name(name.to_vec());
+            }
             Found::Nothing => return Resolved::Name(self.unknown_name(name)),
         };
         let class = self.session.known_class(&statement);
@@ -739,7 +744,7 @@ impl Exchange<'_> {
                     class.kind == Kind::Ddl && classify::alters_login(statement.text());
                 self.count_in(class);
             }
-            None => self.unit.writes = true,
+            None => (self.unit.writes, self.unit.may_commit) = (true, true),
         }
         if statement.has_changed() && self.session.status != TransactionStatus::Failed {
             self.own_error(changed_result_type());

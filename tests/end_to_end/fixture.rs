@@ -321,6 +321,8 @@ pub struct Proxy {
     watcher: Mutex<Child>,
     directory: tempfile::TempDir,
     app: Login,
+    /// What must never be in its log.
+    secrets: Vec<String>,
     settled: bool,
 }
 
@@ -338,9 +340,40 @@ impl Proxy {
         let (process, watcher) = run_proxy(directory.path());
         let app = cluster.roles().app.clone();
         let (process, watcher) = (Mutex::new(process), Mutex::new(watcher));
-        let proxy = Proxy { port, http, process, watcher, directory, app, settled: false };
+        let roles = cluster.roles();
+        let secrets = [&roles.superuser, &roles.control, &roles.app, &roles.replicator]
+            .map(|login| login.password.clone())
+            .into();
+        let proxy = Proxy { port, http, process, watcher, directory, app, secrets, settled: false };
         proxy.wait_started(options.start, cluster.nodes().len()).await;
         proxy
+    }
+
+    /// Writes another configuration file; it takes effect at the next [`reload`](Self::reload).
+    pub fn configure(&self, cluster: &Cluster, overrides: &str) {
+        let options = ProxyOptions { overrides, start: Start::default() };
+        self.write_config(&config_text(cluster, self.port.number(), self.http.number(), &options));
+    }
+
+    /// The same with this text, whatever it is.
+    pub fn write_config(&self, text: &str) {
+        // In one step, as the process may read it at any time.
+        let half = self.directory.path().join("config.yaml.half");
+        std::fs::write(&half, text).unwrap();
+        std::fs::rename(half, self.directory.path().join("config.yaml")).unwrap();
+    }
+
+    /// SIGHUP, and waits until the proxy has done with it. Whether it has applied the file.
+    pub async fn reload(&self) -> bool {
+        let count =
+            async |outcome| self.metrics().await.sum("highwater_reloads_total", &[("outcome", outcome)]);
+        let (applied, refused) = (count("applied").await, count("refused").await);
+        self.signal(nix::sys::signal::Signal::SIGHUP);
+        eventually("the proxy has reloaded its configuration", || async {
+            count("applied").await + count("refused").await > applied + refused
+        })
+        .await;
+        count("applied").await > applied
     }
 
     /// Ends it by SIGTERM, and runs it again with the same configuration, on the same ports, until it is ready.
@@ -567,6 +600,9 @@ impl Drop for Proxy {
         if complaint.is_none() && log.contains("panicked at") {
             complaint = Some("the proxy panicked".to_owned());
         }
+        if complaint.is_none() && self.secrets.iter().any(|secret| log.contains(secret)) {
+            complaint = Some("the proxy's log shows a password".to_owned());
+        }
         let _ = process.kill();
         let _ = process.wait();
         // Only now: its job would be to kill a process id that is no longer ours.
@@ -591,9 +627,10 @@ fn config_text(cluster: &Cluster, port: u16, http: u16, options: &ProxyOptions<'
         .zip(&cluster.links)
         .map(|(node, link)| {
             format!(
-                "  - {{ name: {}, host: 127.0.0.1, port: {}, delayed_ok: true }}\n",
+                "  - {{ name: {}, host: 127.0.0.1, port: {}, replication_port: {}, delayed_ok: true }}\n",
                 node.name(),
-                link.port()
+                link.port(),
+                node.port()
             )
         })
         .collect();

@@ -7,5 +7,6 @@ mod browser;
 mod fixture;
 mod fixture_holds;
 mod history;
+mod orders;
 mod private_cluster;
 mod proxied;

@@ -103,7 +103,7 @@ async fn listed_users_log_in_without_asking_the_server() {
 }
 
 /// A certificate for 127.0.0.1 and localhost that nobody has signed: certificate and key, PEM.
-fn certificate() -> (String, String) {
+pub fn certificate() -> (String, String) {
     let made = rcgen::generate_simple_self_signed(["localhost".to_owned(), "127.0.0.1".to_owned()]).unwrap();
     (made.cert.pem(), made.signing_key.serialize_pem())
 }

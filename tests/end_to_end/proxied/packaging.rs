@@ -196,7 +196,9 @@ fn anchors(page: &str) -> Vec<String> {
     let plain = |c: char| c.is_alphanumeric() || c == ' ' || c == '-' || c == '_';
     page.lines()
         .filter_map(|line| line.strip_prefix("## ").or_else(|| line.strip_prefix("### ")))
-        .map(|heading| heading.to_lowercase().chars().filter(|c| plain(*c)).collect::<String>().replace(' ', "-"))
+        .map(|heading| {
+            heading.to_lowercase().chars().filter(|c| plain(*c)).collect::<String>().replace(' ', "-")
+        })
         .collect()
 }
 

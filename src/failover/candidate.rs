@@ -1,0 +1,219 @@
+//! Who is promoted, or why nobody is. Pure.
+//!
+//! The greatest final position wins; priorities break ties only. With `durability: quorum` enough of the synchronous
+//! standbys must be among those compared (I4): each acknowledged commit is on `num` of them, so of any
+//! `members - num + 1` at least one has it, and the greatest position of those covers it.
+
+use crate::failover::decide::Durability;
+use crate::failover::event::BlockReason;
+use crate::failover::record::SyncState;
+use crate::topology::NodeId;
+use crate::wal::{Lsn, TimelineId};
+
+/// A standby that has been cut off, with its final position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cut {
+    /// Which.
+    pub node: NodeId,
+    /// The end of what it has.
+    pub end: Lsn,
+    /// On which timeline; `None`: cannot be known.
+    pub timeline: Option<TimelineId>,
+    /// 0: never promoted.
+    pub priority: u32,
+}
+
+/// What the choice goes by.
+#[derive(Clone, Copy, Debug)]
+pub struct Election<'a> {
+    /// What a commit is worth.
+    pub durability: Durability,
+    /// Synchronous replication as recorded.
+    pub sync: &'a SyncState,
+    /// The timeline of the epoch that ends.
+    pub timeline: Option<TimelineId>,
+    /// The primary's position as it was sampled last.
+    pub last_seen: Option<Lsn>,
+    /// How much of that may be given up without asking.
+    pub max_lost_bytes: u64,
+    /// Only this one.
+    pub to: Option<NodeId>,
+    /// An operator has given up what may be lost.
+    pub allow_data_loss: bool,
+    /// A switchover: the old primary's end, which must be had.
+    pub barrier: Option<Lsn>,
+}
+
+/// Whether, by what is recorded, all acknowledged commits are among `cut` (I4).
+pub fn covers(sync: &SyncState, cut: impl Fn(NodeId) -> bool) -> Result<(), BlockReason> {
+    // Nothing recorded of synchronous replication: nothing is known of what was acknowledged.
+    if sync.degraded || sync.num == 0 {
+        return Err(BlockReason::Degraded);
+    }
+    let have = sync.members.iter().filter(|member| cut(**member)).count();
+    let need = sync.needed();
+    if have >= need { Ok(()) } else { Err(BlockReason::TooFewSynchronous { have, need }) }
+}
+
+/// The one to be promoted.
+pub fn elect(cuts: &[Cut], election: &Election<'_>) -> Result<NodeId, BlockReason> {
+    // A position on another timeline, or on an unknown one, compares with nothing.
+    let cuts: Vec<&Cut> =
+        cuts.iter().filter(|cut| cut.timeline.is_some() && cut.timeline == election.timeline).collect();
+    let strict = !election.allow_data_loss;
+    // In a switchover the barrier shows that nothing is missing, whoever was synchronous.
+    if strict && election.durability == Durability::Quorum && election.barrier.is_none() {
+        covers(election.sync, |member| cuts.iter().any(|cut| cut.node == member))?;
+    }
+    let chosen = cuts
+        .iter()
+        .filter(|cut| cut.priority > 0 && election.to.is_none_or(|to| to == cut.node))
+        .max_by_key(|cut| (cut.end, cut.priority, std::cmp::Reverse(cut.node)))
+        .ok_or(BlockReason::NoCandidate)?;
+    if let Some(ahead) = cuts.iter().filter(|cut| cut.end > chosen.end).max_by_key(|cut| cut.end) {
+        let bytes = ahead.end.bytes_since(chosen.end);
+        // Nobody chose the one behind: it is only that the one ahead may not be promoted, and `async` allows for some.
+        let allowed = election.durability == Durability::Async
+            && election.to.is_none()
+            && bytes <= election.max_lost_bytes
+            && election.barrier.is_none();
+        if strict && !allowed {
+            return Err(BlockReason::Behind { ahead: ahead.node, bytes });
+        }
+    }
+    if let Some(barrier) = election.barrier
+        && chosen.end < barrier
+    {
+        return Err(BlockReason::DataLoss { bytes: barrier.bytes_since(chosen.end) });
+    }
+    let lost = election.last_seen.map_or(0, |seen| seen.bytes_since(chosen.end));
+    if strict && election.durability == Durability::Async && lost > election.max_lost_bytes {
+        return Err(BlockReason::DataLoss { bytes: lost });
+    }
+    Ok(chosen.node)
+}
+
+/// Whose confirmation commits on `candidate` wait for from its first one on (I11): the others that are cut off, hence
+/// at hand; with fewer than `num` of them nobody's, else no commit would ever end. Nothing is promised until it is
+/// shown to be in effect.
+pub fn sync_of_new_epoch<'a>(num: u32, candidate: NodeId, cuts: impl Iterator<Item = &'a Cut>) -> SyncState {
+    let members: Vec<NodeId> = cuts.map(|cut| cut.node).filter(|node| *node != candidate).collect();
+    let enough = members.len() >= usize::try_from(num).unwrap_or(usize::MAX);
+    SyncState { members: if enough { members } else { Vec::new() }, num, degraded: true }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const T: Option<TimelineId> = Some(TimelineId(1));
+
+    fn cut(node: u16, end: u64, priority: u32) -> Cut {
+        Cut { node: NodeId(node), end: Lsn(end), timeline: T, priority }
+    }
+
+    fn two_of(num: u32) -> SyncState {
+        SyncState { members: vec![NodeId(1), NodeId(2)], num, degraded: false }
+    }
+
+    fn election(durability: Durability, sync: &SyncState) -> Election<'_> {
+        Election {
+            durability,
+            sync,
+            timeline: T,
+            last_seen: Some(Lsn(1000)),
+            max_lost_bytes: 100,
+            to: None,
+            allow_data_loss: false,
+            barrier: None,
+        }
+    }
+
+    #[test]
+    fn the_furthest_wins_and_priority_breaks_ties() {
+        let sync = SyncState::default();
+        let rules = election(Durability::Async, &sync);
+        for (cuts, expected) in [
+            (vec![cut(1, 950, 1), cut(2, 951, 1)], Ok(NodeId(2))),
+            (vec![cut(1, 950, 1), cut(2, 951, 1), cut(3, 951, 5)], Ok(NodeId(3))),
+            (vec![cut(1, 950, 9), cut(2, 951, 1)], Ok(NodeId(2))),
+            (vec![cut(1, 950, 1), cut(2, 950, 1)], Ok(NodeId(1))),
+            (vec![cut(1, 950, 1), cut(2, 951, 0)], Ok(NodeId(1))),
+            (vec![cut(1, 800, 1)], Err(BlockReason::DataLoss { bytes: 200 })),
+            (vec![cut(1, 950, 0)], Err(BlockReason::NoCandidate)),
+            (vec![], Err(BlockReason::NoCandidate)),
+            (vec![Cut { timeline: Some(TimelineId(2)), ..cut(1, 950, 1) }], Err(BlockReason::NoCandidate)),
+            (vec![Cut { timeline: None, ..cut(1, 950, 1) }], Err(BlockReason::NoCandidate)),
+        ] {
+            assert_eq!(elect(&cuts, &rules), expected, "{cuts:?}");
+        }
+    }
+
+    #[test]
+    fn a_quorum_must_be_compared() {
+        let cuts = [cut(1, 950, 1), cut(2, 900, 1)];
+        for (sync, cuts, expected) in [
+            (two_of(1), &cuts[..], Ok(NodeId(1))),
+            (two_of(1), &cuts[..1], Err(BlockReason::TooFewSynchronous { have: 1, need: 2 })),
+            (two_of(2), &cuts[1..], Ok(NodeId(2))),
+            (SyncState { degraded: true, ..two_of(1) }, &cuts[..], Err(BlockReason::Degraded)),
+            (SyncState::default(), &cuts[..], Err(BlockReason::Degraded)),
+            (SyncState { members: vec![NodeId(1)], num: 1, degraded: false }, &cuts[..1], Ok(NodeId(1))),
+        ] {
+            assert_eq!(elect(cuts, &election(Durability::Quorum, &sync)), expected, "{sync:?} {cuts:?}");
+            let forced = Election { allow_data_loss: true, ..election(Durability::Quorum, &sync) };
+            assert!(elect(cuts, &forced).is_ok());
+        }
+    }
+
+    #[test]
+    fn a_forced_choice_must_say_that_it_loses() {
+        let sync = two_of(1);
+        let cuts = [cut(1, 950, 1), cut(2, 990, 1)];
+        for durability in [Durability::Async, Durability::Quorum] {
+            let to = Election { to: Some(NodeId(1)), ..election(durability, &sync) };
+            assert_eq!(elect(&cuts, &to), Err(BlockReason::Behind { ahead: NodeId(2), bytes: 40 }));
+            assert_eq!(elect(&cuts, &Election { allow_data_loss: true, ..to }), Ok(NodeId(1)));
+        }
+        let barrier = Election { barrier: Some(Lsn(960)), ..election(Durability::Async, &sync) };
+        assert_eq!(elect(&cuts, &barrier), Ok(NodeId(2)));
+        let short = Election { barrier: Some(Lsn(1000)), allow_data_loss: true, ..barrier };
+        assert_eq!(elect(&cuts, &short), Err(BlockReason::DataLoss { bytes: 10 }));
+    }
+
+    #[test]
+    fn the_new_epoch_waits_only_for_those_at_hand() {
+        let cuts = [cut(1, 5, 1), cut(2, 4, 1)];
+        for (num, members) in [(1, vec![NodeId(2)]), (2, vec![])] {
+            let next = sync_of_new_epoch(num, NodeId(1), cuts.iter());
+            assert_eq!(next, SyncState { members, num, degraded: true });
+        }
+    }
+
+    proptest! {
+        /// I4 itself: commits are on `num` members each; whoever is elected has all of them.
+        #[test]
+        fn no_acknowledged_commit_is_left_behind(
+            ends in prop::collection::vec(0u64..50, 1..6),
+            num in 1u32..4,
+            reached in prop::collection::vec(any::<bool>(), 6),
+        ) {
+            let members: Vec<NodeId> = (1..).take(ends.len()).map(NodeId).collect();
+            let num = num.min(u32::try_from(members.len()).unwrap());
+            let sync = SyncState { members: members.clone(), num, degraded: false };
+            let mut sorted = ends.clone();
+            sorted.sort_unstable_by(|a, b| b.cmp(a));
+            // The greatest position that `num` members have.
+            let acknowledged = sorted[usize::try_from(num).unwrap() - 1];
+            let cuts: Vec<Cut> = members.iter().zip(&ends).zip(&reached)
+                .filter(|(_, reached)| **reached)
+                .map(|((node, end), _)| cut(node.0, *end, 1))
+                .collect();
+            if let Ok(chosen) = elect(&cuts, &election(Durability::Quorum, &sync)) {
+                let end = cuts.iter().find(|cut| cut.node == chosen).unwrap().end;
+                prop_assert!(end.0 >= acknowledged);
+            }
+        }
+    }
+}

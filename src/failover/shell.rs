@@ -1,0 +1,572 @@
+//! The machine's shell: carries out what it decides, in its order, and tells it how that went.
+//!
+//! Promises: a record is on disk before anything behind it begins; each order, socket closing and drain is answered;
+//! a command is answered once. Deliberately does not decide anything, and does not publish the topology: that is
+//! `control`'s, which takes [`Outcome`]s.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use arc_swap::ArcSwap;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{AbortHandle, JoinSet};
+
+use crate::config::live::LiveConfig;
+use crate::config::{Config, DurabilityMode, FailoverMode};
+use crate::failover::decide::{Durability, Machine, Mode, NodeRule, Settings};
+use crate::failover::event::{
+    Action, Alarm, BlockReason, Command, CommandId, Event, Gate as Wanted, Loss, Now, Order, OrderId, State,
+    Target,
+};
+use crate::failover::orders::{Hands, Limits};
+use crate::failover::record::{Entry, Record, SyncState};
+use crate::failover::store::Store;
+use crate::failover::text;
+use crate::gate::{Gate, Posture};
+use crate::node::Nodes;
+use crate::topology::{Epoch, NodeId, Quarantine};
+
+/// Results that wait to be taken: at most one order per node, the sockets and the drain.
+const QUEUE: usize = 256;
+/// Commands that wait to be taken.
+const COMMANDS: usize = 16;
+/// The least time between two log lines about the same order on the same node.
+const QUIET: Duration = Duration::from_secs(5);
+
+/// What a command is answered.
+pub type Answer = Result<String, String>;
+
+/// For operators' tools: sends commands to the machine and shows where it stands. Cheap to clone.
+#[derive(Clone)]
+pub struct Commands {
+    queue: mpsc::Sender<(Command, oneshot::Sender<Answer>)>,
+    status: Arc<ArcSwap<Status>>,
+}
+
+impl Commands {
+    /// Gives a command; its answer, which for a failover comes when it is over.
+    pub async fn give(&self, command: Command) -> Answer {
+        let (sender, receiver) = oneshot::channel();
+        let gone = || "the control loop has ended".to_owned();
+        self.queue.send((command, sender)).await.map_err(|_| gone())?;
+        receiver.await.map_err(|_| gone())?
+    }
+
+    /// The node of this name.
+    pub fn node(&self, name: &str) -> Option<NodeId> {
+        let index = self.status().names.iter().position(|known| known == name)?;
+        u16::try_from(index).ok().map(NodeId)
+    }
+
+    /// Where failover stands.
+    pub fn status(&self) -> Arc<Status> {
+        self.status.load_full()
+    }
+}
+
+/// Where failover stands, for people.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// `off`, `follow`, `manual` or `auto`.
+    pub mode: &'static str,
+    /// `async` or `quorum`.
+    pub durability: &'static str,
+    /// What these promise.
+    pub promises: String,
+    /// One word (`State::LABELS`).
+    pub state: &'static str,
+    /// Since when.
+    pub since: SystemTime,
+    /// The node that the state is about.
+    pub node: Option<String>,
+    /// Why it is blocked: one word, and a sentence.
+    pub blocked: Option<(&'static str, String)>,
+    /// PAUSE FAILOVER.
+    pub paused: bool,
+    /// There was a failover less than `min_failover_interval` ago.
+    pub cooling: bool,
+    /// The epoch.
+    pub epoch: Epoch,
+    /// The nodes that are kept out.
+    pub quarantined: Vec<(String, Quarantine)>,
+    /// Synchronous replication as it is recorded.
+    pub sync: SyncState,
+    /// Whether acknowledged writes would survive the primary now, as far as that is recorded.
+    pub covered: bool,
+    /// Failovers so far, oldest first.
+    pub history: Vec<Entry>,
+    /// What the last one is known to have lost.
+    pub loss: Option<Loss>,
+    /// The configured names, for the ids in the history.
+    pub names: Arc<[String]>,
+}
+
+/// What the control loop has to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// A new write target.
+    Publish(Target),
+    /// Probe this node at once.
+    Probe(NodeId),
+    /// The state before was left after this long.
+    Left(&'static str, Duration),
+    /// It is blocked, by this.
+    Blocked(&'static str),
+}
+
+/// The machine with its hands. One per proxy.
+pub struct Shell {
+    machine: Machine,
+    names: Arc<[String]>,
+    mode: FailoverMode,
+    store: Option<Store>,
+    hands: Option<Arc<Hands>>,
+    gate: Arc<Gate>,
+    events: mpsc::Sender<Event>,
+    tasks: JoinSet<()>,
+    drain: Option<AbortHandle>,
+    replies: HashMap<CommandId, oneshot::Sender<Answer>>,
+    next_command: u64,
+    label: &'static str,
+    entered: Instant,
+    since: SystemTime,
+    quiet: HashMap<(NodeId, &'static str), Instant>,
+    loss: Option<Loss>,
+    status: Arc<ArcSwap<Status>>,
+}
+
+/// What the control loop listens to.
+pub struct Ears {
+    /// Results, for [`Shell::step`].
+    pub events: mpsc::Receiver<Event>,
+    /// Commands, for [`Shell::command`].
+    pub commands: mpsc::Receiver<(Command, oneshot::Sender<Answer>)>,
+}
+
+/// `failover.state_dir` cannot be used.
+#[derive(Debug)]
+pub struct StateError(String);
+
+impl std::fmt::Display for StateError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for StateError {}
+
+impl Shell {
+    /// Opens the store and makes the machine from what it holds. `Err`: the directory cannot be used, or was not written
+    /// for these nodes.
+    pub fn open(
+        live: &Arc<LiveConfig>,
+        nodes: &Arc<Nodes>,
+        gate: &Arc<Gate>,
+    ) -> Result<(Shell, Ears, Commands), StateError> {
+        let config = &live.load_full();
+        let names: Arc<[String]> = config.nodes.iter().map(|node| node.name.clone()).collect();
+        let acts = matches!(config.failover.mode, FailoverMode::Manual | FailoverMode::Auto);
+        let directory = config.failover.state_dir.as_ref().filter(|_| acts);
+        let (store, record) = match directory {
+            None => (None, Record::default()),
+            Some(directory) => {
+                let (store, text) = Store::open(directory).map_err(|error| StateError(error.to_string()))?;
+                let record = match text {
+                    None => Record::default(),
+                    Some(text) => text::read(&text, &names)
+                        .map_err(|error| StateError(format!("{}: {error}", directory.display())))?,
+                };
+                (Some(store), record)
+            }
+        };
+        let hands = store.as_ref().map(|store| {
+            let limits = Limits { sever: config.failover.sever_timeout, ..Limits::default() };
+            Arc::new(Hands::new(live, nodes, &store.upstreams(), "highwater control", limits))
+        });
+        let machine = Machine::new(settings(config, hands.is_some()), record, now());
+        tracing::info!(mode = mode_label(config.failover.mode), "{}", machine.promises());
+        let (events, results) = mpsc::channel(QUEUE);
+        let (queue, commands) = mpsc::channel(COMMANDS);
+        let status = Arc::new(ArcSwap::from_pointee(status(
+            &machine,
+            config.failover.mode,
+            &names,
+            SystemTime::now(),
+            None,
+        )));
+        let shell = Shell {
+            machine,
+            names: Arc::clone(&names),
+            mode: config.failover.mode,
+            store,
+            hands,
+            gate: Arc::clone(gate),
+            events,
+            tasks: JoinSet::new(),
+            drain: None,
+            replies: HashMap::new(),
+            next_command: 0,
+            label: State::Starting.label(),
+            entered: Instant::now(),
+            since: SystemTime::now(),
+            quiet: HashMap::new(),
+            loss: None,
+            status: Arc::clone(&status),
+        };
+        Ok((shell, Ears { events: results, commands }, Commands { queue, status }))
+    }
+
+    /// Why the machine cannot go by another configuration now.
+    pub fn is_busy(&self) -> Option<String> {
+        let state = self.machine.state();
+        let idle = matches!(state, State::Healthy | State::Starting) && self.machine.is_idle();
+        (self.acts() && !idle).then(|| {
+            format!(
+                "failover is at work ({}): nodes and failover's settings stay until that is over",
+                state.label()
+            )
+        })
+    }
+
+    /// The machine goes by `config` from now on: as after a start of the process, with the record that it has. Only
+    /// while it is not [busy](Self::is_busy).
+    pub fn follow(&mut self, config: &Config) {
+        self.names = config.nodes.iter().map(|node| node.name.clone()).collect();
+        self.gate.bound(config.failover.max_paused);
+        if let Some(hands) = &self.hands {
+            hands.release_idle();
+        }
+        if self.acts() {
+            let gone = |node: NodeId| config.nodes.get(node.index()).is_none_or(|node| node.removed);
+            let record = self.machine.record().without(gone);
+            let removed = (0u16..).map(NodeId).take(config.nodes.len()).filter(|node| gone(*node)).collect();
+            self.machine =
+                Machine::new(settings(config, self.hands.is_some()), record, now()).without(removed);
+        }
+        let status = status(&self.machine, self.mode, &self.names, self.since, self.loss);
+        self.status.store(Arc::new(status));
+    }
+
+    /// Whether the machine takes part at all; else the modes `off` and `follow` go by what others do.
+    pub fn acts(&self) -> bool {
+        matches!(self.mode, FailoverMode::Manual | FailoverMode::Auto)
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// Whether nothing is under way or wrong: time alone changes little then.
+    pub fn is_calm(&self) -> bool {
+        matches!(self.machine.state(), State::Healthy | State::Starting)
+    }
+
+    /// Tells the machine, and does what it says.
+    pub fn step(&mut self, event: Event) -> Vec<Outcome> {
+        let mut outcomes = Vec::new();
+        if self.acts() {
+            let actions = self.machine.step(event, now());
+            self.carry_out(actions, &mut outcomes);
+        }
+        while self.tasks.try_join_next().is_some() {}
+        outcomes
+    }
+
+    /// Gives the machine a command; it is answered through `reply`.
+    pub fn command(&mut self, command: Command, reply: oneshot::Sender<Answer>) -> Vec<Outcome> {
+        if !self.acts() {
+            let _ = reply.send(Err(format!(
+                "failover.mode is {}: somebody else replaces primaries",
+                mode_label(self.mode)
+            )));
+            return Vec::new();
+        }
+        tracing::info!(?command, "command");
+        self.next_command += 1;
+        let id = CommandId(self.next_command);
+        self.replies.insert(id, reply);
+        self.step(Event::Command { id, command })
+    }
+
+    fn carry_out(&mut self, actions: Vec<Action>, outcomes: &mut Vec<Outcome>) {
+        if actions.is_empty() {
+            return;
+        }
+        let mut failed: Option<String> = None;
+        for action in actions {
+            match (&failed, action) {
+                (Some(cause), Action::Reply { id, .. }) => {
+                    self.answer(id, Err(format!("the record could not be written: {cause}")));
+                }
+                (Some(_), _) => {}
+                (None, Action::Record(record)) => failed = self.write(&record).err(),
+                (None, action) => self.act(action, outcomes),
+            }
+        }
+        if let Some(cause) = failed {
+            let actions = self.machine.step(Event::RecordFailed(cause), now());
+            for action in actions {
+                self.act(action, outcomes);
+            }
+        }
+        let status = status(&self.machine, self.mode, &self.names, self.since, self.loss);
+        self.status.store(Arc::new(status));
+    }
+
+    fn write(&self, record: &Record) -> Result<(), String> {
+        match &self.store {
+            // A few milliseconds on the thread of the control loop: what is behind it must wait anyway.
+            Some(store) => store.write(&text::write(record, &self.names)).map_err(|error| error.to_string()),
+            None => Ok(()),
+        }
+    }
+
+    fn act(&mut self, action: Action, outcomes: &mut Vec<Outcome>) {
+        match action {
+            // Written by `carry_out`; after a failure there is none.
+            Action::Record(_) => {}
+            Action::Gate(wanted) => self.set_gate(wanted),
+            Action::CloseSockets { epoch } => self.close_sockets(epoch),
+            Action::Order { id, node, order } => self.order(id, node, order),
+            Action::Probe(node) => outcomes.push(Outcome::Probe(node)),
+            Action::Publish(target) => {
+                self.loss = Some(target.loss);
+                outcomes.push(Outcome::Publish(target));
+            }
+            Action::Enter(state) => {
+                let time = self.entered.elapsed();
+                outcomes.push(Outcome::Left(self.label, time));
+                self.label = state.label();
+                self.entered = Instant::now();
+                self.since = SystemTime::now();
+                self.log_state(&state, time);
+                if let State::Blocked(why) = &state {
+                    outcomes.push(Outcome::Blocked(why.label()));
+                }
+            }
+            Action::Reply { id, answer } => self.answer(id, answer),
+            Action::Alarm(alarm) => self.log_alarm(&alarm),
+        }
+    }
+
+    fn answer(&mut self, id: CommandId, answer: Answer) {
+        match &answer {
+            Ok(text) => tracing::info!(answer = text, "command done"),
+            Err(text) => tracing::warn!(answer = text, "command refused"),
+        }
+        if let Some(reply) = self.replies.remove(&id) {
+            // Who asked may have gone.
+            let _ = reply.send(answer);
+        }
+    }
+
+    fn set_gate(&mut self, wanted: Wanted) {
+        if let Some(drain) = self.drain.take() {
+            drain.abort();
+        }
+        self.gate.set(match wanted {
+            Wanted::Open => Posture::Open,
+            Wanted::Paused => Posture::Paused,
+            Wanted::Draining => Posture::Draining,
+            Wanted::Closed => Posture::Closed,
+        });
+        if wanted == Wanted::Draining {
+            let (gate, events) = (Arc::clone(&self.gate), self.events.clone());
+            self.drain = Some(self.tasks.spawn(async move {
+                gate.drained().await;
+                let _ = events.send(Event::Drained).await;
+            }));
+        }
+    }
+
+    fn close_sockets(&mut self, epoch: Epoch) {
+        let (gate, events) = (Arc::clone(&self.gate), self.events.clone());
+        // Until it publishes another one, the primary of the record is that of the epoch that ends.
+        let node = self.machine.record().primary;
+        if let Some(node) = node {
+            gate.close_sockets(node);
+        }
+        self.tasks.spawn(async move {
+            if let Some(node) = node {
+                gate.sockets_closed(node).await;
+            }
+            let _ = events.send(Event::SocketsClosed { epoch }).await;
+        });
+    }
+
+    fn order(&mut self, id: OrderId, node: NodeId, order: Order) {
+        let Some(hands) = self.hands.clone() else { return };
+        let events = self.events.clone();
+        tracing::info!(node = self.name(node), order = order.label(), "order");
+        self.tasks.spawn(async move {
+            let result = hands.carry_out(node, &order).await;
+            tracing::debug!(?order, ?result, "order done");
+            let _ = events.send(Event::OrderDone { id, result }).await;
+        });
+    }
+
+    fn name(&self, node: NodeId) -> &str {
+        self.names.get(node.index()).map_or("?", String::as_str)
+    }
+
+    fn log_state(&self, state: &State, before: Duration) {
+        let epoch = self.machine.record().epoch.0;
+        let node = about(state).map(|node| self.name(node)).unwrap_or_default();
+        let after_ms = u64::try_from(before.as_millis()).unwrap_or(u64::MAX);
+        let state_label = state.label();
+        match state {
+            State::Healthy => tracing::info!(state = state_label, epoch, after_ms, "failover"),
+            State::Blocked(why) => {
+                tracing::error!(
+                    state = state_label,
+                    epoch,
+                    after_ms,
+                    reason = why.label(),
+                    "failover: {why}"
+                );
+            }
+            _ => tracing::warn!(state = state_label, epoch, after_ms, node, "failover"),
+        }
+    }
+
+    fn log_alarm(&mut self, alarm: &Alarm) {
+        match alarm {
+            Alarm::OnlyWeAreCutOff => {
+                tracing::error!(
+                    "the primary cannot be reached from here, but standbys stream from it: no failover"
+                );
+            }
+            Alarm::PrimaryRefusesUs(cause) => {
+                tracing::error!(cause, "the primary lives and does not serve us: no failover");
+            }
+            Alarm::Isolated => {
+                tracing::error!(
+                    "neither the primary nor a standby that knows of it can be reached: no failover"
+                );
+            }
+            Alarm::OldPrimaryBack(node) => {
+                let node = self.name(*node);
+                tracing::error!(node, "an old primary takes writes: it is fenced, and not used");
+            }
+            Alarm::LossKnown(loss) => {
+                self.loss = Some(Loss { exact_bytes: loss.exact_bytes, ..self.loss.unwrap_or_default() });
+                tracing::error!(exact_bytes = loss.exact_bytes, "the end of the old primary's log is known");
+            }
+            Alarm::Quarantined(node, why) => {
+                tracing::error!(node = self.name(*node), reason = why.label(), "node in quarantine");
+            }
+            Alarm::OrderFailed { node, order, why } => {
+                let last = self.quiet.get(&(*node, *order));
+                if last.is_none_or(|at| at.elapsed() >= QUIET) {
+                    self.quiet.insert((*node, *order), Instant::now());
+                    tracing::warn!(node = self.name(*node), order, why, "an order failed");
+                }
+            }
+        }
+    }
+}
+
+/// The node that a state is about.
+fn about(state: &State) -> Option<NodeId> {
+    match state {
+        State::Electing(node)
+        | State::Promoting(node)
+        | State::Repointing(node)
+        | State::Draining(node)
+        | State::AtBarrier(node)
+        | State::Blocked(
+            BlockReason::SeverTimeout { node }
+            | BlockReason::CandidateRefused { node, .. }
+            | BlockReason::CandidateUnreachable { node },
+        ) => Some(*node),
+        _ => None,
+    }
+}
+
+fn status(
+    machine: &Machine,
+    mode: FailoverMode,
+    names: &Arc<[String]>,
+    since: SystemTime,
+    loss: Option<Loss>,
+) -> Status {
+    let record = machine.record();
+    let name = |node: NodeId| names.get(node.index()).cloned().unwrap_or_default();
+    Status {
+        mode: mode_label(mode),
+        durability: machine.durability_label(),
+        promises: machine.promises(),
+        state: machine.state().label(),
+        since,
+        node: about(machine.state()).map(name),
+        blocked: match machine.state() {
+            State::Blocked(why) => Some((why.label(), why.to_string())),
+            _ => None,
+        },
+        paused: record.paused,
+        cooling: record.cooling,
+        epoch: record.epoch,
+        quarantined: record.quarantined.iter().map(|(node, why)| (name(*node), *why)).collect(),
+        sync: record.sync.clone(),
+        covered: machine.covered(),
+        history: record.history.clone(),
+        loss,
+        names: Arc::clone(names),
+    }
+}
+
+fn mode_label(mode: FailoverMode) -> &'static str {
+    match mode {
+        FailoverMode::Off => "off",
+        FailoverMode::Follow => "follow",
+        FailoverMode::Manual => "manual",
+        FailoverMode::Auto => "auto",
+    }
+}
+
+fn now() -> Now {
+    // A clock before 1970 is only written down wrongly.
+    let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Now { at: Instant::now(), unix_ms: u64::try_from(unix.as_millis()).unwrap_or(u64::MAX) }
+}
+
+fn settings(config: &Config, hands: bool) -> Settings {
+    let failover = &config.failover;
+    let rule = |node: &crate::config::NodeConfig| {
+        let listed = failover.candidates.iter().find(|candidate| candidate.node == node.name);
+        let priority = match (listed, failover.candidates.is_empty()) {
+            (Some(candidate), _) => candidate.priority,
+            (None, true) => 100,
+            (None, false) => 0,
+        };
+        NodeRule { name: node.name.clone(), priority }
+    };
+    Settings {
+        mode: match failover.mode {
+            FailoverMode::Auto => Mode::Auto,
+            _ => Mode::Manual,
+        },
+        durability: match failover.durability {
+            DurabilityMode::Async => Durability::Async,
+            DurabilityMode::Quorum => Durability::Quorum,
+        },
+        nodes: config.nodes.iter().map(rule).collect(),
+        failure_threshold: failover.failure_threshold,
+        kick_timeout: failover.kick_timeout,
+        restart_grace: failover.restart_grace,
+        crash_loop_restarts: failover.crash_loop_restarts,
+        crash_loop_window: failover.crash_loop_window,
+        startup_grace: failover.startup_grace,
+        sever_timeout: failover.sever_timeout,
+        promote_timeout: failover.promote_timeout,
+        max_lost_bytes: failover.max_lost_bytes,
+        min_failover_interval: failover.min_failover_interval,
+        pause_timeout: failover.pause_timeout,
+        allow_minority: failover.allow_minority,
+        fence_sql: failover.fence_sql,
+        sync_num: failover.sync.num,
+        hands,
+    }
+}
