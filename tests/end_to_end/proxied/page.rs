@@ -164,5 +164,17 @@ async fn with_a_token_the_page_and_the_metrics_ask_for_it_and_the_proxys_own_che
     for path in ["/healthz", "/readyz"] {
         assert_eq!(proxy.get(path).await.unwrap().0, 200, "{path}");
     }
-    assert!(!proxy.log().contains("hidden-word"));
+    // Another one by a reload.
+    let file = proxy.directory().join("config.yaml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert!(text.contains("hidden-word"), "{text}");
+    std::fs::write(&file, text.replace("hidden-word", "another-word")).unwrap();
+    proxy.signal(nix::sys::signal::Signal::SIGHUP);
+    let status = async |token: &str| {
+        let header = format!("Authorization: Bearer {token}\r\n");
+        proxy.get_with("/metrics", &header).await.map(|(status, _)| status)
+    };
+    eventually("the new token is asked for", || async { status("another-word").await == Some(200) }).await;
+    assert_eq!(status("hidden-word").await, Some(401));
+    assert!(!proxy.log().contains("hidden-word") && !proxy.log().contains("another-word"));
 }
