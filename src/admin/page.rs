@@ -468,7 +468,7 @@ fn failover(view: &View<'_>) -> String {
         };
         let _ = write!(
             rows,
-            "<tr><td data-label=\"at\">{}</td><td data-label=\"epoch\">{} → {}</td>\
+            "<tr><td data-label=\"at\">{}</td><td data-label=\"epoch\">{}&nbsp;→&nbsp;{}</td>\
              <td data-label=\"primary\">{} → {}</td><td data-label=\"fork\">{}</td>\
              <td data-label=\"WAL past it\">{past}</td></tr>",
             began.map_or_else(|| "–".to_owned(), |event| clock_time(event.clock)),
