@@ -44,7 +44,8 @@ pub fn write(command: &Command, directory: &Path) -> io::Result<()> {
     let (man, completions) = (directory.join("man"), directory.join("completions"));
     fs::create_dir_all(&man)?;
     fs::create_dir_all(&completions)?;
-    page(command.clone(), "highwater", &man, MORE)?;
+    // `help` is no page of its own.
+    page(command.clone().disable_help_subcommand(true), "highwater", &man, MORE)?;
     for part in command.get_subcommands().filter(|part| !part.is_hide_set()) {
         let name = format!("highwater-{}", part.get_name());
         // Its synopsis begins with the program's name.

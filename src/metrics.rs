@@ -534,13 +534,16 @@ impl Metrics {
 
     /// Every count of [`statement`](Self::statement) so far, as (node, class, reason, count).
     pub fn statements_so_far(&self) -> impl Iterator<Item = (NodeId, &'static str, &'static str, u64)> {
-        let Labels { classes, reasons, .. } = &self.labels;
-        let series = self.nodes.iter().map(OnceLock::get);
-        (0u16..).map(NodeId).zip(series).flat_map(move |(node, series)| {
-            let pairs = classes.iter().flat_map(|class| reasons.iter().map(move |reason| (*class, *reason)));
-            let counters = series.map_or(&[][..], |series| &series.statements);
-            pairs.zip(counters).map(move |((class, reason), counter)| (node, class, reason, counter.get()))
-        })
+        let (classes, reasons) = (self.labels.classes, self.labels.reasons);
+        let pairs = classes.iter().flat_map(move |class| reasons.iter().map(move |reason| (*class, *reason)));
+        (0u16..)
+            .map(NodeId)
+            .zip(&self.nodes)
+            .filter_map(|(node, series)| Some((node, series.get()?)))
+            .flat_map(move |(node, series)| {
+                let counted = pairs.clone().zip(&series.statements);
+                counted.map(move |((class, reason), counter)| (node, class, reason, counter.get()))
+            })
     }
 
     /// Observes a statement's time on `node`.

@@ -182,17 +182,18 @@ pub fn run(config: Config, level: log::Level) -> Result<(), StartError> {
     let server = start_with(config, Some(level))?;
     runtime.block_on(async {
         let reload = server.reload.clone();
+        let status = format!("accepting clients on {}", server.address);
+        supervisor::ready(&status);
+        tokio::spawn(server.pulse.clone().feed());
         tokio::spawn(async move {
             while hangup.recv().await.is_some() {
                 info!("SIGHUP: reloading the configuration");
                 supervisor::reloading();
                 // Whatever comes of it has been logged.
                 let _ = reload.reload().await;
-                supervisor::ready("accepting clients");
+                supervisor::ready(&status);
             }
         });
-        tokio::spawn(server.pulse.clone().feed());
-        supervisor::ready(&format!("accepting clients on {}", server.address));
         loop {
             let running = *server.stop.borrow() == Stop::Run;
             let stop = tokio::select! {
@@ -242,7 +243,9 @@ fn run_main(
         let (reload, asked) = Reload::new();
         match build(config, reload.clone()).await {
             Ok(parts) => {
-                let applier = Applier { door: parts.door.clone(), members: parts.control.members(), level };
+                let (door, members, access) =
+                    (parts.door.clone(), parts.control.members(), parts.access.clone());
+                let applier = Applier { door, members, access, level };
                 tokio::spawn(applier.run(asked));
                 let _ = ready.send(Ok(parts.started(reload)));
                 parts.run(stopped).await;
@@ -261,6 +264,7 @@ struct Parts {
     listener_read_only: Option<TcpListener>,
     address: SocketAddr,
     http: Option<(TcpListener, SocketAddr)>,
+    access: Arc<Access>,
     door: Arc<Door>,
     /// Of the main thread, and behind it of each worker.
     pulse: Arc<Pulse>,
@@ -356,7 +360,8 @@ async fn build(config: Config, reload: Reload) -> Result<Parts, StartError> {
     let (drain, census) = (Arc::default(), Arc::default());
     let door = Arc::new(Door { shared, tls, verifiers, drain, census, console });
     let pulse = Arc::new(Pulse::new(1 + config.workers));
-    Ok(Parts { listener, listener_read_only, address, http, door, pulse, control })
+    let access = Arc::new(Access::new(config.http_token.as_ref()));
+    Ok(Parts { listener, listener_read_only, address, http, access, door, pulse, control })
 }
 
 impl Parts {
@@ -435,7 +440,7 @@ impl Parts {
                     sample_ages: Arc::new(move || {
                         aged().into_iter().map(|id| seen.node(id).seen_at().map(|at| at.elapsed())).collect()
                     }),
-                    access: Arc::new(Access::new(config.http_token.as_ref())),
+                    access: self.access,
                     memory: Arc::new(Memory::new(config.http_history)),
                 },
             ));

@@ -251,6 +251,9 @@ fn standing_words(standing: &Standing) -> (String, Weight) {
         Standing::Excluded(why @ (NotProbed | Starting | NoPrimary | LagUnknown)) => {
             (format!("is not used yet: {why}"), Weight::Plain)
         }
+        Standing::Excluded(Exclusion::Removed) => {
+            ("was taken out of the configuration".to_owned(), Weight::Plain)
+        }
         Standing::Excluded(why) => (format!("is not used: {why}"), Weight::Bad),
     }
 }

@@ -231,6 +231,7 @@ async fn status_page(state: &AdminState) -> Response<Full<Bytes>> {
         let history = memory.lock().clone();
         page::page(&View {
             topology: &state.topology.load(),
+            failover: &(state.failover)(),
             history: &history,
             keep: memory.keep,
             draining: state.draining.load(Ordering::Relaxed),

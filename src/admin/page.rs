@@ -15,7 +15,7 @@ use super::chart;
 use super::history::{History, NodePoint, Point, Role, Weight, add};
 use super::words::{ago, bytes, clock_time, percent, rate, seconds};
 use super::{Readiness, readiness};
-use crate::metrics::PoolFigure;
+use crate::metrics::{FailoverFigures, PoolFigure};
 use crate::topology::{NodeId, NodeView, Standing, Topology};
 
 const STYLE: &str = include_str!("page.css");
@@ -37,6 +37,8 @@ const EVENTS: usize = 30;
 pub struct View<'a> {
     /// The topology now.
     pub topology: &'a Topology,
+    /// Where failover stands.
+    pub failover: &'a FailoverFigures,
     /// The last minutes.
     pub history: &'a History,
     /// How much of them is kept.
@@ -179,7 +181,7 @@ fn seconds_of(view: &View<'_>, time: Duration) -> f32 {
 }
 
 fn nodes(view: &View<'_>) -> String {
-    let rows: String = view.topology.nodes.iter().map(|node| node_row(view, node)).collect();
+    let rows: String = view.topology.members().map(|node| node_row(view, node)).collect();
     format!(
         "<section class=\"wide\"><h2>Nodes</h2><table class=\"cards\"><thead><tr><th>Node</th><th>Role</th>\
          <th class=\"n\">Behind</th><th class=\"n\">Reads/s</th><th class=\"n\">Other statements/s</th>\
@@ -277,7 +279,7 @@ fn time_axis(view: &View<'_>) -> String {
 
 fn roles(view: &View<'_>) -> String {
     let mut strips = String::new();
-    for node in &view.topology.nodes {
+    for node in view.topology.members() {
         let role = |p: &Arc<Point>| Some((place(view, p.at), p.nodes.get(node.id.index())?.role));
         let roles: Vec<(f32, Role)> =
             view.history.points().iter().filter_map(role).filter(|(x, _)| *x >= 0.0).collect();
@@ -325,7 +327,7 @@ fn lag(view: &View<'_>) -> String {
     // A primary has no lag; one that has been a replica a moment ago has, in the window.
     let lag_of = |node: &NodeView, p: &Point| p.nodes.get(node.id.index()).and_then(|n| n.lag_seconds);
     let lagging = |node: &&NodeView| view.history.points().iter().any(|p| lag_of(node, p).is_some());
-    let drawn: Vec<&NodeView> = view.topology.nodes.iter().filter(lagging).collect();
+    let drawn: Vec<&NodeView> = view.topology.members().filter(lagging).collect();
     let groups = groups(view);
     let mut curves: Vec<chart::Curve> = Vec::new();
     let mut legend = String::new();
@@ -433,13 +435,25 @@ fn failover(view: &View<'_>) -> String {
     let fact = |name: &str, what: String| format!("<div><dt>{name}</dt><dd>{what}</dd></div>");
     let unknown = || "not known".to_owned();
     let name_of = |id: NodeId| topology.nodes.get(id.index()).map_or_else(unknown, |n| escape(&n.name));
-    let facts = [
+    let figures = view.failover;
+    let mut facts = vec![fact("state", escape(figures.state))];
+    if let Some(reason) = figures.blocked {
+        facts.push(fact("blocked", format!("<span class=\"bad\">{}</span>", escape(reason))));
+    }
+    if let Some(covered) = figures.sync {
+        let words = if covered { "survive the primary" } else { "<span class=\"bad\">not covered</span>" };
+        facts.push(fact("acknowledged writes", words.to_owned()));
+    }
+    if let Some(lost) = figures.lost_acked_bytes_min {
+        facts.push(fact("lost in the last failover", format!("{} at least", bytes(lost))));
+    }
+    facts.extend([
         fact("epoch", topology.epoch.0.to_string()),
         fact("primary", topology.primary.map_or_else(|| "none".to_owned(), name_of)),
         fact("timeline", topology.timeline.map_or_else(unknown, |t| t.0.to_string())),
         fact("system identifier", topology.system_identifier.map_or_else(unknown, |s| s.to_string())),
-    ]
-    .concat();
+    ]);
+    let facts = facts.concat();
     let mut rows = String::new();
     for (index, switch) in topology.switches.iter().enumerate().rev() {
         let next = topology.switches.get(index + 1).map(|s| s.old_primary).or(topology.primary);
@@ -455,7 +469,7 @@ fn failover(view: &View<'_>) -> String {
         };
         let _ = write!(
             rows,
-            "<tr><td data-label=\"at\">{}</td><td data-label=\"epoch\">{} → {}</td>\
+            "<tr><td data-label=\"at\">{}</td><td data-label=\"epoch\">{}&nbsp;→&nbsp;{}</td>\
              <td data-label=\"primary\">{} → {}</td><td data-label=\"fork\">{}</td>\
              <td data-label=\"WAL past it\">{past}</td></tr>",
             began.map_or_else(|| "–".to_owned(), |event| clock_time(event.clock)),
@@ -521,9 +535,18 @@ mod tests {
     use crate::topology::{Epoch, Exclusion, Switch};
     use crate::wal::{Lsn, TimelineId};
 
+    static HEALTHY: FailoverFigures = FailoverFigures {
+        state: "healthy",
+        blocked: None,
+        quarantined: Vec::new(),
+        lost_acked_bytes_min: None,
+        sync: None,
+    };
+
     fn view<'a>(topology: &'a Topology, history: &'a History) -> View<'a> {
         View {
             topology,
+            failover: &HEALTHY,
             history,
             keep: Duration::from_secs(600),
             draining: false,

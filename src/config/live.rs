@@ -64,7 +64,7 @@ table! {
     "listen" Restart listen;
     "listen_read_only" Restart listen_read_only;
     "http" Restart http;
-    "http_token" Restart http_token;
+    "http_token" Live http_token;
     "http_history" Restart http_history;
     "workers" Restart workers;
     "max_clients" Live max_clients;
@@ -174,7 +174,7 @@ pub fn applies(key: &str) -> Option<Applies> {
     let plain = key
         .strip_suffix("_env")
         .or(key.strip_suffix("_file"))
-        .filter(|k| k.ends_with("password") || k.ends_with("token"));
+        .filter(|k| ["password", "token"].iter().any(|secret| k.ends_with(secret)));
     find(plain.unwrap_or(key))
         .or_else(|| find(key.split_once("[]")?.0))
         .or_else(|| find(key.rsplit_once('.')?.0))

@@ -9,6 +9,7 @@ use std::sync::{Arc, PoisonError};
 
 use tracing::{error, info, warn};
 
+use crate::admin::access::Access;
 use crate::config::live::{self, Applies, Membership, Plan};
 use crate::config::{Config, ConfigError, Problem};
 use crate::control::members::Members;
@@ -22,6 +23,7 @@ use crate::topology::NodeId;
 pub(super) struct Applier {
     pub door: Arc<Door>,
     pub members: Members,
+    pub access: Arc<Access>,
     /// `None`: the process does not log by us.
     pub level: Option<log::Level>,
 }
@@ -66,8 +68,12 @@ impl Applier {
             warnings,
         };
         let (door, level, nodes) = (Arc::clone(&self.door), self.level.clone(), plan.nodes.clone());
+        let access = Arc::clone(&self.access);
         let of_failover = !nodes.is_empty() || plan.changes("failover");
-        let commit = move || commit(&door, level.as_ref(), plan, client_tls, node_tls);
+        let commit = move || {
+            access.set(plan.config.http_token.as_ref());
+            commit(&door, level.as_ref(), plan, client_tls, node_tls);
+        };
         self.members.change(nodes, of_failover, commit).await.map_err(|why| {
             let problem = Problem { line: 0, column: 0, path: "nodes".to_owned(), message: why };
             ConfigError {

@@ -35,7 +35,7 @@ async fn metrics_say_what_ran_where() {
 }
 
 /// `metric | type | labels` of every row of docs/METRICS.md.
-pub fn described() -> Vec<(String, String, Vec<String>)> {
+fn described() -> Vec<(String, String, Vec<String>)> {
     let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/METRICS.md")).unwrap();
     let cells = |line: &str| line.split('|').map(|c| c.trim().replace('`', "")).collect::<Vec<_>>();
     page.lines()

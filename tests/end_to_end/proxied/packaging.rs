@@ -15,7 +15,7 @@ fn said(output: &Output) -> String {
 }
 
 #[test]
-fn systemd_is_told_when_it_is_ready_that_it_lives_and_when_it_stops() {
+fn systemd_is_told_when_it_is_ready_that_it_lives_when_it_reloads_and_when_it_stops() {
     let directory = tempfile::tempdir().unwrap();
     let socket = UnixDatagram::bind(directory.path().join("notify")).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -48,8 +48,13 @@ fn systemd_is_told_when_it_is_ready_that_it_lives_and_when_it_stops() {
         assert_eq!(heard().trim(), "WATCHDOG=1");
     }
     let pid = nix::unistd::Pid::from_raw(i32::try_from(process.id()).unwrap());
+    let next = || std::iter::repeat_with(heard).find(|message| message.trim() != "WATCHDOG=1").unwrap();
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGHUP).unwrap();
+    let reloading = next();
+    assert!(reloading.starts_with("RELOADING=1\nMONOTONIC_USEC="), "{reloading}");
+    assert_eq!(next(), first);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
-    let last = std::iter::repeat_with(heard).find(|message| message.trim() != "WATCHDOG=1").unwrap();
+    let last = next();
     assert!(last.starts_with("STOPPING=1\n") && last.contains("STATUS=SIGTERM: draining"), "{last}");
     assert!(process.wait().unwrap().success());
 }
