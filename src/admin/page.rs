@@ -645,6 +645,7 @@ mod tests {
             old_timeline: TimelineId(1),
             fork: Some(Lsn(0x300_0100)),
             last_sample: Some((9, Lsn(0x300_0900))),
+            kept: false,
         });
         let mut history = History::new(Duration::from_secs(60));
         let cells = |ran| {

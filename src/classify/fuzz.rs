@@ -396,6 +396,8 @@ fn a_verdict_holds_for_one_reading_of_its_text() {
         session_settings: 1024,
         databases: 2,
         nodes: 64,
+        admin_connections: 3,
+        statement_stats: 100,
         class_cache: 256,
         parser_text: 16 * 1024,
         parser_deadline: Duration::from_secs(20),
