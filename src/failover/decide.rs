@@ -1321,7 +1321,8 @@ impl Machine {
 
     /// Standbys that could not be reached when the primary was replaced by us still look for the old one.
     fn find_strays(&mut self, standbys: &[NodeId], now: Instant) {
-        let ours = self.record.history.last().is_some_and(|entry| entry.epoch == self.record.epoch);
+        // Not by its epoch: a crash of the new primary begins another one.
+        let ours = self.record.history.last().is_some_and(|entry| Some(entry.to) == self.record.primary);
         let settled =
             self.repointing_since.is_none_or(|since| now.saturating_duration_since(since) >= MEND_RETRY);
         if !ours || !settled {
@@ -1395,6 +1396,8 @@ impl Machine {
         let promoting = match &mut self.record.intent {
             Some(intent) if intent.stage == Stage::Promote(node) => {
                 intent.stage = Stage::Prepare;
+                // It may have been that epoch's write target: nobody else is (I1).
+                intent.epoch = Epoch(intent.epoch.0 + 1);
                 true
             }
             _ => false,

@@ -88,7 +88,7 @@ fn runs(durability: Durability, without: Without, seeds: Range<u64>) -> Happened
 
 #[test]
 fn under_quorum_nothing_acknowledged_is_lost_and_nobody_acknowledges_beside_the_primary() {
-    let seeds = seeds(1500);
+    let seeds = seeds(1000);
     let each = (seeds.end - seeds.start) as usize;
     let happened = runs(Durability::Quorum, Without::Nothing, seeds);
     println!("{happened:?}");
@@ -104,7 +104,7 @@ fn under_quorum_nothing_acknowledged_is_lost_and_nobody_acknowledges_beside_the_
 
 #[test]
 fn without_quorum_there_is_one_write_target_all_the_same() {
-    let seeds = seeds(600);
+    let seeds = seeds(300);
     let each = (seeds.end - seeds.start) as usize;
     let happened = runs(Durability::Async, Without::Nothing, seeds);
     println!("{happened:?}");
@@ -115,6 +115,8 @@ fn without_quorum_there_is_one_write_target_all_the_same() {
 #[test]
 fn with_any_part_of_the_rule_left_out_something_breaks() {
     let mut missed = Vec::new();
+    // HIGHWATER_MODEL_WITHOUT: this part alone.
+    let only = std::env::var("HIGHWATER_MODEL_WITHOUT").ok();
     for without in [
         Without::Lock,
         Without::RecordFirst,
@@ -131,6 +133,9 @@ fn with_any_part_of_the_rule_left_out_something_breaks() {
         Without::NoSyncDuringFailover,
         Without::SameNode,
     ] {
+        if only.as_ref().is_some_and(|only| *only != format!("{without:?}")) {
+            continue;
+        }
         let found = (1..300).find_map(|seed| {
             let plan = Plan::around(without, seed);
             let broken = run(plan.clone(), without, false).violations.first().cloned()?;

@@ -164,18 +164,17 @@ impl Plan {
                 ];
                 (4, faults)
             }
-            // Nobody was at hand for the new primary to wait for; who comes late is not told all, and asked next.
+            // Too few are at hand for the new primary to wait for; the one that is is not told all, and asked next.
             Without::NewEpochDegraded => {
-                let late = soon(2300, 3400);
+                let late = soon(2150, 2900);
                 let faults = vec![
-                    (start, Fault::Kill(2)),
-                    (soon(2000, 2200), Fault::Kill(0)),
-                    (soon(2100, 2600), Fault::Restart(2)),
+                    (start, Fault::Kill(3)),
+                    (soon(2000, 2100), Fault::Kill(0)),
                     (late, Fault::Cut(1, 2)),
                     (late + 10, Fault::Command(Command::AckRecovery)),
-                    (late + again, Fault::Kill(1)),
+                    (late + 20 + again / 5, Fault::Kill(1)),
                 ];
-                (3, faults)
+                (4, faults)
             }
             _ => return Plan::random(seed, durability),
         };

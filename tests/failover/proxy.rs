@@ -50,6 +50,8 @@ pub struct Proxy {
     looked: Ms,
     /// The start of the write target's server.
     start: Option<std::sync::Arc<str>>,
+    /// A write target of which the machine is to hear.
+    adopted: Option<(Epoch, TimelineId)>,
     /// A record that waits for its statement, where the rule is left out.
     held: Option<Quorum>,
 }
@@ -113,6 +115,7 @@ impl World {
             commands: 0,
             looked: 0,
             start: None,
+            adopted: None,
             held: None,
         });
     }
@@ -157,6 +160,7 @@ impl World {
         if due {
             proxy.looked = self.now;
         }
+        self.tell_of_primary();
         self.tell(Event::Tick);
         if due && self.is_quorum() {
             self.look();
@@ -219,14 +223,28 @@ impl World {
             let first = record.primary.is_none();
             proxy.start.clone_from(start);
             if first || crashed {
-                let (epoch, timeline) = (Epoch(record.epoch.0 + 1), *timeline);
-                proxy.target = Some((node, epoch.0));
-                let primary = NodeId(node as u16);
-                self.published(node, epoch.0);
-                self.tell(Event::Adopted { primary, timeline, epoch, system_identifier: 7, forked: None });
+                let epoch = record.epoch.0 + 1;
+                proxy.target = Some((node, epoch));
+                proxy.adopted = Some((Epoch(epoch), *timeline));
+                self.published(node, epoch);
+                self.tell_of_primary();
             }
         }
         self.tell(Event::Observed { node: NodeId(node as u16), fact });
+    }
+
+    /// Again until it is recorded.
+    fn tell_of_primary(&mut self) {
+        let proxy = self.proxy.as_mut().unwrap();
+        let Some(((node, _), (epoch, timeline))) = proxy.target.zip(proxy.adopted) else {
+            return;
+        };
+        if proxy.machine.record().epoch >= epoch {
+            proxy.adopted = None;
+        } else if proxy.machine.may_adopt() {
+            let primary = NodeId(node as u16);
+            self.tell(Event::Adopted { primary, timeline, epoch, system_identifier: 7, forked: None });
+        }
     }
 
     // Synchronous standbys.
