@@ -122,6 +122,8 @@ pub fn start(
     let failover = &config.failover;
     let keep = config.consistency.max_lag.saturating_mul(4).max(Duration::from_secs(60));
     let track = Arc::new(PrimaryTrack::new(keep));
+    // A remembered epoch has begun already: lags count from now, without waiting for the next one.
+    track.begin(topology.load().epoch);
     let (send_observation, observations) = mpsc::channel(count.max(1) * 2);
     let (send_report, reports) = mpsc::channel(REPORT_QUEUE);
     let probe_now: Vec<Arc<Notify>> = (0..count).map(|_| Arc::new(Notify::new())).collect();
@@ -573,7 +575,10 @@ fn take_primary(next: &mut Topology, chosen: NodeId, facts: &[NodeFacts], last_s
     };
     if let (Some(old_primary), Some(old_timeline)) = (next.primary, next.timeline) {
         let fork = seen.history.as_ref().and_then(|history| history.fork_of(old_timeline));
-        push_switch(next, Switch { from: next.epoch, old_primary, old_timeline, fork, last_sample });
+        push_switch(
+            next,
+            Switch { from: next.epoch, old_primary, old_timeline, fork, last_sample, kept: false },
+        );
     }
     next.epoch = Epoch(next.epoch.0 + 1);
     next.primary = Some(chosen);
@@ -604,6 +609,7 @@ fn follow_restart(next: &mut Topology, facts: &[NodeFacts], last_sample: Option<
         old_timeline: timeline,
         fork: start.end,
         last_sample,
+        kept: false,
     };
     push_switch(next, end);
     next.epoch = Epoch(next.epoch.0 + 1);
@@ -618,6 +624,7 @@ fn take_target(next: &mut Topology, target: &Target, last_sample: Option<(u64, L
             old_timeline,
             fork: Some(target.fork),
             last_sample,
+            kept: target.kept,
         };
         push_switch(next, switch);
     }
@@ -1072,6 +1079,7 @@ mod tests {
             old_timeline: TimelineId(1),
             fork: Some(Lsn(0x500)),
             last_sample: Some((7, Lsn(0x510))),
+            kept: false,
         };
         assert_eq!(
             (next.epoch, next.timeline, &next.switches),
@@ -1107,6 +1115,7 @@ mod tests {
                 old_timeline: TimelineId(1),
                 fork: end.map(Lsn),
                 last_sample: Some((7, Lsn(110))),
+                kept: false,
             };
             assert_eq!(
                 (next.epoch, next.primary, &next.switches),

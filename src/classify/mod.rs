@@ -39,7 +39,7 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 
 pub use catalog::Catalog;
 pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
-pub use target::{Target, listen_target, target};
+pub use target::{Target, keeps_uncommitted, listen_target, target};
 pub use transaction::{Isolation, TransactionCommand, depends_on_transaction, parameters_name_the_clock};
 
 use crate::config::LimitsConfig;
@@ -154,9 +154,10 @@ impl StatementClass {
         matches!(self.kind, Kind::Read | Kind::Empty) && !self.settings && self.leaves == Leaves::Nothing
     }
 
-    /// Whether it may end a transaction that was open before: COMMIT and kin, and what may have one in it.
-    pub fn may_commit(self) -> bool {
-        self.kind == Kind::TransactionControl
+    /// Whether `text`, which is of this class, may commit a transaction that was open before: COMMIT and kin, and what may
+    /// have one in it.
+    pub fn may_commit(self, text: &[u8]) -> bool {
+        self.kind == Kind::TransactionControl && !keeps_uncommitted(text)
             || matches!(self.reason, ClassReason::Several | ClassReason::Unclear | ClassReason::Lexing)
     }
 

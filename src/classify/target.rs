@@ -42,6 +42,14 @@ pub fn target(text: &[u8]) -> Option<Target> {
     (!several && !reads && is_the_only(&mut lexer, next)).then_some(Target { schema, table })
 }
 
+/// Whether a single command about transactions leaves the one that is open uncommitted: it is none of COMMIT, END and
+/// PREPARE TRANSACTION.
+pub fn keeps_uncommitted(text: &[u8]) -> bool {
+    let mut lexer = Lexer::new(text);
+    let words: [&[u8]; 6] = [b"savepoint", b"release", b"rollback", b"abort", b"begin", b"start"];
+    lexer.next_token() == Token::Word && words.contains(&lexer.name())
+}
+
 /// The channel that a LISTEN names, as the server folds it. `None`: it is something else, or more.
 pub fn listen_target(text: &[u8]) -> Option<Vec<u8>> {
     let mut lexer = Lexer::new(text);
@@ -134,6 +142,18 @@ mod tests {
         check("INSERT", None);
         check("INSERT INTO", None);
         check("INSERT INTO views VALUES (' )", None);
+    }
+
+    #[test]
+    fn what_ends_a_transaction_by_committing_it_is_known() {
+        for text in
+            ["SAVEPOINT a", "/* x */ rollback to a", "RELEASE a", "Abort", "BEGIN", "START TRANSACTION"]
+        {
+            assert!(keeps_uncommitted(text.as_bytes()), "{text}");
+        }
+        for text in ["COMMIT", "end", "PREPARE TRANSACTION 'x'", "COMMIT AND CHAIN", "", "'"] {
+            assert!(!keeps_uncommitted(text.as_bytes()), "{text}");
+        }
     }
 
     #[test]

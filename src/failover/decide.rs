@@ -687,7 +687,7 @@ impl Machine {
             self.probe_standbys(primary);
         }
         match verdict {
-            Verdict::Gone { hard } => self.confirm(primary, hard, tick, now),
+            Verdict::Gone => self.confirm(primary, tick, now),
             Verdict::Refuses(cause) => {
                 self.blocked = None;
                 self.enter(State::Suspect);
@@ -714,7 +714,7 @@ impl Machine {
         }
     }
 
-    fn confirm(&mut self, primary: NodeId, hard: bool, tick: bool, now: Now) {
+    fn confirm(&mut self, primary: NodeId, tick: bool, now: Now) {
         let vouched = self.settings.kick_timeout * VOUCHED;
         let Some(suspicion) = &mut self.suspicion else { return };
         let gone_since = *suspicion.gone_since.get_or_insert(now.at);
@@ -737,7 +737,7 @@ impl Machine {
                 (node, detect::witness(fact, primary, self.record.system_identifier), kicked)
             })
             .collect();
-        let testimony = detect::testimony(&witnesses, hard, now.at.saturating_duration_since(gone_since));
+        let testimony = detect::testimony(&witnesses, now.at.saturating_duration_since(gone_since));
         match testimony {
             Testimony::Gone => return self.begin_or_block(now),
             Testimony::Alive => {
@@ -829,7 +829,8 @@ impl Machine {
 
     pub(super) fn begin(&mut self, attempt: Attempt, planned: bool, now: Instant) {
         let Some(from) = self.record.primary else { return };
-        let intent = Intent { from, planned, epoch: Epoch(self.record.epoch.0 + 1), stage: Stage::Prepare };
+        let epoch = Epoch(self.record.epoch.0 + 1);
+        let intent = Intent { from, planned, epoch, stage: Stage::Prepare, covered: false };
         self.blocked = None;
         self.repointing_since = None;
         self.attempt = Some(attempt);
@@ -862,7 +863,7 @@ impl Machine {
             if late {
                 return self.roll_back(Err("not done in time: the old primary goes on".to_owned()));
             }
-            if matches!(self.verdict(now), Verdict::Gone { .. }) {
+            if matches!(self.verdict(now), Verdict::Gone) {
                 return self.roll_back(Err("the old primary was lost meanwhile".to_owned()));
             }
             if !self.quieten(intent, now) {
@@ -954,6 +955,8 @@ impl Machine {
         };
         let wants_sync = self.settings.durability == Durability::Quorum;
         let ready = !wants_sync || attempt.sync.as_ref().is_some_and(|(of, _)| *of == chosen);
+        let covered = candidate::elect(&cuts, &Election { allow_data_loss: false, ..election }).is_ok()
+            && self.settings.durability == Durability::Quorum;
         self.enter(State::Electing(chosen));
         if !ready {
             if late {
@@ -985,7 +988,7 @@ impl Machine {
             }
         }
         // I1: this and its epoch are on disk before the order behind it is given.
-        self.record.intent = Some(Intent { stage: Stage::Promote(chosen), ..intent.clone() });
+        self.record.intent = Some(Intent { stage: Stage::Promote(chosen), covered, ..intent.clone() });
         self.enter(State::Promoting(chosen));
         self.order_promotion(chosen, intent.epoch);
     }
@@ -1067,6 +1070,7 @@ impl Machine {
             fork,
             old_primary: intent.from,
             planned: intent.planned,
+            kept: intent.planned || intent.covered,
             loss,
         }));
         self.enter(State::Repointing(node));

@@ -306,7 +306,11 @@ impl Hand {
             if let Some(end) = end
                 && last == Some(end)
             {
-                return Ok((end, before.timeline));
+                let timeline = match before.timeline {
+                    Some(timeline) => Some(timeline),
+                    None => self.newest_timeline(until).await?,
+                };
+                return Ok((end, timeline));
             }
             last = end;
             self.clear_replay(&seen, started, until).await?;
@@ -676,6 +680,15 @@ impl Hand {
         let read = format!("SELECT pg_read_file('pg_wal/{:08X}.history', 0, 1048576, true)", of.0);
         let text = first(&self.run(&read, until).await?).unwrap_or_default();
         TimelineHistory::parse(&text).map_err(|_| self.unreadable())
+    }
+
+    /// The timeline of a standby whose walreceiver does not tell it: the latest one whose history it has, which is the
+    /// one that it replays or will.
+    async fn newest_timeline(&mut self, until: Instant) -> Result<Option<TimelineId>, Trouble> {
+        let newest = "SELECT coalesce(max(left(name, 8)), '00000001') FROM pg_ls_waldir() \
+                      WHERE name ~ '^[0-9A-F]{8}[.]history$'";
+        let digits = first(&self.run(newest, until).await?);
+        Ok(digits.and_then(|digits| u32::from_str_radix(&digits, 16).ok()).map(TimelineId))
     }
 
     async fn walreceiver(&mut self, until: Instant) -> Result<Option<Walreceiver>, Trouble> {

@@ -203,6 +203,7 @@ fn a_frozen_primary_is_replaced_once_the_standbys_cannot_connect_anew() {
     }
     play.sees(B, standby(T1, Some(A), 100));
     play.sees(C, standby(T1, Some(A), 100));
+    play.after(Duration::from_millis(301));
     assert_eq!(play.open(), [("kick", B), ("kick", C)]);
     play.ends("kick", B, OrderResult::Kicked(Kick::Gone));
     // Alone for a moment, as any that connects anew.
@@ -290,7 +291,13 @@ fn a_crash_while_promoting_goes_on_with_the_same_node() {
         epoch: Epoch(1),
         primary: Some(A),
         timeline: Some(T1),
-        intent: Some(Intent { from: A, planned: false, epoch: Epoch(2), stage: Stage::Promote(C) }),
+        intent: Some(Intent {
+            from: A,
+            planned: false,
+            epoch: Epoch(2),
+            stage: Stage::Promote(C),
+            covered: false,
+        }),
         severed: vec![B, C],
         ..Record::default()
     };
@@ -317,7 +324,13 @@ fn a_crash_while_preparing_undoes_it() {
         epoch: Epoch(1),
         primary: Some(A),
         timeline: Some(T1),
-        intent: Some(Intent { from: A, planned: true, epoch: Epoch(2), stage: Stage::Prepare }),
+        intent: Some(Intent {
+            from: A,
+            planned: true,
+            epoch: Epoch(2),
+            stage: Stage::Prepare,
+            covered: false,
+        }),
         severed: vec![B],
         fenced: vec![A],
         ..Record::default()

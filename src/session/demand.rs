@@ -131,14 +131,14 @@ impl Demand {
         }
     }
 
-    fn of_query(class: StatementClass) -> Demand {
+    fn of_query(class: StatementClass, text: &[u8]) -> Demand {
         Demand::Primary {
             reason: RouteReason::NotARead,
             label: ClassLabel::of(class.kind),
             leaves: class.leaves,
             ddl: class.kind == Kind::Ddl,
             settings: class.settings,
-            may_commit: class.may_commit(),
+            may_commit: class.may_commit(text),
         }
     }
 
@@ -308,7 +308,7 @@ impl Session {
         self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
         self.look_for_own(&text, class).await?;
         // In the middle of an open unit even a read goes where the rest of it goes.
-        Ok(Demand::of_query(class))
+        Ok(Demand::of_query(class, &text))
     }
 
     /// What a Query at the start of the input asks of the backend that the session holds. `None`: it
@@ -344,14 +344,14 @@ impl Session {
         if matches!(class.kind, Kind::Read | Kind::Empty) {
             return Some(Demand::Read { vetted: 0, redone: false });
         }
-        Some(Demand::of_query(class))
+        Some(Demand::of_query(class, &text))
     }
 
     /// What SQL's PREPARE, EXECUTE or DEALLOCATE of one name asks for: the name is kept track of, and so
     /// an EXECUTE may run wherever its statement may. `None`: it cannot be, and pins.
     fn demand_by_name(&mut self, text: &[u8], class: StatementClass, vetted: usize) -> Option<Demand> {
         // It leaves nothing but the name, which is taken from the backend before another session's use.
-        let leaves_a_name = Demand::of_query(StatementClass { leaves: Leaves::Nothing, ..class });
+        let leaves_a_name = Demand::of_query(StatementClass { leaves: Leaves::Nothing, ..class }, text);
         if let Some(prepare) = classify::sql_prepare(text) {
             let limits = &self.shared.config.limits;
             if SharedName::is_like(&prepare.name)
@@ -399,7 +399,7 @@ impl Session {
             Some(StatementClass { kind: Kind::Read | Kind::Empty, .. }) => {
                 Demand::Read { vetted, redone: false }
             }
-            Some(class) => Demand::of_query(class),
+            Some(class) => Demand::of_query(class, text),
             // It may be a read, and so leaves nothing; but nobody has said that it is one.
             None => leaves_a_name,
         })

@@ -41,6 +41,8 @@ impl Session {
         if self.shared.gate.posture() == Posture::Open {
             return Ok(Ok(()));
         }
+        // What it had there, if anything, is over: it comes as anybody else.
+        self.presence.leave();
         let shared = self.shared.clone();
         let begun = Instant::now();
         let Some(mut place) = shared.gate.line_up() else {

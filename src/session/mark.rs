@@ -448,6 +448,13 @@ impl Mark {
     }
 
     fn cross(&mut self, samples: &impl Samples, topology: &Topology, switch: &Switch) -> Survival {
+        if switch.kept && self.pending.is_none_or(|p| p.note.epoch <= switch.from) {
+            // Whatever it was shown lies before the fork, also where no sample has told.
+            self.epoch = Epoch(switch.from.0 + 1);
+            self.pending = None;
+            self.restart_at(samples, topology, switch.fork);
+            return Survival::Kept;
+        }
         let resolved = match self.pending {
             None => true,
             // Taken on the primary of now, when an earlier switch was crossed: it holds across this one.
@@ -532,7 +539,7 @@ impl Mark {
         }
         let fork = Fork { epoch: switch.from, fork: switch.fork, mark };
         self.restart_at(samples, topology, switch.fork);
-        Survival::Unknown(fork)
+        if switch.kept { Survival::Kept } else { Survival::Unknown(fork) }
     }
 
     /// After a loss has been found: the session goes on from what the new primary holds.

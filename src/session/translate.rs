@@ -378,6 +378,8 @@ impl Exchange<'_> {
                     let text = body.strip_suffix(b"\0").unwrap_or_default();
                     self.unit.count_settings(&setting::effects(text, self.session.lexing));
                 }
+                let body = self.body(len);
+                self.unit.may_commit |= class.may_commit(body.strip_suffix(b"\0").unwrap_or_default());
                 self.count_in(class);
             }
             // Only what may be a read is worth a second opinion, and a read leaves nothing.
@@ -425,7 +427,6 @@ impl Exchange<'_> {
         self.unit.ddl |= class.kind == Kind::Ddl;
         self.unit.clears_names |= matches!(class.leaves, Leaves::DiscardsAll | Leaves::DeallocatesAll);
         self.unit.writes |= !is_read(class);
-        self.unit.may_commit |= class.may_commit();
         self.leave(class.leaves);
     }
 
@@ -742,6 +743,7 @@ impl Exchange<'_> {
                 self.unit.binding = class.settings.then(|| statement.clone());
                 self.unit.login_settings |=
                     class.kind == Kind::Ddl && classify::alters_login(statement.text());
+                self.unit.may_commit |= class.may_commit(statement.text());
                 self.count_in(class);
             }
             None => (self.unit.writes, self.unit.may_commit) = (true, true),

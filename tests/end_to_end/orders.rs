@@ -171,8 +171,11 @@ async fn a_standby_that_restarted_with_unread_log_is_read_to_its_end() {
     standby.restart().await.unwrap();
     assert_eq!(standby.query_text("SELECT pg_last_wal_receive_lsn()").await.unwrap(), "");
     let proxy = Proxyless::over(&cluster);
-    let end = proxy.sever(B).await;
+    let severed = proxy.give(B, Order::Sever).await;
+    let OrderResult::Severed { end, timeline } = severed else { panic!("not severed: {severed:?}") };
     assert!(end >= written, "{end} is not the end: {written} had been received");
+    // No walreceiver has run since the restart, to tell it.
+    assert_eq!(timeline, Some(FIRST));
     proxy.promote(B).await;
     assert_eq!(standby.query_text("SELECT count(*) FROM t").await.unwrap(), "1000");
 }

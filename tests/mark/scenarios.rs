@@ -82,7 +82,14 @@ impl Story {
         let old_primary = self.topology.primary.unwrap();
         let old_timeline = self.topology.timeline.unwrap();
         let (from, last_sample) = (self.topology.epoch, self.last_sample.take());
-        self.topology.switches.push(Switch { from, old_primary, old_timeline, fork, last_sample });
+        self.topology.switches.push(Switch {
+            from,
+            old_primary,
+            old_timeline,
+            fork,
+            last_sample,
+            kept: false,
+        });
         let timeline = TimelineId(old_timeline.0 + 1);
         self.topology.epoch = Epoch(from.0 + 1);
         self.topology.timeline = Some(timeline);

@@ -228,6 +228,7 @@ async fn nothing_of_a_primary_that_is_left_is_passed_on_and_each_is_told_what_be
     succeed(extended, "INSERT INTO slow VALUES (1)").await;
     extended.send(&[parse("", "COMMIT"), bind("", &[]), execute(), sync()].concat()).await;
     inside.send(&query("INSERT INTO t SELECT 1 FROM pg_sleep(3600)")).await;
+    succeed(open, "SAVEPOINT a").await;
     succeed(open, "INSERT INTO t VALUES (1)").await;
     succeed(idle, "INSERT INTO t VALUES (0)").await;
     let active = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app' AND state = 'active'";
@@ -276,6 +277,7 @@ async fn a_read_on_a_primary_that_is_left_runs_elsewhere() {
     cluster.primary().wait_for(active, "1").await.unwrap();
     proxy.leave_primary().await;
     proxy.waiting(1).await;
+    assert_eq!(proxy.server().gate.on_primary(), 0, "it waits outside");
     proxy.server().gate.set(Posture::Open);
     let answer = client.read_ready().await;
     assert_eq!(tags(&answer), "TDCZ", "{answer:?}");
