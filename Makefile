@@ -25,11 +25,8 @@ BENCH_ARGS ?=
 LEVELS_ARGS ?=
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
 .PHONY: help setup demo test matrix sizes consistency soak-consistency failover leaks drivers suites regress corpus lint fmt clippy doc bench bench-levels audit
-=======
 .PHONY: help setup demo test matrix sizes consistency soak-consistency soak-failover leaks drivers suites regress corpus lint fmt clippy doc bench bench-levels audit
->>>>>>> fo-model
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
