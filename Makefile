@@ -9,6 +9,8 @@ DEMO_ARGS ?=
 # How much `make soak-consistency` does: reads per fault, and runs of the model.
 SOAK_READS ?= 20000
 SOAK_MODEL_RUNS ?= 5000
+# The same for `make soak-failover`: random schedules.
+SOAK_FAILOVER_RUNS ?= 200000
 # Operations per fault of `make consistency`.
 HISTORY_OPERATIONS ?= 50000
 # How much `make leaks` does: clients, backends, seconds.
@@ -17,6 +19,8 @@ LEAKS_BACKENDS ?= 10
 LEAKS_SECONDS ?= 60
 # How long `make fuzz` runs.
 FUZZ_SECONDS ?= 60
+# How often `make failover` kills, freezes and exchanges the primary.
+FAILOVER_RUNS ?= 20
 # Of `make bench`: --long, --rounds N, --seconds N, --only NAME.
 BENCH_ARGS ?=
 # Of `make bench-levels`: --seconds N, --clients N, --writes 1,10, --idle N, --only NAME.
@@ -26,8 +30,8 @@ LEVELS_ARGS ?=
 PAGE_SECONDS ?= 90
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix sizes consistency soak-consistency leaks drivers suites regress corpus fuzz page metrics-check man deb images
-.PHONY: lint fmt clippy doc bench bench-levels audit
+.PHONY: help setup demo test matrix sizes consistency soak-consistency failover soak-failover leaks drivers suites regress corpus fuzz
+.PHONY: page metrics-check man deb images lint fmt clippy doc bench bench-levels audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -58,10 +62,20 @@ soak-consistency: setup ## SOAK_READS reads per fault, by a debug and a release 
 	HIGHWATER_SOAK_READS=$(SOAK_READS) HIGHWATER_BINARY=$(CURDIR)/target/release/highwater \
 		$(CARGO) test --locked --test end_to_end consistency:: -- --nocapture --test-threads=1
 
+soak-failover: setup ## SOAK_FAILOVER_RUNS random schedules of faults against the failover machine, in a model, by a release build
+	HIGHWATER_MODEL_RUNS=$(SOAK_FAILOVER_RUNS) $(CARGO) test --locked --release --test failover -- --nocapture
+
 consistency: setup ## histories of sessions of all levels under faults, checked against each level's promises
 	$(CARGO) build --locked --release
 	HIGHWATER_HISTORY_OPERATIONS=$(HISTORY_OPERATIONS) HIGHWATER_BINARY=$(CURDIR)/target/release/highwater \
 		$(CARGO) test --locked --test end_to_end histories:: -- --nocapture --test-threads=1
+
+failover: setup ## FAILOVER_RUNS failovers and switchovers under load, by a release build; prints first writes, gaps, losses
+	$(CARGO) build --locked --release
+	HIGHWATER_FAILOVER_RUNS=$(FAILOVER_RUNS) HIGHWATER_BINARY=$(CURDIR)/target/release/highwater \
+		$(CARGO) test --locked --test end_to_end proxied::failover:: -- --nocapture --test-threads=1 \
+		--skip a_proxy_killed_at_any_step
+	$(CARGO) test --locked --test end_to_end a_proxy_killed_at_any_step -- --nocapture
 
 leaks: setup ## LEAKS_CLIENTS over LEAKS_BACKENDS change all kinds of session state; each is compared with a twin
 	$(CARGO) build --locked --release
