@@ -33,6 +33,7 @@ use crate::config::live::LiveConfig;
 use crate::console::Console;
 use crate::control;
 use crate::failover::event::{BlockReason, State};
+use crate::failover::preconditions;
 use crate::gate::Gate;
 use crate::listener::{self, Door};
 use crate::log;
@@ -303,6 +304,8 @@ async fn build(config: Config, reload: Reload) -> Result<Parts, StartError> {
     let names: Vec<String> = config.nodes.iter().map(|n| n.name.clone()).collect();
     let metrics = Arc::new(Metrics::new(&names, &labels()));
     let nodes = Nodes::new(live.clone(), &node_tls);
+    // What the nodes do not allow is not done, whatever the file says.
+    live.replace(Config::clone(&preconditions::in_force(live.load_full(), &nodes).await));
     let control = control::start(
         live.clone(),
         nodes.clone(),

@@ -23,7 +23,7 @@ use crate::failover::keeper::{self, Keeper};
 use crate::failover::orders::{Hands, Limits};
 use crate::failover::preconditions::{self, Needs};
 use crate::failover::record::{Entry, Record, SyncState};
-use crate::failover::store::Store;
+use crate::failover::store::{Store, identity};
 use crate::failover::sync::{Look, Quorum, SyncAction, SyncEvent};
 use crate::failover::text;
 use crate::gate::{Gate, Posture};
@@ -205,9 +205,9 @@ impl Shell {
                 (Some(store), record)
             }
         };
-        let hands = store.as_ref().map(|store| {
+        let hands = store.as_ref().zip(directory).map(|(store, directory)| {
             let limits = Limits { sever: config.failover.sever_timeout, ..Limits::default() };
-            Arc::new(Hands::new(live, nodes, &store.upstreams(), IDENTITY, limits))
+            Arc::new(Hands::new(live, nodes, &store.upstreams(), &identity(directory), limits))
         });
         let machine = Machine::new(settings(config, hands.is_some()), record, now());
         tracing::info!(mode = mode_label(config.failover.mode), "{}", machine.promises());
