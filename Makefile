@@ -17,12 +17,15 @@ HISTORY_OPERATIONS ?= 50000
 LEAKS_CLIENTS ?= 200
 LEAKS_BACKENDS ?= 10
 LEAKS_SECONDS ?= 60
+# How often `make failover` kills, freezes and exchanges the primary.
+FAILOVER_RUNS ?= 20
 # Of `make bench`: --long, --rounds N, --seconds N, --only NAME.
 BENCH_ARGS ?=
 # Of `make bench-levels`: --seconds N, --clients N, --writes 1,10, --idle N, --only NAME.
 LEVELS_ARGS ?=
 
 .DEFAULT_GOAL := help
+.PHONY: help setup demo test matrix sizes consistency soak-consistency failover leaks drivers suites regress corpus lint fmt clippy doc bench bench-levels audit
 .PHONY: help setup demo test matrix sizes consistency soak-consistency soak-failover leaks drivers suites regress corpus lint fmt clippy doc bench bench-levels audit
 
 help: ## this list
@@ -61,6 +64,13 @@ consistency: setup ## histories of sessions of all levels under faults, checked 
 	$(CARGO) build --locked --release
 	HIGHWATER_HISTORY_OPERATIONS=$(HISTORY_OPERATIONS) HIGHWATER_BINARY=$(CURDIR)/target/release/highwater \
 		$(CARGO) test --locked --test end_to_end histories:: -- --nocapture --test-threads=1
+
+failover: setup ## FAILOVER_RUNS failovers and switchovers under load, by a release build; prints first writes, gaps, losses
+	$(CARGO) build --locked --release
+	HIGHWATER_FAILOVER_RUNS=$(FAILOVER_RUNS) HIGHWATER_BINARY=$(CURDIR)/target/release/highwater \
+		$(CARGO) test --locked --test end_to_end proxied::failover:: -- --nocapture --test-threads=1 \
+		--skip a_proxy_killed_at_any_step
+	$(CARGO) test --locked --test end_to_end a_proxy_killed_at_any_step -- --nocapture
 
 leaks: setup ## LEAKS_CLIENTS over LEAKS_BACKENDS change all kinds of session state; each is compared with a twin
 	$(CARGO) build --locked --release

@@ -20,6 +20,7 @@ use crate::failover::event::{
 };
 use crate::failover::keeper::{self, Keeper};
 use crate::failover::orders::{Hands, Limits};
+use crate::failover::preconditions::{self, Needs};
 use crate::failover::record::{Entry, Record, SyncState};
 use crate::failover::store::Store;
 use crate::failover::sync::{Look, Quorum, SyncAction, SyncEvent};
@@ -32,6 +33,10 @@ use crate::topology::{Epoch, NodeId, Quarantine};
 const QUEUE: usize = 256;
 /// Commands that wait to be taken.
 const COMMANDS: usize = 16;
+/// Nodes that were not prepared are examined again after this.
+const EXAMINE_AGAIN: Duration = Duration::from_secs(30);
+/// The `application_name` of the sessions that give orders.
+const IDENTITY: &str = "highwater control";
 /// The least time between two log lines about the same order on the same node.
 const QUIET: Duration = Duration::from_secs(5);
 
@@ -129,6 +134,8 @@ pub struct Shell {
     config: Arc<Config>,
     nodes: Arc<Nodes>,
     keeper: Option<Keeper>,
+    prepared: bool,
+    examine_at: Option<Instant>,
     tasks: JoinSet<()>,
     drain: Option<AbortHandle>,
     replies: HashMap<CommandId, oneshot::Sender<Answer>>,
@@ -150,6 +157,8 @@ pub enum Heard {
     Looked(Epoch, Option<Look>),
     /// A statement of it has ended.
     Sync(Epoch, SyncEvent),
+    /// The nodes were examined: what `auto` would stumble over.
+    Examined(Vec<String>),
 }
 
 /// What the control loop listens to.
@@ -197,7 +206,7 @@ impl Shell {
         };
         let hands = store.as_ref().map(|store| {
             let limits = Limits { sever: config.failover.sever_timeout, ..Limits::default() };
-            Arc::new(Hands::new(config, nodes, &store.upstreams(), "highwater control", limits))
+            Arc::new(Hands::new(config, nodes, &store.upstreams(), IDENTITY, limits))
         });
         let machine = Machine::new(settings(config, hands.is_some()), record, now());
         tracing::info!(mode = mode_label(config.failover.mode), "{}", machine.promises());
@@ -221,6 +230,8 @@ impl Shell {
             config: Arc::clone(config),
             nodes: Arc::clone(nodes),
             keeper: None,
+            prepared: false,
+            examine_at: None,
             tasks: JoinSet::new(),
             drain: None,
             replies: HashMap::new(),
@@ -259,6 +270,7 @@ impl Shell {
         }
         while self.tasks.try_join_next().is_some() {}
         self.look();
+        self.examine();
         outcomes
     }
 
@@ -277,6 +289,11 @@ impl Shell {
                 }
             }
             Heard::Sync(epoch, event) => (epoch, event),
+            Heard::Examined(found) => {
+                self.prepared = found.is_empty();
+                let what = (!found.is_empty()).then(|| found.join("; "));
+                return self.step(Event::Prepared(what));
+            }
         };
         let Some(keeper) = self.keeper.as_mut().filter(|keeper| keeper.epoch == epoch) else {
             return Vec::new();
@@ -315,6 +332,22 @@ impl Shell {
             });
         }
         outcomes
+    }
+
+    /// `mode: auto`: whether the nodes grant what a failover needs; once they are well, and again while they do not.
+    fn examine(&mut self) {
+        let auto = self.mode == FailoverMode::Auto && self.hands.is_some();
+        let due = self.examine_at.is_none_or(|at| !self.prepared && Instant::now() >= at);
+        if !auto || !due || *self.machine.state() != State::Healthy {
+            return;
+        }
+        self.examine_at = Some(Instant::now() + EXAMINE_AGAIN);
+        let (config, nodes, events) =
+            (Arc::clone(&self.config), Arc::clone(&self.nodes), self.events.clone());
+        self.tasks.spawn(async move {
+            let found = examine(&config, &nodes).await;
+            let _ = events.send(Heard::Examined(found)).await;
+        });
     }
 
     /// `durability: quorum`: looks at the nodes from time to time while all is well.
@@ -537,6 +570,34 @@ impl Shell {
             }
         }
     }
+}
+
+/// Each finding is logged; those that `auto` must not begin with are returned.
+async fn examine(config: &Config, nodes: &Nodes) -> Vec<String> {
+    let quorum = config.failover.durability == DurabilityMode::Quorum;
+    let needs = Needs { quorum, manage_sync: quorum && config.failover.sync.manage };
+    let mut refusals = Vec::new();
+    for (id, node) in (0u16..).map(NodeId).zip(&config.nodes) {
+        let deadline = config.pool.connect_timeout;
+        match preconditions::examine(config, nodes, id, needs, Some(IDENTITY), deadline).await {
+            Ok(findings) => {
+                for finding in findings {
+                    tracing::warn!(
+                        node = node.name,
+                        refuses = finding.refuses,
+                        "precondition: {}",
+                        finding.what
+                    );
+                    if finding.refuses {
+                        refusals.push(format!("{}: {}", node.name, finding.what));
+                    }
+                }
+            }
+            // It may be down just now, and is asked again with the others.
+            Err(error) => tracing::warn!(%error, "its preconditions could not be looked at"),
+        }
+    }
+    refusals
 }
 
 /// The node that a state is about.

@@ -45,7 +45,7 @@ async fn run(
     .unwrap()
 }
 
-async fn rejoin(cluster: &Cluster, node: &PrivateNode, flags: &[&str]) -> Output {
+pub async fn rejoin(cluster: &Cluster, node: &PrivateNode, flags: &[&str]) -> Output {
     run(cluster, "rejoin", node.name(), node.data().to_str().unwrap(), &[], flags).await
 }
 

@@ -497,3 +497,183 @@ async fn a_proxy_killed_at_any_step_of_a_failover_finishes_it_when_it_is_back() 
         assert_eq!(cluster.node(new).query_text(timeline).await.unwrap(), "00000002", "{place}");
     }
 }
+
+const QUORUM: &str = "durability: quorum, sync: { manage: true }";
+
+/// Every acknowledged commit is on a standby, and recorded to be.
+async fn covered(proxy: &Proxy) {
+    eventually("acknowledged writes are covered", || async {
+        proxy.metrics().await.sum("highwater_sync_state", &[]) == 1.0
+    })
+    .await;
+}
+
+async fn covered_inside(inside: &Inside) {
+    eventually("acknowledged writes are covered", || async { inside.server().commands.status().covered })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_quorum_a_primary_killed_under_writers_takes_no_acknowledged_row_with_it() {
+    let mut firsts = Vec::new();
+    for _ in 0..runs() {
+        let cluster = Cluster::start(2).await;
+        cluster.set_up(TABLE).await;
+        let directory = tempfile::tempdir().unwrap();
+        let proxy = started(&cluster, &directory, QUORUM).await;
+        covered(&proxy).await;
+        let writers = Writers::start(proxy.port(), &cluster, 16).await;
+        writers.more(500).await;
+        let killed = Instant::now();
+        cluster.node(0).crash().await.unwrap();
+        writers.more(500).await;
+        let written = writers.finish().await;
+        let new = only_primary(&cluster).await;
+        assert_eq!(written.lost(&cluster, new).await, 0);
+        firsts.push(written.first_after(killed + Duration::from_millis(100)));
+        let unexpected: Vec<_> = written.errors.keys().filter(|code| *code != "08007").collect();
+        assert!(unexpected.is_empty(), "{:?}", written.errors);
+    }
+    figure("kill -9 of the primary, quorum, 0 rows lost: first write (ms)", &firsts);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_quorum_nothing_is_lost_whatever_holds_up_replay_on_the_best_standby() {
+    for obstacle in ["paused", "delayed", "reader", "restarted"] {
+        let cluster = Cluster::start(2).await;
+        cluster.set_up(TABLE).await;
+        let directory = tempfile::tempdir().unwrap();
+        let proxy = started(&cluster, &directory, QUORUM).await;
+        covered(&proxy).await;
+        let best = cluster.node(1);
+        best.set("max_standby_streaming_delay", "-1").await.unwrap();
+        let mut reader = best.connect("app", &cluster.roles().app).await.unwrap();
+        let reading = reader.transaction().await.unwrap();
+        let writers = Writers::start(proxy.port(), &cluster, 8).await;
+        writers.more(100).await;
+        match obstacle {
+            "paused" => best.pause_replay().await.unwrap(),
+            "delayed" => best.set_apply_delay(Duration::from_secs(2)).await.unwrap(),
+            "reader" => {
+                reading.query("SELECT * FROM t", &[]).await.unwrap();
+                cluster.node(0).execute("ALTER TABLE t ADD y int").await.unwrap();
+            }
+            _ => {}
+        }
+        // Only the best one confirms these.
+        cluster.node(2).set("primary_conninfo", "").await.unwrap();
+        writers.more(300).await;
+        cluster.node(0).crash().await.unwrap();
+        if obstacle == "restarted" {
+            best.restart().await.unwrap();
+        }
+        writers.more(200).await;
+        drop(reading);
+        let written = writers.finish().await;
+        let new = only_primary(&cluster).await;
+        assert_eq!(written.lost(&cluster, new).await, 0, "{obstacle}");
+        assert_eq!(new, 1, "{obstacle}: the other one was elected");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_quorum_a_synchronous_standby_that_dies_with_the_primary_blocks_until_loss_is_allowed() {
+    let cluster = Cluster::start(2).await;
+    cluster.set_up(TABLE).await;
+    let directory = tempfile::tempdir().unwrap();
+    let inside = Inside::start(&cluster, &auto(&directory, QUORUM)).await;
+    covered_inside(&inside).await;
+    let client = highwater::demo::cluster::connect(inside.port, "app", &cluster.roles().app).await.unwrap();
+    client.execute("INSERT INTO t VALUES (1)", &[]).await.unwrap();
+    cluster.node(2).crash().await.unwrap();
+    cluster.node(0).crash().await.unwrap();
+    inside.until("blocked").await;
+    let (label, text) = inside.server().commands.status().blocked.clone().unwrap();
+    assert_eq!(label, "too_few_synchronous", "{text}");
+    assert!(text.contains("ALLOW DATA LOSS"), "{text}");
+    assert_eq!(cluster.node(1).query_text("SELECT pg_is_in_recovery()").await.unwrap(), "t");
+    let refused = inside.give(Command::Failover { to: None, allow_data_loss: false }).await;
+    assert!(refused.is_err(), "{refused:?}");
+    inside.give(Command::Failover { to: None, allow_data_loss: true }).await.unwrap();
+    client.execute("INSERT INTO t VALUES (2)", &[]).await.unwrap();
+    assert_eq!(only_primary(&cluster).await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_quorum_a_standby_that_died_before_does_not_stand_in_the_way() {
+    let cluster = Cluster::start(2).await;
+    cluster.set_up(TABLE).await;
+    let directory = tempfile::tempdir().unwrap();
+    let more = "durability: quorum, sync: { manage: true, degrade_after: 1s }";
+    let proxy = started(&cluster, &directory, more).await;
+    covered(&proxy).await;
+    let writers = Writers::start(proxy.port(), &cluster, 4).await;
+    writers.more(100).await;
+    cluster.node(2).crash().await.unwrap();
+    let names = "SHOW synchronous_standby_names";
+    cluster.node(0).wait_for(names, "ANY 1 (\"b\")").await.unwrap();
+    covered(&proxy).await;
+    writers.more(100).await;
+    cluster.node(0).crash().await.unwrap();
+    writers.more(100).await;
+    let written = writers.finish().await;
+    assert_eq!(only_primary(&cluster).await, 1);
+    assert_eq!(written.lost(&cluster, 1).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_quorum_a_frozen_primary_acknowledges_nothing_to_direct_clients_when_it_thaws() {
+    let cluster = Cluster::start(2).await;
+    cluster.set_up(TABLE).await;
+    let directory = tempfile::tempdir().unwrap();
+    let proxy = started(&cluster, &directory, QUORUM).await;
+    covered(&proxy).await;
+    let direct = cluster.node(0).connect("app", &cluster.roles().app).await.unwrap();
+    direct.execute("INSERT INTO t VALUES (-1)", &[]).await.unwrap();
+    let writers = Writers::start(proxy.port(), &cluster, 8).await;
+    writers.more(100).await;
+    let frozen = Instant::now();
+    cluster.node(0).freeze().unwrap();
+    // It lies in the frozen server's socket, and is taken up before anything that fences it.
+    let late = tokio::spawn(async move { direct.execute("INSERT INTO t VALUES (-2)", &[]).await });
+    writers.more(100).await;
+    cluster.node(0).thaw().unwrap();
+    let late = tokio::time::timeout(PATIENCE, late).await.expect("it is neither refused nor ended").unwrap();
+    assert!(late.is_err(), "an old primary acknowledged a write: {late:?}");
+    let written = writers.finish().await;
+    let first = written.first_after(frozen + Duration::from_millis(100));
+    figure("frozen primary, quorum: first write (ms)", &[first]);
+    let new = match primary(&proxy).await.as_deref() {
+        Some("b") => 1,
+        Some("c") => 2,
+        other => panic!("the primary is {other:?}"),
+    };
+    assert_eq!(written.lost(&cluster, new).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_old_primary_that_rejoins_serves_reads_again() {
+    let settings = vec![("full_page_writes".to_owned(), "on".to_owned())];
+    let options = highwater::demo::cluster::ClusterOptions { replicas: 1, settings, ..Default::default() };
+    let cluster = Cluster::start_with(options).await;
+    cluster.set_up(TABLE).await;
+    let directory = tempfile::tempdir().unwrap();
+    let proxy = started(&cluster, &directory, "allow_minority: true").await;
+    let client = proxy.connect().await;
+    client.execute("INSERT INTO t VALUES (1)", &[]).await.unwrap();
+    cluster.wait_caught_up(0).await.unwrap();
+    cluster.node(0).crash().await.unwrap();
+    // A session that cannot be shown to have lost nothing is told so once.
+    if let Err(error) = client.execute("INSERT INTO t VALUES (2)", &[]).await {
+        assert_eq!(error.code().map(|code| code.code()), Some("HW001"), "{error}");
+        client.execute("INSERT INTO t VALUES (2)", &[]).await.unwrap();
+    }
+    cluster.node(0).start().await.unwrap();
+    cluster.node(0).wait_for("SHOW default_transaction_read_only", "on").await.unwrap();
+    cluster.node(0).stop_fast().await.unwrap();
+    let output = crate::rejoin::rejoin(&cluster, cluster.node(0), &["--start"]).await;
+    success(&output);
+    eventually("it serves", || async { proxy.usable_nodes().await == 2 }).await;
+    client.execute("INSERT INTO t VALUES (3)", &[]).await.unwrap();
+    cluster.node(0).wait_for("SELECT count(*) FROM t", "3").await.unwrap();
+}
