@@ -23,6 +23,7 @@ fn libfaketime() -> Option<PathBuf> {
 const TABLES: &str = "
     CREATE TABLE jobs (id serial PRIMARY KEY, run_at timestamptz NOT NULL DEFAULT now());
     CREATE VIEW due AS SELECT id FROM jobs WHERE run_at <= now();
+    CREATE VIEW due_by_the_clock AS SELECT id FROM jobs WHERE run_at <= clock_timestamp();
     CREATE FUNCTION is_due(timestamptz) RETURNS boolean STABLE LANGUAGE sql AS 'SELECT $1 <= clock_timestamp()';";
 
 /// A primary, a replica `b` whose clock is 250 ms behind, and as many others as asked for.
@@ -64,12 +65,13 @@ async fn hidden(proxy: &Proxy, rounds: usize) -> usize {
     for round in 0..rounds {
         let row = client.query_one("INSERT INTO jobs DEFAULT VALUES RETURNING id", &[]).await.unwrap();
         let id: i32 = row.get(0);
-        let found: i64 = match round % 6 {
+        let found: i64 = match round % 7 {
             0 => client.query_one(&prepared, &[&id]).await.unwrap().get(0),
             1 => client.query_one(&by_parameter, &[&id, &"now"]).await.unwrap().get(0),
             form => {
                 let text = match form {
                     2 => format!("SELECT count(*) FROM due WHERE id = {id}"),
+                    5 => format!("SELECT count(*) FROM due_by_the_clock WHERE id = {id}"),
                     3 => format!("SELECT count(*) FROM jobs WHERE id = {id} AND is_due(run_at)"),
                     4 => format!("SELECT count(*) FROM jobs WHERE id = {id} AND run_at <= 'now'"),
                     _ => format!("SELECT count(*) FROM jobs WHERE id = {id} AND run_at <= CURRENT_TIMESTAMP"),
