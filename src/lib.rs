@@ -34,5 +34,6 @@ pub mod admin;
 pub mod check;
 pub mod demo;
 pub mod explain;
+pub mod rejoin;
 pub mod reload;
 pub mod server;

@@ -92,6 +92,8 @@ pub struct ServerHandle {
     pub reload: Reload,
     /// Where operators' commands go.
     pub commands: control::Commands,
+    /// Before the primary.
+    pub gate: Arc<Gate>,
     stop: watch::Sender<Stop>,
     main: Option<JoinHandle<()>>,
 }
@@ -139,6 +141,7 @@ fn start_with(config: Config, level: Option<log::Level>) -> Result<ServerHandle,
             metrics: started.metrics,
             reload: started.reload,
             commands: started.commands,
+            gate: started.gate,
             stop,
             main: Some(main),
         }),
@@ -203,6 +206,7 @@ struct Started {
     metrics: Arc<Metrics>,
     reload: Reload,
     commands: control::Commands,
+    gate: Arc<Gate>,
 }
 
 fn run_main(
@@ -341,6 +345,7 @@ impl Parts {
             metrics: self.door.shared.metrics.clone(),
             reload,
             commands: self.control.commands(),
+            gate: self.door.shared.gate.clone(),
         }
     }
 

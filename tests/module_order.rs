@@ -42,7 +42,8 @@ const MAY_USE: &[(&str, &str)] = &[
     // The way of the operator.
     ("log", "config"),
     ("admin", "config metrics positions topology wal"),
-    ("check", "config monitor net node topology wal"),
+    ("check", "config failover monitor net node topology wal"),
+    ("rejoin", "config failover net node topology"),
     ("explain", "catalogs classify config net node topology"),
     ("reload", "config"),
     (
@@ -51,7 +52,7 @@ const MAY_USE: &[(&str, &str)] = &[
          reload route session topology wal",
     ),
     ("demo", "config metrics server topology"),
-    ("main", "check config demo explain log server classify route"),
+    ("main", "check config demo explain log rejoin server classify route"),
 ];
 
 /// Files (or folders) of pure code: no I/O, clock, chance, logging, metrics.
@@ -81,6 +82,7 @@ const PURE: &[&str] = &[
     "failover/record.rs",
     "failover/sync.rs",
     "failover/conninfo.rs",
+    "failover/recipe.rs",
     "failover/text.rs",
 ];
 

@@ -175,7 +175,7 @@ async fn replicas_come_and_go_under_load_without_an_error() {
     let cluster = Cluster::start(2).await;
     Load::set_up(&cluster).await;
     let first = nodes(&cluster, &[0, 1], &[]);
-    let options = ProxyOptions { overrides: &first, start: Start::Ready };
+    let options = ProxyOptions { overrides: &first, start: Start::Ready, ..ProxyOptions::default() };
     let proxy = Proxy::start_with(&cluster, options).await;
     eventually("the replica is in use", || async { proxy.usable_nodes().await == 2 }).await;
     let load = Load::on(&proxy, 6).await;
@@ -266,7 +266,11 @@ async fn nodes_come_and_go_where_failover_has_a_record_and_the_record_is_read_ag
         )
     };
     let first = file(&[0, 1], 3);
-    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides: &first, start: Start::Ready }).await;
+    let proxy = Proxy::start_with(
+        &cluster,
+        ProxyOptions { overrides: &first, start: Start::Ready, ..ProxyOptions::default() },
+    )
+    .await;
     eventually("the replica is in use", || async { proxy.usable_nodes().await == 2 }).await;
     let load = Load::on(&proxy, 4).await;
     for (which, threshold) in [(&[0, 1, 2][..], 3), (&[0, 2], 3), (&[0, 2], 5), (&[0, 1, 2], 5), (&[0, 1], 5)]
@@ -286,7 +290,7 @@ async fn nodes_come_and_go_where_failover_has_a_record_and_the_record_is_read_ag
 async fn nodes_find_no_place_beyond_the_limit_and_the_limit_takes_a_restart() {
     let cluster = Cluster::start(2).await;
     let two = |limit| format!("limits: {{ nodes: {limit} }}\n{}", nodes(&cluster, &[0, 1], &[]));
-    let options = ProxyOptions { overrides: &two(2), start: Start::Ready };
+    let options = ProxyOptions { overrides: &two(2), start: Start::Ready, ..ProxyOptions::default() };
     let proxy = Proxy::start_with(&cluster, options).await;
     for limit in [2, 3] {
         proxy.configure(
