@@ -41,14 +41,24 @@ impl Keeper {
             strict: sync.strict,
         };
         let names: Vec<String> = config.nodes.iter().map(|node| node.name.clone()).collect();
-        let candidates = (0u16..).map(NodeId).take(names.len()).filter(|node| *node != primary);
-        let sync = Sync::new(settings, names, candidates, recorded);
+        let sync = Sync::new(settings, names, others(config, primary), recorded);
         Keeper { sync, primary, epoch, looking: false, look_at: Instant::now() }
     }
 }
 
+/// The nodes but this one, as far as they are still in the configuration.
+pub fn others(config: &Config, primary: NodeId) -> Vec<NodeId> {
+    let all = (0u16..).map(NodeId).zip(&config.nodes);
+    all.filter(|(id, node)| *id != primary && !node.removed).map(|(id, _)| id).collect()
+}
+
 /// One look at the primary, then at the others beside each other. `None`: the primary did not answer.
-pub async fn look(nodes: Arc<Nodes>, primary: NodeId, count: usize, deadline: Duration) -> Option<Look> {
+pub async fn look(
+    nodes: Arc<Nodes>,
+    primary: NodeId,
+    others: Vec<NodeId>,
+    deadline: Duration,
+) -> Option<Look> {
     let asked_at = Instant::now();
     let session = nodes.session(primary, "highwater look", deadline).await.ok()?;
     let timeline = "SELECT ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int";
@@ -63,7 +73,7 @@ pub async fn look(nodes: Arc<Nodes>, primary: NodeId, count: usize, deadline: Du
     };
     let senders = senders.iter().filter_map(sender).collect();
     let mut asked = tokio::task::JoinSet::new();
-    for node in (0u16..).map(NodeId).take(count).filter(|node| *node != primary) {
+    for node in others {
         let (nodes, timeline) = (Arc::clone(&nodes), timeline.clone());
         asked.spawn(async move { standby(&nodes, node, &timeline, deadline).await.ok() });
     }

@@ -250,7 +250,8 @@ impl Shell {
     /// Why the machine cannot go by another configuration now.
     pub fn is_busy(&self) -> Option<String> {
         let state = self.machine.state();
-        let idle = matches!(state, State::Healthy | State::Starting) && self.machine.is_idle();
+        let keeps = self.keeper.as_ref().is_some_and(|keeper| keeper.sync.is_busy());
+        let idle = matches!(state, State::Healthy | State::Starting) && self.machine.is_idle() && !keeps;
         (self.acts() && !idle).then(|| {
             format!(
                 "failover is at work ({}): nodes and failover's settings stay until that is over",
@@ -261,7 +262,10 @@ impl Shell {
 
     /// The machine goes by `config` from now on: as after a start of the process, with the record that it has. Only
     /// while it is not [busy](Self::is_busy).
-    pub fn follow(&mut self, config: &Config) {
+    pub fn follow(&mut self, config: &Arc<Config>) {
+        self.config = Arc::clone(config);
+        // It begins anew with what is recorded.
+        self.keeper = None;
         self.names = config.nodes.iter().map(|node| node.name.clone()).collect();
         self.gate.bound(config.failover.max_paused);
         if let Some(hands) = &self.hands {
@@ -402,10 +406,11 @@ impl Shell {
         }
         keeper.looking = true;
         keeper.look_at = Instant::now() + interval;
-        let (nodes, events, count) = (Arc::clone(&self.nodes), self.events.clone(), self.names.len());
+        let (nodes, events) = (Arc::clone(&self.nodes), self.events.clone());
+        let others = keeper::others(&self.config, primary);
         let deadline = self.config.failover.check_timeout;
         self.tasks.spawn(async move {
-            let look = keeper::look(nodes, primary, count, deadline).await;
+            let look = keeper::look(nodes, primary, others, deadline).await;
             let _ = events.send(Heard::Looked(epoch, look)).await;
         });
     }

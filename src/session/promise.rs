@@ -22,8 +22,8 @@ use crate::wire::{self, ErrorReport, Severity, TransactionStatus};
 pub(super) struct OwnState {
     /// The role that logged in: names of sessions are a user's own.
     user: Arc<str>,
-    /// What was said at startup.
-    said: Override,
+    /// What was said at startup, if anything was.
+    said: Option<Box<Override>>,
     /// What holds by the configuration, and what was said at startup.
     base: Promise,
     /// The settings that the promise was last made of.
@@ -48,7 +48,7 @@ impl OwnState {
         let said = own::said(&at_login);
         OwnState {
             user,
-            said,
+            said: (said != Override::default()).then(|| Box::new(said)),
             base: said.over(base),
             seen: Arc::default(),
             token: None,
@@ -63,7 +63,7 @@ impl OwnState {
 
     /// The configuration says something else from now on; [`Session::follow_own`] brings the session up to it.
     pub(super) fn rebase(&mut self, base: Promise) {
-        let base = self.said.over(base);
+        let base = self.said.as_ref().map_or(base, |said| said.over(base));
         if base != self.base {
             self.base = base;
             // As if the settings had changed: what they say is laid over it again.

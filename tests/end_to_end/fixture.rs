@@ -353,7 +353,7 @@ impl Proxy {
 
     /// Writes another configuration file; it takes effect at the next [`reload`](Self::reload).
     pub fn configure(&self, cluster: &Cluster, overrides: &str) {
-        let options = ProxyOptions { overrides, start: Start::default(), ..ProxyOptions::default() };
+        let options = ProxyOptions { overrides, ..ProxyOptions::default() };
         self.write_config(&config_text(cluster, self.port.number(), self.http.number(), &options));
     }
 

@@ -62,7 +62,8 @@ impl Proxyless {
     async fn findings(&self, node: NodeId, identity: &str) -> Vec<String> {
         let needs = Needs { quorum: true, manage_sync: true };
         let deadline = Duration::from_secs(5);
-        let found = examine(&self.config.load(), &self.nodes, node, needs, Some(identity), deadline).await;
+        let found =
+            examine(&self.config.load_full(), &self.nodes, node, needs, Some(identity), deadline).await;
         found.unwrap().into_iter().map(|finding| finding.what).collect()
     }
 
