@@ -5,11 +5,16 @@
 //! anything or judge performance. It connects with the TLS that `run` connects with.
 
 use std::fmt;
+use std::sync::Arc;
 
 use tokio_postgres::Client;
 
-use crate::config::{AuthSource, Config, NodeConfig, Transactions};
+use crate::config::live::LiveConfig;
+use crate::config::{AuthSource, Config, FailoverMode, NodeConfig, Transactions};
+use crate::failover::preconditions::{self, Finding, Needs};
 use crate::net::{ClientTls, NodeTls};
+use crate::node::Nodes;
+use crate::topology::NodeId;
 use crate::wal::Lsn;
 
 /// What `check` found. `Display` prints all of it, for people.
@@ -52,6 +57,8 @@ pub struct NodeFacts {
     pub md5_roles: Option<i64>,
     /// Whether the auth query works for the control user; `None`: not tried.
     pub auth_query: Option<Result<(), String>>,
+    /// What a failover by this proxy would stumble over; nothing where somebody else does it.
+    pub failover: Vec<Finding>,
 }
 
 const FACTS: &str = "SELECT pg_is_in_recovery(), \
@@ -128,7 +135,32 @@ async fn connect_and_ask(config: &Config, node: &NodeConfig, tls: &NodeTls) -> R
     let (client, connection) = options.connect(connector).await.map_err(|e| describe(&e))?;
     // Ends by itself when `client` is dropped.
     tokio::spawn(connection);
-    facts(config, &client).await.map_err(|e| describe(&e))
+    let mut facts = facts(config, &client).await.map_err(|e| describe(&e))?;
+    if gives_orders(config.failover.mode) {
+        facts.failover = failover_findings(config, node, tls).await?;
+    }
+    Ok(facts)
+}
+
+fn gives_orders(mode: FailoverMode) -> bool {
+    !matches!(mode, FailoverMode::Off | FailoverMode::Follow)
+}
+
+async fn failover_findings(
+    config: &Config,
+    node: &NodeConfig,
+    tls: &NodeTls,
+) -> Result<Vec<Finding>, String> {
+    let Some(index) = config.nodes.iter().position(|other| other.name == node.name) else {
+        return Ok(Vec::new());
+    };
+    let config = Arc::new(config.clone());
+    let nodes = Nodes::new(LiveConfig::new(Config::clone(&config)), tls);
+    let deadline = config.failover.check_timeout;
+    let id = NodeId(index as u16);
+    preconditions::examine(&config, &nodes, id, Needs::default(), None, deadline)
+        .await
+        .map_err(|error| error.cause)
 }
 
 async fn facts(config: &Config, client: &Client) -> Result<NodeFacts, tokio_postgres::Error> {
@@ -156,6 +188,7 @@ async fn facts(config: &Config, client: &Client) -> Result<NodeFacts, tokio_post
             AuthSource::List => None,
             AuthSource::Query => Some(try_auth_query(config, client).await),
         },
+        failover: Vec::new(),
     })
 }
 
@@ -235,6 +268,10 @@ fn node_problems(config: &Config, name: &str, facts: &NodeFacts, found: &mut Vec
     if let Some(Err(why)) = &facts.auth_query {
         found.push(format!("node {name}: auth.query fails for role {user}: {why}"));
     }
+    found.extend(facts.failover.iter().map(|finding| {
+        let refused = if finding.refuses { "a failover would be refused" } else { "a failover may suffer" };
+        format!("node {name}: {refused}: {}", finding.what)
+    }));
     if facts.password_encryption != "scram-sha-256" {
         let setting = &facts.password_encryption;
         found.push(format!("node {name}: password_encryption is {setting}; logins need scram-sha-256"));
@@ -363,6 +400,7 @@ mod tests {
             tls_version: None,
             md5_roles: Some(0),
             auth_query: Some(Ok(())),
+            failover: Vec::new(),
         }
     }
 
@@ -397,6 +435,7 @@ mod tests {
             system_identifier: "8".to_owned(),
             server_major: 16,
             may_monitor: false,
+            failover: vec![Finding { what: "it lacks: GRANT x TO u".to_owned(), refuses: true }],
             may_read_history: false,
             password_encryption: "md5".to_owned(),
             md5_roles: Some(2),
@@ -410,6 +449,7 @@ mod tests {
             "major versions differ",
             "lacks pg_monitor",
             "may not execute pg_read_file",
+            "a failover would be refused: it lacks: GRANT x TO u",
             "password_encryption is md5",
             "2 roles have md5",
             "auth.query fails for role u: permission denied",

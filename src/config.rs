@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use serde::de::{self, DeserializeSeed as _};
 
-use crate::consistency::{LagLimit, Level, OnStale, Override, Promise, Route};
+use crate::consistency::{Durability, LagLimit, Level, OnStale, Override, Promise, Route};
 
 pub mod live;
 
@@ -72,6 +72,8 @@ pub struct Config {
     pub replication: ReplicationConfig,
     /// How nodes are watched and a lost primary is replaced.
     pub failover: FailoverConfig,
+    /// Where commits must be.
+    pub durability: DurabilityConfig,
     /// Log lines.
     pub log: LogConfig,
     /// How long SIGTERM lets transactions finish.
@@ -334,6 +336,76 @@ pub struct ConsistencyRule {
     pub says: Override,
 }
 
+/// How durable writes to a table must be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableRule {
+    /// Its schema; `None`: any.
+    pub schema: Option<String>,
+    /// Its name.
+    pub table: String,
+    /// How durable.
+    pub durability: Durability,
+}
+
+impl TableRule {
+    /// Whether it is about a table that a statement names so. A rule that names a schema is about no table that
+    /// is named without one: which that is depends on the search path.
+    pub fn is_about(&self, schema: &Option<Vec<u8>>, table: &[u8]) -> bool {
+        self.table.as_bytes() == table
+            && self.schema.as_ref().is_none_or(|of| schema.as_deref() == Some(of.as_bytes()))
+    }
+}
+
+/// How durable the writes of a user, in a database, or to a table must be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DurabilityRule {
+    /// For whom.
+    pub whom: Whom,
+    /// Of which table: schema and name; `None`: any.
+    pub table: Option<(Option<String>, String)>,
+    /// How durable.
+    pub durability: Durability,
+}
+
+/// Where commits must be before they are acknowledged.
+#[derive(Clone, Debug, Default)]
+pub struct DurabilityConfig {
+    /// What holds unless a rule or the session says otherwise; `None`: what the server does by itself.
+    pub default: Option<Durability>,
+    /// What is said for single users, databases and tables.
+    pub rules: Vec<DurabilityRule>,
+}
+
+impl DurabilityConfig {
+    /// What holds for the sessions of `user` in `database`, and for single tables there: the first that is about a
+    /// table counts.
+    pub fn for_session(&self, user: &str, database: &str) -> (Option<Durability>, Vec<TableRule>) {
+        let mut base = self.default;
+        let mut tables = Vec::new();
+        for rule in Whom::telling(&self.rules, |rule| &rule.whom, user, database) {
+            match &rule.table {
+                None => base = Some(rule.durability),
+                Some((schema, table)) => tables.push(TableRule {
+                    schema: schema.clone(),
+                    table: table.clone(),
+                    durability: rule.durability,
+                }),
+            }
+        }
+        tables.reverse();
+        (base, tables)
+    }
+}
+
+/// Replicas of which some have applied each commit before it is acknowledged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuorumReads {
+    /// Their indexes among the nodes.
+    pub replicas: Vec<u16>,
+    /// How many of them have it.
+    pub applied_by: usize,
+}
+
 /// What sessions are promised.
 #[derive(Clone, Debug)]
 pub struct ConsistencyConfig {
@@ -341,6 +413,8 @@ pub struct ConsistencyConfig {
     pub promise: Promise,
     /// What is said for single users and databases.
     pub rules: Vec<ConsistencyRule>,
+    /// Who may say, in the primary's place, what a read at level `strong` must show.
+    pub quorum_reads: Option<QuorumReads>,
     /// No read is older than this.
     pub max_lag: Duration,
     /// How long a read waits for a replica to reach the mark.
@@ -577,6 +651,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "node_tls",
             "pool",
             "consistency",
+            "durability",
             "routing",
             "limits",
             "timeouts",
@@ -623,9 +698,13 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "named_session_idle",
             "sample_interval",
             "sample_gap",
+            "quorum_reads",
         ],
     ),
+    ("consistency.quorum_reads", &["replicas", "applied_by"]),
     ("consistency.rules[]", &["user", "database", "level", "max_lag", "on_stale"]),
+    ("durability", &["default", "rules"]),
+    ("durability.rules[]", &["user", "database", "table", "durability"]),
     ("routing", &["split", "shadow", "transactions", "functions", "rules"]),
     ("routing.rules[]", &["user", "database", "split", "route"]),
     ("routing.functions", &["safe", "primary"]),
@@ -1351,6 +1430,7 @@ impl Reader<'_> {
         let top = self.section("", tree, Trail::default());
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let nodes = self.nodes(&top);
+        let consistency = self.consistency(&top, &nodes);
         let control = self.control(&top);
         let auth = self.auth(&top);
         let listen = self.address(&top, "listen", "127.0.0.1:6432");
@@ -1407,12 +1487,13 @@ impl Reader<'_> {
             client_tcp: self.client_tcp(&top),
             node_tls: self.node_tls(&top),
             pool: self.pool(&top),
-            consistency: self.consistency(&top),
+            consistency,
             routing: self.routing(&top),
             limits: self.limits(&top),
             timeouts: self.timeouts(&top),
             replication: self.replication(&top),
             failover,
+            durability: self.durability(&top),
             log: self.log(&top),
             drain_timeout: self.time(&top, "drain_timeout", Duration::from_secs(30), Duration::ZERO),
             warnings: Vec::new(),
@@ -1641,13 +1722,31 @@ impl Reader<'_> {
         }
     }
 
-    fn consistency(&mut self, top: &Section<'_>) -> ConsistencyConfig {
+    fn quorum_reads(&mut self, consistency: &Section<'_>, nodes: &[NodeConfig]) -> Option<QuorumReads> {
+        let (tree, trail) =
+            consistency.get("quorum_reads").filter(|(tree, _)| !matches!(tree, Tree::Null))?;
+        let section = self.section("consistency.quorum_reads", tree, trail);
+        let mut replicas = Vec::new();
+        for name in self.names(&section, "replicas") {
+            match nodes.iter().position(|node| node.name == name).and_then(|at| u16::try_from(at).ok()) {
+                Some(at) if !replicas.contains(&at) => replicas.push(at),
+                Some(_) => self.wrong(&section.trail, "a node is named twice"),
+                None => self.wrong(&section.trail, "a name is none of the nodes'"),
+            }
+        }
+        let most = replicas.len().max(1) as u64;
+        let applied_by = self.number(&section, "applied_by", 1..=most, 1) as usize;
+        (!replicas.is_empty()).then_some(QuorumReads { replicas, applied_by })
+    }
+
+    fn consistency(&mut self, top: &Section<'_>, nodes: &[NodeConfig]) -> ConsistencyConfig {
         let section = self.child(top, "consistency");
         let says = self.promise_words(&section);
         let least = Duration::from_micros(100);
         let config = ConsistencyConfig {
             promise: says.over(Promise::default()),
             rules: self.consistency_rules(&section),
+            quorum_reads: self.quorum_reads(&section, nodes),
             primary_read_cap: self.number(&section, "primary_read_cap", 0..=100, 100) as u32,
             primary_read_wait: self.time(
                 &section,
@@ -1686,6 +1785,7 @@ impl Reader<'_> {
             on_stale: self.choice(section, "on_stale", &stale, &[], None),
             max_lag: None,
             route: None,
+            quorum_read: None,
         }
     }
 
@@ -1737,6 +1837,33 @@ impl Reader<'_> {
             rules.push(ConsistencyRule { whom, says });
         }
         rules
+    }
+
+    fn durability(&mut self, top: &Section<'_>) -> DurabilityConfig {
+        let section = self.child(top, "durability");
+        let words: Vec<(&str, Option<Durability>)> =
+            Durability::WORDS.iter().zip(Durability::ALL).map(|(word, value)| (*word, Some(value))).collect();
+        let mut rules = Vec::new();
+        for (tree, trail) in self.list(&section, "rules") {
+            let rule = self.section("durability.rules[]", tree, trail);
+            let whom = Whom { user: self.text(&rule, "user"), database: self.text(&rule, "database") };
+            let table = self.text(&rule, "table").map(|name| match name.split_once('.') {
+                Some((schema, table)) => (Some(schema.to_owned()), table.to_owned()),
+                None => (None, name),
+            });
+            if whom.user.is_none() && whom.database.is_none() && table.is_none() {
+                self.wrong(
+                    &rule.trail,
+                    "a rule is for a `user`, a `database`, a `table`, or several of them",
+                );
+            }
+            match self.choice(&rule, "durability", &words, &[], None) {
+                Some(durability) => rules.push(DurabilityRule { whom, table, durability }),
+                None => self.wrong(&rule.trail, "the rule says nothing: give `durability`"),
+            }
+        }
+        let words: Vec<_> = std::iter::once(("server", None)).chain(words).collect();
+        DurabilityConfig { default: self.choice(&section, "default", &words, &[], None), rules }
     }
 
     fn routing(&mut self, top: &Section<'_>) -> RoutingConfig {
@@ -2104,6 +2231,10 @@ mod tests {
                         "failover.candidates[]" => format!("failover: {{ candidates: [ {{ {entry} }} ] }}"),
                         "failover.fence" => format!("failover: {{ fence: {{ {entry} }} }}"),
                         "failover.sync" => format!("failover: {{ sync: {{ {entry} }} }}"),
+                        "durability.rules[]" => format!("durability: {{ rules: [ {{ {entry} }} ] }}"),
+                        "consistency.quorum_reads" => {
+                            format!("consistency: {{ quorum_reads: {{ {entry} }} }}")
+                        }
                         _ => format!("{name}: {{ {entry} }}"),
                     })
             })

@@ -129,6 +129,93 @@ impl FromStr for Route {
     }
 }
 
+/// Where a commit must be before it is acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Durability {
+    /// On the primary's disk.
+    Async,
+    /// Besides, on the disks of the synchronous replicas.
+    Sync,
+    /// Besides, applied there: who reads from them sees it.
+    Applied,
+}
+
+impl Durability {
+    /// The words.
+    pub const WORDS: [&'static str; 3] = ["async", "sync", "applied"];
+
+    /// All, in the order of the words.
+    pub const ALL: [Durability; 3] = [Durability::Async, Durability::Sync, Durability::Applied];
+
+    /// Its word.
+    pub const fn word(self) -> &'static str {
+        Durability::WORDS[self as usize]
+    }
+
+    /// PostgreSQL's `synchronous_commit` for it. Not `off` for the least: that acknowledges what a mere crash of the
+    /// primary takes away.
+    pub const fn synchronous_commit(self) -> &'static str {
+        match self {
+            Durability::Async => "local",
+            Durability::Sync => "on",
+            Durability::Applied => "remote_apply",
+        }
+    }
+
+    /// Of two writes of one transaction the one that asks for more counts. `None` asks for what the server does by
+    /// itself: at least as much as `async`.
+    pub fn stronger(one: Option<Durability>, other: Option<Durability>) -> Option<Durability> {
+        let rank = |of: Option<Durability>| match of {
+            Some(Durability::Async) => 0,
+            None => 1,
+            Some(Durability::Sync) => 2,
+            Some(Durability::Applied) => 3,
+        };
+        if rank(other) > rank(one) { other } else { one }
+    }
+}
+
+impl FromStr for Durability {
+    type Err = NotAWord;
+
+    fn from_str(text: &str) -> Result<Durability, NotAWord> {
+        one_of(text, &Durability::WORDS, &Durability::ALL)
+    }
+}
+
+/// Whether replicas may say, in the primary's place, what a read at level `strong` must show.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum QuorumRead {
+    /// While the primary does not answer.
+    #[default]
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
+impl QuorumRead {
+    /// The words.
+    pub const WORDS: [&'static str; 3] = ["auto", "on", "off"];
+
+    /// All, in the order of the words.
+    pub const ALL: [QuorumRead; 3] = [QuorumRead::Auto, QuorumRead::On, QuorumRead::Off];
+
+    /// Its word.
+    pub const fn word(self) -> &'static str {
+        QuorumRead::WORDS[self as usize]
+    }
+}
+
+impl FromStr for QuorumRead {
+    type Err = NotAWord;
+
+    fn from_str(text: &str) -> Result<QuorumRead, NotAWord> {
+        one_of(text, &QuorumRead::WORDS, &QuorumRead::ALL)
+    }
+}
+
 fn one_of<T: Copy>(text: &str, words: &'static [&'static str], values: &[T]) -> Result<T, NotAWord> {
     // PostgreSQL takes the words of its settings in any case.
     let at = words.iter().position(|word| word.eq_ignore_ascii_case(text)).ok_or(NotAWord(words))?;
@@ -198,6 +285,8 @@ pub struct Promise {
     pub on_stale: OnStale,
     /// Where reads run.
     pub route: Route,
+    /// Whether replicas may answer for the primary.
+    pub quorum_read: QuorumRead,
 }
 
 impl Promise {
@@ -222,6 +311,8 @@ pub struct Override {
     pub on_stale: Option<OnStale>,
     /// Where reads run.
     pub route: Option<Route>,
+    /// Whether replicas may answer for the primary.
+    pub quorum_read: Option<QuorumRead>,
 }
 
 impl Override {
@@ -232,6 +323,7 @@ impl Override {
             max_lag: self.max_lag.or(base.max_lag),
             on_stale: self.on_stale.unwrap_or(base.on_stale),
             route: self.route.unwrap_or(base.route),
+            quorum_read: self.quorum_read.unwrap_or(base.quorum_read),
         }
     }
 }
@@ -330,6 +422,7 @@ mod tests {
             max_lag: Some(LagLimit::Bytes(1)),
             on_stale: OnStale::Error,
             route: Route::Replica,
+            quorum_read: QuorumRead::Auto,
         };
         let over = Override { level: Some(Level::Eventual), ..Override::default() };
         assert_eq!(over.over(base), Promise { level: Level::Eventual, ..base });

@@ -197,7 +197,10 @@ impl Loop {
                 Some(observation) = observations.recv() => self.take_observation(observation),
                 Some(report) = reports.recv() => self.take_report(&report),
                 Some(change) = changes.recv() => self.take_change(change, &mut observations),
-                Some(happening) = ears.events.recv() => self.tell(happening),
+                Some(heard) = ears.events.recv() => {
+                    let outcomes = self.shell.hear(heard);
+                    self.take_outcomes(outcomes);
+                }
                 Some((command, reply)) = ears.commands.recv() => {
                     let outcomes = self.shell.command(command, reply);
                     self.take_outcomes(outcomes);
@@ -557,7 +560,10 @@ fn take_primary(next: &mut Topology, chosen: NodeId, facts: &[NodeFacts], last_s
     };
     if let (Some(old_primary), Some(old_timeline)) = (next.primary, next.timeline) {
         let fork = seen.history.as_ref().and_then(|history| history.fork_of(old_timeline));
-        push_switch(next, Switch { from: next.epoch, old_primary, old_timeline, fork, last_sample });
+        push_switch(
+            next,
+            Switch { from: next.epoch, old_primary, old_timeline, fork, last_sample, kept: false },
+        );
     }
     next.epoch = Epoch(next.epoch.0 + 1);
     next.primary = Some(chosen);
@@ -588,6 +594,7 @@ fn follow_restart(next: &mut Topology, facts: &[NodeFacts], last_sample: Option<
         old_timeline: timeline,
         fork: start.end,
         last_sample,
+        kept: false,
     };
     push_switch(next, end);
     next.epoch = Epoch(next.epoch.0 + 1);
@@ -602,6 +609,7 @@ fn take_target(next: &mut Topology, target: &Target, last_sample: Option<(u64, L
             old_timeline,
             fork: Some(target.fork),
             last_sample,
+            kept: target.kept,
         };
         push_switch(next, switch);
     }
@@ -1060,6 +1068,7 @@ mod tests {
             old_timeline: TimelineId(1),
             fork: Some(Lsn(0x500)),
             last_sample: Some((7, Lsn(0x510))),
+            kept: false,
         };
         assert_eq!(
             (next.epoch, next.timeline, &next.switches),
@@ -1095,6 +1104,7 @@ mod tests {
                 old_timeline: TimelineId(1),
                 fork: end.map(Lsn),
                 last_sample: Some((7, Lsn(110))),
+                kept: false,
             };
             assert_eq!(
                 (next.epoch, next.primary, &next.switches),

@@ -37,6 +37,7 @@ pub mod explain;
 pub mod healthcheck;
 pub mod manual;
 pub mod progress;
+pub mod rejoin;
 pub mod reload;
 pub mod server;
 pub mod supervisor;

@@ -13,6 +13,7 @@ use highwater::config::Config;
 use highwater::demo::DemoOptions;
 use highwater::explain::Explanation;
 use highwater::progress::Progress;
+use highwater::rejoin::{self, Request};
 
 /// A transparent PostgreSQL replication proxy.
 #[derive(Parser)]
@@ -39,6 +40,10 @@ enum Command {
         #[arg(short = 'd', long = "database", value_name = "NAME", requires = "config")]
         database: Option<String>,
     },
+    /// On a database host: make a former primary, or a diverged replica, a replica of the current primary.
+    Rejoin(HostArguments),
+    /// On a database host: make a new replica from a consistent copy of the primary.
+    Clone(HostArguments),
     /// Start a private primary and two replicas, the proxy over them and live traffic; Ctrl-C ends it.
     Demo {
         /// End by itself after this time, for example `10s` or `2m`.
@@ -73,6 +78,37 @@ struct ConfigFile {
     config: PathBuf,
 }
 
+#[derive(clap::Args)]
+struct HostArguments {
+    #[command(flatten)]
+    file: ConfigFile,
+    /// The node's name in the configuration.
+    #[arg(long, value_name = "NAME")]
+    node: String,
+    /// Its data directory, with no server running on it.
+    #[arg(long, value_name = "DIRECTORY")]
+    data: PathBuf,
+    /// The directory of PostgreSQL's programs; default: the PATH.
+    #[arg(long, value_name = "DIRECTORY")]
+    bin: Option<PathBuf>,
+    /// How it logs in for replication, as in primary_conninfo; default: as another node does. Host and port are
+    /// those of the primary.
+    #[arg(long, value_name = "STRING")]
+    conninfo: Option<String>,
+    /// A physical replication slot to use, made on the primary if it is missing.
+    #[arg(long, value_name = "NAME")]
+    slot: Option<String>,
+    /// Where its postgresql.conf is, if not in the data directory (pg_rewind of PostgreSQL 15 and later).
+    #[arg(long, value_name = "FILE")]
+    config_file: Option<PathBuf>,
+    /// Start the server with pg_ctl, and wait until it streams.
+    #[arg(long)]
+    start: bool,
+    /// Only look, and say what would be done.
+    #[arg(long)]
+    dry_run: bool,
+}
+
 fn main() -> ExitCode {
     // clap itself exits with 2 on wrong arguments.
     match Arguments::parse().command {
@@ -91,6 +127,8 @@ fn main() -> ExitCode {
                 ExitCode::from(2)
             }
         },
+        Command::Rejoin(arguments) => on_host(arguments, true),
+        Command::Clone(arguments) => on_host(arguments, false),
         Command::Demo { exit_after } => demo(exit_after),
         Command::Healthcheck { config, http, ready } => match (http, config) {
             (Some(address), _) => healthcheck(&address, ready),
@@ -177,6 +215,39 @@ fn route(question: impl Future<Output = Result<Explanation, String>>) -> ExitCod
             print!("{explanation}");
             ExitCode::SUCCESS
         }
+        Err(e) => {
+            eprintln!("highwater: {e}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn on_host(arguments: HostArguments, rejoins: bool) -> ExitCode {
+    let config = match Config::load(&arguments.file.config) {
+        Ok(config) => config,
+        Err(e) => {
+            eprintln!("{e}");
+            return ExitCode::from(2);
+        }
+    };
+    let HostArguments { file: _, node, data, bin, conninfo, slot, config_file, start, dry_run } = arguments;
+    let request = Request { node, data, bin, conninfo, slot, config_file, start, dry_run };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            eprintln!("highwater: the runtime cannot be started: {e}");
+            return ExitCode::from(1);
+        }
+    };
+    let mut say = |line: &str| println!("{line}");
+    let done = runtime.block_on(async {
+        match rejoins {
+            true => rejoin::rejoin(&config, &request, &mut say).await,
+            false => rejoin::clone(&config, &request, &mut say).await,
+        }
+    });
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("highwater: {e}");
             ExitCode::from(1)

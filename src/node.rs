@@ -362,13 +362,11 @@ impl Nodes {
         Arc::new(Nodes { login_settings: Arc::default(), config, dialer, pools: Mutex::new(HashMap::new()) })
     }
 
-    /// Connections are made by this TLS from now on; pooled ones of before, and those made as another role or to
-    /// other addresses, are closed as they come back.
+    /// Connections are made by this TLS, as the role and to the addresses that are in force, from now on. Pooled ones of
+    /// before are closed as they come back: whoever waits for one gets it, so that no login fails of it.
     pub fn reconnect(&self, tls: &NodeTls) {
         self.dialer.store(Arc::new(Dialer::new(tls)));
-        for (_, entry) in self.lock_pools().drain() {
-            entry.pool.close();
-        }
+        self.lock_pools().clear();
     }
 
     /// What the configuration says of functions, for those who read the databases' catalogs.

@@ -95,6 +95,8 @@ pub struct ServerHandle {
     pub reload: Reload,
     /// Where operators' commands go.
     pub commands: control::Commands,
+    /// Before the primary.
+    pub gate: Arc<Gate>,
     stop: watch::Sender<Stop>,
     main: Option<JoinHandle<()>>,
 }
@@ -143,6 +145,7 @@ fn start_with(config: Config, level: Option<log::Level>) -> Result<ServerHandle,
             pulse: started.pulse,
             reload: started.reload,
             commands: started.commands,
+            gate: started.gate,
             stop,
             main: Some(main),
         }),
@@ -215,6 +218,7 @@ struct Started {
     pulse: Arc<Pulse>,
     reload: Reload,
     commands: control::Commands,
+    gate: Arc<Gate>,
 }
 
 fn run_main(
@@ -361,6 +365,7 @@ impl Parts {
             pulse: self.pulse.clone(),
             reload,
             commands: self.control.commands(),
+            gate: self.door.shared.gate.clone(),
         }
     }
 

@@ -220,6 +220,9 @@ pub struct Switch {
     pub fork: Option<Lsn>,
     /// The last sample taken of the old primary: its counter and insert position.
     pub last_sample: Option<(u64, Lsn)>,
+    /// All that was acknowledged before is on the new timeline: the switch was planned, or each commit had been
+    /// confirmed by enough standbys (`durability: quorum`).
+    pub kept: bool,
 }
 
 /// What is believed of the cluster. A new value replaces it whole.

@@ -42,7 +42,8 @@ const MAY_USE: &[(&str, &str)] = &[
     // The way of the operator.
     ("log", "config"),
     ("admin", "config metrics positions topology wal"),
-    ("check", "config monitor net node topology wal"),
+    ("check", "config failover monitor net node topology wal"),
+    ("rejoin", "config failover net node topology"),
     ("explain", "catalogs classify config net node topology"),
     ("reload", "config"),
     (
@@ -55,7 +56,7 @@ const MAY_USE: &[(&str, &str)] = &[
     ("manual", ""),
     ("progress", ""),
     ("demo", "config metrics progress server topology"),
-    ("main", "check config demo explain healthcheck log manual progress server classify route"),
+    ("main", "check config demo explain healthcheck log manual progress rejoin server classify route"),
 ];
 
 /// Files (or folders) of pure code: no I/O, clock, chance, logging, metrics.
@@ -85,6 +86,7 @@ const PURE: &[&str] = &[
     "failover/record.rs",
     "failover/sync.rs",
     "failover/conninfo.rs",
+    "failover/recipe.rs",
     "failover/text.rs",
     "admin/history.rs",
     "admin/chart.rs",

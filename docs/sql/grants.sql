@@ -24,12 +24,13 @@ GRANT ALTER SYSTEM ON PARAMETER default_transaction_read_only TO highwater;
 GRANT ALTER SYSTEM ON PARAMETER synchronous_standby_names TO highwater;
 
 -- The same, optional: a row for each promotion, in the database itself.
-CREATE SCHEMA highwater;
+CREATE SCHEMA IF NOT EXISTS highwater;
 CREATE TABLE highwater.epoch (epoch bigint PRIMARY KEY, promotion_uuid uuid NOT NULL, tli bigint NOT NULL, fork_lsn pg_lsn NOT NULL, written_at timestamptz NOT NULL DEFAULT now());
 GRANT USAGE ON SCHEMA highwater TO highwater;
 GRANT SELECT, INSERT ON highwater.epoch TO highwater;
 
--- failover.sync.manage: true (a checkpoint proves that a change of synchronous_standby_names is in effect).
+-- failover.sync.manage: true (a checkpoint proves that a change of synchronous_standby_names is in effect), and
+-- highwater rejoin (pg_rewind goes by the new primary's last checkpoint).
 GRANT pg_checkpoint TO highwater;
 
 -- Replicas that use slots (primary_slot_name): to create a missing one on the new primary.

@@ -5,7 +5,7 @@
 //! that is not known is the client's error. No hint makes a read of what is none.
 
 use super::lexer::{Lexer, Token};
-use crate::consistency::{Level, Override, Route};
+use crate::consistency::{Durability, Level, Override, Route};
 
 /// The words that `highwater.consistency` may have in a comment: `global` is an agreement among sessions.
 pub const LEVELS: [Level; 4] = [Level::Eventual, Level::ReadYourWrites, Level::Session, Level::Strong];
@@ -17,6 +17,8 @@ pub struct Hints {
     pub level: Option<Level>,
     /// Where it runs if it is a read.
     pub route: Option<Route>,
+    /// Where its commit must be.
+    pub durability: Option<Durability>,
     /// A value is none of its words: see [`invalid`].
     pub invalid: bool,
 }
@@ -31,6 +33,10 @@ impl Hints {
             },
             Name::Route => match route(value) {
                 Some(route) => self.route = Some(route),
+                None => self.invalid = true,
+            },
+            Name::Durability => match durability(value) {
+                Some(durability) => self.durability = Some(durability),
                 None => self.invalid = true,
             },
         });
@@ -54,6 +60,7 @@ pub fn invalid(text: &[u8]) -> Option<(&'static str, String)> {
                 let known = match name {
                     Name::Consistency => level(value).is_some(),
                     Name::Route => route(value).is_some(),
+                    Name::Durability => durability(value).is_some(),
                 };
                 if !known {
                     found.get_or_insert((name.text(), String::from_utf8_lossy(value).into_owned()));
@@ -70,6 +77,7 @@ pub fn invalid(text: &[u8]) -> Option<(&'static str, String)> {
 enum Name {
     Consistency,
     Route,
+    Durability,
 }
 
 impl Name {
@@ -77,6 +85,7 @@ impl Name {
         match self {
             Name::Consistency => "highwater.consistency",
             Name::Route => "highwater.route",
+            Name::Durability => "highwater.durability",
         }
     }
 }
@@ -86,7 +95,7 @@ fn read(comment: &[u8], mut found: impl FnMut(Name, &[u8])) {
         .split(|byte| !(byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_')))
         .filter(|word| !word.is_empty());
     while let Some(word) = words.next() {
-        for name in [Name::Consistency, Name::Route] {
+        for name in [Name::Consistency, Name::Route, Name::Durability] {
             if word.eq_ignore_ascii_case(name.text().as_bytes()) {
                 found(name, words.clone().next().unwrap_or_default());
             }
@@ -99,6 +108,10 @@ fn level(value: &[u8]) -> Option<Level> {
     LEVELS.contains(&level).then_some(level)
 }
 
+fn durability(value: &[u8]) -> Option<Durability> {
+    std::str::from_utf8(value).ok()?.parse().ok()
+}
+
 fn route(value: &[u8]) -> Option<Route> {
     std::str::from_utf8(value).ok()?.parse().ok()
 }
@@ -109,7 +122,7 @@ mod tests {
 
     #[test]
     fn what_a_comment_says() {
-        let hints = |level, route| Hints { level, route, invalid: false };
+        let hints = |level, route| Hints { level, route, durability: None, invalid: false };
         for (comment, expected) in [
             ("/* highwater.consistency=eventual */", hints(Some(Level::Eventual), None)),
             ("/*highwater.consistency: 'STRONG', action='x'*/", hints(Some(Level::Strong), None)),
@@ -119,6 +132,10 @@ mod tests {
             ),
             ("/* highwater.route=auto highwater.route=primary */", hints(None, Some(Route::Primary))),
             ("/* highwater.x=1 */ /* highwater */", Hints::default()),
+            (
+                "/* highwater.durability=Applied */",
+                Hints { durability: Some(Durability::Applied), ..Hints::default() },
+            ),
         ] {
             assert_eq!(Hints::default().and(comment.as_bytes()), expected, "{comment}");
             assert_eq!(invalid(format!("select 1 {comment}").as_bytes()), None, "{comment}");
@@ -127,6 +144,7 @@ mod tests {
             ("/* highwater.consistency=best */", "highwater.consistency", "best"),
             ("/* highwater.consistency=global */", "highwater.consistency", "global"),
             ("/* highwater.consistency */", "highwater.consistency", ""),
+            ("/* highwater.durability=off */", "highwater.durability", "off"),
             ("/* highwater.consistency=strong highwater.route=nearest */", "highwater.route", "nearest"),
         ] {
             assert!(Hints::default().and(comment.as_bytes()).invalid, "{comment}");

@@ -28,6 +28,7 @@ pub mod refusal;
 mod scan;
 pub mod setting;
 mod skeleton;
+mod target;
 mod trace;
 mod transaction;
 pub mod tree;
@@ -41,6 +42,7 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 pub use catalog::Catalog;
 pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
 pub use skeleton::skeleton_text;
+pub use target::{Target, listen_target, target};
 pub use trace::traceparent;
 pub use transaction::{Isolation, TransactionCommand, depends_on_transaction, parameters_name_the_clock};
 
@@ -148,7 +150,7 @@ impl StatementClass {
         reason: ClassReason::Read,
         leaves: Leaves::Nothing,
         settings: false,
-        hints: Hints { level: None, route: None, invalid: false },
+        hints: Hints { level: None, route: None, durability: None, invalid: false },
     };
 
     /// Whether it is a read and nothing else: it sets nothing and leaves nothing.

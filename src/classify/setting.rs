@@ -22,6 +22,13 @@ pub enum Change {
     Reset(String),
     /// It has a value until the transaction ends.
     Local(String),
+    /// One of Highwater's own has.
+    LocalOwn {
+        /// The name, in lower case.
+        name: String,
+        /// A statement that gives it the value for good.
+        sql: String,
+    },
     /// It may have a new value.
     Touched(String),
     /// RESET ALL.
@@ -31,6 +38,9 @@ pub enum Change {
     /// Nobody knows what has changed.
     Untracked,
 }
+
+/// What the names of Highwater's own settings begin with.
+const OWN: &str = "highwater.";
 
 /// An argument of set_config.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -127,6 +137,9 @@ impl Effects {
                 }
                 let value = resolve(value).and_then(|value| literal(&value, self.utf8));
                 match (local, value) {
+                    (Some(true), Some(value)) if *sure && key.starts_with(OWN) => {
+                        Some(Change::LocalOwn { sql: set_config(&key, &value)?, name: key })
+                    }
                     (Some(true), _) if *sure => Some(Change::Local(key)),
                     (Some(true), _) => None,
                     (Some(false), Some(value))
@@ -369,6 +382,7 @@ fn rest(tokens: &[Piece<'_>], local: bool, utf8: bool) -> Vec<Change> {
 
 fn of_name(name: String, local: bool, sql: Option<String>) -> Vec<Change> {
     vec![match sql {
+        Some(sql) if local && name.starts_with(OWN) => Change::LocalOwn { name, sql },
         _ if local => Change::Local(name),
         // It has two parts, and SET may leave one of them as it is.
         Some(_) if name == "datestyle" => Change::Touched(name),

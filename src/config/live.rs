@@ -100,6 +100,7 @@ table! {
     "consistency.level" Live consistency.promise.level;
     "consistency.on_stale" Live consistency.promise.on_stale;
     "consistency.rules" Live consistency.rules;
+    "consistency.quorum_reads" Live consistency.quorum_reads;
     "consistency.max_lag" Live consistency.max_lag;
     "consistency.catch_up_wait" Live consistency.catch_up_wait;
     "consistency.primary_read_cap" Live consistency.primary_read_cap;
@@ -108,6 +109,8 @@ table! {
     "consistency.named_session_idle" Live consistency.named_session_idle;
     "consistency.sample_interval" Live consistency.sample_interval;
     "consistency.sample_gap" Live consistency.sample_gap;
+    "durability.default" NewSessions durability.default;
+    "durability.rules" NewSessions durability.rules;
     "routing.split" Live routing.split;
     "routing.shadow" Live routing.shadow;
     "routing.rules" Live routing.rules;
@@ -265,6 +268,14 @@ impl std::error::Error for NoRoom {}
 pub fn plan(before: &Config, wanted: Config) -> Result<Plan, NoRoom> {
     let mut config = wanted;
     let (seats, nodes) = seat(&before.nodes, &config.nodes, before.places())?;
+    if let Some(quorum) = &mut config.consistency.quorum_reads {
+        // By the order of the file, until here.
+        let seat = |at: &u16| {
+            let name = &config.nodes.get(usize::from(*at))?.name;
+            u16::try_from(seats.iter().position(|seat| seat.name == *name)?).ok()
+        };
+        quorum.replicas = quorum.replicas.iter().filter_map(seat).collect();
+    }
     config.nodes = seats;
     let changes = differing(before, &config);
     keep(before, &mut config);
@@ -437,6 +448,14 @@ mod tests {
         after.control.password = Some(super::super::Secret("q".to_owned()));
         let plan = plan(&config(A, ""), after).unwrap();
         assert_eq!(plan.changes, [Change { key: "control.password", applies: Applies::Live }]);
+    }
+
+    #[test]
+    fn nodes_that_are_named_elsewhere_are_found_at_their_places() {
+        let rest = "consistency: { quorum_reads: { replicas: [ b ] } }";
+        let before = config(&format!("{A}, {B}"), "");
+        let plan = plan(&before, config(&format!("{B}, {A}"), rest)).unwrap();
+        assert_eq!(plan.config.consistency.quorum_reads.unwrap().replicas, [1]);
     }
 
     #[test]

@@ -100,7 +100,7 @@ impl Loop {
             None => {
                 (change.commit)();
                 if change.of_failover {
-                    self.shell.follow(&self.config.load());
+                    self.shell.follow(&self.config.load_full());
                 }
                 self.follow(&change.nodes, observations);
                 Ok(())

@@ -61,8 +61,10 @@ pub fn elect(cuts: &[Cut], election: &Election<'_>) -> Result<NodeId, BlockReaso
     let cuts: Vec<&Cut> =
         cuts.iter().filter(|cut| cut.timeline.is_some() && cut.timeline == election.timeline).collect();
     let strict = !election.allow_data_loss;
-    // In a switchover the barrier shows that nothing is missing, whoever was synchronous.
-    if strict && election.durability == Durability::Quorum && election.barrier.is_none() {
+    // In a switchover the barrier shows that nothing is missing. Yet a member that is not cut off may follow the old
+    // primary again, and confirm commits of clients that insist on writing there.
+    let degraded = election.sync.degraded || election.sync.num == 0;
+    if strict && election.durability == Durability::Quorum && (election.barrier.is_none() || !degraded) {
         covers(election.sync, |member| cuts.iter().any(|cut| cut.node == member))?;
     }
     let chosen = cuts
@@ -164,6 +166,20 @@ mod tests {
             assert_eq!(elect(cuts, &election(Durability::Quorum, &sync)), expected, "{sync:?} {cuts:?}");
             let forced = Election { allow_data_loss: true, ..election(Durability::Quorum, &sync) };
             assert!(elect(cuts, &forced).is_ok());
+        }
+    }
+
+    #[test]
+    fn a_switchover_cuts_off_the_quorum_too_unless_there_is_none() {
+        let cuts = [cut(1, 950, 1)];
+        for (sync, expected) in [
+            (two_of(1), Err(BlockReason::TooFewSynchronous { have: 1, need: 2 })),
+            (two_of(2), Ok(NodeId(1))),
+            (SyncState { degraded: true, ..two_of(1) }, Ok(NodeId(1))),
+            (SyncState::default(), Ok(NodeId(1))),
+        ] {
+            let barrier = Election { barrier: Some(Lsn(950)), ..election(Durability::Quorum, &sync) };
+            assert_eq!(elect(&cuts, &barrier), expected, "{sync:?}");
         }
     }
 

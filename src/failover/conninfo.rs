@@ -86,7 +86,8 @@ impl Conninfo {
     /// As keywords and values, which is what `primary_conninfo` usually is.
     pub fn text(&self) -> String {
         let quote = |value: &str| {
-            let plain = !value.is_empty() && !value.contains([' ', '\'', '\\', '\t', '\n', '\r']);
+            let plain = !value.is_empty()
+                && value.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-./:,@%+*".contains(&b));
             if plain {
                 return value.to_owned();
             }

@@ -652,6 +652,8 @@ impl Machine {
         }
         let record = &mut self.record;
         if record.primary != Some(primary) {
+            // The setting is each node's own: nothing is known of this one's (I11).
+            record.sync.degraded = true;
             // Those that were cut off from the one before are to follow this one.
             let severed = mem::take(&mut record.severed);
             record.repoint.extend(severed.into_iter().filter(|node| *node != primary));
@@ -699,7 +701,7 @@ impl Machine {
             self.probe_standbys(primary);
         }
         match verdict {
-            Verdict::Gone { hard } => self.confirm(primary, hard, tick, now),
+            Verdict::Gone => self.confirm(primary, tick, now),
             Verdict::Refuses(cause) => {
                 self.blocked = None;
                 self.enter(State::Suspect);
@@ -727,7 +729,7 @@ impl Machine {
         }
     }
 
-    fn confirm(&mut self, primary: NodeId, hard: bool, tick: bool, now: Now) {
+    fn confirm(&mut self, primary: NodeId, tick: bool, now: Now) {
         let vouched = self.settings.kick_timeout * VOUCHED;
         let Some(suspicion) = &mut self.suspicion else { return };
         let gone_since = *suspicion.gone_since.get_or_insert(now.at);
@@ -742,13 +744,16 @@ impl Machine {
             .filter(|(node, _)| *node != primary && !self.removed.contains(node))
             .filter(|(node, _)| self.quarantine(*node).is_none())
             .map(|(node, known)| {
-                let heard = suspicion.heard.get(node.index()).copied().unwrap_or(false);
+                let kicking =
+                    self.orders.values().any(|p| p.node == node && matches!(p.order, Order::Kick { .. }));
+                // One that connects anew just now is alone for a moment, which says nothing.
+                let heard = !kicking && suspicion.heard.get(node.index()).copied().unwrap_or(false);
                 let fact = known.fact.as_ref().filter(|_| heard);
                 let kicked = suspicion.kicked.get(&node).map(|(kick, _)| *kick);
                 (node, detect::witness(fact, primary, self.record.system_identifier), kicked)
             })
             .collect();
-        let testimony = detect::testimony(&witnesses, hard, now.at.saturating_duration_since(gone_since));
+        let testimony = detect::testimony(&witnesses, now.at.saturating_duration_since(gone_since));
         match testimony {
             Testimony::Gone => return self.begin_or_block(now),
             Testimony::Alive => {
@@ -840,7 +845,8 @@ impl Machine {
 
     pub(super) fn begin(&mut self, attempt: Attempt, planned: bool, now: Instant) {
         let Some(from) = self.record.primary else { return };
-        let intent = Intent { from, planned, epoch: Epoch(self.record.epoch.0 + 1), stage: Stage::Prepare };
+        let epoch = Epoch(self.record.epoch.0 + 1);
+        let intent = Intent { from, planned, epoch, stage: Stage::Prepare, covered: false };
         self.blocked = None;
         self.repointing_since = None;
         self.attempt = Some(attempt);
@@ -873,7 +879,7 @@ impl Machine {
             if late {
                 return self.roll_back(Err("not done in time: the old primary goes on".to_owned()));
             }
-            if matches!(self.verdict(now), Verdict::Gone { .. }) {
+            if matches!(self.verdict(now), Verdict::Gone) {
                 return self.roll_back(Err("the old primary was lost meanwhile".to_owned()));
             }
             if !self.quieten(intent, now) {
@@ -965,6 +971,8 @@ impl Machine {
         };
         let wants_sync = self.settings.durability == Durability::Quorum;
         let ready = !wants_sync || attempt.sync.as_ref().is_some_and(|(of, _)| *of == chosen);
+        let covered = candidate::elect(&cuts, &Election { allow_data_loss: false, ..election }).is_ok()
+            && self.settings.durability == Durability::Quorum;
         self.enter(State::Electing(chosen));
         if !ready {
             if late {
@@ -996,7 +1004,7 @@ impl Machine {
             }
         }
         // I1: this and its epoch are on disk before the order behind it is given.
-        self.record.intent = Some(Intent { stage: Stage::Promote(chosen), ..intent.clone() });
+        self.record.intent = Some(Intent { stage: Stage::Promote(chosen), covered, ..intent.clone() });
         self.enter(State::Promoting(chosen));
         self.order_promotion(chosen, intent.epoch);
     }
@@ -1078,6 +1086,7 @@ impl Machine {
             fork,
             old_primary: intent.from,
             planned: intent.planned,
+            kept: intent.planned || intent.covered,
             loss,
         }));
         self.enter(State::Repointing(node));
@@ -1176,6 +1185,9 @@ impl Machine {
             };
             self.reply(command, answer);
         }
+        if matches!(order, Order::Kick { .. }) && !matches!(result, OrderResult::Kicked(Kick::Gone)) {
+            self.ask_again(node);
+        }
         match (order, result) {
             (Order::Kick { .. }, OrderResult::Kicked(kick)) => self.kicked(node, kick, now.at),
             (Order::Sever, OrderResult::Severed { end, timeline }) => self.severed(node, end, timeline),
@@ -1189,7 +1201,11 @@ impl Machine {
             }
             (Order::Unfence, OrderResult::Done) => self.record.fenced.retain(|of| *of != node),
             (Order::Unsever, OrderResult::Done) => self.record.severed.retain(|of| *of != node),
-            (Order::Repoint { .. }, OrderResult::Done) => self.record.repoint.retain(|of| *of != node),
+            (Order::Repoint { .. }, OrderResult::Done) => {
+                self.record.repoint.retain(|of| *of != node);
+                // Until probes have seen it follow.
+                self.retry_after(node, MEND_RETRY, now.at);
+            }
             (Order::Repoint { .. }, OrderResult::Diverged { .. }) => {
                 self.put_in_quarantine(node, Quarantine::Diverged);
             }
@@ -1218,6 +1234,14 @@ impl Machine {
     fn kicked(&mut self, node: NodeId, kick: Kick, now: Instant) {
         if let Some(suspicion) = &mut self.suspicion {
             suspicion.kicked.insert(node, (kick, now));
+        }
+    }
+
+    /// What was seen while a kick was at work does not count.
+    fn ask_again(&mut self, node: NodeId) {
+        if let Some(heard) = self.suspicion.as_mut().and_then(|s| s.heard.get_mut(node.index())) {
+            *heard = false;
+            self.out.push(Action::Probe(node));
         }
     }
 

@@ -15,8 +15,8 @@ use crate::failover::event::{Fact, Kick, Role, Seen};
 use crate::topology::NodeId;
 use crate::wal::TimelineId;
 
-/// After hard evidence a walreceiver that still shows as streaming is given so long to notice by itself (measured:
-/// 0.3 s) before it is made to connect anew.
+/// A walreceiver that still shows as streaming is given so long to notice by itself (measured: 0.3 s after a kill)
+/// before it is made to connect anew, which takes longer where the primary is gone.
 pub const NOTICES_BY_ITSELF: Duration = Duration::from_millis(300);
 
 /// The part of the settings that this goes by.
@@ -46,10 +46,7 @@ pub enum Verdict {
     /// It lives and does not serve us.
     Refuses(String),
     /// As far as this proxy can see.
-    Gone {
-        /// Nobody listens there.
-        hard: bool,
-    },
+    Gone,
 }
 
 /// What is remembered of the primary's probes.
@@ -137,10 +134,10 @@ impl Watch {
             if !looping && now.saturating_duration_since(since) < patience.restart_grace {
                 return Verdict::Restarting;
             }
-            return Verdict::Gone { hard: self.hard };
+            return Verdict::Gone;
         }
         match self.hard || self.failures >= patience.failure_threshold.max(1) {
-            true => Verdict::Gone { hard: self.hard },
+            true => Verdict::Gone,
             false => Verdict::Doubtful,
         }
     }
@@ -195,11 +192,7 @@ pub enum Testimony {
 }
 
 /// `kicked` has the results of kicks since the suspicion began.
-pub fn testimony(
-    witnesses: &[(NodeId, Witness, Option<Kick>)],
-    hard: bool,
-    suspected_for: Duration,
-) -> Testimony {
+pub fn testimony(witnesses: &[(NodeId, Witness, Option<Kick>)], suspected_for: Duration) -> Testimony {
     let mut kick = Vec::new();
     let (mut alone, mut wait) = (0usize, false);
     for (node, witness, kicked) in witnesses {
@@ -211,7 +204,7 @@ pub fn testimony(
             (Witness::Alone, _) | (Witness::Connected, Some(Kick::Gone)) => alone += 1,
             // The same process says nothing; another standby may.
             (Witness::Connected, Some(Kick::SameProcess)) => {}
-            (Witness::Connected, None) if hard && suspected_for < NOTICES_BY_ITSELF => wait = true,
+            (Witness::Connected, None) if suspected_for < NOTICES_BY_ITSELF => wait = true,
             (Witness::Connected, None) => kick.push(*node),
         }
     }
@@ -262,12 +255,9 @@ mod tests {
         let well = primary("1");
         let cases = [
             (vec![(0, well.clone())], Verdict::Well),
-            (vec![(0, well.clone()), (5, Fact::Refused)], Verdict::Gone { hard: true }),
+            (vec![(0, well.clone()), (5, Fact::Refused)], Verdict::Gone),
             (vec![(0, well.clone()), (5, Fact::Silent)], Verdict::Doubtful),
-            (
-                vec![(0, well.clone()), (5, Fact::Silent), (6, Fact::Broken), (7, Fact::Silent)],
-                Verdict::Gone { hard: false },
-            ),
+            (vec![(0, well.clone()), (5, Fact::Silent), (6, Fact::Broken), (7, Fact::Silent)], Verdict::Gone),
             // Slow is not dead: an answer in between starts the count anew.
             (
                 vec![
@@ -282,8 +272,8 @@ mod tests {
             // A planned restart: refused between two 57P03.
             (vec![(0, Fact::Starting), (50, Fact::Refused)], Verdict::Restarting),
             (vec![(0, Fact::ShuttingDown), (50, Fact::Refused), (150, Fact::Starting)], Verdict::Restarting),
-            (vec![(0, Fact::Starting), (10_001, Fact::Starting)], Verdict::Gone { hard: false }),
-            (vec![(0, Fact::Starting), (10_001, Fact::Refused)], Verdict::Gone { hard: true }),
+            (vec![(0, Fact::Starting), (10_001, Fact::Starting)], Verdict::Gone),
+            (vec![(0, Fact::Starting), (10_001, Fact::Refused)], Verdict::Gone),
             (vec![(0, Fact::Alive("53300".into()))], Verdict::Refuses("53300".into())),
             (vec![], Verdict::Unknown),
         ];
@@ -302,7 +292,7 @@ mod tests {
             assert_eq!(verdict_after(&facts), Verdict::Well);
         }
         facts.push((4000, Fact::Starting));
-        assert_eq!(verdict_after(&facts), Verdict::Gone { hard: false });
+        assert_eq!(verdict_after(&facts), Verdict::Gone);
         facts.push((70_000, primary("4")));
         facts.push((70_001, Fact::Starting));
         assert_eq!(verdict_after(&facts), Verdict::Restarting, "long ago");
@@ -314,23 +304,24 @@ mod tests {
         use Witness::{Alone, Connected, Elsewhere, NotAsked, Unreachable};
         let (b, c) = (NodeId(1), NodeId(2));
         let long = Duration::from_secs(1);
-        let check = |one, one_kicked, other, other_kicked, hard, since, expected| {
+        let check = |one, one_kicked, other, other_kicked, since, expected| {
             let heard = [(b, one, one_kicked), (c, other, other_kicked)];
-            assert_eq!(testimony(&heard, hard, since), expected, "{heard:?} {hard} {since:?}");
+            assert_eq!(testimony(&heard, since), expected, "{heard:?} {since:?}");
         };
-        check(Alone, None, Alone, None, true, Duration::ZERO, Gone);
-        check(Alone, None, Unreachable, None, true, Duration::ZERO, Gone);
-        check(Alone, None, NotAsked, None, true, Duration::ZERO, Wait);
-        check(Alone, None, Connected, None, true, Duration::ZERO, Wait);
-        check(Alone, None, Connected, None, true, long, Testimony::Kick(vec![c]));
-        check(Connected, None, Connected, None, false, Duration::ZERO, Testimony::Kick(vec![b, c]));
-        check(Connected, Some(Kick::Gone), Connected, Some(Kick::Gone), false, long, Gone);
-        check(Connected, Some(Kick::Gone), Connected, Some(Kick::Streams), false, long, Alive);
-        check(Connected, Some(Kick::Gone), Connected, Some(Kick::SameProcess), false, long, Gone);
-        check(Connected, Some(Kick::SameProcess), Unreachable, None, false, long, NobodyKnows);
-        check(Unreachable, None, Unreachable, None, true, long, NobodyKnows);
-        check(Elsewhere, None, Unreachable, None, true, long, NobodyKnows);
-        check(Elsewhere, Some(Kick::Streams), Alone, None, true, long, Gone);
+        check(Alone, None, Alone, None, Duration::ZERO, Gone);
+        check(Alone, None, Unreachable, None, Duration::ZERO, Gone);
+        check(Alone, None, NotAsked, None, Duration::ZERO, Wait);
+        check(Alone, None, Connected, None, Duration::ZERO, Wait);
+        check(Alone, None, Connected, None, long, Testimony::Kick(vec![c]));
+        check(Connected, None, Connected, None, Duration::ZERO, Wait);
+        check(Connected, None, Connected, None, long, Testimony::Kick(vec![b, c]));
+        check(Connected, Some(Kick::Gone), Connected, Some(Kick::Gone), long, Gone);
+        check(Connected, Some(Kick::Gone), Connected, Some(Kick::Streams), long, Alive);
+        check(Connected, Some(Kick::Gone), Connected, Some(Kick::SameProcess), long, Gone);
+        check(Connected, Some(Kick::SameProcess), Unreachable, None, long, NobodyKnows);
+        check(Unreachable, None, Unreachable, None, long, NobodyKnows);
+        check(Elsewhere, None, Unreachable, None, long, NobodyKnows);
+        check(Elsewhere, Some(Kick::Streams), Alone, None, long, Gone);
     }
 
     #[test]

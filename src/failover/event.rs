@@ -378,8 +378,10 @@ pub struct Target {
     pub fork: Lsn,
     /// The primary before.
     pub old_primary: NodeId,
-    /// Whether nothing was left behind: asked for, drained, and caught up.
+    /// Whether it was asked for: drained, and caught up.
     pub planned: bool,
+    /// Whether all that was acknowledged is on it: planned, or a quorum was compared (I4).
+    pub kept: bool,
     /// What is known of the loss.
     pub loss: Loss,
 }

@@ -20,6 +20,9 @@
 //! | `text` | the record as lines of text, nodes by name |
 //! | `store` | those on disk, and how standbys were configured before they were cut off |
 //! | `orders` | each order as SQL on its node |
+//! | `preconditions` | what nodes must grant and be set to, asked in advance |
+//! | `recipe` | how a node becomes a replica again, for an operator |
+//! | `keeper` | looks and statements for `sync` |
 //! | `shell` | carries out what the machine decides |
 //! | `conninfo` | `primary_conninfo`, changed in host and port only |
 //!
@@ -35,9 +38,14 @@ pub mod conninfo;
 pub mod decide;
 pub mod detect;
 pub mod event;
+pub mod keeper;
 pub mod orders;
+pub mod preconditions;
+pub mod recipe;
 pub mod record;
 pub mod shell;
 pub mod store;
 pub mod sync;
+#[cfg(test)]
+mod tests;
 pub mod text;

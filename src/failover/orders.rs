@@ -12,9 +12,10 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, MutexGuard};
 
 use crate::config::live::LiveConfig;
 use crate::failover::conninfo::Conninfo;
@@ -48,6 +49,8 @@ pub struct Limits {
     pub sever: Duration,
     /// Re-pointing a standby until it streams.
     pub repoint: Duration,
+    /// A change of `synchronous_standby_names`, which takes a checkpoint.
+    pub names: Duration,
     /// Everything else.
     pub other: Duration,
 }
@@ -59,6 +62,7 @@ impl Default for Limits {
             statement: Duration::from_secs(2),
             sever: Duration::from_secs(3),
             repoint: Duration::from_secs(10),
+            names: Duration::from_secs(60),
             other: Duration::from_secs(5),
         }
     }
@@ -83,7 +87,7 @@ impl From<StoreError> for Trouble {
 
 /// All nodes' control sessions. Orders on one node run one after the other, on several beside each other.
 pub struct Hands {
-    hands: Vec<Arc<Mutex<Hand>>>,
+    hands: Vec<(Mutex<Hand>, Arc<AtomicUsize>)>,
 }
 
 impl Hands {
@@ -96,7 +100,9 @@ impl Hands {
         limits: Limits,
     ) -> Hands {
         let hand = |index: usize| {
-            Arc::new(Mutex::new(Hand {
+            let behind = Arc::new(AtomicUsize::new(0));
+            let hand = Hand {
+                behind: Arc::clone(&behind),
                 config: Arc::clone(config),
                 nodes: Arc::clone(nodes),
                 upstreams: Arc::clone(upstreams),
@@ -104,33 +110,63 @@ impl Hands {
                 node: NodeId(index as u16),
                 limits,
                 session: None,
-            }))
+            };
+            (Mutex::new(hand), behind)
         };
         Hands { hands: (0..config.load().places()).map(hand).collect() }
     }
 
     /// Carries out one order, after those on the same node before it.
     pub async fn carry_out(&self, node: NodeId, order: &Order) -> OrderResult {
-        let Some(hand) = self.hands.get(node.index()) else {
+        let Some(mut hand) = self.hand(node).await else {
             return OrderResult::Failed("no such node in the configuration".to_owned());
         };
-        let result = hand.lock().await.carry_out(order).await;
+        let result = hand.carry_out(order).await;
         failpoint(order.label());
         result
     }
 
     /// Closes the control sessions of nodes that no order runs on: the next order finds the node where it is then.
     pub fn release_idle(&self) {
-        for hand in &self.hands {
+        for (hand, _) in &self.hands {
             if let Ok(mut hand) = hand.try_lock() {
                 hand.session = None;
             }
         }
     }
 
+    /// On the primary `node`: makes `value` its `synchronous_standby_names` (with `change`; else it must be it already),
+    /// sees that it is in effect for `members` and for nobody else, and answers with a position after that (I9).
+    pub async fn set_names(
+        &self,
+        node: NodeId,
+        value: &str,
+        members: &[&str],
+        change: bool,
+    ) -> Result<Lsn, String> {
+        let Some(mut hand) = self.hand(node).await else {
+            return Err("no such node in the configuration".to_owned());
+        };
+        let result = hand.set_names(value, members, change).await;
+        failpoint("set_names");
+        result.map_err(|trouble| match trouble {
+            Trouble::Refused(why) | Trouble::Unknown(why) => why,
+            Trouble::Diverged(at) => format!("diverged at {at}"),
+        })
+    }
+
+    /// The node's hand, when the order before has ended; one that only waits for something ends for this.
+    async fn hand(&self, node: NodeId) -> Option<MutexGuard<'_, Hand>> {
+        let (hand, behind) = self.hands.get(node.index())?;
+        behind.fetch_add(1, Ordering::SeqCst);
+        let hand = hand.lock().await;
+        behind.fetch_sub(1, Ordering::SeqCst);
+        Some(hand)
+    }
+
     /// Closes the control session to `node`; its lock is free then.
     pub async fn release(&self, node: NodeId) {
-        if let Some(hand) = self.hands.get(node.index()) {
+        if let Some((hand, _)) = self.hands.get(node.index()) {
             hand.lock().await.session = None;
         }
     }
@@ -144,6 +180,8 @@ struct Hand {
     node: NodeId,
     limits: Limits,
     session: Option<ControlSession>,
+    /// Orders that wait for this one to end.
+    behind: Arc<AtomicUsize>,
 }
 
 type Rows = Vec<Vec<Option<String>>>;
@@ -291,7 +329,7 @@ impl Hand {
         let until = Instant::now() + self.limits.other;
         let before = self.standby(until).await?;
         if !before.in_recovery {
-            // Promoted since: it follows nobody, and what is kept of it is of no more use.
+            // Promoted since: it follows nobody.
             self.reset_receiver(until).await?;
             return Ok(self.upstreams.forget(&self.name())?);
         }
@@ -337,6 +375,7 @@ impl Hand {
                 }
                 _ => {}
             }
+            self.give_way()?;
             if Instant::now() + POLL >= until {
                 let same = old.is_some() && now.map(|seen| seen.pid) == old;
                 return Ok(if same { Kick::SameProcess } else { Kick::Gone });
@@ -353,6 +392,7 @@ impl Hand {
             match seen.replay {
                 Some(replay) if replay >= lsn => return Ok(replay),
                 replay => {
+                    self.give_way()?;
                     self.wait(until, || {
                         format!("it has replayed up to {}, not up to {lsn}", replay.unwrap_or(Lsn::ZERO))
                     })
@@ -365,7 +405,12 @@ impl Hand {
     async fn promote(&mut self, ended: TimelineId, wait: Duration) -> Result<(TimelineId, Lsn), Trouble> {
         let started = Instant::now();
         let until = started + wait;
-        if self.standby(until).await?.in_recovery {
+        let before = self.standby(until).await?;
+        if before.in_recovery {
+            // It was made to follow another primary meanwhile: this order is of a time that is over.
+            if let Some(timeline) = before.timeline.filter(|timeline| *timeline != ended) {
+                return Err(Trouble::Refused(format!("it is on timeline {timeline}, not on {ended}")));
+            }
             // It only signals: an outcome is what is seen, never what this answers.
             self.run("SELECT pg_promote(false)", until).await?;
             failpoint("promote_sent");
@@ -380,7 +425,6 @@ impl Hand {
         }
         let timeline = self.writes(until).await?;
         let fork = self.history(timeline, until).await?.fork_of(ended);
-        // Out of the way of a later demotion; what it followed is of no more use.
         self.reset_receiver(until).await?;
         self.upstreams.forget(&self.name())?;
         match fork {
@@ -439,6 +483,7 @@ impl Hand {
             if receiver.is_some_and(|seen| seen.streaming && seen.timeline == timeline.0) {
                 break;
             }
+            self.give_way()?;
             // Replay that is held up does not come to the end of the old timeline.
             let seen = self.standby(until).await?;
             self.clear_replay(&seen, Instant::now(), until).await?;
@@ -493,6 +538,30 @@ impl Hand {
         self.alter("synchronous_standby_names", Some(&value), until).await?;
         self.reload(until).await?;
         self.fresh_shows("synchronous_standby_names", &value, until).await
+    }
+
+    async fn set_names(&mut self, value: &str, members: &[&str], change: bool) -> Result<Lsn, Trouble> {
+        let until = Instant::now() + self.limits.names;
+        self.require_primary(until).await?;
+        if change {
+            self.alter("synchronous_standby_names", Some(value), until).await?;
+            self.reload(until).await?;
+        }
+        self.fresh_shows("synchronous_standby_names", value, until).await?;
+        // The checkpointer tells backends whether to wait at all: it has read the file before it makes a checkpoint.
+        // What was acknowledged before that lies behind the position that is asked for afterwards.
+        self.run_within("CHECKPOINT", until, self.limits.names).await?;
+        let list: Vec<String> = members.iter().map(|member| literal(member)).collect();
+        let list = if list.is_empty() { "NULL".to_owned() } else { list.join(", ") };
+        let others = format!(
+            "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming' \
+             AND (sync_priority > 0) IS DISTINCT FROM coalesce(application_name IN ({list}), false)"
+        );
+        while first(&self.run(&others, until).await?).as_deref() != Some("0") {
+            self.wait(until, || "its senders do not go by the new synchronous_standby_names yet".to_owned())
+                .await?;
+        }
+        lsn(&self.run("SELECT pg_current_wal_insert_lsn()", until).await?).ok_or_else(|| self.unreadable())
     }
 
     async fn epoch_row(&mut self, epoch: Epoch, timeline: TimelineId, fork: Lsn) -> Result<(), Trouble> {
@@ -584,9 +653,11 @@ impl Hand {
         self.restore("recovery_min_apply_delay", &kept.apply_delay, until).await
     }
 
-    /// On a node that has been promoted: the settings of a standby as they were, for a later day.
+    /// On a node that has been promoted: the settings of a standby as they were. They mean nothing to a primary;
+    /// who makes a replica of another node reads there how replicas log in.
     async fn reset_receiver(&mut self, until: Instant) -> Result<(), Trouble> {
         if let Some(kept) = self.upstreams.get(&self.name()) {
+            self.restore("primary_conninfo", &kept.conninfo, until).await?;
             self.restore_receiver(&kept, until).await?;
             self.reload(until).await?;
         }
@@ -692,11 +763,15 @@ impl Hand {
 
     /// One statement in the session that holds the lock.
     async fn run(&mut self, statement: &str, until: Instant) -> Result<Rows, Trouble> {
+        self.run_within(statement, until, self.limits.statement).await
+    }
+
+    async fn run_within(&mut self, statement: &str, until: Instant, most: Duration) -> Result<Rows, Trouble> {
         let session = match self.session.take() {
             Some(session) if !session.is_closed() => session,
             _ => self.take_over(until).await?,
         };
-        match session.ask(statement, self.left(until, self.limits.statement)).await {
+        match session.ask(statement, self.left(until, most)).await {
             Ok(rows) => {
                 self.session = Some(session);
                 Ok(rows)
@@ -717,19 +792,23 @@ impl Hand {
         let session = connecting.await.map_err(unknown)?;
         let (class, object) = LOCK_KEYS;
         let take = format!("SELECT pg_try_advisory_lock({class}, {object})");
-        let end_holder = format!(
-            "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory' AND granted \
-             AND classid = {class} AND objid = {object} AND objsubid = 2 AND pid <> pg_backend_pid() \
-             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-        );
+        let end_holders = lock_holders("pg_terminate_backend(a.pid)");
         loop {
             let taken = session.ask(&take, self.left(until, self.limits.statement)).await.map_err(unknown)?;
             if first(&taken).as_deref() == Some("t") {
                 session.ask(SETTINGS, self.left(until, self.limits.statement)).await.map_err(unknown)?;
                 return Ok(session);
             }
-            session.ask(&end_holder, self.left(until, self.limits.statement)).await.map_err(unknown)?;
+            session.ask(&end_holders, self.left(until, self.limits.statement)).await.map_err(unknown)?;
             self.wait(until, || "the session that holds the control lock does not end".to_owned()).await?;
+        }
+    }
+
+    /// Where only something is waited for that has been set going: whoever comes next decided after this did.
+    fn give_way(&self) -> Result<(), Trouble> {
+        match self.behind.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            _ => Err(Trouble::Unknown("another order came before its outcome".to_owned())),
         }
     }
 
@@ -750,6 +829,17 @@ impl Hand {
     fn unreadable(&self) -> Trouble {
         unreadable(&self.name())
     }
+}
+
+/// A query of `column` of those other sessions that hold the control lock.
+pub(crate) fn lock_holders(column: &str) -> String {
+    let (class, object) = LOCK_KEYS;
+    format!(
+        "SELECT {column} FROM pg_locks AS l JOIN pg_stat_activity AS a USING (pid) \
+         WHERE l.locktype = 'advisory' AND l.granted AND l.classid = {class} AND l.objid = {object} \
+         AND l.objsubid = 2 AND pid <> pg_backend_pid() \
+         AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -81,6 +81,8 @@ pub struct Intent {
     pub epoch: Epoch,
     /// How far it may have come.
     pub stage: Stage,
+    /// All acknowledged commits are known to be on the one that is being promoted (I4).
+    pub covered: bool,
 }
 
 /// How far an intent may have come.

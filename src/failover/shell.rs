@@ -19,9 +19,11 @@ use crate::failover::event::{
     Action, Alarm, BlockReason, Command, CommandId, Event, Gate as Wanted, Loss, Now, Order, OrderId, State,
     Target,
 };
+use crate::failover::keeper::{self, Keeper};
 use crate::failover::orders::{Hands, Limits};
 use crate::failover::record::{Entry, Record, SyncState};
 use crate::failover::store::Store;
+use crate::failover::sync::{Look, Quorum, SyncAction, SyncEvent};
 use crate::failover::text;
 use crate::gate::{Gate, Posture};
 use crate::node::Nodes;
@@ -123,7 +125,10 @@ pub struct Shell {
     store: Option<Store>,
     hands: Option<Arc<Hands>>,
     gate: Arc<Gate>,
-    events: mpsc::Sender<Event>,
+    events: mpsc::Sender<Heard>,
+    config: Arc<Config>,
+    nodes: Arc<Nodes>,
+    keeper: Option<Keeper>,
     tasks: JoinSet<()>,
     drain: Option<AbortHandle>,
     replies: HashMap<CommandId, oneshot::Sender<Answer>>,
@@ -136,10 +141,21 @@ pub struct Shell {
     status: Arc<ArcSwap<Status>>,
 }
 
+/// What comes back to the shell.
+#[derive(Debug)]
+pub enum Heard {
+    /// For the machine.
+    Machine(Event),
+    /// A look at synchronous replication, in this epoch; `None`: the primary did not answer.
+    Looked(Epoch, Option<Look>),
+    /// A statement of it has ended.
+    Sync(Epoch, SyncEvent),
+}
+
 /// What the control loop listens to.
 pub struct Ears {
-    /// Results, for [`Shell::step`].
-    pub events: mpsc::Receiver<Event>,
+    /// Results, for [`Shell::hear`].
+    pub events: mpsc::Receiver<Heard>,
     /// Commands, for [`Shell::command`].
     pub commands: mpsc::Receiver<(Command, oneshot::Sender<Answer>)>,
 }
@@ -203,6 +219,9 @@ impl Shell {
             hands,
             gate: Arc::clone(gate),
             events,
+            config: Arc::clone(config),
+            nodes: Arc::clone(nodes),
+            keeper: None,
             tasks: JoinSet::new(),
             drain: None,
             replies: HashMap::new(),
@@ -220,7 +239,8 @@ impl Shell {
     /// Why the machine cannot go by another configuration now.
     pub fn is_busy(&self) -> Option<String> {
         let state = self.machine.state();
-        let idle = matches!(state, State::Healthy | State::Starting) && self.machine.is_idle();
+        let keeps = self.keeper.as_ref().is_some_and(|keeper| keeper.sync.is_busy());
+        let idle = matches!(state, State::Healthy | State::Starting) && self.machine.is_idle() && !keeps;
         (self.acts() && !idle).then(|| {
             format!(
                 "failover is at work ({}): nodes and failover's settings stay until that is over",
@@ -231,7 +251,10 @@ impl Shell {
 
     /// The machine goes by `config` from now on: as after a start of the process, with the record that it has. Only
     /// while it is not [busy](Self::is_busy).
-    pub fn follow(&mut self, config: &Config) {
+    pub fn follow(&mut self, config: &Arc<Config>) {
+        self.config = Arc::clone(config);
+        // It begins anew with what is recorded.
+        self.keeper = None;
         self.names = config.nodes.iter().map(|node| node.name.clone()).collect();
         self.gate.bound(config.failover.max_paused);
         if let Some(hands) = &self.hands {
@@ -271,7 +294,92 @@ impl Shell {
             self.carry_out(actions, &mut outcomes);
         }
         while self.tasks.try_join_next().is_some() {}
+        self.look();
         outcomes
+    }
+
+    /// Takes what has come back.
+    pub fn hear(&mut self, heard: Heard) -> Vec<Outcome> {
+        let (epoch, event) = match heard {
+            Heard::Machine(event) => return self.step(event),
+            Heard::Looked(epoch, look) => {
+                let Some(keeper) = self.keeper.as_mut().filter(|keeper| keeper.epoch == epoch) else {
+                    return Vec::new();
+                };
+                keeper.looking = false;
+                match look {
+                    Some(look) if *self.machine.state() == State::Healthy => (epoch, SyncEvent::Look(look)),
+                    _ => return Vec::new(),
+                }
+            }
+            Heard::Sync(epoch, event) => (epoch, event),
+        };
+        let Some(keeper) = self.keeper.as_mut().filter(|keeper| keeper.epoch == epoch) else {
+            return Vec::new();
+        };
+        let actions = keeper.sync.step(event, Instant::now());
+        self.keep(actions)
+    }
+
+    /// What is to be done about synchronous replication, in its order: nothing behind a record that is not on disk.
+    fn keep(&mut self, actions: Vec<SyncAction>) -> Vec<Outcome> {
+        let mut outcomes = Vec::new();
+        for action in actions {
+            let Some(keeper) = &self.keeper else { break };
+            let (primary, epoch) = (keeper.primary, keeper.epoch);
+            if let SyncAction::Record(rule, why) = &action {
+                let rule = rule.to_record();
+                let members: Vec<&str> = rule.members.iter().map(|node| self.name(*node)).collect();
+                tracing::warn!(
+                    num = rule.num,
+                    ?members,
+                    reason = why.label(),
+                    "synchronous replication recorded"
+                );
+                outcomes.extend(self.step(Event::Sync(rule.clone())));
+                if self.machine.record().sync != rule {
+                    // It could not be written: begin anew with what is.
+                    self.keeper = None;
+                }
+                continue;
+            }
+            let Some(hands) = self.hands.clone() else { break };
+            let (events, names) = (self.events.clone(), Arc::clone(&self.names));
+            self.tasks.spawn(async move {
+                let event = keeper::carry_out(&hands, primary, &action, &names).await;
+                let _ = events.send(Heard::Sync(epoch, event)).await;
+            });
+        }
+        outcomes
+    }
+
+    /// `durability: quorum`: looks at the nodes from time to time while all is well.
+    fn look(&mut self) {
+        let quorum = self.config.failover.durability == DurabilityMode::Quorum;
+        if !quorum || self.hands.is_none() || *self.machine.state() != State::Healthy {
+            return;
+        }
+        let record = self.machine.record();
+        let Some(primary) = record.primary else { return };
+        let (epoch, interval) = (record.epoch, self.config.failover.check_interval);
+        let same = |keeper: &&mut Keeper| keeper.primary == primary && keeper.epoch == epoch;
+        if self.keeper.as_mut().filter(same).is_none() {
+            let recorded = Quorum::from_record(&record.sync);
+            self.keeper = Some(Keeper::new(&self.config, primary, epoch, recorded));
+        }
+        let Some(keeper) = self.keeper.as_mut() else { return };
+        if keeper.looking || Instant::now() < keeper.look_at {
+            return;
+        }
+        keeper.looking = true;
+        keeper.look_at = Instant::now() + interval;
+        let (nodes, events) = (Arc::clone(&self.nodes), self.events.clone());
+        let others = keeper::others(&self.config, primary);
+        let deadline = self.config.failover.check_timeout;
+        self.tasks.spawn(async move {
+            let look = keeper::look(nodes, primary, others, deadline).await;
+            let _ = events.send(Heard::Looked(epoch, look)).await;
+        });
     }
 
     /// Gives the machine a command; it is answered through `reply`.
@@ -376,7 +484,7 @@ impl Shell {
             let (gate, events) = (Arc::clone(&self.gate), self.events.clone());
             self.drain = Some(self.tasks.spawn(async move {
                 gate.drained().await;
-                let _ = events.send(Event::Drained).await;
+                let _ = events.send(Heard::Machine(Event::Drained)).await;
             }));
         }
     }
@@ -392,7 +500,7 @@ impl Shell {
             if let Some(node) = node {
                 gate.sockets_closed(node).await;
             }
-            let _ = events.send(Event::SocketsClosed { epoch }).await;
+            let _ = events.send(Heard::Machine(Event::SocketsClosed { epoch })).await;
         });
     }
 
@@ -403,7 +511,7 @@ impl Shell {
         self.tasks.spawn(async move {
             let result = hands.carry_out(node, &order).await;
             tracing::debug!(?order, ?result, "order done");
-            let _ = events.send(Event::OrderDone { id, result }).await;
+            let _ = events.send(Heard::Machine(Event::OrderDone { id, result })).await;
         });
     }
 

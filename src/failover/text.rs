@@ -53,12 +53,12 @@ pub fn write(record: &Record, names: &[String]) -> String {
     for Forked { old_primary, old_timeline, fork } in &record.forks {
         line("forked", format!("{} {old_timeline} {fork}", name(old_primary)));
     }
-    if let Some(Intent { from, planned, epoch, stage }) = &record.intent {
+    if let Some(Intent { from, planned, epoch, stage, covered }) = &record.intent {
         let stage = match stage {
             Stage::Prepare => "prepare".to_owned(),
             Stage::Promote(node) => format!("promote {}", name(node)),
         };
-        line("intent", format!("{} {planned} {} {stage}", name(from), epoch.0));
+        line("intent", format!("{} {planned} {} {covered} {stage}", name(from), epoch.0));
     }
     line("severed", list(&record.severed));
     line("repoint", list(&record.repoint));
@@ -121,6 +121,7 @@ fn take_line(record: &mut Record, fields: &mut Fields<'_>) -> Result<(), String>
                 from: fields.node()?,
                 planned: fields.number()?,
                 epoch: Epoch(fields.number()?),
+                covered: fields.number()?,
                 stage: match fields.word()? {
                     "prepare" => Stage::Prepare,
                     "promote" => Stage::Promote(fields.node()?),
@@ -249,6 +250,7 @@ mod tests {
                 planned: true,
                 epoch: Epoch(5),
                 stage: Stage::Promote(NodeId(2)),
+                covered: true,
             }),
             severed: vec![NodeId(2), NodeId(0)],
             repoint: vec![NodeId(2)],
@@ -290,7 +292,7 @@ mod tests {
             ("epoch 1 2", 1, "more on it"),
             ("primary", 1, "missing"),
             ("primary z", 1, "no node `z`"),
-            ("intent a false 1 waiting", 1, "no stage"),
+            ("intent a false 1 false waiting", 1, "no stage"),
             ("forked a 1 nowhere", 1, "not what belongs"),
             ("quarantined a bored", 1, "no reason"),
         ] {

@@ -742,11 +742,12 @@ impl Exchange<'_> {
         }
         match purpose {
             Purpose::Settings => {
-                self.backend.applied = self.session.settings.wanted().clone();
+                let wanted = || self.session.settings.wanted().clone();
+                self.backend.applied = self.unit.applies.take().unwrap_or_else(wanted);
                 let parameters = self.backend.parameters.clone();
                 self.session.tell_differences(&parameters);
             }
-            Purpose::Sequences => {}
+            Purpose::Sequences | Purpose::Durability => {}
             Purpose::Listen => {
                 self.backend.dirt = self.backend.dirt.max(Dirt::State);
                 self.session.listens_again();

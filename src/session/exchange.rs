@@ -26,7 +26,7 @@ use super::pins::PinSet;
 use super::prepared::Statement;
 use super::timeouts::Measure;
 use super::{End, Session};
-use crate::backend::{Backend, Prepared, SharedName, poll_drain, poll_fill};
+use crate::backend::{Applied, Backend, Prepared, SharedName, poll_drain, poll_fill};
 use crate::classify::Leaves;
 use crate::classify::setting::{Change, Effects};
 use crate::wire::{ErrorReport, TransactionStatus};
@@ -116,6 +116,8 @@ pub enum Purpose {
     Sequences,
     /// The backend listens to what another did that was lost.
     Listen,
+    /// The transaction will be as durable as is asked for.
+    Durability,
     /// The session's transaction begins there.
     Begin,
     /// It is made to fail there, as it has before: an error is what is asked for.
@@ -246,6 +248,8 @@ pub struct Unit {
     pub login_settings: bool,
     /// It has statements that are not reads.
     pub writes: bool,
+    /// The settings that its backend will have been given, where they are not just the session's.
+    pub(super) applies: Option<Arc<Applied>>,
     /// In a transaction it may have committed that.
     pub may_commit: bool,
     /// A wait for a synchronous replica was cancelled in it: what it has committed may be lost with the primary.
@@ -355,6 +359,7 @@ impl Unit {
             ddl: false,
             login_settings: false,
             writes: false,
+            applies: None,
             may_commit: false,
             unreplicated: false,
             held_back: None,

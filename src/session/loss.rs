@@ -28,7 +28,7 @@ use super::pins::{PinSet, Pins};
 use super::place::Placed;
 use super::{End, Role, Session, settings};
 use crate::backend::{Backend, Dirt, clean};
-use crate::classify::PinReason;
+use crate::classify::{self, PinReason};
 use crate::gate::Posture;
 use crate::node::NodeFailure;
 use crate::route::RouteReason;
@@ -56,18 +56,70 @@ const MOST_LISTENS: usize = 16 * 1024;
 const CARRIED: PinSet = PinSet::of(PinReason::Listen).and(PinReason::SessionPooling);
 
 /// The channels a session listens to: commands that make a backend listen to them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Listening {
-    /// Those that its backend listens to.
+    /// Those that its backend listens to; `None`: it is not known.
     there: Option<Box<[u8]>>,
     /// Those that it listened to on a backend that is gone.
     lost: Option<Box<[u8]>>,
+    /// The running unit is a LISTEN of this channel.
+    asked: Option<Box<[u8]>>,
+}
+
+impl Default for Listening {
+    fn default() -> Listening {
+        Listening { there: Some(Box::default()), lost: None, asked: None }
+    }
 }
 
 impl Listening {
-    /// What a look at the backend has shown.
+    /// A unit begins that is this Query.
+    pub(super) fn asked(&mut self, text: &[u8]) {
+        self.asked = classify::listen_target(text).map(Into::into);
+    }
+
+    /// A unit has ended. `certain`: it was one command, outside a transaction, and has succeeded; `listens`: the
+    /// session does now, whoever has asked for it; `anew`: the unit may have added channels. Whether the backend has to be
+    /// asked which they are.
+    pub(super) fn after(&mut self, certain: bool, listens: bool, anew: bool) -> bool {
+        let asked = self.asked.take();
+        if !listens {
+            self.there = Some(Box::default());
+            return false;
+        }
+        match (&self.there, asked) {
+            _ if !anew => false,
+            (Some(there), Some(channel)) if certain => {
+                let mut command = b"LISTEN \"".to_vec();
+                for byte in channel {
+                    command.extend_from_slice(if byte == b'"' {
+                        b"\"\""
+                    } else {
+                        std::slice::from_ref(&byte)
+                    });
+                }
+                command.push(b'"');
+                if memchr::memmem::find(there, &command).is_none() {
+                    let both =
+                        if there.is_empty() { command } else { [there, &b"; "[..], &command].concat() };
+                    self.seen(Some(both));
+                }
+                self.there.is_none()
+            }
+            _ => true,
+        }
+    }
+
+    /// The channels, as a look at the backend has shown them, or as they are known to be.
     pub(super) fn seen(&mut self, listens: Option<Vec<u8>>) {
         self.there = listens.filter(|listens| listens.len() <= MOST_LISTENS).map(Into::into);
+    }
+
+    /// The backend is lost.
+    fn lose(&mut self) {
+        let there = self.there.replace(Box::default());
+        // What an earlier one listened to may be due still.
+        self.lost = there.filter(|there| !there.is_empty()).or(self.lost.take());
     }
 
     /// The session listens to nothing any more.
@@ -99,10 +151,9 @@ impl Session {
             return Ok(());
         }
         let in_transaction = self.status != TransactionStatus::Idle && !self.is_apart();
-        let unknown = !between_units
-            && self.unit.writes
-            && (!in_transaction || self.unit.may_commit)
-            && !self.read_only;
+        // What was not sent whole has not committed by itself, and in a transaction only what may end that has.
+        let ended = self.unit.may_commit || !in_transaction && self.unit.was_sent_whole();
+        let unknown = !between_units && self.unit.writes && ended && !self.read_only;
         if unknown {
             self.shared.metrics.unknown_outcomes.inc();
         }
@@ -144,7 +195,7 @@ impl Session {
     }
 
     /// What the session has on its backend can be given to another one.
-    fn carries(&self) -> bool {
+    pub(super) fn carries(&self) -> bool {
         let now = self.pins.now();
         now.without(CARRIED).is_empty() && (!now.has(PinReason::Listen) || self.listening.there.is_some())
     }
@@ -169,17 +220,24 @@ impl Session {
         self.presence.leave();
         self.settings.forget_pending();
         self.portals.clear();
-        let listened = self.pins.now().has(PinReason::Listen);
         self.pins = Pins::default();
         self.show_pins();
-        if listened {
-            self.listening.lost = self.listening.there.take();
-        }
+        self.listening.lose();
         if std::mem::take(&mut self.ddl) {
             self.catalog.invalidate();
         }
         if std::mem::take(&mut self.login_settings) {
             self.shared.nodes.login_settings.changed();
+        }
+    }
+
+    /// The unit is over, or runs again, without the backend on which it ran: if the session was made to listen there, it
+    /// does no more.
+    pub(super) fn without_backend(&mut self) {
+        if self.pins.hold() {
+            self.pins = Pins::default();
+            self.show_pins();
+            self.listening.lose();
         }
     }
 
@@ -332,16 +390,48 @@ pub(super) fn unreplicated() -> ErrorReport {
 mod tests {
     use super::*;
 
+    fn text(listening: &Listening) -> Option<String> {
+        listening.there.as_deref().map(|there| String::from_utf8(there.to_vec()).unwrap())
+    }
+
+    #[test]
+    fn what_is_listened_to_is_known_from_plain_statements_and_else_asked() {
+        let mut listening = Listening::default();
+        for (sql, certain, asks, expected) in [
+            ("LISTEN a", true, false, Some("LISTEN \"a\"")),
+            ("LISTEN a", true, false, Some("LISTEN \"a\"")),
+            ("listen \"B \"\"b\";", true, false, Some("LISTEN \"a\"; LISTEN \"B \"\"b\"")),
+            ("LISTEN c; LISTEN d", true, true, Some("LISTEN \"a\"; LISTEN \"B \"\"b\"")),
+            ("LISTEN c", false, true, Some("LISTEN \"a\"; LISTEN \"B \"\"b\"")),
+        ] {
+            listening.asked(sql.as_bytes());
+            assert_eq!(listening.after(certain, true, true), asks, "{sql}");
+            assert_eq!(text(&listening).as_deref(), expected, "{sql}");
+        }
+        // The look has failed: it is not known until the next one.
+        listening.seen(None);
+        assert!(!listening.after(true, true, false));
+        listening.asked(b"LISTEN a");
+        assert!(listening.after(true, true, true) && text(&listening).is_none());
+        assert!(!listening.after(true, false, false));
+        assert_eq!(text(&listening).as_deref(), Some(""));
+    }
+
     #[test]
     fn what_was_listened_to_is_kept_until_it_is_listened_to_again() {
         let mut listening = Listening::default();
+        listening.lose();
+        assert!(!listening.is_deaf(), "there was nothing");
         listening.seen(Some(b"LISTEN a".to_vec()));
-        assert!(!listening.is_deaf());
-        listening.lost = listening.there.take();
+        listening.lose();
+        assert!(listening.is_deaf());
+        // Lost once more before it could be had again.
+        listening.lose();
         assert!(listening.is_deaf());
         listening.resumed();
-        assert!(!listening.is_deaf() && listening.there.as_deref() == Some(b"LISTEN a"));
+        assert!(!listening.is_deaf());
+        assert_eq!(text(&listening).as_deref(), Some("LISTEN a"));
         listening.seen(Some(vec![b'x'; MOST_LISTENS + 1]));
-        assert!(listening.there.is_none(), "too much to be kept");
+        assert!(text(&listening).is_none(), "too much to be kept");
     }
 }

@@ -282,6 +282,19 @@ impl Mark {
         self.seen = self.seen.max(position);
     }
 
+    /// Replicas that answer for the primary have reached `reached`, asked after the pending note was taken: so far at
+    /// least goes what the primary had shown. What a replica has shown is another matter.
+    pub fn covered_by(&mut self, reached: Lsn) {
+        let covered = matches!(
+            self.pending.map(|pending| pending.kind),
+            Some(PendingKind::Inherited | PendingKind::Primary { replica_part: false })
+        );
+        if covered {
+            self.position = self.position.max(reached);
+            self.pending = None;
+        }
+    }
+
     /// Whether all that the session has seen is known as a position.
     pub fn is_resolved(&self) -> bool {
         self.pending.is_none() && self.position != Lsn::ZERO
@@ -435,6 +448,13 @@ impl Mark {
     }
 
     fn cross(&mut self, samples: &impl Samples, topology: &Topology, switch: &Switch) -> Survival {
+        if switch.kept && self.pending.is_none_or(|p| p.note.epoch <= switch.from) {
+            // Whatever it was shown lies before the fork, also where no sample has told.
+            self.epoch = Epoch(switch.from.0 + 1);
+            self.pending = None;
+            self.restart_at(samples, topology, switch.fork);
+            return Survival::Kept;
+        }
         let resolved = match self.pending {
             None => true,
             // Taken on the primary of now, when an earlier switch was crossed: it holds across this one.
@@ -519,7 +539,7 @@ impl Mark {
         }
         let fork = Fork { epoch: switch.from, fork: switch.fork, mark };
         self.restart_at(samples, topology, switch.fork);
-        Survival::Unknown(fork)
+        if switch.kept { Survival::Kept } else { Survival::Unknown(fork) }
     }
 
     /// After a loss has been found: the session goes on from what the new primary holds.
@@ -607,6 +627,76 @@ impl Freshness {
             sample.epoch == topology.epoch
                 && matches!(sample.body, SampleBody::Primary { floor, .. } if floor >= reached)
         })
+    }
+}
+
+/// What a statement at level `strong` must be shown, where replicas say so in the primary's place. Of N replicas
+/// each commit was applied by W before it was acknowledged (`ANY W (..)`, `remote_apply`); so among any R of them with
+/// W + R > N there is one that has applied it, and what the furthest of them has applied holds all that was
+/// acknowledged before they were asked. It may hold more: what was not acknowledged yet, and which another R need not
+/// show (that would take a round of writing back, as Attiya, Bar-Noy and Dolev have it).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Quorum {
+    /// Notes on them as of the statement's arrival.
+    asked: Box<[Note]>,
+    /// R.
+    needed: usize,
+    reached: Option<Lsn>,
+}
+
+impl Quorum {
+    /// For a statement that has just arrived. `None`: `applied_by` of them are none, or more than there are.
+    pub fn of_now(
+        samples: &impl Samples,
+        topology: &Topology,
+        replicas: impl Iterator<Item = NodeId>,
+        applied_by: usize,
+    ) -> Option<Quorum> {
+        let asked: Box<[Note]> = replicas.map(|node| samples.note(node, topology.epoch)).collect();
+        let needed = (asked.len() + 1).checked_sub(applied_by).filter(|_| applied_by > 0)?;
+        (needed > 0).then_some(Quorum { asked, needed, reached: None })
+    }
+
+    /// Looks at the samples. In a new epoch nobody answers for the primary of the old one: it waits for nothing more.
+    pub fn absorb(&mut self, samples: &impl Samples, topology: &Topology) {
+        if self.reached.is_some() {
+            return;
+        }
+        let applied = || self.asked.iter().filter_map(|note| answer(note, samples, topology));
+        if applied().count() >= self.needed {
+            self.reached = applied().max();
+        }
+    }
+
+    /// The position, once enough have answered.
+    pub fn reached(&self) -> Option<Lsn> {
+        self.reached
+    }
+
+    /// The nodes whose samples are awaited.
+    pub fn awaits(&self) -> impl Iterator<Item = NodeId> {
+        let open = self.reached.is_none();
+        self.asked.iter().filter(move |_| open).map(|note| note.node)
+    }
+
+    /// Whether a replica is fresh enough.
+    pub fn replica(&self, samples: &impl Samples, node: NodeId) -> bool {
+        let (Some(reached), Some(sample)) = (self.reached, samples.latest(node)) else { return false };
+        matches!(sample.body, SampleBody::Replica { replay, .. } if replay >= reached)
+    }
+}
+
+/// What a replica has applied, if that counts: asked after the note, on the timeline of the same epoch, and not by a
+/// server that has begun anew and not received since, which may not yet have applied again what it had.
+fn answer(note: &Note, samples: &impl Samples, topology: &Topology) -> Option<Lsn> {
+    let sample = samples.latest(note.node)?;
+    let counts = sample.number > note.counter
+        && sample.epoch == note.epoch
+        && note.epoch == topology.epoch
+        && Some(sample.timeline) == topology.timeline;
+    match sample.body {
+        SampleBody::Replica { receive: Some(_), replay, .. } if counts => Some(replay),
+        _ => None,
     }
 }
 

@@ -8,6 +8,7 @@
 
 mod answers;
 mod demand;
+mod durability;
 mod exchange;
 mod gate;
 pub mod handle;
@@ -36,12 +37,13 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, BufMut, BytesMut};
 
 use self::demand::Demand;
+use self::durability::Durable;
 use self::exchange::{Again, HIGH_WATER, Outcome, Purpose, Unit, put_report};
 pub use self::gate::GATE_REFUSED_LABELS;
 use self::handle::{Ending, SessionHandle, Sessions};
 pub use self::loss::ENDED_LABELS;
 use self::loss::Listening;
-use self::mark::{Freshness, Mark, Survival};
+use self::mark::{Freshness, Mark, Quorum, Survival};
 use self::pins::{Done, Next, PinSet, Pins};
 use self::place::Placed;
 use self::prepared::{Names, SqlCommand, Statements};
@@ -284,11 +286,17 @@ pub struct Session {
     shared_mark: Option<Arc<SharedMark>>,
     /// At level `strong`: what the running statement must be shown.
     freshness: Option<Freshness>,
+    /// The same, where replicas answer for the primary.
+    quorum: Option<Box<Quorum>>,
     lease: Option<Lease>,
     /// Whether it is on the primary, as the gate counts.
     presence: Presence,
     /// The channels it listens to.
     listening: Listening,
+    /// How durable its commits must be; `None`: nothing is said of that.
+    durable: Option<Box<Durable>>,
+    /// Its transaction may have written.
+    wrote: bool,
     role: Role,
     /// The sampler connection of the replica that `lease` is on when the session was let there.
     incarnation: Incarnation,
@@ -357,6 +365,8 @@ impl Session {
         let mut promise = config.consistency.promise_for(&arrival.user, &arrival.database);
         let split;
         (split, promise.route) = config.routing.for_session(&arrival.user, &arrival.database);
+        let (base, tables) = config.durability.for_session(&arrival.user, &arrival.database);
+        let durable = Durable::new(base, tables);
         let (at_login, invalid) = match own {
             Ok(own) => (own, None),
             Err(report) => (Vec::new(), Some(report)),
@@ -396,9 +406,12 @@ impl Session {
             own: own_state,
             shared_mark: None,
             freshness: None,
+            quorum: None,
             lease: None,
             presence: shared.gate.presence(worker),
             listening: Listening::default(),
+            durable,
+            wrote: false,
             role: Role::Primary,
             incarnation: Incarnation::default(),
             pins: Pins::default(),
@@ -721,17 +734,23 @@ impl Session {
         }
         self.handle.begin();
         self.forget_own();
+        // What it was told speaks of notes that were taken before it was asked, and of no later ones.
+        self.quorum = None;
         self.asked_for = self.promise;
         self.sql = None;
         self.asks_sequences = false;
         let result = if self.lease.is_some() { self.held_unit().await } else { self.free_unit().await };
         if self.lease.is_none() {
             self.handle.idle();
+            if result.is_ok() {
+                self.without_backend();
+            }
         }
         if self.lease.is_none() || self.status == TransactionStatus::Idle {
             self.presence.leave();
         }
         self.follow_own();
+        self.settle_durability();
         self.timeouts.unit_ended(self.status);
         if self.timeouts.take_stopped() && result.is_ok() {
             if self.status != TransactionStatus::Idle || self.unit.failed() {
@@ -776,7 +795,13 @@ impl Session {
                 Ok(placed) => placed,
                 Err(report) => return self.fail_unit(report),
             };
-            self.flush_client().await?;
+            let left = placed.lease.socket.closed();
+            tokio::select! {
+                biased;
+                flushed = self.flush_client() => flushed?,
+                // The client may take its time; whoever waits for the connection to be closed does not.
+                () = left => continue,
+            }
             let (node, reason) = (placed.node, placed.reason);
             let told_before = self.reported.clone();
             self.begin_on(placed, &demand);
@@ -894,13 +919,16 @@ impl Session {
 
     /// Puts what makes the backend's settings the session's ahead of the unit. Whether that was needed.
     fn give_settings(&mut self, backend: &mut Backend) -> bool {
-        if backend.applied == *self.settings.wanted() {
+        let durable = if self.durable.is_some() { self.wanted_for_unit() } else { None };
+        let wanted = durable.as_ref().unwrap_or_else(|| self.settings.wanted());
+        if backend.applied == *wanted {
             return false;
         }
-        let Some(sql) = settings::replay(&backend.applied, self.settings.wanted()) else {
-            backend.applied = self.settings.wanted().clone();
+        let Some(sql) = settings::replay(&backend.applied, wanted) else {
+            backend.applied = wanted.clone();
             return false;
         };
+        self.unit.applies = Some(wanted.clone());
         self.shared.metrics.settings_replays.inc();
         self.unit.put_ahead(backend, sql.as_bytes(), Purpose::Settings);
         true
@@ -933,6 +961,12 @@ impl Session {
         self.unit.writes = !demand.is_read() && !self.read_only;
         self.unit.ddl = demand.is_ddl();
         self.unit.may_commit = demand.may_commit();
+        if demand.leaves() == Leaves::Pins(PinReason::Listen)
+            && let Ok(Some(header)) = wire::header(&self.client.input)
+            && let Some((text, _)) = self.client.input.get(HEADER..header.len).and_then(wire::cstr)
+        {
+            self.listening.asked(text);
+        }
         if (demand.sets() || demand.is_ddl())
             && let Ok(Some(header)) = wire::header(&self.client.input)
             && let Some(body) = self.client.input.get(HEADER..header.len)
@@ -953,6 +987,10 @@ impl Session {
             Some(demand) => Some(demand),
             None => None,
         };
+        if self.outlives_backend() {
+            // A backend that has gone since the client was last waited for gets no statement.
+            poll_fn(|cx| Poll::Ready(self.hear_backend(cx))).await?;
+        }
         if self.role == Role::Primary && self.status == TransactionStatus::Idle {
             // A pinned session's mark holds for its backend, too.
             self.ask_freshness();
@@ -974,6 +1012,9 @@ impl Session {
             return Err(End::NodeLost { node });
         }
         if let Some((text, class)) = self.first_text() {
+            if class.hints.durability.is_some() {
+                self.hints_durability();
+            }
             self.look_for_own(&text, class).await?;
         }
         let reason = if self.pins.hold() { RouteReason::Pinned } else { RouteReason::InTransaction };
@@ -991,6 +1032,9 @@ impl Session {
             if self.status != TransactionStatus::Failed {
                 self.give_own(&mut lease);
             }
+            let mut unit = std::mem::replace(&mut self.unit, Unit::none());
+            self.give_durability(&mut unit, &mut lease);
+            self.unit = unit;
             self.lease = Some(lease);
         }
         if !self.may_be_cancelled() {
@@ -1098,6 +1142,7 @@ impl Session {
             }
         }
         self.unit = Unit::none();
+        self.without_backend();
         cancelled
     }
 
@@ -1108,7 +1153,8 @@ impl Session {
         {
             // Nothing of it has run; the backend is closed, and what a pinned session had on it is gone.
             self.handle.idle();
-            return if self.pins.hold() { Err(End::StateLost { node: lease.node }) } else { Ok(()) };
+            let lost = self.pins.hold() && !self.carries();
+            return if lost { Err(End::StateLost { node: lease.node }) } else { Ok(()) };
         }
         if !self.unit.is_quiet() {
             self.note();
@@ -1165,8 +1211,10 @@ impl Session {
             self.catalog.invalidate();
         }
         // To which channels it listens now has to be known, should this backend be lost.
-        let listens = self.unit.pins.has(PinReason::Listen) && self.pins.now().has(PinReason::Listen);
-        if next == Next::Look || listens {
+        let certain = done.before == TransactionStatus::Idle && !done.failed && done.commands == 1;
+        let listens = self.pins.now().has(PinReason::Listen);
+        let asks = self.listening.after(certain, listens, done.leaves.has(PinReason::Listen));
+        if next == Next::Look || asks {
             self.look_at_backend().await?;
         }
         if self.role == Role::Replica && self.pins.hold() {
@@ -1274,7 +1322,7 @@ impl Session {
                 None => lease.own_names = had,
             }
         }
-        self.listening.seen(look.listens);
+        self.listening.seen(look.shown.is_some().then(|| look.listens.unwrap_or_default()));
         for message in look.notifications {
             self.notification_heard(message);
         }
@@ -1316,6 +1364,7 @@ impl Session {
 
     /// Notes what the node has shown, after its ReadyForQuery or the loss of its connection.
     fn note(&mut self) {
+        self.quorum = None;
         let Some(lease) = &self.lease else { return };
         let (node, epoch, writes) = (lease.node, lease.epoch, self.unit.writes);
         if !writes && !self.level().notes_reads() {
@@ -1374,8 +1423,9 @@ impl Session {
         if self.client.output.is_empty() {
             return Ok(());
         }
-        poll_fn(|cx| match self.handle.poll_ending(cx) {
-            Ending::Now => Poll::Ready(Err(End::shutdown())),
+        poll_fn(|cx| match (self.handle.poll_ending(cx), self.is_left()) {
+            (Ending::Now, _) => Poll::Ready(Err(End::shutdown())),
+            (_, Some(node)) => Poll::Ready(Err(End::NodeLost { node })),
             _ => {
                 poll_drain(&mut self.client.stream, &mut self.client.output, cx).map_err(|_| End::ClientGone)
             }
@@ -1483,6 +1533,14 @@ impl Session {
         if let Some(shared) = &self.shared_mark {
             self.join_global(shared, topology);
             self.mark = shared.bring_forward(&*self.shared.positions, topology);
+        }
+        if let Some(quorum) = &mut self.quorum {
+            quorum.absorb(&*self.shared.positions, topology);
+            if let Some(reached) = quorum.reached()
+                && self.shared_mark.is_none()
+            {
+                self.mark.covered_by(reached);
+            }
         }
         let of_transaction = self.lazy.as_mut().map(|lazy| &mut lazy.freshness);
         for freshness in self.freshness.iter_mut().chain(of_transaction) {

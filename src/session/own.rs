@@ -6,7 +6,9 @@
 use std::time::Duration;
 
 use crate::classify::hint;
-use crate::consistency::{LagLimit, Level, NotAWord, OnStale, Override, Route, Token};
+use crate::consistency::{
+    Durability, LagLimit, Level, NotAWord, OnStale, Override, QuorumRead, Route, Token,
+};
 use crate::positions::{Sample, SampleBody};
 use crate::topology::Topology;
 use crate::wal::Lsn;
@@ -20,12 +22,16 @@ pub const PREFIX: &str = "highwater.";
 pub enum Own {
     /// `highwater.consistency`.
     Level(Level),
+    /// `highwater.durability`; `None`: what holds otherwise.
+    Durability(Option<Durability>),
     /// `highwater.max_lag`; `None`: no limit of its own.
     MaxLag(Option<LagLimit>),
     /// `highwater.on_stale`.
     OnStale(OnStale),
     /// `highwater.route`.
     Route(Route),
+    /// `highwater.quorum_read`.
+    QuorumRead(QuorumRead),
     /// `highwater.token`.
     Token(Token),
     /// `highwater.session`; `None`: the session's own mark.
@@ -33,10 +39,12 @@ pub enum Own {
 }
 
 /// The names, in the order of the alphabet.
-pub const NAMES: [&str; 6] = [
+pub const NAMES: [&str; 8] = [
     "highwater.consistency",
+    "highwater.durability",
     "highwater.max_lag",
     "highwater.on_stale",
+    "highwater.quorum_read",
     "highwater.route",
     "highwater.session",
     "highwater.token",
@@ -53,8 +61,11 @@ impl Own {
         let key = name.strip_prefix(PREFIX)?;
         Some(match key {
             "consistency" => word(&name, value).map(Own::Level),
+            "durability" if value.is_empty() => Ok(Own::Durability(None)),
+            "durability" => word(&name, value).map(|durability| Own::Durability(Some(durability))),
             "on_stale" => word(&name, value).map(Own::OnStale),
             "route" => word(&name, value).map(Own::Route),
+            "quorum_read" => word(&name, value).map(Own::QuorumRead),
             "max_lag" if value.is_empty() => Ok(Own::MaxLag(None)),
             "max_lag" => LagLimit::parse(value).map(|limit| Own::MaxLag(Some(limit))).ok_or_else(|| {
                 invalid(&name, value).hint("A time or a size of write-ahead log, as 250ms, 5s, 64kB or 16MB.")
@@ -85,10 +96,10 @@ fn word<T: std::str::FromStr<Err = NotAWord>>(name: &str, value: &str) -> Result
 /// Why a statement does not run: a comment in it gives one of the settings a value that is none of its words.
 pub fn refused_hint(text: &[u8]) -> Option<ErrorReport> {
     let (name, value) = hint::invalid(text)?;
-    let words = if name == "highwater.route" {
-        Route::WORDS.to_vec()
-    } else {
-        hint::LEVELS.map(Level::word).to_vec()
+    let words = match name {
+        "highwater.route" => Route::WORDS.to_vec(),
+        "highwater.durability" => Durability::WORDS.to_vec(),
+        _ => hint::LEVELS.map(Level::word).to_vec(),
     };
     let report =
         invalid(name, &value).detail("A comment of the statement says so; the statement was not run.");
@@ -108,7 +119,8 @@ pub fn said<'a>(settings: impl IntoIterator<Item = &'a Own>) -> Override {
         Own::MaxLag(limit) => Override { max_lag: *limit, ..said },
         Own::OnStale(on_stale) => Override { on_stale: Some(*on_stale), ..said },
         Own::Route(route) => Override { route: Some(*route), ..said },
-        Own::Token(_) | Own::Session(_) => said,
+        Own::QuorumRead(word) => Override { quorum_read: Some(*word), ..said },
+        Own::Token(_) | Own::Session(_) | Own::Durability(_) => said,
     })
 }
 

@@ -179,6 +179,8 @@ impl Session {
     fn replica_patience(&self) -> Duration {
         let consistency = &self.config.consistency;
         match (self.asked_for.route, self.asked_for.on_stale) {
+            // There may be nobody else to go to.
+            _ if self.quorum.is_some() => consistency.catch_up_wait.max(consistency.primary_read_wait),
             (Route::Replica, _) => consistency.catch_up_wait.max(consistency.primary_read_wait),
             (_, OnStale::Primary) => Duration::ZERO,
             (_, OnStale::Wait | OnStale::Error) => consistency.catch_up_wait,
@@ -262,7 +264,12 @@ impl Session {
         };
         let ReplicaVerdict::Serves { .. } = verdict else { return verdict };
         let of_transaction = self.lazy.as_ref().map(|lazy| lazy.freshness);
-        if [self.freshness, of_transaction].iter().flatten().any(|fresh| !fresh.replica(samples, node)) {
+        let of_statement = match &self.quorum {
+            Some(quorum) if !quorum.replica(samples, node) => return ReplicaVerdict::Behind,
+            Some(_) => None,
+            None => self.freshness,
+        };
+        if [of_statement, of_transaction].iter().flatten().any(|fresh| !fresh.replica(samples, node)) {
             return ReplicaVerdict::Behind;
         }
         if self.asked_for.max_lag.is_some_and(|limit| !self.keeps(limit, topology, node)) {
@@ -372,7 +379,8 @@ impl Session {
     fn want_own_samples(&self) {
         let fresh = self.freshness.and_then(|freshness| freshness.awaits());
         let of_transaction = self.lazy.as_ref().and_then(|lazy| lazy.freshness.awaits());
-        for node in self.mark.awaits().into_iter().chain(fresh).chain(of_transaction) {
+        let quorum = self.quorum.iter().flat_map(|quorum| quorum.awaits());
+        for node in self.mark.awaits().into_iter().chain(fresh).chain(of_transaction).chain(quorum) {
             self.shared.positions.node(node).want();
         }
     }

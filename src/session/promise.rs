@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
-use super::mark::{Freshness, Mark};
+use super::mark::{Freshness, Mark, Quorum};
 use super::own::{self, Own};
 use super::shared_mark::{Refused, SharedMark};
 use super::{End, Role, Session};
@@ -13,8 +13,8 @@ use crate::backend::{Applied, StartupParameters};
 use crate::classify::hint::Hints;
 use crate::classify::setting::{self, Change};
 use crate::classify::{ClassReason, Kind, Lookup, StatementClass};
-use crate::consistency::{Level, Override, Promise, Token};
-use crate::topology::{Epoch, NodeId, Topology};
+use crate::consistency::{Durability, Level, Override, Promise, QuorumRead, Token};
+use crate::topology::{Epoch, NodeId, Standing, Topology};
 use crate::wal::{Lsn, WalPosition};
 use crate::wire::{self, ErrorReport, Severity, TransactionStatus};
 
@@ -182,7 +182,8 @@ impl Session {
                     self.own.login_name = name.clone();
                     self.take_name(name).map_err(fatal)?;
                 }
-                Own::Level(_) | Own::MaxLag(_) | Own::OnStale(_) | Own::Route(_) => {}
+                Own::Durability(said) => self.take_durability(said, true),
+                Own::Level(_) | Own::MaxLag(_) | Own::OnStale(_) | Own::Route(_) | Own::QuorumRead(_) => {}
             }
         }
         self.own.asked = false;
@@ -311,14 +312,23 @@ impl Session {
         changes: impl IntoIterator<Item = &'a Change>,
     ) -> Option<ErrorReport> {
         for change in changes {
-            let Change::Set { name, sql } = change else { continue };
+            let (name, sql, local) = match change {
+                Change::Set { name, sql } => (name, sql, false),
+                Change::LocalOwn { name, sql } => (name, sql, true),
+                _ => continue,
+            };
             if !name.starts_with(own::PREFIX) {
                 continue;
             }
             let value = setting::value_of(sql).unwrap_or_default();
             match Own::read(name, &value) {
-                None | Some(Ok(Own::Level(_) | Own::MaxLag(_) | Own::OnStale(_) | Own::Route(_))) => {}
+                None
+                | Some(Ok(
+                    Own::Level(_) | Own::MaxLag(_) | Own::OnStale(_) | Own::Route(_) | Own::QuorumRead(_),
+                )) => {}
                 Some(Err(report)) => return Some(report),
+                Some(Ok(Own::Durability(said))) => self.sets_durability(said),
+                Some(Ok(Own::Session(_) | Own::Token(_))) if local => {}
                 Some(Ok(Own::Session(name))) => {
                     // Joined early: if the SET is rolled back, it is left when the transaction is over.
                     self.own.early = true;
@@ -347,16 +357,18 @@ impl Session {
         }
         self.own.seen = self.settings.wanted().clone();
         let mut said = Vec::new();
-        let (mut name, mut token) = (None, None);
+        let (mut name, mut token, mut durability) = (None, None, None);
         for entry in self.own.seen.entries() {
             let value = entry.sql.as_deref().and_then(setting::value_of);
             match value.and_then(|value| Own::read(&entry.name, &value)) {
                 Some(Ok(Own::Session(of))) => name = Some(of),
                 Some(Ok(Own::Token(of))) => token = Some(of),
+                Some(Ok(Own::Durability(of))) => durability = of,
                 Some(Ok(own)) => said.push(own),
                 Some(Err(_)) | None => {}
             }
         }
+        self.take_durability(durability, false);
         let before = self.promise.level;
         self.promise = own::said(&said).over(self.own.base);
         if self.promise.level != before {
@@ -377,6 +389,9 @@ impl Session {
     pub(super) fn take_hints(&mut self, text: &[u8], hints: Hints) -> Option<ErrorReport> {
         if hints.invalid {
             return own::refused_hint(text);
+        }
+        if hints.durability.is_some() {
+            self.hints_durability();
         }
         let asked = hints.says().over(self.promise);
         self.asked_for = if self.hinted { self.asked_for.and(asked) } else { asked };
@@ -401,8 +416,10 @@ impl Session {
         let max_lag = self.promise.max_lag.map(|limit| limit.to_string()).unwrap_or_default();
         let values = [
             ("highwater.consistency", self.promise.level.word()),
+            ("highwater.durability", self.durability().map(Durability::word).unwrap_or_default()),
             ("highwater.max_lag", &max_lag),
             ("highwater.on_stale", self.promise.on_stale.word()),
+            ("highwater.quorum_read", self.promise.quorum_read.word()),
             ("highwater.route", self.promise.route.word()),
             ("highwater.session", self.own.name.as_deref().unwrap_or_default()),
             ("highwater.token", &token),
@@ -501,11 +518,29 @@ impl Session {
 
     /// What the next statement must be shown, if the level is `strong`.
     pub(super) fn ask_freshness(&mut self) {
-        if self.asked_for.level == Level::Strong {
-            let topology = self.shared.topology.load();
-            self.freshness = Freshness::of_now(&*self.shared.positions, &topology);
-        } else {
-            self.freshness = None;
+        (self.freshness, self.quorum) = (None, None);
+        if self.asked_for.level != Level::Strong {
+            return;
+        }
+        let topology = self.shared.topology.load();
+        let positions = &*self.shared.positions;
+        self.freshness = Freshness::of_now(positions, &topology);
+        if let Some(quorum) = &self.config.consistency.quorum_reads
+            && self.asks_a_quorum(&topology)
+        {
+            let replicas = quorum.replicas.iter().copied().map(NodeId);
+            self.quorum = Quorum::of_now(positions, &topology, replicas, quorum.applied_by).map(Box::new);
+        }
+    }
+
+    /// Whether replicas are to say what a strong read must show.
+    fn asks_a_quorum(&self, topology: &Topology) -> bool {
+        match self.asked_for.quorum_read {
+            QuorumRead::On => true,
+            QuorumRead::Off => false,
+            QuorumRead::Auto => !topology
+                .primary
+                .is_some_and(|node| topology.node(node).standing == Standing::Primary { reachable: true }),
         }
     }
 }
@@ -514,10 +549,15 @@ impl Session {
 pub(super) fn with_shown(applied: Arc<Applied>, before: &Applied) -> Arc<Applied> {
     let is_shown = |name: &&str| before.entry(name).is_some_and(|entry| entry.sql.as_deref() == Some(""));
     let mut shown = own::NAMES.into_iter().filter(is_shown).peekable();
-    if shown.peek().is_none() {
+    let durable = super::durability::is_ours(before);
+    if shown.peek().is_none() && !durable {
         return applied;
     }
     let mut applied = Applied::clone(&applied);
+    if durable {
+        // Whether that is still so: whoever comes next is given it anew, or has it reset.
+        applied.put(super::durability::SETTING, Some(Arc::from("")));
+    }
     shown.for_each(|name| applied.put(name, Some(Arc::from(""))));
     Arc::new(applied)
 }

@@ -151,7 +151,11 @@ impl Settings {
             let pending = std::mem::take(&mut self.pending);
             let mut wanted = Applied::clone(&self.wanted);
             for change in pending {
-                if let Change::Set { name, .. } | Change::Local(name) | Change::Touched(name) = change {
+                if let Change::Set { name, .. }
+                | Change::Local(name)
+                | Change::LocalOwn { name, .. }
+                | Change::Touched(name) = change
+                {
                     define(&mut wanted, &name);
                 }
             }
@@ -175,6 +179,7 @@ impl Settings {
                 Change::Set { name, .. }
                 | Change::Reset(name)
                 | Change::Local(name)
+                | Change::LocalOwn { name, .. }
                 | Change::Touched(name) => names.push(name),
                 Change::ResetAll | Change::DiscardAll => {
                     names.extend(self.wanted.entries().iter().map(|entry| entry.name.to_string()));
@@ -230,7 +235,7 @@ impl Settings {
                     self.name_lost |= name == APPLICATION_NAME && self.login_name.is_some();
                     self.reset(&mut wanted, &name);
                 }
-                Change::Local(name) => define(&mut wanted, &name),
+                Change::Local(name) | Change::LocalOwn { name, .. } => define(&mut wanted, &name),
                 Change::ResetAll => self.reset_all(&mut wanted, false),
                 Change::DiscardAll => self.reset_all(&mut wanted, true),
                 Change::Touched(_) | Change::Untracked => {}

@@ -298,6 +298,8 @@ pub struct ProxyOptions<'a> {
     pub overrides: &'a str,
     /// Whether to wait until /readyz says yes.
     pub start: Start,
+    /// Where a debug build kills itself (`HIGHWATER_FAILPOINT`); empty: nowhere. Only until [`Proxy::revive`].
+    pub failpoint: &'a str,
 }
 
 /// What [`Proxy::start_with`] waits for.
@@ -337,7 +339,7 @@ impl Proxy {
         let config = directory.path().join("config.yaml");
         std::fs::write(&config, config_text(cluster, port.number(), http.number(), &options)).unwrap();
 
-        let (process, watcher) = run_proxy(directory.path());
+        let (process, watcher) = run_proxy(directory.path(), options.failpoint);
         let app = cluster.roles().app.clone();
         let (process, watcher) = (Mutex::new(process), Mutex::new(watcher));
         let roles = cluster.roles();
@@ -351,7 +353,7 @@ impl Proxy {
 
     /// Writes another configuration file; it takes effect at the next [`reload`](Self::reload).
     pub fn configure(&self, cluster: &Cluster, overrides: &str) {
-        let options = ProxyOptions { overrides, start: Start::default() };
+        let options = ProxyOptions { overrides, ..ProxyOptions::default() };
         self.write_config(&config_text(cluster, self.port.number(), self.http.number(), &options));
     }
 
@@ -381,15 +383,25 @@ impl Proxy {
         self.signal(nix::sys::signal::Signal::SIGTERM);
         let status = wait_ended(&self.process).await;
         assert!(status.success(), "the proxy did not exit cleanly on SIGTERM: {status}");
-        {
-            // Before its process id can be another's.
-            let mut watcher = self.watcher.lock().unwrap();
-            watcher.kill().unwrap();
-            watcher.wait().unwrap();
-            let (process, next) = run_proxy(self.directory.path());
-            (*self.process.lock().unwrap(), *watcher) = (process, next);
-        }
+        self.run_again();
         self.wait_started(Start::Ready, 0).await;
+    }
+
+    fn run_again(&self) {
+        // Before its process id can be another's.
+        let mut watcher = self.watcher.lock().unwrap();
+        watcher.kill().unwrap();
+        watcher.wait().unwrap();
+        let (process, next) = run_proxy(self.directory.path(), "");
+        (*self.process.lock().unwrap(), *watcher) = (process, next);
+    }
+
+    /// Waits until it has been killed, by its failpoint or a test, and runs it again until it listens.
+    pub async fn revive(&self) {
+        let status = wait_ended(&self.process).await;
+        assert!(!status.success(), "the proxy ended by itself: {status}");
+        self.run_again();
+        self.wait_started(Start::Listening, 0).await;
     }
 
     async fn wait_started(&self, start: Start, nodes: usize) {
@@ -545,12 +557,13 @@ async fn wait_ended(process: &Mutex<Child>) -> ExitStatus {
 }
 
 /// Runs the program in a directory that holds its configuration, and what kills it should we be killed.
-fn run_proxy(directory: &Path) -> (Child, Child) {
+fn run_proxy(directory: &Path, failpoint: &str) -> (Child, Child) {
     let log = std::fs::File::options().create(true).append(true).open(directory.join("log")).unwrap();
     let program = std::env::var("HIGHWATER_BINARY");
     let process = Command::new(program.as_deref().unwrap_or(env!("CARGO_BIN_EXE_highwater")))
         .args(["run", "-c"])
         .arg(directory.join("config.yaml"))
+        .env("HIGHWATER_FAILPOINT", failpoint)
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
         .stderr(log)
@@ -619,7 +632,7 @@ impl Drop for Proxy {
     }
 }
 
-fn config_text(cluster: &Cluster, port: u16, http: u16, options: &ProxyOptions<'_>) -> String {
+pub fn config_text(cluster: &Cluster, port: u16, http: u16, options: &ProxyOptions<'_>) -> String {
     let control = &cluster.roles().control;
     let nodes: String = cluster
         .nodes()

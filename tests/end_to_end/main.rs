@@ -10,3 +10,4 @@ mod history;
 mod orders;
 mod private_cluster;
 mod proxied;
+mod rejoin;

@@ -7,6 +7,7 @@ use highwater::config::Config;
 use highwater::config::live::LiveConfig;
 use highwater::failover::event::{Kick, Order, OrderResult};
 use highwater::failover::orders::{Hands, Limits};
+use highwater::failover::preconditions::{Needs, examine};
 use highwater::failover::store::Store;
 use highwater::net::NodeTls;
 use highwater::node::Nodes;
@@ -18,11 +19,14 @@ use crate::fixture::*;
 const A: NodeId = NodeId(0);
 const B: NodeId = NodeId(1);
 const C: NodeId = NodeId(2);
+const IDENTITY: &str = "highwater control test";
 const FIRST: TimelineId = TimelineId(1);
 
 /// The hands of a proxy over `cluster`, without the proxy, past the links.
 struct Proxyless {
     hands: Hands,
+    config: Arc<LiveConfig>,
+    nodes: Arc<Nodes>,
     _store: Store,
     _directory: tempfile::TempDir,
 }
@@ -46,12 +50,21 @@ impl Proxyless {
         let (store, _) = Store::open(directory.path()).unwrap();
         // Loaded machines are slow; what must be fast is measured apart.
         let limits = Limits { sever: Duration::from_secs(20), ..Limits::default() };
-        let hands = Hands::new(&config, &nodes, &store.upstreams(), "highwater control test", limits);
-        Proxyless { hands, _store: store, _directory: directory }
+        let hands = Hands::new(&config, &nodes, &store.upstreams(), IDENTITY, limits);
+        Proxyless { hands, config, nodes, _store: store, _directory: directory }
     }
 
     async fn give(&self, node: NodeId, order: Order) -> OrderResult {
         self.hands.carry_out(node, &order).await
+    }
+
+    /// What stands in the way of a failover at `node`, in the eyes of a proxy of this identity.
+    async fn findings(&self, node: NodeId, identity: &str) -> Vec<String> {
+        let needs = Needs { quorum: true, manage_sync: true };
+        let deadline = Duration::from_secs(5);
+        let found =
+            examine(&self.config.load_full(), &self.nodes, node, needs, Some(identity), deadline).await;
+        found.unwrap().into_iter().map(|finding| finding.what).collect()
     }
 
     async fn done(&self, node: NodeId, order: Order) {
@@ -307,4 +320,49 @@ async fn synchronous_standby_names_are_set_on_a_standby_before_it_is_promoted() 
     assert_eq!(cluster.node(1).query_text("SHOW synchronous_standby_names").await.unwrap(), "ANY 1 (\"c\")");
     proxy.done(B, Order::SetSync { members: vec![], num: 0 }).await;
     assert_eq!(cluster.node(1).query_text("SHOW synchronous_standby_names").await.unwrap(), "");
+}
+
+#[tokio::test]
+async fn the_documented_grants_are_enough_and_each_missing_one_is_named() {
+    let cluster = Cluster::start(1).await;
+    let proxy = Proxyless::over(&cluster);
+    for node in [A, B] {
+        assert_eq!(proxy.findings(node, IDENTITY).await, Vec::<String>::new());
+    }
+    let grants: Vec<&str> = include_str!("../../docs/sql/grants.sql")
+        .lines()
+        .filter(|line| {
+            line.starts_with("GRANT ") && !line.contains("SCHEMA") && !line.contains("highwater.epoch")
+        })
+        // For the auth query and for pg_rewind.
+        .filter(|line| {
+            !["pg_authid", "pg_ls_dir", "pg_stat_file", "pg_read_binary"].iter().any(|f| line.contains(f))
+        })
+        .collect();
+    assert!(grants.len() >= 12, "{grants:?}");
+    let admin = cluster.node(0).admin().await.unwrap();
+    for grant in grants {
+        let revoke = grant.replacen("GRANT", "REVOKE", 1).replace(" TO ", " FROM ");
+        admin.batch_execute(&revoke).await.unwrap();
+        let expected = format!("it lacks: {}", grant.trim_end_matches(';'));
+        assert!(proxy.findings(A, IDENTITY).await.contains(&expected), "{expected:?} is not said");
+        admin.batch_execute(grant).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn settings_that_a_failover_would_stumble_over_are_named() {
+    let cluster = Cluster::start(1).await;
+    let proxy = Proxyless::over(&cluster);
+    proxy.done(B, Order::Unsever).await;
+    let says =
+        |found: Vec<String>, what: &str| assert!(found.iter().any(|f| f.contains(what)), "{what}: {found:?}");
+    says(proxy.findings(B, "another proxy").await, "held by `highwater control test`");
+    cluster.node(0).set("synchronous_standby_names", "ANY 1 (b, x, *)").await.unwrap();
+    // A new session is told the names at once: nothing commits in it.
+    let found = proxy.findings(A, IDENTITY).await;
+    says(found.clone(), "`x`, which is no node");
+    says(found, "has `*`");
+    cluster.node(1).set("primary_conninfo", "host=127.0.0.1 application_name=walreceiver").await.unwrap();
+    says(proxy.findings(B, IDENTITY).await, "it streams as `walreceiver`, not as `b`");
 }

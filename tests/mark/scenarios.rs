@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use highwater::positions::{Incarnation, Late, Note, Positions, Sample, SampleBody};
-use highwater::session::mark::{Mark, PrimaryVerdict, ReplicaVerdict, Survival};
+use highwater::session::mark::{Mark, PrimaryVerdict, Quorum, ReplicaVerdict, Survival};
 use highwater::topology::{Epoch, Exclusion, NodeId, NodeView, Standing, Switch, Topology};
 use highwater::wal::{Lsn, TimelineId};
 
@@ -82,7 +82,14 @@ impl Story {
         let old_primary = self.topology.primary.unwrap();
         let old_timeline = self.topology.timeline.unwrap();
         let (from, last_sample) = (self.topology.epoch, self.last_sample.take());
-        self.topology.switches.push(Switch { from, old_primary, old_timeline, fork, last_sample });
+        self.topology.switches.push(Switch {
+            from,
+            old_primary,
+            old_timeline,
+            fork,
+            last_sample,
+            kept: false,
+        });
         let timeline = TimelineId(old_timeline.0 + 1);
         self.topology.epoch = Epoch(from.0 + 1);
         self.topology.timeline = Some(timeline);
@@ -208,4 +215,75 @@ fn the_stories_go_as_they_are_told() {
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
     assert!(stories > 25, "{stories}");
+}
+
+/// Of three replicas two have applied each commit before it is acknowledged: any two that answer know of it.
+#[test]
+fn replicas_answer_for_the_primary_once_enough_of_them_have_been_asked() {
+    let mut story = Story::new();
+    story.positions = Positions::new(4);
+    (0..4).for_each(|id| _ = story.positions.node(NodeId(id)).connected());
+    let sample = |story: &Story, id: u16, receive: Option<u64>, replay: u64, timeline: u32, epoch: u64| {
+        let node = story.positions.node(NodeId(id));
+        let late = Late { by: Duration::ZERO, asked_at: Instant::now() };
+        let body = SampleBody::Replica { receive: receive.map(Lsn), replay: Lsn(replay), late };
+        let number = node.begin();
+        let (incarnation, epoch) = (node.incarnation(), Epoch(epoch));
+        let sample = Sample { number, incarnation, epoch, timeline: TimelineId(timeline), body };
+        story.positions.publish(NodeId(id), sample);
+    };
+    let replicas = || (1..4).map(NodeId);
+    // What was sampled before the statement came says nothing.
+    sample(&story, 1, Some(900), 900, 1, 1);
+    sample(&story, 2, Some(900), 900, 1, 1);
+    let mut mark = Mark::new(&story.positions, &story.topology);
+    let mut quorum = Quorum::of_now(&story.positions, &story.topology, replicas(), 2).unwrap();
+    let reached = |quorum: &mut Quorum, story: &Story| {
+        quorum.absorb(&story.positions, &story.topology);
+        quorum.reached()
+    };
+    assert_eq!(reached(&mut quorum, &story), None);
+    assert_eq!(quorum.awaits().count(), 3);
+    sample(&story, 1, Some(1000), 1000, 1, 1);
+    assert_eq!(reached(&mut quorum, &story), None, "one is not enough");
+    // Neither a server that has begun anew, nor one of another history, nor of another epoch.
+    sample(&story, 2, None, 2000, 1, 1);
+    assert_eq!(reached(&mut quorum, &story), None);
+    sample(&story, 2, Some(2000), 2000, 2, 1);
+    assert_eq!(reached(&mut quorum, &story), None);
+    sample(&story, 2, Some(2000), 2000, 1, 2);
+    assert_eq!(reached(&mut quorum, &story), None);
+    sample(&story, 3, Some(1200), 1100, 1, 1);
+    assert_eq!(reached(&mut quorum, &story), Some(Lsn(1100)));
+    assert_eq!(quorum.awaits().count(), 0);
+    // The furthest of them serves, and the note on the primary is as good as resolved.
+    assert!(!quorum.replica(&story.positions, NodeId(1)) && quorum.replica(&story.positions, NodeId(3)));
+    assert_eq!(mark.replica(&story.positions, &story.topology, NodeId(1)), ReplicaVerdict::Unresolved);
+    mark.covered_by(Lsn(1100));
+    assert_eq!(mark.position(), Lsn(1100));
+    assert!(mark.awaits().is_none());
+    // What a replica has shown is not: it may have been more than was acknowledged.
+    let note = story.positions.note(NodeId(1), Epoch(1));
+    mark.replica_showed(note, note.incarnation);
+    mark.covered_by(Lsn(5000));
+    assert_eq!((mark.position(), mark.awaits()), (Lsn(1100), Some(NodeId(1))));
+    // In a new epoch they answer for nobody.
+    let mut late = Quorum::of_now(&story.positions, &story.topology, replicas(), 2).unwrap();
+    story.topology.epoch = Epoch(2);
+    (1..4).for_each(|id| sample(&story, id, Some(3000), 3000, 1, 2));
+    assert_eq!(reached(&mut late, &story), None);
+    // As many as have applied it need not be asked, but for one.
+    for (applied_by, needed) in [(0, None), (1, Some(3)), (3, Some(1)), (4, None)] {
+        let quorum = Quorum::of_now(&story.positions, &story.topology, replicas(), applied_by);
+        let Some(mut quorum) = quorum else {
+            assert_eq!(needed, None, "{applied_by}");
+            continue;
+        };
+        let mut answers = 0;
+        while reached(&mut quorum, &story).is_none() {
+            answers += 1;
+            sample(&story, answers, Some(3000), 3000, 1, 2);
+        }
+        assert_eq!(Some(answers), needed, "{applied_by}");
+    }
 }

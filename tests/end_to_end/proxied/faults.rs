@@ -147,7 +147,7 @@ async fn a_delayed_replica_serves_no_reads_unless_it_is_allowed_to() {
             "{QUICK}\nnodes: [ {{ name: a, host: 127.0.0.1, port: {a} }}, \
              {{ name: b, host: 127.0.0.1, port: {b}, delayed_ok: {delayed_ok} }} ]"
         );
-        let options = ProxyOptions { overrides: &overrides, start: Start::Ready };
+        let options = ProxyOptions { overrides: &overrides, start: Start::Ready, ..ProxyOptions::default() };
         let proxy = Proxy::start_with(&cluster, options).await;
         eventually("its role is known", || async {
             let labels = [("node", "b"), ("role", role)];
@@ -260,7 +260,7 @@ async fn the_proxy_starts_with_nodes_missing_and_takes_them_in_as_they_come() {
     cluster.set_up(ONE_ROW).await;
     cluster.node(1).crash().await.unwrap();
     cluster.link(2).silence();
-    let options = ProxyOptions { overrides: QUICK, start: Start::Ready };
+    let options = ProxyOptions { overrides: QUICK, start: Start::Ready, ..ProxyOptions::default() };
     let proxy = Proxy::start_with(&cluster, options).await;
     let client = proxy.connect().await;
     client.execute("UPDATE t SET x = 2", &[]).await.unwrap();
@@ -273,7 +273,7 @@ async fn the_proxy_starts_with_nodes_missing_and_takes_them_in_as_they_come() {
 async fn a_proxy_without_a_primary_is_not_ready_and_becomes_so_when_one_appears() {
     let cluster = Cluster::start(1).await;
     cluster.primary().crash().await.unwrap();
-    let options = ProxyOptions { overrides: QUICK, start: Start::Listening };
+    let options = ProxyOptions { overrides: QUICK, start: Start::Listening, ..ProxyOptions::default() };
     let proxy = Proxy::start_with(&cluster, options).await;
     eventually("it says that it is not ready", || async {
         proxy.get("/readyz").await.is_some_and(|(status, _)| status == 503)

@@ -342,7 +342,11 @@ async fn a_token_from_before_a_failover_is_kept_or_said_to_be_lost() {
     })
     .await;
     // A proxy that has seen nothing of the old timeline knows its history from the new primary.
-    let second = Proxy::start_with(&cluster, ProxyOptions { overrides, start: Start::Ready }).await;
+    let second = Proxy::start_with(
+        &cluster,
+        ProxyOptions { overrides, start: Start::Ready, ..ProxyOptions::default() },
+    )
+    .await;
     for proxy in [&proxy, &second] {
         let client = proxy.connect().await;
         client.batch_execute(&format!("SET highwater.token = '{kept}'")).await.unwrap();

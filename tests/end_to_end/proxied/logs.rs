@@ -134,7 +134,7 @@ async fn a_long_statements_trace_is_found_at_its_end() {
 #[tokio::test]
 async fn what_the_proxy_fails_is_logged_and_what_clients_do_wrong_is_not() {
     let cluster = Cluster::start(0).await;
-    let overrides = "pool: { size: 1, query_wait_timeout: 50ms }\nlog: { format: json }";
+    let overrides = "pool: { size: 1, query_wait_timeout: 2s }\nlog: { format: json }";
     let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
     let (holds, fails) = (proxy.connect().await, proxy.connect().await);
     assert!(holds.simple_query("SELECT 1/0").await.is_err());

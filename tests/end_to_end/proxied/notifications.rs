@@ -200,16 +200,3 @@ fn resident(proxy: &Proxy) -> usize {
     let kilobytes: usize = line.split_whitespace().nth(1).unwrap().parse().unwrap();
     kilobytes * 1024
 }
-
-#[tokio::test]
-async fn a_listener_whose_server_is_gone_is_told_so() {
-    let cluster = Cluster::start(0).await;
-    let proxy = Proxy::start(&cluster).await;
-    let mut listener = proxy.raw_login().await;
-    succeed(&mut listener, "LISTEN a").await;
-    cluster.primary().restart().await.unwrap();
-    let words = listener.read_to_end().await;
-    let last = words.last().expect("a last word");
-    assert_eq!(last.field(b'C').as_deref(), Some("57P01"), "{words:?}");
-    assert_eq!(last.field(b'S').as_deref(), Some("FATAL"), "{words:?}");
-}

@@ -84,7 +84,11 @@ fn the_unit_is_one_that_systemd_takes() {
 async fn healthcheck_says_of_a_running_proxy_whether_it_lives_and_whether_it_can_serve() {
     let cluster = Cluster::start(0).await;
     let overrides = "http_token: hidden-word";
-    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, start: Start::Ready }).await;
+    let proxy = Proxy::start_with(
+        &cluster,
+        ProxyOptions { overrides, start: Start::Ready, ..ProxyOptions::default() },
+    )
+    .await;
     let config = proxy.directory().join("config.yaml");
     let config = config.to_str().unwrap();
     let http = format!("127.0.0.1:{}", proxy.http_port());

@@ -163,7 +163,11 @@ async fn watch(browser: &mut Browser, what: &str, wanted: impl Fn(&Value) -> boo
 async fn with_a_token_the_page_and_the_metrics_ask_for_it_and_the_proxys_own_check_does_not() {
     let cluster = Cluster::start(0).await;
     let overrides = "http_token: hidden-word";
-    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, start: Start::Ready }).await;
+    let proxy = Proxy::start_with(
+        &cluster,
+        ProxyOptions { overrides, start: Start::Ready, ..ProxyOptions::default() },
+    )
+    .await;
     for path in ["/", "/metrics", "/topology"] {
         assert_eq!(proxy.get(path).await.unwrap().0, 401, "{path}");
         let (status, _) = proxy.get_with(path, "Authorization: Bearer hidden-word\r\n").await.unwrap();

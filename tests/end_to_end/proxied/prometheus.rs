@@ -214,7 +214,11 @@ async fn a_real_prometheus_scrapes_the_proxy_and_tells_of_a_replica_that_is_gone
     let Some(program) = program("prometheus") else { return };
     let cluster = Cluster::start(2).await;
     let overrides = "http_token: scrape-me";
-    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, start: Start::Ready }).await;
+    let proxy = Proxy::start_with(
+        &cluster,
+        ProxyOptions { overrides, start: Start::Ready, ..ProxyOptions::default() },
+    )
+    .await;
     let client = proxy.connect().await;
     client.simple_query("SELECT 1").await.unwrap();
     let prometheus = Prometheus::start(&program, proxy.http_port(), "scrape-me").await;

@@ -29,6 +29,17 @@ impl Load {
                 work.map_err(|error| format!("{error}: {:?}", error.as_db_error()))
             }));
         }
+        let (port, app, over) = (proxy.port(), proxy.app().clone(), stop.clone());
+        tasks.push(tokio::spawn(async move {
+            // One that comes and goes: logins must not suffer either.
+            while !over.load(Ordering::SeqCst) {
+                let error = |error: &dyn std::fmt::Display| format!("a client that comes: {error}");
+                let client =
+                    highwater::demo::cluster::connect(port, "app", &app).await.map_err(|e| error(&e))?;
+                client.simple_query("SELECT count(*) FROM load").await.map_err(|e| error(&e))?;
+            }
+            Ok(())
+        }));
         Load { stop, done, clients: tasks }
     }
 
@@ -63,7 +74,7 @@ impl Load {
     /// Waits until each client has most likely been round a few times more.
     async fn goes_on(&self) {
         let before = self.done.load(Ordering::SeqCst);
-        let more = 3 * self.clients.len() as u64;
+        let more = 3 * (self.clients.len() as u64 - 1);
         eventually("the clients go on", || async {
             self.done.load(Ordering::SeqCst) >= before + more || self.clients.iter().any(|c| c.is_finished())
         })
@@ -164,7 +175,7 @@ async fn replicas_come_and_go_under_load_without_an_error() {
     let cluster = Cluster::start(2).await;
     Load::set_up(&cluster).await;
     let first = nodes(&cluster, &[0, 1], &[]);
-    let options = ProxyOptions { overrides: &first, start: Start::Ready };
+    let options = ProxyOptions { overrides: &first, start: Start::Ready, ..ProxyOptions::default() };
     let proxy = Proxy::start_with(&cluster, options).await;
     eventually("the replica is in use", || async { proxy.usable_nodes().await == 2 }).await;
     let load = Load::on(&proxy, 6).await;
@@ -255,7 +266,11 @@ async fn nodes_come_and_go_where_failover_has_a_record_and_the_record_is_read_ag
         )
     };
     let first = file(&[0, 1], 3);
-    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides: &first, start: Start::Ready }).await;
+    let proxy = Proxy::start_with(
+        &cluster,
+        ProxyOptions { overrides: &first, start: Start::Ready, ..ProxyOptions::default() },
+    )
+    .await;
     eventually("the replica is in use", || async { proxy.usable_nodes().await == 2 }).await;
     let load = Load::on(&proxy, 4).await;
     for (which, threshold) in [(&[0, 1, 2][..], 3), (&[0, 2], 3), (&[0, 2], 5), (&[0, 1, 2], 5), (&[0, 1], 5)]
@@ -275,7 +290,7 @@ async fn nodes_come_and_go_where_failover_has_a_record_and_the_record_is_read_ag
 async fn nodes_find_no_place_beyond_the_limit_and_the_limit_takes_a_restart() {
     let cluster = Cluster::start(2).await;
     let two = |limit| format!("limits: {{ nodes: {limit} }}\n{}", nodes(&cluster, &[0, 1], &[]));
-    let options = ProxyOptions { overrides: &two(2), start: Start::Ready };
+    let options = ProxyOptions { overrides: &two(2), start: Start::Ready, ..ProxyOptions::default() };
     let proxy = Proxy::start_with(&cluster, options).await;
     for limit in [2, 3] {
         proxy.configure(

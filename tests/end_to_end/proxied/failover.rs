@@ -1,0 +1,499 @@
+//! The primary dies, freezes, is cut off or exchanged while clients write; and so does the proxy.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::time::{Duration, Instant};
+
+use highwater::config::Config;
+use highwater::control::Command;
+use highwater::demo::port::ReservedPort;
+use highwater::server::ServerHandle;
+use highwater::topology::NodeId;
+
+use crate::fixture::*;
+
+const TABLE: &str = "CREATE TABLE t (x bigint PRIMARY KEY)";
+
+/// The fixture's configuration with failover by itself, and its state in `directory`.
+fn auto(directory: &tempfile::TempDir, more: &str) -> String {
+    let state = directory.path().join("state");
+    let more = if more.is_empty() { String::new() } else { format!(", {more}") };
+    format!("failover: {{ mode: auto, state_dir: '{}', startup_grace: 1s{more} }}", state.display())
+}
+
+async fn started(cluster: &Cluster, directory: &tempfile::TempDir, more: &str) -> Proxy {
+    started_with(cluster, directory, more, "").await
+}
+
+async fn started_with(
+    cluster: &Cluster,
+    directory: &tempfile::TempDir,
+    more: &str,
+    failpoint: &str,
+) -> Proxy {
+    let overrides = auto(directory, more);
+    let options = ProxyOptions { overrides: &overrides, failpoint, ..ProxyOptions::default() };
+    Proxy::start_with(cluster, options).await
+}
+
+async fn primary(proxy: &Proxy) -> Option<String> {
+    let (_, text) = proxy.get("/topology").await?;
+    let topology: serde_json::Value = serde_json::from_str(&text).ok()?;
+    topology["primary"].as_str().map(str::to_owned)
+}
+
+async fn is_in(proxy: &Proxy, state: &str) -> bool {
+    proxy.metrics().await.sum("highwater_failover_state", &[("state", state)]) == 1.0
+}
+
+/// Who writes single rows through a proxy, one statement each, and what became of them.
+struct Writers {
+    stop: Arc<AtomicBool>,
+    next: Arc<AtomicI64>,
+    acknowledged: Arc<Mutex<Vec<(Instant, i64)>>>,
+    errors: Arc<Mutex<BTreeMap<String, usize>>>,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Writers {
+    async fn start(port: u16, cluster: &Cluster, clients: usize) -> Writers {
+        let writers = Writers {
+            stop: Arc::default(),
+            next: Arc::default(),
+            acknowledged: Arc::default(),
+            errors: Arc::default(),
+            tasks: Vec::new(),
+        };
+        let mut tasks = Vec::new();
+        for _ in 0..clients {
+            let (stop, next) = (writers.stop.clone(), writers.next.clone());
+            let (acknowledged, errors) = (writers.acknowledged.clone(), writers.errors.clone());
+            let login = cluster.roles().app.clone();
+            let connect = move || {
+                let login = login.clone();
+                async move { highwater::demo::cluster::connect(port, "app", &login).await }
+            };
+            let mut client = connect().await.unwrap();
+            tasks.push(tokio::spawn(async move {
+                while !stop.load(Ordering::Relaxed) {
+                    let id = next.fetch_add(1, Ordering::Relaxed);
+                    match client.execute("INSERT INTO t VALUES ($1)", &[&id]).await {
+                        Ok(_) => acknowledged.lock().unwrap().push((Instant::now(), id)),
+                        Err(error) => {
+                            let code =
+                                error.code().map_or("closed".to_owned(), |code| code.code().to_owned());
+                            *errors.lock().unwrap().entry(code).or_default() += 1;
+                        }
+                    }
+                    while client.is_closed() && !stop.load(Ordering::Relaxed) {
+                        match connect().await {
+                            Ok(new) => client = new,
+                            // The proxy may be away, too.
+                            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+                        }
+                    }
+                }
+            }));
+        }
+        Writers { tasks, ..writers }
+    }
+
+    fn acknowledged(&self) -> usize {
+        self.acknowledged.lock().unwrap().len()
+    }
+
+    /// Waits until this many more have been acknowledged.
+    async fn more(&self, writes: usize) {
+        let target = self.acknowledged() + writes;
+        eventually("writes go on", || async { self.acknowledged() >= target }).await;
+    }
+
+    /// Stops them all; a statement that waits is waited for.
+    async fn finish(self) -> Written {
+        self.stop.store(true, Ordering::Relaxed);
+        for task in self.tasks {
+            task.await.unwrap();
+        }
+        let acknowledged = std::mem::take(&mut *self.acknowledged.lock().unwrap());
+        let errors = std::mem::take(&mut *self.errors.lock().unwrap());
+        Written { acknowledged, errors }
+    }
+}
+
+struct Written {
+    acknowledged: Vec<(Instant, i64)>,
+    errors: BTreeMap<String, usize>,
+}
+
+impl Written {
+    /// The first acknowledgement of a write after `at`, whatever was still on its way then.
+    fn first_after(&self, at: Instant) -> Duration {
+        let after = self.acknowledged.iter().map(|(when, _)| *when).filter(|when| *when > at).min();
+        after.expect("nothing was written afterwards").duration_since(at)
+    }
+
+    /// The longest time between two acknowledgements.
+    fn gap(&self) -> Duration {
+        let mut times: Vec<Instant> = self.acknowledged.iter().map(|(when, _)| *when).collect();
+        times.sort();
+        times.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default()
+    }
+
+    /// How many acknowledged rows `node` does not have.
+    async fn lost(&self, cluster: &Cluster, node: usize) -> usize {
+        let client = cluster.node(node).connect("app", &cluster.roles().superuser).await.unwrap();
+        let rows = client.query("SELECT x FROM t", &[]).await.unwrap();
+        let there: std::collections::HashSet<i64> = rows.iter().map(|row| row.get(0)).collect();
+        self.acknowledged.iter().filter(|(_, id)| !there.contains(id)).count()
+    }
+}
+
+/// The index of the one node that is not in recovery, among those that run.
+async fn only_primary(cluster: &Cluster) -> usize {
+    let mut found = Vec::new();
+    for (index, node) in cluster.nodes().iter().enumerate() {
+        if node.is_running() && node.query_text("SELECT pg_is_in_recovery()").await.unwrap() == "f" {
+            found.push(index);
+        }
+    }
+    assert_eq!(found.len(), 1, "primaries: {found:?}");
+    found[0]
+}
+
+/// A proxy in this process, to give commands to.
+struct Inside {
+    server: Option<ServerHandle>,
+    port: u16,
+    _ports: (ReservedPort, ReservedPort),
+}
+
+impl Inside {
+    async fn start(cluster: &Cluster, overrides: &str) -> Inside {
+        let ports = (ReservedPort::claim().unwrap(), ReservedPort::claim().unwrap());
+        let options = ProxyOptions { overrides, ..ProxyOptions::default() };
+        let text = config_text(cluster, ports.0.number(), ports.1.number(), &options);
+        let config = Config::parse(&text, "test", &|_| None).unwrap();
+        let server = tokio::task::spawn_blocking(move || highwater::server::start(config)).await.unwrap();
+        let inside = Inside {
+            server: Some(server.unwrap_or_else(|e| panic!("{e}"))),
+            port: ports.0.number(),
+            _ports: ports,
+        };
+        let nodes = cluster.nodes().len();
+        eventually("all nodes serve", || async {
+            let topology = inside.server().topology.load_full();
+            topology.primary.is_some() && topology.serving_replicas().count() == nodes - 1
+        })
+        .await;
+        inside
+    }
+
+    fn server(&self) -> &ServerHandle {
+        self.server.as_ref().unwrap()
+    }
+
+    async fn give(&self, command: Command) -> Result<String, String> {
+        let answer = self.server().commands.give(command);
+        tokio::time::timeout(PATIENCE * 2, answer).await.expect("the command was not answered")
+    }
+
+    fn state(&self) -> &'static str {
+        self.server().commands.status().state
+    }
+
+    async fn until(&self, state: &str) {
+        eventually(state, || async { self.state() == state }).await;
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        // It joins its threads, which must not stop this one's runtime.
+        let server = self.server.take();
+        let _ = std::thread::spawn(move || drop(server)).join();
+    }
+}
+
+/// How often the heavy ones run; `make failover` sets it.
+fn runs() -> usize {
+    std::env::var("HIGHWATER_FAILOVER_RUNS").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
+/// For the table of `make failover`.
+fn figure(what: &str, values: &[Duration]) {
+    let mut ms: Vec<u128> = values.iter().map(Duration::as_millis).collect();
+    ms.sort_unstable();
+    if let (Some(least), Some(most)) = (ms.first(), ms.last()) {
+        println!("| {what} | {} | {least} | {} | {most} |", ms.len(), ms[ms.len() / 2]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_killed_under_writers_is_replaced_and_the_loss_is_never_overstated() {
+    let mut firsts = Vec::new();
+    let mut told = Vec::new();
+    for _ in 0..runs() {
+        let cluster = Cluster::start(2).await;
+        cluster.set_up(TABLE).await;
+        let directory = tempfile::tempdir().unwrap();
+        let proxy = started(&cluster, &directory, "").await;
+        let writers = Writers::start(proxy.port(), &cluster, 16).await;
+        writers.more(500).await;
+        let before = cluster.node(0).query_text("SELECT pg_current_wal_insert_lsn()").await.unwrap();
+        let killed = Instant::now();
+        cluster.node(0).crash().await.unwrap();
+        writers.more(500).await;
+        let written = writers.finish().await;
+        let new = only_primary(&cluster).await;
+        firsts.push(written.first_after(killed + Duration::from_millis(100)));
+        let lost = written.lost(&cluster, new).await;
+        let reported = proxy.metrics().await.sum("highwater_lost_acked_bytes_min", &[]);
+        if lost == 0 {
+            assert_eq!(reported, 0.0, "a loss was reported, and there was none; the log was at {before}");
+        }
+        told.push((lost, reported));
+        // Only those whose outcome nobody knows are told so; nothing else fails.
+        let unexpected: Vec<_> =
+            written.errors.keys().filter(|code| !["08007", "HW001"].contains(&code.as_str())).collect();
+        assert!(unexpected.is_empty(), "{:?}", written.errors);
+    }
+    figure("kill -9 of the primary, async: first write (ms)", &firsts);
+    println!("rows lost, bytes reported at least: {told:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_primary_is_replaced_and_acknowledges_nothing_when_it_thaws() {
+    let cluster = Cluster::start(2).await;
+    cluster.set_up(TABLE).await;
+    let directory = tempfile::tempdir().unwrap();
+    let proxy = started(&cluster, &directory, "").await;
+    let writers = Writers::start(proxy.port(), &cluster, 8).await;
+    writers.more(200).await;
+    let frozen = Instant::now();
+    cluster.node(0).freeze().unwrap();
+    writers.more(200).await;
+    cluster.node(0).thaw().unwrap();
+    cluster.node(0).wait_for("SHOW default_transaction_read_only", "on").await.unwrap();
+    writers.more(200).await;
+    let written = writers.finish().await;
+    figure(
+        "frozen primary, async: first write (ms)",
+        &[written.first_after(frozen + Duration::from_millis(100))],
+    );
+    let new = match primary(&proxy).await.as_deref() {
+        Some("b") => 1,
+        Some("c") => 2,
+        other => panic!("the primary is {other:?}"),
+    };
+    // What was written since the freeze is all on the new one: the old one has acknowledged none of it.
+    let since: Vec<_> = written
+        .acknowledged
+        .iter()
+        .filter(|(at, _)| *at > frozen + Duration::from_millis(100))
+        .copied()
+        .collect();
+    assert!(since.len() >= 400);
+    let since = Written { acknowledged: since, errors: BTreeMap::new() };
+    assert_eq!(since.lost(&cluster, new).await, 0);
+    let metrics = proxy.metrics().await;
+    assert_eq!(metrics.sum("highwater_quarantined_nodes", &[("reason", "old_primary")]), 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_that_is_cut_off_from_all_nodes_promotes_none() {
+    let cluster = Cluster::start(2).await;
+    let directory = tempfile::tempdir().unwrap();
+    let quick = "check_interval: 100ms, check_timeout: 300ms, kick_timeout: 500ms, failure_threshold: 2";
+    let proxy = started(&cluster, &directory, quick).await;
+    for silent in [true, false] {
+        let told = "neither the primary nor a standby that knows of it can be reached";
+        let before = proxy.log().matches(told).count();
+        for index in 0..3 {
+            match silent {
+                true => cluster.link(index).silence(),
+                false => cluster.link(index).cut(),
+            }
+        }
+        eventually("it says that it is isolated", || async { proxy.log().matches(told).count() > before })
+            .await;
+        for index in 0..3 {
+            cluster.link(index).heal();
+        }
+        eventually("all is well again", || async {
+            is_in(&proxy, "healthy").await && proxy.usable_nodes().await == 3
+        })
+        .await;
+    }
+    assert_eq!(only_primary(&cluster).await, 0);
+    assert_eq!(proxy.metrics().await.sum("highwater_failovers_total", &[]), 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_that_restarts_by_itself_is_waited_for() {
+    let cluster = Cluster::start(2).await;
+    cluster.set_up(TABLE).await;
+    let directory = tempfile::tempdir().unwrap();
+    let proxy = started(&cluster, &directory, "").await;
+    let writers = Writers::start(proxy.port(), &cluster, 4).await;
+    writers.more(100).await;
+    // The server restarts in place as a backend is killed.
+    cluster.node(0).crash_backend().await.unwrap();
+    writers.more(100).await;
+    // And in order.
+    cluster.node(0).restart().await.unwrap();
+    writers.more(100).await;
+    writers.finish().await;
+    assert_eq!(only_primary(&cluster).await, 0);
+    eventually("all is well", || async { is_in(&proxy, "healthy").await }).await;
+    let timeline = "SELECT left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)";
+    assert_eq!(cluster.node(0).query_text(timeline).await.unwrap(), "00000001");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_death_soon_after_the_first_waits_for_an_operator() {
+    let cluster = Cluster::start(2).await;
+    cluster.set_up(TABLE).await;
+    let directory = tempfile::tempdir().unwrap();
+    let inside = Inside::start(&cluster, &auto(&directory, "allow_minority: true")).await;
+    let client = highwater::demo::cluster::connect(inside.port, "app", &cluster.roles().app).await.unwrap();
+    cluster.node(0).crash().await.unwrap();
+    client.execute("INSERT INTO t VALUES (1)", &[]).await.unwrap();
+    let second = only_primary(&cluster).await;
+    eventually("the other one follows", || async {
+        inside.state() == "healthy" && inside.server().topology.load_full().serving_replicas().count() == 1
+    })
+    .await;
+    cluster.node(second).crash().await.unwrap();
+    inside.until("blocked").await;
+    assert_eq!(inside.server().commands.status().blocked.as_ref().unwrap().0, "too_soon");
+    let last = 3 - second;
+    assert_eq!(cluster.node(last).query_text("SELECT pg_is_in_recovery()").await.unwrap(), "t");
+    inside.give(Command::AckRecovery).await.unwrap();
+    cluster.node(last).wait_for("SELECT pg_is_in_recovery()", "f").await.unwrap();
+    inside.until("healthy").await;
+    client.execute("INSERT INTO t VALUES (2)", &[]).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_switchover_under_load_loses_nothing_and_fails_no_statement() {
+    let mut gaps = Vec::new();
+    for _ in 0..runs() {
+        let cluster = Cluster::start(2).await;
+        cluster.set_up(TABLE).await;
+        let directory = tempfile::tempdir().unwrap();
+        let inside = Inside::start(&cluster, &auto(&directory, "")).await;
+        let writers = Writers::start(inside.port, &cluster, 16).await;
+        writers.more(500).await;
+        let would =
+            inside.give(Command::Switchover { to: Some(NodeId(2)), dry_run: true, timeout: None }).await;
+        assert!(would.unwrap().contains("would replace a by c"));
+        let done =
+            inside.give(Command::Switchover { to: Some(NodeId(2)), dry_run: false, timeout: None }).await;
+        done.unwrap();
+        writers.more(500).await;
+        let written = writers.finish().await;
+        assert_eq!(written.errors, BTreeMap::new());
+        assert_eq!(written.lost(&cluster, 2).await, 0);
+        assert_eq!(inside.server().topology.load_full().primary, Some(NodeId(2)));
+        gaps.push(written.gap());
+        // The other standby follows the new one.
+        cluster.node(2).wait_for("SELECT count(*) FROM pg_stat_replication", "1").await.unwrap();
+        cluster.node(0).wait_for("SHOW default_transaction_read_only", "on").await.unwrap();
+    }
+    figure("switchover under load: longest gap (ms)", &gaps);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_switchover_whose_candidate_cannot_catch_up_is_given_up_and_the_primary_goes_on() {
+    let cluster = Cluster::start(2).await;
+    cluster.set_up(TABLE).await;
+    let directory = tempfile::tempdir().unwrap();
+    let inside = Inside::start(&cluster, &auto(&directory, "")).await;
+    let client = highwater::demo::cluster::connect(inside.port, "app", &cluster.roles().app).await.unwrap();
+    client.execute("INSERT INTO t VALUES (1)", &[]).await.unwrap();
+    cluster.node(1).freeze().unwrap();
+    let timeout = Some(Duration::from_secs(1));
+    let answer = inside.give(Command::Switchover { to: Some(NodeId(1)), dry_run: false, timeout }).await;
+    assert!(answer.is_err(), "{answer:?}");
+    client.execute("INSERT INTO t VALUES (2)", &[]).await.unwrap();
+    cluster.node(1).thaw().unwrap();
+    assert_eq!(only_primary(&cluster).await, 0);
+    inside.until("healthy").await;
+    cluster.node(0).wait_for("SHOW default_transaction_read_only", "off").await.unwrap();
+    cluster.node(0).wait_for("SELECT count(*) FROM pg_stat_replication", "2").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standby_ahead_of_the_one_an_operator_chose_is_not_read_from() {
+    let cluster = Cluster::start(2).await;
+    cluster.set_up(TABLE).await;
+    let directory = tempfile::tempdir().unwrap();
+    let manual = auto(&directory, "").replace("mode: auto", "mode: manual");
+    let inside = Inside::start(&cluster, &manual).await;
+    // Only c gets these.
+    cluster.node(1).set("primary_conninfo", "").await.unwrap();
+    cluster.node(0).wait_for("SELECT count(*) FROM pg_stat_replication", "1").await.unwrap();
+    cluster.node(0).execute("INSERT INTO t SELECT generate_series(1, 100)").await.unwrap();
+    cluster.node(2).wait_for("SELECT count(*) FROM t", "100").await.unwrap();
+    cluster.node(0).crash().await.unwrap();
+    inside.until("blocked").await;
+    let to_b = |allow_data_loss| Command::Failover { to: Some(NodeId(1)), allow_data_loss };
+    let refused = inside.give(to_b(false)).await.unwrap_err();
+    assert!(refused.contains("ahead"), "{refused}");
+    inside.give(to_b(true)).await.unwrap();
+    assert_eq!(cluster.node(1).query_text("SELECT count(*) FROM t").await.unwrap(), "0");
+    eventually("c is in quarantine", || async {
+        inside.server().commands.status().quarantined.iter().any(|(name, _)| name == "c")
+    })
+    .await;
+    let client = highwater::demo::cluster::connect(inside.port, "app", &cluster.roles().app).await.unwrap();
+    for _ in 0..50 {
+        let row = client.query_one("SELECT count(*) FROM t", &[]).await.unwrap();
+        assert_eq!(row.get::<_, i64>(0), 0, "a read of rows that the primary does not have");
+    }
+}
+
+/// Kills the proxy at each place in turn while it replaces a dead primary; the next start finishes it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_killed_at_any_step_of_a_failover_finishes_it_when_it_is_back() {
+    let places = [
+        "record_before",
+        "record_written",
+        "record_after",
+        "sever",
+        "promote_sent",
+        "promote",
+        "record_after#3",
+        "repoint",
+        "epoch_row",
+    ];
+    for place in places {
+        let cluster = Cluster::start(2).await;
+        cluster.set_up(TABLE).await;
+        let directory = tempfile::tempdir().unwrap();
+        let overrides = auto(&directory, "allow_minority: true");
+        // What is recorded at the start is none of the failover's.
+        let first =
+            Proxy::start_with(&cluster, ProxyOptions { overrides: &overrides, ..ProxyOptions::default() })
+                .await;
+        eventually("it is well", || async { is_in(&first, "healthy").await }).await;
+        drop(first);
+        let options = ProxyOptions { overrides: &overrides, failpoint: place, ..ProxyOptions::default() };
+        let proxy = Proxy::start_with(&cluster, options).await;
+        cluster.node(0).crash().await.unwrap();
+        proxy.revive().await;
+        eventually(&format!("finished after a kill at {place}"), || async {
+            is_in(&proxy, "healthy").await && primary(&proxy).await.is_some_and(|name| name != "a")
+        })
+        .await;
+        let new = only_primary(&cluster).await;
+        let client = proxy.connect().await;
+        client.execute("INSERT INTO t VALUES (1)", &[]).await.unwrap();
+        let follows = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'";
+        cluster.node(new).wait_for(follows, "1").await.unwrap();
+        let timeline = "SELECT left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)";
+        assert_eq!(cluster.node(new).query_text(timeline).await.unwrap(), "00000002", "{place}");
+    }
+}

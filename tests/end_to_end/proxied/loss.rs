@@ -1,0 +1,203 @@
+//! What a session keeps, and what it is told, when its primary is lost.
+
+use crate::fixture::*;
+
+const QUICK: &str =
+    "failover: { check_interval: 100ms, check_timeout: 500ms, failure_threshold: 2, eject_time: 200ms }";
+
+async fn quick(cluster: &Cluster) -> Proxy {
+    Proxy::start_with(cluster, ProxyOptions { overrides: QUICK, ..ProxyOptions::default() }).await
+}
+
+fn code(messages: &[Message]) -> Option<String> {
+    messages.iter().find(|message| message.tag == b'E').and_then(|error| error.field(b'C'))
+}
+
+async fn succeed(client: &mut RawClient, sql: &str) -> Vec<Message> {
+    let answer = client.ask(&query(sql)).await;
+    assert!(!tags(&answer).contains('E'), "{sql}: {answer:?}");
+    answer
+}
+
+/// The next that is not a parameter's new value.
+async fn heard(client: &mut RawClient) -> Message {
+    loop {
+        let message = client.read().await.expect("the session lives");
+        if message.tag != b'S' {
+            return message;
+        }
+    }
+}
+
+async fn written(proxy: &Proxy, sql: &str) {
+    eventually("there is a primary", || async {
+        match proxy.connect_as("app", proxy.app()).await {
+            Ok(client) => client.batch_execute(sql).await.is_ok(),
+            Err(_) => false,
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_idle_session_listens_and_has_its_statements_and_settings_on_the_next_primary() {
+    let cluster = Cluster::start(2).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    let proxy = quick(&cluster).await;
+    let mut client = proxy.raw_login().await;
+    succeed(&mut client, "LISTEN a; LISTEN \"B \"\"b\"").await;
+    succeed(&mut client, "SET TimeZone TO 'Asia/Tokyo'").await;
+    let insert = "INSERT INTO t VALUES ($1) RETURNING x, current_setting('TimeZone')";
+    let prepared = client.ask(&[parse("s", insert), sync()].concat()).await;
+    assert_eq!(tags(&prepared), "1Z", "{prepared:?}");
+    cluster.wait_caught_up(0).await.unwrap();
+    cluster.primary().crash().await.unwrap();
+    cluster.node(1).promote().await.unwrap();
+    cluster.node(2).follow(cluster.node(1)).await.unwrap();
+    // It says nothing, and yet hears what is sent there.
+    let warning = heard(&mut client).await;
+    assert_eq!((warning.tag, warning.field(b'C').as_deref()), (b'N', Some("HW003")), "{warning:?}");
+    written(&proxy, "NOTIFY a, 'one'").await;
+    assert_eq!(heard(&mut client).await.tag, b'A');
+    written(&proxy, "NOTIFY \"B \"\"b\", 'two'").await;
+    assert_eq!(heard(&mut client).await.tag, b'A');
+    let run = || [bind("s", &["42"]), execute(), sync()].concat();
+    let mut answer = client.ask(&run()).await;
+    if code(&answer).as_deref() == Some("HW001") {
+        // What it had seen cannot be shown to be kept: said once.
+        answer = client.ask(&run()).await;
+    }
+    let row = answer.iter().find(|message| message.tag == b'D').unwrap_or_else(|| panic!("{answer:?}"));
+    assert_eq!(row.columns(), [Some("42".to_owned()), Some("Asia/Tokyo".to_owned())]);
+    assert_eq!(cluster.node(1).query_text("SELECT x FROM t").await.unwrap(), "42");
+    // It is still the session's own to stop.
+    succeed(&mut client, "UNLISTEN *").await;
+    written(&proxy, "NOTIFY a, 'three'").await;
+    assert!(!tags(&succeed(&mut client, "SELECT 1").await).contains('A'));
+}
+
+#[tokio::test]
+async fn a_listener_whose_server_restarts_listens_again_also_by_its_next_statement() {
+    let cluster = Cluster::start(0).await;
+    let proxy = quick(&cluster).await;
+    let (mut idle, mut busy) = (proxy.raw_login().await, proxy.raw_login().await);
+    succeed(&mut idle, "LISTEN a").await;
+    for round in 0..3 {
+        succeed(&mut busy, "LISTEN a").await;
+        cluster.primary().stop_fast().await.unwrap();
+        eventually("both are let go", || async {
+            proxy.metrics().await.sum("highwater_pinned_sessions", &[]) == 0.0
+        })
+        .await;
+        busy.send(&query(&format!("SELECT pg_notify('a', '{round}')"))).await;
+        cluster.primary().start().await.unwrap();
+        let mut answer = busy.read_ready().await;
+        if code(&answer).as_deref() == Some("HW001") {
+            // The server has begun anew: what was acknowledged cannot be shown to be there.
+            answer = busy.ask(&query(&format!("SELECT pg_notify('a', '{round}')"))).await;
+        }
+        // It has listened before it notified.
+        assert_eq!((code(&answer), tags(&answer).matches('A').count()), (None, 1), "{answer:?}");
+        let warning = heard(&mut idle).await;
+        assert_eq!((warning.tag, warning.field(b'C').as_deref()), (b'N', Some("HW003")), "{warning:?}");
+        // From then on it misses nothing.
+        succeed(&mut busy, "NOTIFY a, 'last'").await;
+        while !heard(&mut idle).await.body.ends_with(b"last\0") {}
+    }
+    succeed(&mut idle, "UNLISTEN *").await;
+}
+
+#[tokio::test]
+async fn a_transaction_or_state_that_is_lost_with_its_server_ends_the_session() {
+    let cluster = Cluster::start(0).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    let proxy = quick(&cluster).await;
+    for state in [
+        "BEGIN; INSERT INTO t VALUES (1)",
+        "CREATE TEMP TABLE mine (x int)",
+        "LISTEN a; PREPARE p AS SELECT 1; SELECT pg_advisory_lock(1)",
+    ] {
+        let mut client = proxy.raw_login().await;
+        succeed(&mut client, state).await;
+        cluster.link(0).cut();
+        let words = client.read_to_end().await;
+        assert_eq!(code(&words).as_deref(), Some("57P01"), "{state}: {words:?}");
+        cluster.link(0).heal();
+        written(&proxy, "INSERT INTO t VALUES (2)").await;
+    }
+}
+
+#[tokio::test]
+async fn a_commit_whose_answer_is_lost_is_said_to_be_unknown() {
+    let cluster = Cluster::start(0).await;
+    cluster
+        .set_up(
+            "CREATE TABLE t (x int);
+             CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql
+                 AS $$ BEGIN PERFORM pg_sleep(3600); RETURN NULL; END $$;
+             CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON t DEFERRABLE INITIALLY DEFERRED
+                 FOR EACH ROW EXECUTE FUNCTION wait()",
+        )
+        .await;
+    let proxy = quick(&cluster).await;
+    let extended = [parse("", "END"), bind("", &[]), execute(), sync()].concat();
+    for commit in [query("COMMIT"), query("SELECT 1; COMMIT"), query("PREPARE TRANSACTION 'x'"), extended] {
+        let mut client = proxy.raw_login().await;
+        succeed(&mut client, "BEGIN").await;
+        succeed(&mut client, "INSERT INTO t VALUES (1)").await;
+        client.send(&commit).await;
+        let sleeps = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+        cluster.primary().wait_for(sleeps, "1").await.unwrap();
+        cluster.link(0).cut();
+        let answer = client.read_ready().await;
+        assert_eq!(code(&answer).as_deref(), Some("08007"), "{answer:?}");
+        cluster.link(0).heal();
+        let end =
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+        cluster.primary().query_text(end).await.unwrap();
+        written(&proxy, "SELECT 1").await;
+        // The session has gone on, outside the transaction.
+        assert_eq!(answer.last().unwrap().body, b"I");
+        let answer = succeed(&mut client, "SHOW transaction_read_only").await;
+        assert_eq!(answer.last().unwrap().body, b"I");
+    }
+}
+
+#[tokio::test]
+async fn a_commit_that_no_synchronous_replica_has_is_no_success() {
+    let cluster = Cluster::start(0).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    let proxy = quick(&cluster).await;
+    let mut client = proxy.raw_login().await;
+    succeed(&mut client, "INSERT INTO t VALUES (0)").await;
+    cluster.primary().set("synchronous_standby_names", "nobody").await.unwrap();
+    let extended = |sql: &str| [parse("", sql), bind("", &[]), execute(), sync()].concat();
+    let units = [
+        (vec![], query("INSERT INTO t VALUES (1)"), "EZ"),
+        (vec!["BEGIN", "INSERT INTO t VALUES (1)"], query("COMMIT"), "EZ"),
+        (vec![], extended("INSERT INTO t VALUES (1)"), "12CEZ"),
+        (vec!["BEGIN", "INSERT INTO t VALUES (1)"], extended("COMMIT"), "12EZ"),
+        (vec![], query("INSERT INTO t VALUES (1); INSERT INTO t VALUES (1)"), "CEZ"),
+    ];
+    for (before, unit, expected) in units {
+        for sql in before {
+            succeed(&mut client, sql).await;
+        }
+        client.send(&unit).await;
+        let waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+        cluster.primary().wait_for(waits, "1").await.unwrap();
+        let cancel =
+            "SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+        cluster.primary().query_text(cancel).await.unwrap();
+        let answer = client.read_ready().await;
+        let error = answer.iter().find(|message| message.tag == b'E');
+        assert_eq!(error.and_then(|e| e.field(b'C')).as_deref(), Some("08007"), "{answer:?}");
+        // By the extended protocol the command was done before the commit.
+        assert!(tags(&answer) == expected || tags(&answer) == expected.replace("2E", "2CE"), "{answer:?}");
+        assert_eq!(answer.last().unwrap().body, b"I");
+    }
+    cluster.primary().set("synchronous_standby_names", "").await.unwrap();
+    // The session goes on, and sees what it did.
+    let answer = succeed(&mut client, "SELECT count(*) FROM t").await;
+    assert_eq!(answer[1].columns()[0].as_deref(), Some("7"));
+}

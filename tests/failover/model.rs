@@ -1,0 +1,150 @@
+//! Random schedules against the real machine: what must never happen does not, and with any part of the
+//! rule left out it does.
+
+use std::ops::Range;
+
+use highwater::failover::decide::Durability;
+
+use crate::plan::Plan;
+use crate::world::{Happened, Without, World};
+
+/// HIGHWATER_MODEL_RUNS: more, for a soak. HIGHWATER_MODEL_SEED: this one alone, with all that happens.
+fn seeds(usually: u64) -> Range<u64> {
+    let number = |name: &str| std::env::var(name).ok().map(|n| n.parse::<u64>().unwrap());
+    match number("HIGHWATER_MODEL_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 1..1 + number("HIGHWATER_MODEL_RUNS").unwrap_or(usually),
+    }
+}
+
+fn run(plan: Plan, without: Without, traced: bool) -> World {
+    World::new(plan, without, traced).run()
+}
+
+/// What rule was broken, as far as the first word says.
+fn kind(violation: &str) -> String {
+    violation.split(' ').next().unwrap_or_default().to_owned()
+}
+
+/// Takes faults away for as long as the same rule is broken.
+fn shrink(mut plan: Plan, without: Without, broken: &str) -> Plan {
+    let breaks = |plan: &Plan| {
+        run(plan.clone(), without, false).violations.iter().any(|violation| kind(violation) == kind(broken))
+    };
+    let mut at = 0;
+    while at < plan.faults.len() {
+        let mut fewer = plan.clone();
+        fewer.faults.remove(at);
+        if breaks(&fewer) {
+            plan = fewer;
+        } else {
+            at += 1;
+        }
+    }
+    plan
+}
+
+fn add(total: &mut Happened, run: &Happened) {
+    total.acked += run.acked;
+    total.acked_direct += run.acked_direct;
+    total.promotions += run.promotions;
+    total.switchovers += run.switchovers;
+    total.blocked += run.blocked;
+    total.unknown_orders += run.unknown_orders;
+    total.late_effects += run.late_effects;
+    total.proxy_crashes += run.proxy_crashes;
+    total.proven += run.proven;
+    total.degraded += run.degraded;
+    total.settled_healthy += run.settled_healthy;
+    total.violations += usize::from(run.violations > 0);
+}
+
+fn report(seed: u64, plan: &Plan, broken: &str) {
+    let small = shrink(plan.clone(), Without::Nothing, broken);
+    println!("seed {seed}: {broken}");
+    println!("shrunk: {:?} n={} {:?}", small.durability, small.nodes, small.faults);
+    let world = run(small, Without::Nothing, true);
+    for line in world.trace.iter().flatten() {
+        println!("{line}");
+    }
+}
+
+fn runs(durability: Durability, without: Without, seeds: Range<u64>) -> Happened {
+    let mut total = Happened::default();
+    for seed in seeds.clone() {
+        let plan = Plan::random(seed, durability);
+        let world = run(plan.clone(), without, false);
+        add(&mut total, &world.happened);
+        if let Some(broken) = world.violations.first().filter(|_| without == Without::Nothing) {
+            if total.violations == 1 {
+                report(seed, &plan, broken);
+            } else if total.violations < 40 {
+                println!("seed {seed}: {broken}");
+            }
+        }
+    }
+    total
+}
+
+#[test]
+fn under_quorum_nothing_acknowledged_is_lost_and_nobody_acknowledges_beside_the_primary() {
+    let seeds = seeds(1500);
+    let each = (seeds.end - seeds.start) as usize;
+    let happened = runs(Durability::Quorum, Without::Nothing, seeds);
+    println!("{happened:?}");
+    assert_eq!(happened.violations, 0, "{happened:?}");
+    if each > 100 {
+        // And all of it has been tried.
+        assert!(happened.promotions > each / 3 && happened.switchovers > each / 20, "{happened:?}");
+        assert!(happened.unknown_orders > each / 3 && happened.late_effects > each / 20, "{happened:?}");
+        assert!(happened.proxy_crashes > each / 5 && happened.degraded > each / 5, "{happened:?}");
+        assert!(happened.settled_healthy > each / 2 && happened.blocked > each / 50, "{happened:?}");
+    }
+}
+
+#[test]
+fn without_quorum_there_is_one_write_target_all_the_same() {
+    let seeds = seeds(600);
+    let each = (seeds.end - seeds.start) as usize;
+    let happened = runs(Durability::Async, Without::Nothing, seeds);
+    println!("{happened:?}");
+    assert_eq!(happened.violations, 0, "{happened:?}");
+    assert!(each < 100 || happened.promotions > each / 3, "{happened:?}");
+}
+
+#[test]
+fn with_any_part_of_the_rule_left_out_something_breaks() {
+    let mut missed = Vec::new();
+    for without in [
+        Without::Lock,
+        Without::RecordFirst,
+        Without::ClosedSockets,
+        Without::SeverProof,
+        Without::Severing,
+        Without::FinalPosition,
+        Without::QuorumCount,
+        Without::Degraded,
+        Without::NewEpochDegraded,
+        Without::Barrier,
+        Without::LoosenRecordFirst,
+        Without::InEffect,
+        Without::NoSyncDuringFailover,
+        Without::SameNode,
+    ] {
+        let found = (1..300).find_map(|seed| {
+            let plan = Plan::around(without, seed);
+            let broken = run(plan.clone(), without, false).violations.first().cloned()?;
+            // It is this part that is missed: with the whole rule the same schedule does no harm.
+            if let Some(broken) = run(plan.clone(), Without::Nothing, false).violations.first() {
+                report(seed, &plan, broken);
+                panic!("with the whole rule, too: {broken}");
+            }
+            Some((seed, broken.chars().take(120).collect::<String>()))
+        });
+        println!("without {without:?}: {found:?}");
+        if found.is_none() {
+            missed.push(without);
+        }
+    }
+    assert!(missed.is_empty(), "the model does not miss {missed:?}");
+}
