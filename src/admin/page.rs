@@ -461,6 +461,7 @@ fn failover(view: &View<'_>) -> String {
             view.history.events().iter().find(|e| e.epoch.is_some_and(|epoch| epoch.0 == switch.from.0 + 1));
         // The last position that was sampled lies past the fork: so much was seen that is gone.
         let past = match (switch.fork, switch.last_sample) {
+            _ if switch.kept => "none: all was kept".to_owned(),
             (Some(fork), Some((_, last))) if last > fork => {
                 format!("{} at least", bytes(last.bytes_since(fork)))
             }

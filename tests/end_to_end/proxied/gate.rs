@@ -61,6 +61,7 @@ impl Gated {
             sample_ages: &[],
             clock_offsets: &[],
             topology_changes: 0,
+            sample_ages: &[],
             failover: highwater::metrics::FailoverFigures::default(),
         };
         self.server()
