@@ -163,7 +163,7 @@ impl SessionHandle {
         let activity = self.activity();
         let state = self.facts.state();
         drop(activity);
-        matches!(state, State::Idle) || self.facts.wait() == Some(Wait::Paused)
+        matches!(state, State::Idle | State::LoggingIn) || self.facts.wait() == Some(Wait::Paused)
     }
 
     /// Whether another configuration has been put in force since the session last took one over.
