@@ -135,6 +135,7 @@ audit: ## licences, sources and bans of all packages (installs cargo-deny: minut
 drivers: setup ## real drivers (Python, Node) against PostgreSQL and through the proxy: same output
 	@$(CARGO) build --locked --quiet
 	@tests/drivers/run
+	@tests/drivers/run console
 
 suites: setup ## the drivers' and ORMs' own test suites, directly and through the proxy (an hour; SUITES='asyncpg django')
 	@$(CARGO) build --locked --quiet

@@ -129,6 +129,19 @@ impl Catalogs {
         Catalogs::release(&mut databases, Some(except));
     }
 
+    /// Forgets this database if no session uses it: somebody has asked about it who is not connected to it, and it may
+    /// not even exist.
+    pub fn release_if_unused(&self, name: &str) {
+        let mut databases = self.databases.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(database) = databases.get(name)
+            && Arc::strong_count(database) <= 2
+        {
+            database.released.store(true, Ordering::SeqCst);
+            database.wanted.notify_one();
+            databases.remove(name);
+        }
+    }
+
     fn release(databases: &mut HashMap<Box<str>, Arc<DatabaseCatalog>>, except: Option<&str>) {
         databases.retain(|name, database| {
             // The table and the loader hold one each; sessions get theirs under this lock.

@@ -114,9 +114,9 @@ pub struct ClassKey {
 }
 
 impl ClassKey {
-    /// The hash of the text with its harmless literals folded.
-    pub fn skeleton(self) -> u128 {
-        self.skeleton
+    /// The hash of the text with its harmless literals folded, short: for what may be mistaken once in a lifetime.
+    pub fn short_skeleton(self) -> u64 {
+        self.skeleton as u64
     }
 }
 

@@ -1039,7 +1039,7 @@ mod tests {
         for code in page.split('`').skip(1).step_by(2) {
             let verb = code.split(' ').next().unwrap_or_default();
             let is_command = HELP.iter().any(|(form, _)| form.split(' ').next() == Some(verb));
-            if is_command && !code.contains('\n') && !matches!(code, "EXPLAIN ROUTE" | "DRAIN" | "KILL") {
+            if is_command && code.contains(' ') && !code.contains('\n') && code != "EXPLAIN ROUTE" {
                 said += 1;
                 assert!(parse(code).is_ok(), "{code}");
             }

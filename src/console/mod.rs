@@ -89,12 +89,15 @@ pub struct Past {
 /// An answer that comes when what was ordered is over.
 pub type Answer = Pin<Box<dyn Future<Output = Result<String, String>> + Send>>;
 
+/// What is known of something, item by item.
+pub type Items = Vec<(&'static str, Option<String>)>;
+
 /// What replaces a primary, as the console uses it; `server` fills it in.
 pub struct Steering {
     /// Gives an order.
     pub give: Box<dyn Fn(Order) -> Answer + Send + Sync>,
     /// Where it stands, as `SHOW FAILOVER` has it.
-    pub status: Box<dyn Fn() -> Vec<(&'static str, Option<String>)> + Send + Sync>,
+    pub status: Box<dyn Fn() -> Items + Send + Sync>,
     /// What it has done, oldest first.
     pub past: Box<dyn Fn() -> Vec<Past> + Send + Sync>,
 }

@@ -34,10 +34,14 @@ impl Asker<'_> {
         // Its loader starts at the first question, and ends when nobody uses the database any more.
         let catalog = shared.catalogs.database(&database);
         let until = Instant::now() + PATIENCE;
-        while !catalog.current().is_loaded() && Instant::now() < until {
-            self.wait(tokio::time::sleep(LOOK)).await?;
+        let mut waited = Ok(());
+        while waited.is_ok() && !catalog.current().is_loaded() && Instant::now() < until {
+            waited = self.wait(tokio::time::sleep(LOOK)).await;
         }
         let facts = catalog.current();
+        drop(catalog);
+        shared.catalogs.release_if_unused(&database);
+        waited?;
         let statement =
             Statement { text: sql.as_bytes(), parameter_types: &[], catalog: &facts, lexing: Lexing::Utf8 };
         let class = match shared.classifier.lookup(&statement) {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
-use crate::console::{Order, Past, Steering};
+use crate::console::{Items, Order, Past, Steering};
 use crate::control::Commands;
 use crate::failover::event::Command;
 
@@ -32,7 +32,7 @@ fn command(order: Order) -> Command {
     }
 }
 
-fn shown(commands: &Commands) -> Vec<(&'static str, Option<String>)> {
+fn shown(commands: &Commands) -> Items {
     let status = commands.status();
     let yes = |is: bool| Some(if is { "yes" } else { "no" }.to_owned());
     let since = status.since.elapsed().unwrap_or_default();

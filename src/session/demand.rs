@@ -607,7 +607,7 @@ impl Session {
             return class;
         }
         let (mut class, key) = self.classify_keyed(statement.text(), &statement.types()).await;
-        statement.enter(key.skeleton(), class);
+        statement.enter(key.short_skeleton(), class);
         if let Some(types) = statement.types_query().filter(|_| class.kind == Kind::Read) {
             class = StatementClass { hints: class.hints, ..self.classify(types, &[]).await };
         }
@@ -624,7 +624,7 @@ impl Session {
         let Lookup::Known(mut class, key) = self.lookup(statement.text(), &statement.types()) else {
             return None;
         };
-        statement.enter(key.skeleton(), class);
+        statement.enter(key.short_skeleton(), class);
         if let Some(types) = statement.types_query().filter(|_| class.kind == Kind::Read) {
             let Lookup::Known(of_types, _) = self.lookup(types, &[]) else { return None };
             class = StatementClass { hints: class.hints, ..of_types };

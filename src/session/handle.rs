@@ -163,7 +163,7 @@ impl SessionHandle {
         let activity = self.activity();
         let state = self.facts.state();
         drop(activity);
-        matches!(state, State::Idle) || self.facts.wait() == Some(Wait::Paused)
+        matches!(state, State::Idle | State::LoggingIn) || self.facts.wait() == Some(Wait::Paused)
     }
 
     /// Whether another configuration has been put in force since the session last took one over.
@@ -184,13 +184,16 @@ impl SessionHandle {
     }
 }
 
+/// A database and a user.
+pub type DatabaseAndUser = (Arc<str>, Arc<str>);
+
 /// All sessions, by the process id that their client was told.
 #[derive(Default)]
 pub struct Sessions {
     by_pid: Mutex<HashMap<u32, Arc<SessionHandle>>>,
     next: AtomicU32,
     /// What sessions have done that have ended, by database and user; bounded.
-    ended: Mutex<HashMap<(Arc<str>, Arc<str>), Sums>>,
+    ended: Mutex<HashMap<DatabaseAndUser, Sums>>,
     /// Whose notifications those are that sessions hear.
     pub senders: Senders,
     /// What all sessions are asked to do, those that are yet to come included.
@@ -255,7 +258,7 @@ impl Sessions {
     }
 
     /// What sessions have done, those that have ended included, by database and user.
-    pub fn sums(&self) -> BTreeMap<(Arc<str>, Arc<str>), Sums> {
+    pub fn sums(&self) -> BTreeMap<DatabaseAndUser, Sums> {
         // Under the lock of the registry: nobody ends between the two looks.
         let all = self.lock();
         let mut sums: BTreeMap<_, Sums> = {

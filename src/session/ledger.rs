@@ -62,7 +62,7 @@ pub struct Seen<'a> {
     pub class: StatementClass,
 }
 
-type Table = LruCache<u128, Entry>;
+type Table = LruCache<u64, Entry>;
 
 /// What has run.
 pub struct Ledger {
@@ -95,14 +95,14 @@ impl Ledger {
     }
 
     /// Keeps a place for a statement whose text is at hand now, but not when it has run.
-    pub fn expect(&self, worker: usize, key: u128, seen: &Seen<'_>) {
+    pub fn expect(&self, worker: usize, key: u64, seen: &Seen<'_>) {
         let Some(mut table) = self.table(worker) else { return };
         if table.peek(&key).is_none() {
             self.insert(&mut table, key, seen);
         }
     }
 
-    fn insert(&self, table: &mut Table, key: u128, seen: &Seen<'_>) {
+    fn insert(&self, table: &mut Table, key: u64, seen: &Seen<'_>) {
         let text = match seen.lexing {
             // Where a literal ends cannot be told, and so none of it can be shown.
             Lexing::Unsafe => "(not readable: client_encoding or standard_conforming_strings)".to_owned(),
@@ -123,7 +123,7 @@ impl Ledger {
     }
 
     /// A statement has run; `seen`, should it not be known any more.
-    pub fn ran(&self, worker: usize, key: u128, on_replica: bool, took: Duration, seen: Option<Seen<'_>>) {
+    pub fn ran(&self, worker: usize, key: u64, on_replica: bool, took: Duration, seen: Option<Seen<'_>>) {
         let Some(mut table) = self.table(worker) else { return };
         if let Some(entry) = table.get_mut(&key) {
             return entry.ran(on_replica, took);

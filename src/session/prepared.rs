@@ -36,7 +36,7 @@ pub struct Statement {
     sql: Option<(Range<usize>, Option<Vec<u8>>)>,
     class: Mutex<Option<(u64, StatementClass)>>,
     /// What it is entered in the ledger under, with the class it had then.
-    entry: OnceLock<(u128, StatementClass)>,
+    entry: OnceLock<(u64, StatementClass)>,
     /// The shape that the client was given; 0: none yet.
     shape: AtomicU64,
     /// The unit in which it was given: until that has succeeded it can be taken back.
@@ -134,12 +134,12 @@ impl Statement {
     }
 
     /// What it is entered in the ledger under, and what it was found to be; `None`: it has not been judged yet.
-    pub fn entry(&self) -> Option<(u128, StatementClass)> {
+    pub fn entry(&self) -> Option<(u64, StatementClass)> {
         self.entry.get().copied()
     }
 
     /// Remembers its skeleton.
-    pub fn enter(&self, skeleton: u128, class: StatementClass) {
+    pub fn enter(&self, skeleton: u64, class: StatementClass) {
         self.entry.get_or_init(|| (skeleton, class));
     }
 

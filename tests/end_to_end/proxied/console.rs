@@ -579,6 +579,9 @@ async fn a_route_is_explained_as_it_would_be_taken() {
     let ruled = rows(&client, "EXPLAIN ROUTE (USER reports, DATABASE app) SELECT x FROM t").await;
     assert!(about(&ruled, "runs on").contains("routing.split is off"), "{ruled:?}");
     assert_eq!(about(&ruled, "b"), "no: a replica");
+    // A database that there is not has no facts, and nothing of ours goes on asking for it.
+    let unknown = rows(&client, "EXPLAIN ROUTE (DATABASE nowhere) SELECT 1").await;
+    assert_eq!(about(&unknown, "because"), "the catalog facts of the database are not loaded");
     client.batch_execute("DRAIN b").await.unwrap();
     read = explain("SELECT x FROM t").await;
     assert_eq!(about(&read, "b"), "no: it is drained");
@@ -646,4 +649,29 @@ async fn the_console_ends_with_the_proxy() {
     let last = client.read_to_end().await;
     assert_eq!(last[0].field(b'C').as_deref(), Some("57P01"));
     assert!(stopping.await.unwrap().success());
+}
+
+#[tokio::test]
+async fn orders_about_the_primary_reach_the_machine_and_are_answered() {
+    let cluster = Cluster::start(1).await;
+    let proxy = Proxy::start(&cluster).await;
+    let client = console(&cluster, &proxy).await;
+    let said = |item: &'static str| {
+        let client = &client;
+        async move { cell(client, "failover", ("item", item), "value").await }
+    };
+    assert_eq!(said("mode").await.as_deref(), Some("follow"));
+    assert_eq!((said("primary").await.as_deref(), said("paused").await.as_deref()), (Some("a"), Some("no")));
+    // Without a state_dir it may not begin what a restart could not finish, and says so.
+    let error = client.batch_execute("SWITCHOVER TO b DRY RUN").await.unwrap_err();
+    assert_eq!(code(&error), "55000");
+    assert!(error.as_db_error().unwrap().message().contains("state_dir"), "{error:?}");
+    assert_eq!(code(&client.batch_execute("SWITCHOVER TO nowhere").await.unwrap_err()), "42704");
+    assert_eq!(code(&client.batch_execute("SWITCHOVER TIMEOUT 'soon'").await.unwrap_err()), "22007");
+    let mut raw = proxy.raw().await;
+    raw.login("highwater", &cluster.roles().control).await.unwrap();
+    assert_eq!(tags(&raw.ask(&query("PAUSE FAILOVER")).await), "NCZ");
+    eventually("it is paused", || async { said("paused").await.as_deref() == Some("yes") }).await;
+    assert_eq!(tags(&raw.ask(&query("RESUME FAILOVER")).await), "NCZ");
+    eventually("it is resumed", || async { said("paused").await.as_deref() == Some("no") }).await;
 }
