@@ -1756,6 +1756,6 @@ mod tests {
     #[test]
     fn a_session_takes_little_room() {
         let (session, future) = (size_of::<Session>(), size_of_future(Session::run));
-        assert!(session <= 1792 && future <= 2048, "a session takes {session} bytes, its future {future}");
+        assert!(session <= 1792 && future <= 2304, "a session takes {session} bytes, its future {future}");
     }
 }

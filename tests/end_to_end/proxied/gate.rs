@@ -58,7 +58,6 @@ impl Gated {
             pools: &[],
             class_cache: ClassCacheFigures::default(),
             samples: &[],
-            sample_ages: &[],
             clock_offsets: &[],
             topology_changes: 0,
             sample_ages: &[],
