@@ -9,6 +9,8 @@ DEMO_ARGS ?=
 # How much `make soak-consistency` does: reads per fault, and runs of the model.
 SOAK_READS ?= 20000
 SOAK_MODEL_RUNS ?= 5000
+# The same for `make soak-failover`: random schedules.
+SOAK_FAILOVER_RUNS ?= 200000
 # Operations per fault of `make consistency`.
 HISTORY_OPERATIONS ?= 50000
 # How much `make leaks` does: clients, backends, seconds.
@@ -24,6 +26,7 @@ LEVELS_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test matrix sizes consistency soak-consistency failover leaks drivers suites regress corpus lint fmt clippy doc bench bench-levels audit
+.PHONY: help setup demo test matrix sizes consistency soak-consistency soak-failover leaks drivers suites regress corpus lint fmt clippy doc bench bench-levels audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +56,9 @@ soak-consistency: setup ## SOAK_READS reads per fault, by a debug and a release 
 		--nocapture --test-threads=1
 	HIGHWATER_SOAK_READS=$(SOAK_READS) HIGHWATER_BINARY=$(CURDIR)/target/release/highwater \
 		$(CARGO) test --locked --test end_to_end consistency:: -- --nocapture --test-threads=1
+
+soak-failover: setup ## SOAK_FAILOVER_RUNS random schedules of faults against the failover machine, in a model, by a release build
+	HIGHWATER_MODEL_RUNS=$(SOAK_FAILOVER_RUNS) $(CARGO) test --locked --release --test failover -- --nocapture
 
 consistency: setup ## histories of sessions of all levels under faults, checked against each level's promises
 	$(CARGO) build --locked --release

@@ -210,6 +210,8 @@ pub struct Machine {
     repointing_since: Option<Instant>,
     last_sample: Option<(Lsn, Instant)>,
     acknowledged: Option<Lsn>,
+    /// What a failover by itself would stumble over.
+    unprepared: Option<String>,
     /// The machine before the last step that had a record.
     undo: Option<Box<Machine>>,
     pub(super) out: Vec<Action>,
@@ -240,6 +242,7 @@ impl Machine {
             repointing_since: None,
             last_sample: None,
             acknowledged: None,
+            unprepared: None,
             undo: None,
             out: Vec::new(),
             unix_ms: now.unix_ms,
@@ -343,6 +346,7 @@ impl Machine {
             Event::Acknowledged(lsn) => {
                 self.acknowledged = Some(self.acknowledged.map_or(lsn, |before| before.max(lsn)));
             }
+            Event::Prepared(what) => self.unprepared = what,
             Event::Sync(sync) => self.record.sync = sync,
             Event::Command { id, command } => self.command(id, command, now),
         }
@@ -803,6 +807,9 @@ impl Machine {
                 Mode::Manual => return Some(BlockReason::Manual),
                 Mode::Auto if self.record.cooling => return Some(BlockReason::TooSoon),
                 Mode::Auto => {}
+            }
+            if let Some(what) = &self.unprepared {
+                return Some(BlockReason::Unprepared(what.clone()));
             }
             let (have, all) = (reachable.len(), self.settings.nodes.len());
             // Of two nodes the proxy is the third voice.

@@ -264,6 +264,8 @@ pub enum Event {
     Drained,
     /// A write whose lower bound is this position (the last one sampled before it was sent) was acknowledged.
     Acknowledged(Lsn),
+    /// What nodes must grant and be set to was looked at: what a failover would stumble over, if anything.
+    Prepared(Option<String>),
     /// `synchronous_standby_names` and what is recorded of it has changed (by `failover::sync`).
     Sync(crate::failover::record::SyncState),
     /// An operator asks for something.
@@ -495,6 +497,8 @@ pub enum BlockReason {
     Manual,
     /// PAUSE FAILOVER.
     Paused,
+    /// A node does not grant, or is not set to, what a failover needs there.
+    Unprepared(String),
     /// There was one less than `min_failover_interval` ago.
     TooSoon,
     /// Fewer synchronous standbys were cut off than it takes to know every acknowledged commit (I4).
@@ -552,9 +556,10 @@ pub enum BlockReason {
 
 impl BlockReason {
     /// All labels, for the metric.
-    pub const LABELS: [&'static str; 14] = [
+    pub const LABELS: [&'static str; 15] = [
         "manual",
         "paused",
+        "unprepared",
         "too_soon",
         "too_few_synchronous",
         "degraded",
@@ -574,6 +579,7 @@ impl BlockReason {
         match self {
             BlockReason::Manual => "manual",
             BlockReason::Paused => "paused",
+            BlockReason::Unprepared(_) => "unprepared",
             BlockReason::TooSoon => "too_soon",
             BlockReason::TooFewSynchronous { .. } => "too_few_synchronous",
             BlockReason::Degraded => "degraded",
@@ -595,6 +601,7 @@ impl fmt::Display for BlockReason {
         match self {
             BlockReason::Manual => f.write_str("the primary is gone; FAILOVER replaces it (mode: manual)"),
             BlockReason::Paused => f.write_str("failover is paused; RESUME FAILOVER lets it go on"),
+            BlockReason::Unprepared(what) => write!(f, "{what}; FAILOVER tries all the same"),
             BlockReason::TooSoon => f.write_str(
                 "the last failover was less than min_failover_interval ago; ACK RECOVERY allows another",
             ),

@@ -20,6 +20,7 @@ use crate::failover::event::{
 };
 use crate::failover::keeper::{self, Keeper};
 use crate::failover::orders::{Hands, Limits};
+use crate::failover::preconditions::{self, Needs};
 use crate::failover::record::{Entry, Record, SyncState};
 use crate::failover::store::{Store, identity};
 use crate::failover::sync::{Look, Quorum, SyncAction, SyncEvent};
@@ -32,6 +33,8 @@ use crate::topology::{Epoch, NodeId, Quarantine};
 const QUEUE: usize = 256;
 /// Commands that wait to be taken.
 const COMMANDS: usize = 16;
+/// Nodes that were not prepared are examined again after this.
+const EXAMINE_AGAIN: Duration = Duration::from_secs(30);
 /// The least time between two log lines about the same order on the same node.
 const QUIET: Duration = Duration::from_secs(5);
 
@@ -129,6 +132,10 @@ pub struct Shell {
     config: Arc<Config>,
     nodes: Arc<Nodes>,
     keeper: Option<Keeper>,
+    /// The `application_name` of the sessions that give orders.
+    identity: String,
+    prepared: bool,
+    examine_at: Option<Instant>,
     tasks: JoinSet<()>,
     drain: Option<AbortHandle>,
     replies: HashMap<CommandId, oneshot::Sender<Answer>>,
@@ -150,6 +157,8 @@ pub enum Heard {
     Looked(Epoch, Option<Look>),
     /// A statement of it has ended.
     Sync(Epoch, SyncEvent),
+    /// The nodes were examined: what `auto` would stumble over.
+    Examined(Vec<String>),
 }
 
 /// What the control loop listens to.
@@ -195,9 +204,10 @@ impl Shell {
                 (Some(store), record)
             }
         };
-        let hands = store.as_ref().zip(directory).map(|(store, directory)| {
+        let identity = directory.map(|directory| identity(directory)).unwrap_or_default();
+        let hands = store.as_ref().map(|store| {
             let limits = Limits { sever: config.failover.sever_timeout, ..Limits::default() };
-            Arc::new(Hands::new(config, nodes, &store.upstreams(), &identity(directory), limits))
+            Arc::new(Hands::new(config, nodes, &store.upstreams(), &identity, limits))
         });
         let machine = Machine::new(settings(config, hands.is_some()), record, now());
         tracing::info!(mode = mode_label(config.failover.mode), "{}", machine.promises());
@@ -221,6 +231,9 @@ impl Shell {
             config: Arc::clone(config),
             nodes: Arc::clone(nodes),
             keeper: None,
+            identity,
+            prepared: false,
+            examine_at: None,
             tasks: JoinSet::new(),
             drain: None,
             replies: HashMap::new(),
@@ -259,6 +272,7 @@ impl Shell {
         }
         while self.tasks.try_join_next().is_some() {}
         self.look();
+        self.examine();
         outcomes
     }
 
@@ -277,6 +291,11 @@ impl Shell {
                 }
             }
             Heard::Sync(epoch, event) => (epoch, event),
+            Heard::Examined(found) => {
+                self.prepared = found.is_empty();
+                let what = (!found.is_empty()).then(|| found.join("; "));
+                return self.step(Event::Prepared(what));
+            }
         };
         let Some(keeper) = self.keeper.as_mut().filter(|keeper| keeper.epoch == epoch) else {
             return Vec::new();
@@ -315,6 +334,23 @@ impl Shell {
             });
         }
         outcomes
+    }
+
+    /// `mode: auto`: whether the nodes grant what a failover needs; once they are well, and again while they do not.
+    fn examine(&mut self) {
+        let auto = self.mode == FailoverMode::Auto && self.hands.is_some();
+        let due = self.examine_at.is_none_or(|at| !self.prepared && Instant::now() >= at);
+        if !auto || !due || *self.machine.state() != State::Healthy {
+            return;
+        }
+        self.examine_at = Some(Instant::now() + EXAMINE_AGAIN);
+        let (config, nodes, events) =
+            (Arc::clone(&self.config), Arc::clone(&self.nodes), self.events.clone());
+        let identity = self.identity.clone();
+        self.tasks.spawn(async move {
+            let found = examine(&config, &nodes, &identity).await;
+            let _ = events.send(Heard::Examined(found)).await;
+        });
     }
 
     /// `durability: quorum`: looks at the nodes from time to time while all is well.
@@ -537,6 +573,34 @@ impl Shell {
             }
         }
     }
+}
+
+/// Each finding is logged; those that `auto` must not begin with are returned.
+async fn examine(config: &Config, nodes: &Nodes, identity: &str) -> Vec<String> {
+    let quorum = config.failover.durability == DurabilityMode::Quorum;
+    let needs = Needs { quorum, manage_sync: quorum && config.failover.sync.manage };
+    let mut refusals = Vec::new();
+    for (id, node) in (0u16..).map(NodeId).zip(&config.nodes) {
+        let deadline = config.pool.connect_timeout;
+        match preconditions::examine(config, nodes, id, needs, Some(identity), deadline).await {
+            Ok(findings) => {
+                for finding in findings {
+                    tracing::warn!(
+                        node = node.name,
+                        refuses = finding.refuses,
+                        "precondition: {}",
+                        finding.what
+                    );
+                    if finding.refuses {
+                        refusals.push(format!("{}: {}", node.name, finding.what));
+                    }
+                }
+            }
+            // It may be down just now, and is asked again with the others.
+            Err(error) => tracing::warn!(%error, "its preconditions could not be looked at"),
+        }
+    }
+    refusals
 }
 
 /// The node that a state is about.

@@ -340,7 +340,7 @@ pub struct Look {
     pub setting: String,
     /// The primary's insert position.
     pub at: Lsn,
-    /// Whom it streams to.
+    /// Whom it streams to. A candidate that is not among them, by its name, cannot confirm anything.
     pub senders: Vec<Sender>,
     /// One for each candidate; one that is left out did not answer.
     pub standbys: Vec<Standby>,
@@ -581,10 +581,13 @@ impl Sync {
             if blind {
                 (health.away_since, health.owes) = (None, None);
             }
-            health.see(look.standbys.iter().find(|standby| standby.node == *node), look.at, now);
-            health.judge(&self.settings, now);
             let name = self.names.get(node.index()).map_or("", String::as_str);
-            if named(&look.senders, name) > 1 {
+            let named = named(&look.senders, name);
+            // One that streams under another name, or from another standby, never confirms a commit.
+            let standby = look.standbys.iter().find(|standby| standby.node == *node && named > 0);
+            health.see(standby, look.at, now);
+            health.judge(&self.settings, now);
+            if named > 1 {
                 health.standing = HealthStanding::Lost(None);
             }
         }
@@ -798,7 +801,10 @@ mod tests {
         /// What each has on disk; `None`: away.
         standbys: Vec<(NodeId, Option<u64>)>,
         keep_up: BTreeSet<NodeId>,
-        senders: Vec<Sender>,
+        /// Others that the primary streams to.
+        strangers: Vec<Sender>,
+        /// Streams under another name.
+        misnamed: Option<NodeId>,
     }
 
     const SETTINGS: SyncSettings =
@@ -814,7 +820,8 @@ mod tests {
                 at: 100,
                 standbys: candidates.iter().map(|node| (*node, Some(100))).collect(),
                 keep_up: candidates.iter().copied().collect(),
-                senders: Vec::new(),
+                strangers: Vec::new(),
+                misnamed: None,
             }
         }
 
@@ -835,11 +842,14 @@ mod tests {
                 streaming: flushed.is_some(),
                 flushed: flushed.map(Lsn),
             });
+            let named =
+                self.standbys.iter().filter(|(node, at)| at.is_some() && self.misnamed != Some(*node));
+            let own = named.map(|(node, _)| sender(NAMES[node.index()], true));
             let look = Look {
                 asked_at: asked_at + Duration::from_millis(1),
                 setting: self.setting.clone(),
                 at: Lsn(self.at),
-                senders: self.senders.clone(),
+                senders: own.chain(self.strangers.iter().cloned()).collect(),
                 standbys: standbys.collect(),
             };
             self.told(SyncEvent::Look(look))
@@ -887,6 +897,10 @@ mod tests {
         fn back(&mut self, node: NodeId, flushed: u64) {
             self.standbys.iter_mut().filter(|(of, _)| *of == node).for_each(|(_, at)| *at = Some(flushed));
         }
+    }
+
+    fn sender(name: &str, counts: bool) -> Sender {
+        Sender { name: name.to_owned(), counts }
     }
 
     fn at(look: usize, what: &str) -> (usize, String) {
@@ -1067,18 +1081,25 @@ mod tests {
 
     #[test]
     fn a_stranger_who_acknowledges_voids_the_record_for_as_long_as_it_is_there() {
-        let sender = |name: &str, counts| Sender { name: name.to_owned(), counts };
-        let own = [sender("b", true), sender("c", true)];
         let mut story = Story::settled(SETTINGS, &[B, C]);
-        story.senders = [&own[..], &[sender("pg_receivewal", false)]].concat();
+        story.strangers = vec![sender("pg_receivewal", false)];
         assert_eq!(story.look(), Vec::<String>::new(), "nobody waits for it");
-        story.senders = [&own[..], &[sender("C", true)]].concat();
+        story.strangers = vec![sender("C", true)];
         assert_eq!(story.look(), ["record  foreign", "set ANY 1 (\"b\")"]);
         story.in_effect();
         assert_eq!(story.looks(100), [], "nothing is proven beside it");
-        story.senders = own.to_vec();
+        story.strangers.clear();
         let back = story.looks(10);
         assert!(back[0].1.starts_with("set ANY 1 (\"b\")"), "{back:?}");
+        story.in_effect();
+        assert_eq!(story.look(), ["record ANY 1 (\"b\") proven"]);
+    }
+
+    #[test]
+    fn a_standby_that_streams_under_another_name_is_not_waited_for() {
+        let mut story = Story::new(SETTINGS, &[B, C], Quorum::none());
+        story.misnamed = Some(C);
+        assert_eq!(story.looks(60), [at(1, "set ANY 1 (\"b\")")]);
         story.in_effect();
         assert_eq!(story.look(), ["record ANY 1 (\"b\") proven"]);
     }

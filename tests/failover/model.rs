@@ -88,23 +88,24 @@ fn runs(durability: Durability, without: Without, seeds: Range<u64>) -> Happened
 
 #[test]
 fn under_quorum_nothing_acknowledged_is_lost_and_nobody_acknowledges_beside_the_primary() {
-    let seeds = seeds(1000);
+    let seeds = seeds(600);
     let each = (seeds.end - seeds.start) as usize;
     let happened = runs(Durability::Quorum, Without::Nothing, seeds);
     println!("{happened:?}");
     assert_eq!(happened.violations, 0, "{happened:?}");
     if each > 100 {
         // And all of it has been tried.
-        assert!(happened.promotions > each / 3 && happened.switchovers > each / 20, "{happened:?}");
-        assert!(happened.unknown_orders > each / 3 && happened.late_effects > each / 20, "{happened:?}");
-        assert!(happened.proxy_crashes > each / 5 && happened.degraded > each / 5, "{happened:?}");
-        assert!(happened.settled_healthy > each / 2 && happened.blocked > each / 50, "{happened:?}");
+        assert!(happened.promotions > each / 3 && happened.switchovers > each / 40, "{happened:?}");
+        assert!(happened.unknown_orders > each / 5 && happened.late_effects > each / 10, "{happened:?}");
+        assert!(happened.proxy_crashes > each / 5 && happened.proven > each / 2, "{happened:?}");
+        assert!(happened.degraded > each / 40 && happened.blocked > each / 80, "{happened:?}");
+        assert!(happened.settled_healthy > each / 2, "{happened:?}");
     }
 }
 
 #[test]
 fn without_quorum_there_is_one_write_target_all_the_same() {
-    let seeds = seeds(300);
+    let seeds = seeds(200);
     let each = (seeds.end - seeds.start) as usize;
     let happened = runs(Durability::Async, Without::Nothing, seeds);
     println!("{happened:?}");

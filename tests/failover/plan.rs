@@ -192,7 +192,7 @@ impl Plan {
         let later =
             at + if chance.one_in(2) { chance.between(100, 3000) } else { chance.between(2000, 9000) };
         let undone = !chance.one_in(3);
-        let (fault, undo) = match chance.below(20) {
+        let (fault, undo) = match chance.below(22) {
             0..=4 => (Fault::Kill(node), Some(Fault::Restart(node))),
             5..=7 => (Fault::Freeze(node), Some(Fault::Thaw(node))),
             8..=9 => (Fault::Cut(node, other), Some(Fault::Heal(node, other))),
@@ -210,7 +210,7 @@ impl Plan {
             13..=15 => (Fault::CrashProxy, Some(Fault::StartProxy)),
             16 => (Fault::RecordFails(true), Some(Fault::RecordFails(false))),
             17 => (Fault::Rejoin(node), None),
-            18 => (Fault::Command(self.command(chance)), None),
+            18..=20 => (Fault::Command(self.command(chance)), None),
             _ if chance.one_in(4) => (Fault::Destroy(node), None),
             _ => (Fault::Command(self.command(chance)), None),
         };

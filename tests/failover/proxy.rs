@@ -8,7 +8,7 @@ use highwater::failover::event::{
     Action, Command, CommandId, Event, Fact, Gate, Order, Role, Seen, State, Walreceiver,
 };
 use highwater::failover::record::{Record, SyncState};
-use highwater::failover::sync::{Look, Quorum, Standby, Sync, SyncAction, SyncEvent, SyncSettings};
+use highwater::failover::sync::{Look, Quorum, Sender, Standby, Sync, SyncAction, SyncEvent, SyncSettings};
 use highwater::topology::{Epoch, NodeId};
 use highwater::wal::TimelineId;
 
@@ -274,12 +274,15 @@ impl World {
             return;
         }
         let names: Vec<String> = (0..self.nodes.len()).map(|at| format!("n{at}")).collect();
+        let streams = |at: usize| {
+            self.nodes[at].receiver.is_some_and(|receiver| receiver.streaming && receiver.from == primary)
+        };
+        let senders = (0..self.nodes.len()).filter(|at| streams(*at));
+        let senders = senders.map(|at| Sender { name: format!("n{at}"), counts: true }).collect();
         let standbys = (0..self.nodes.len()).filter(|at| *at != primary).filter_map(|at| {
             let node = &self.nodes[at];
             let answers = self.linked(at, self.us()) && node.works(self.now);
-            let streams =
-                node.receiver.is_some_and(|receiver| receiver.streaming && receiver.from == primary)
-                    && node.timeline == self.nodes[primary].timeline;
+            let streams = streams(at) && node.timeline == self.nodes[primary].timeline;
             answers.then(|| Standby {
                 node: NodeId(at as u16),
                 streaming: streams,
@@ -290,7 +293,7 @@ impl World {
             asked_at: self.instant(self.now),
             setting: self.nodes[primary].names.setting(&names),
             at: self.nodes[primary].end(),
-            senders: Vec::new(),
+            senders,
             standbys: standbys.collect(),
         };
         self.sync_step(SyncEvent::Look(look));
