@@ -132,8 +132,6 @@ pub struct Shell {
     config: Arc<Config>,
     nodes: Arc<Nodes>,
     keeper: Option<Keeper>,
-    /// The `application_name` of the sessions that give orders.
-    identity: String,
     prepared: bool,
     examine_at: Option<Instant>,
     tasks: JoinSet<()>,
@@ -204,10 +202,9 @@ impl Shell {
                 (Some(store), record)
             }
         };
-        let identity = directory.map(|directory| identity(directory)).unwrap_or_default();
-        let hands = store.as_ref().map(|store| {
+        let hands = store.as_ref().zip(directory).map(|(store, directory)| {
             let limits = Limits { sever: config.failover.sever_timeout, ..Limits::default() };
-            Arc::new(Hands::new(config, nodes, &store.upstreams(), &identity, limits))
+            Arc::new(Hands::new(config, nodes, &store.upstreams(), &identity(directory), limits))
         });
         let machine = Machine::new(settings(config, hands.is_some()), record, now());
         tracing::info!(mode = mode_label(config.failover.mode), "{}", machine.promises());
@@ -231,7 +228,6 @@ impl Shell {
             config: Arc::clone(config),
             nodes: Arc::clone(nodes),
             keeper: None,
-            identity,
             prepared: false,
             examine_at: None,
             tasks: JoinSet::new(),
@@ -346,9 +342,8 @@ impl Shell {
         self.examine_at = Some(Instant::now() + EXAMINE_AGAIN);
         let (config, nodes, events) =
             (Arc::clone(&self.config), Arc::clone(&self.nodes), self.events.clone());
-        let identity = self.identity.clone();
         self.tasks.spawn(async move {
-            let found = examine(&config, &nodes, &identity).await;
+            let found = examine(&config, &nodes).await;
             let _ = events.send(Heard::Examined(found)).await;
         });
     }
@@ -575,29 +570,23 @@ impl Shell {
     }
 }
 
-/// Each finding is logged; those that `auto` must not begin with are returned.
-async fn examine(config: &Config, nodes: &Nodes, identity: &str) -> Vec<String> {
+/// What `auto` must not begin with.
+async fn examine(config: &Config, nodes: &Nodes) -> Vec<String> {
     let quorum = config.failover.durability == DurabilityMode::Quorum;
     let needs = Needs { quorum, manage_sync: quorum && config.failover.sync.manage };
+    let identity = config.failover.state_dir.as_deref().map(identity);
     let mut refusals = Vec::new();
     for (id, node) in (0u16..).map(NodeId).zip(&config.nodes) {
         let deadline = config.pool.connect_timeout;
-        match preconditions::examine(config, nodes, id, needs, Some(identity), deadline).await {
-            Ok(findings) => {
-                for finding in findings {
-                    tracing::warn!(
-                        node = node.name,
-                        refuses = finding.refuses,
-                        "precondition: {}",
-                        finding.what
-                    );
-                    if finding.refuses {
-                        refusals.push(format!("{}: {}", node.name, finding.what));
-                    }
-                }
-            }
-            // It may be down just now, and is asked again with the others.
-            Err(error) => tracing::warn!(%error, "its preconditions could not be looked at"),
+        // One that does not answer says nothing for or against.
+        let found = preconditions::examine(config, nodes, id, needs, identity.as_deref(), deadline).await;
+        for finding in found.unwrap_or_default().into_iter().filter(|finding| finding.refuses) {
+            tracing::error!(
+                node = node.name,
+                "failover by itself waits until this is mended: {}",
+                finding.what
+            );
+            refusals.push(format!("{}: {}", node.name, finding.what));
         }
     }
     refusals

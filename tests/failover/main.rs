@@ -8,4 +8,5 @@ mod nodes;
 mod plan;
 mod proxy;
 mod scenarios;
+mod schedules;
 mod world;

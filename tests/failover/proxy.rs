@@ -260,11 +260,7 @@ impl World {
         };
         let epoch = record.epoch;
         if proxy.sync.as_ref().is_none_or(|(of, _)| *of != epoch) {
-            let out = |node: NodeId| record.quarantined.iter().any(|(of, _)| *of == node);
-            let candidates: Vec<NodeId> = (0..self.nodes.len() as u16)
-                .map(NodeId)
-                .filter(|node| node.index() != primary && !out(*node))
-                .collect();
+            let candidates = (0..self.nodes.len() as u16).map(NodeId).filter(|node| node.index() != primary);
             let names = (0..self.nodes.len()).map(|at| format!("n{at}")).collect();
             let recorded = Quorum::from_record(&record.sync);
             let sync = Sync::new(sync_settings(&self.plan), names, candidates, recorded);
