@@ -33,7 +33,6 @@ use crate::config::live::LiveConfig;
 use crate::console::Console;
 use crate::control;
 use crate::failover::event::{BlockReason, State};
-use crate::failover::preconditions;
 use crate::gate::Gate;
 use crate::listener::{self, Door};
 use crate::log;
