@@ -25,8 +25,7 @@ BENCH_ARGS ?=
 LEVELS_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix sizes consistency soak-consistency failover leaks drivers suites regress corpus lint fmt clippy doc bench bench-levels audit
-.PHONY: help setup demo test matrix sizes consistency soak-consistency soak-failover leaks drivers suites regress corpus lint fmt clippy doc bench bench-levels audit
+.PHONY: help setup demo test matrix sizes consistency soak-consistency soak-failover failover leaks drivers suites regress corpus lint fmt clippy doc bench bench-levels audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile

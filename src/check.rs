@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use tokio_postgres::Client;
 
-use crate::config::{AuthSource, Config, FailoverMode, NodeConfig, Transactions};
+use crate::config::{AuthSource, Config, DurabilityMode, FailoverMode, NodeConfig, Transactions};
 use crate::failover::preconditions::{self, Finding, Needs};
 use crate::net::{ClientTls, NodeTls};
 use crate::node::Nodes;
@@ -155,9 +155,11 @@ async fn failover_findings(
     let nodes = Nodes::new(Arc::clone(&config), tls);
     let deadline = config.failover.check_timeout;
     let id = NodeId(index as u16);
-    preconditions::examine(&config, &nodes, id, Needs::default(), None, deadline)
-        .await
-        .map_err(|error| error.cause)
+    let needs = Needs {
+        quorum: config.failover.durability == DurabilityMode::Quorum,
+        manage_sync: config.failover.sync.manage,
+    };
+    preconditions::examine(&config, &nodes, id, needs, None, deadline).await.map_err(|error| error.cause)
 }
 
 async fn facts(config: &Config, client: &Client) -> Result<NodeFacts, tokio_postgres::Error> {

@@ -1207,10 +1207,10 @@ impl Machine {
                     attempt.sync = Some((node, sync));
                 }
             }
-            (Order::Promote { .. }, OrderResult::Promoted { timeline, fork }) => {
-                if self.record.intent.as_ref().is_some_and(|i| i.stage == Stage::Promote(node)) {
-                    self.promoted(node, timeline, fork, now.at);
-                }
+            (Order::Promote { .. }, OrderResult::Promoted { timeline, fork })
+                if self.record.intent.as_ref().is_some_and(|i| i.stage == Stage::Promote(node)) =>
+            {
+                self.promoted(node, timeline, fork, now.at);
             }
             (Order::Promote { .. }, OrderResult::Unknown(_)) => {
                 if let Some(attempt) = &mut self.attempt {
@@ -1266,12 +1266,10 @@ impl Machine {
                     attempt.reached = true;
                 }
             }
-            OrderResult::Failed(why) | OrderResult::Unknown(why) => {
-                if self.record.intent.as_ref().is_some_and(|i| i.planned && i.stage == Stage::Prepare) {
-                    self.roll_back(Err(format!(
-                        "the new primary did not catch up: {why}; the old one goes on"
-                    )));
-                }
+            OrderResult::Failed(why) | OrderResult::Unknown(why)
+                if self.record.intent.as_ref().is_some_and(|i| i.planned && i.stage == Stage::Prepare) =>
+            {
+                self.roll_back(Err(format!("the new primary did not catch up: {why}; the old one goes on")));
             }
             _ => {}
         }

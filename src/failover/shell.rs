@@ -22,7 +22,7 @@ use crate::failover::keeper::{self, Keeper};
 use crate::failover::orders::{Hands, Limits};
 use crate::failover::preconditions::{self, Needs};
 use crate::failover::record::{Entry, Record, SyncState};
-use crate::failover::store::Store;
+use crate::failover::store::{Store, identity};
 use crate::failover::sync::{Look, Quorum, SyncAction, SyncEvent};
 use crate::failover::text;
 use crate::gate::{Gate, Posture};
@@ -35,8 +35,6 @@ const QUEUE: usize = 256;
 const COMMANDS: usize = 16;
 /// Nodes that were not prepared are examined again after this.
 const EXAMINE_AGAIN: Duration = Duration::from_secs(30);
-/// The `application_name` of the sessions that give orders.
-const IDENTITY: &str = "highwater control";
 /// The least time between two log lines about the same order on the same node.
 const QUIET: Duration = Duration::from_secs(5);
 
@@ -204,9 +202,9 @@ impl Shell {
                 (Some(store), record)
             }
         };
-        let hands = store.as_ref().map(|store| {
+        let hands = store.as_ref().zip(directory).map(|(store, directory)| {
             let limits = Limits { sever: config.failover.sever_timeout, ..Limits::default() };
-            Arc::new(Hands::new(config, nodes, &store.upstreams(), IDENTITY, limits))
+            Arc::new(Hands::new(config, nodes, &store.upstreams(), &identity(directory), limits))
         });
         let machine = Machine::new(settings(config, hands.is_some()), record, now());
         tracing::info!(mode = mode_label(config.failover.mode), "{}", machine.promises());
@@ -572,29 +570,23 @@ impl Shell {
     }
 }
 
-/// Each finding is logged; those that `auto` must not begin with are returned.
+/// What `auto` must not begin with. A node that was away when the proxy started is looked at here for the first time.
 async fn examine(config: &Config, nodes: &Nodes) -> Vec<String> {
     let quorum = config.failover.durability == DurabilityMode::Quorum;
     let needs = Needs { quorum, manage_sync: quorum && config.failover.sync.manage };
+    let identity = config.failover.state_dir.as_deref().map(identity);
     let mut refusals = Vec::new();
     for (id, node) in (0u16..).map(NodeId).zip(&config.nodes) {
         let deadline = config.pool.connect_timeout;
-        match preconditions::examine(config, nodes, id, needs, Some(IDENTITY), deadline).await {
-            Ok(findings) => {
-                for finding in findings {
-                    tracing::warn!(
-                        node = node.name,
-                        refuses = finding.refuses,
-                        "precondition: {}",
-                        finding.what
-                    );
-                    if finding.refuses {
-                        refusals.push(format!("{}: {}", node.name, finding.what));
-                    }
-                }
-            }
-            // It may be down just now, and is asked again with the others.
-            Err(error) => tracing::warn!(%error, "its preconditions could not be looked at"),
+        // One that does not answer says nothing for or against.
+        let found = preconditions::examine(config, nodes, id, needs, identity.as_deref(), deadline).await;
+        for finding in found.unwrap_or_default().into_iter().filter(|finding| finding.refuses) {
+            tracing::error!(
+                node = node.name,
+                "failover by itself waits until this is mended: {}",
+                finding.what
+            );
+            refusals.push(format!("{}: {}", node.name, finding.what));
         }
     }
     refusals

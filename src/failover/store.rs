@@ -107,6 +107,14 @@ impl Store {
     }
 }
 
+/// What tells the proxy of this directory from every other: the `application_name` of the sessions that give its
+/// orders. It is the same after a restart.
+pub fn identity(directory: &Path) -> String {
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let path = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
+    format!("highwater control {}", checksum(&format!("{}:{}", host.trim(), path.display())))
+}
+
 /// A setting as it was.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Setting {

@@ -677,3 +677,27 @@ async fn an_old_primary_that_rejoins_serves_reads_again() {
     client.execute("INSERT INTO t VALUES (3)", &[]).await.unwrap();
     cluster.node(0).wait_for("SELECT count(*) FROM t", "3").await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_grant_that_it_needs_a_proxy_says_which_and_promotes_nobody_by_itself() {
+    let cluster = Cluster::start(2).await;
+    let directory = tempfile::tempdir().unwrap();
+    // In the control database, whose functions count.
+    let admin = cluster.node(0).admin().await.unwrap();
+    admin
+        .batch_execute("REVOKE EXECUTE ON FUNCTION pg_promote(boolean, integer) FROM highwater")
+        .await
+        .unwrap();
+    cluster.wait_caught_up(0).await.unwrap();
+    let proxy = started(&cluster, &directory, "").await;
+    let log = proxy.log();
+    assert!(
+        log.contains("GRANT EXECUTE ON FUNCTION pg_catalog.pg_promote(boolean, integer) TO highwater"),
+        "{log}"
+    );
+    cluster.node(0).crash().await.unwrap();
+    eventually("it waits for an operator", || async { is_in(&proxy, "blocked").await }).await;
+    for index in [1, 2] {
+        assert_eq!(cluster.node(index).query_text("SELECT pg_is_in_recovery()").await.unwrap(), "t");
+    }
+}
