@@ -654,13 +654,14 @@ async fn the_console_ends_with_the_proxy() {
 #[tokio::test]
 async fn orders_about_the_primary_reach_the_machine_and_are_answered() {
     let cluster = Cluster::start(1).await;
-    let proxy = Proxy::start(&cluster).await;
+    let overrides = "failover: { mode: manual }";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
     let client = console(&cluster, &proxy).await;
     let said = |item: &'static str| {
         let client = &client;
         async move { cell(client, "failover", ("item", item), "value").await }
     };
-    assert_eq!(said("mode").await.as_deref(), Some("follow"));
+    assert_eq!(said("mode").await.as_deref(), Some("manual"));
     assert_eq!((said("primary").await.as_deref(), said("paused").await.as_deref()), (Some("a"), Some("no")));
     // Without a state_dir it may not begin what a restart could not finish, and says so.
     let error = client.batch_execute("SWITCHOVER TO b DRY RUN").await.unwrap_err();
