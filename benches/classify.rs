@@ -17,6 +17,7 @@ const ORM: &str = "SELECT \"u\".\"id\", \"u\".\"name\", count(o.id) AS orders FR
 
 fn classify(c: &mut Criterion) {
     let classifier = Classifier::new(&LimitsConfig {
+        nodes: 16,
         unit_hold: 65_536,
         statement_text: 65_536,
         statements_per_session: 100,

@@ -54,7 +54,8 @@ async fn a_slow_statement_is_one_line_without_its_literals() {
         let on_primary = line["node"] == "a";
         assert_eq!(line["route"], if on_primary { "primary" } else { "replica" }, "{line}");
         assert!(on_primary || !write, "{line}");
-        assert_eq!(line["reason"] == "not_a_read", write, "{line}");
+        // The other one is a read, once the catalog facts are there.
+        assert!(line["reason"] == "not_a_read" || !write, "{line}");
         assert_eq!((&line["user"], &line["database"]), (&"app".into(), &"app".into()), "{line}");
         assert_eq!(line["application_name"], "shop \"1\"");
         assert!(line["duration_ms"].as_f64().unwrap() >= 150.0, "{line}");
