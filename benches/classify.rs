@@ -27,7 +27,6 @@ fn classify(c: &mut Criterion) {
         parser_text: 16 * 1024,
         parser_deadline: Duration::from_secs(1),
         admin_connections: 0,
-        nodes: 16,
         statement_stats: 0,
     });
     let catalog = Catalog::from_rows(1, CatalogRows { server_major: 15, ..CatalogRows::default() });

@@ -303,9 +303,6 @@ async fn build(config: Config, reload: Reload) -> Result<Parts, StartError> {
     let names: Vec<String> = config.nodes.iter().map(|n| n.name.clone()).collect();
     let metrics = Arc::new(Metrics::new(&names, &labels()));
     let nodes = Nodes::new(live.clone(), &node_tls);
-    // What the nodes do not allow is not done, whatever the file says.
-    let in_force = preconditions::in_force(live.load_full(), &nodes).await;
-    live.replace(Config::clone(&in_force));
     let control = control::start(
         live.clone(),
         nodes.clone(),
