@@ -24,7 +24,6 @@ use crate::client::verifiers::Verifiers;
 use crate::config::Config;
 use crate::control;
 use crate::failover::event::{BlockReason, State};
-use crate::failover::preconditions;
 use crate::gate::Gate;
 use crate::listener::{self, Door};
 use crate::metrics::{ClassCacheFigures, FailoverFigures, Labels, Metrics, PoolFigure};
@@ -246,7 +245,7 @@ async fn build(config: &Arc<Config>) -> Result<Parts, StartError> {
     let metrics = Arc::new(Metrics::new(&names, &labels()));
     let nodes = Nodes::new(config.clone(), &node_tls);
     let control = control::start(
-        preconditions::in_force(config.clone(), &nodes).await,
+        config.clone(),
         nodes.clone(),
         topology.clone(),
         positions.clone(),

@@ -1,16 +1,13 @@
 //! What a node must grant and be set to before a failover may be trusted to work there, asked in advance.
 //!
 //! Promises: reads only; each finding names the statement or setting that mends it; what cannot be learned is an
-//! error, not "fine". A finding that [`Finding::refuses`] keeps `auto` from acting by itself ([`in_force`]); the others are
-//! warnings.
+//! error, not "fine". `auto` does not begin with a finding that [`Finding::refuses`]; the others are warnings.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use crate::config::{Config, DurabilityMode, FailoverMode};
+use crate::config::Config;
 use crate::failover::conninfo::Conninfo;
 use crate::failover::orders::lock_holders;
-use crate::failover::store::identity;
 use crate::node::{ControlSession, NodeError, NodeFailure, Nodes};
 use crate::topology::NodeId;
 
@@ -79,48 +76,6 @@ pub async fn examine(
         found.extend(other_holder(identity, &session, deadline).await?);
     }
     Ok(found)
-}
-
-/// The configuration that is in force: with `mode: auto` and a finding that refuses it, at a node that answers,
-/// `manual`. Clients are served all the same, and each finding is a line in the log. Takes `check_timeout` at most.
-pub async fn in_force(config: Arc<Config>, nodes: &Arc<Nodes>) -> Arc<Config> {
-    let (FailoverMode::Auto, Some(directory)) = (config.failover.mode, &config.failover.state_dir) else {
-        return config;
-    };
-    let identity = identity(directory);
-    let needs = Needs {
-        quorum: config.failover.durability == DurabilityMode::Quorum,
-        manage_sync: config.failover.sync.manage,
-    };
-    let mut asking = tokio::task::JoinSet::new();
-    for id in (0..config.nodes.len()).map(|index| NodeId(index as u16)) {
-        let (config, nodes, identity) = (Arc::clone(&config), Arc::clone(nodes), identity.clone());
-        asking.spawn(async move {
-            let deadline = config.failover.check_timeout;
-            let asked = examine(&config, &nodes, id, needs, Some(&identity), deadline);
-            // A node that is away says nothing for or against; it may be the one that is to be replaced.
-            (id, tokio::time::timeout(deadline, asked).await.ok().and_then(Result::ok).unwrap_or_default())
-        });
-    }
-    let mut refused = false;
-    while let Some(done) = asking.join_next().await {
-        let Ok((id, found)) = done else { continue };
-        let node = nodes.name(id);
-        for finding in found {
-            match finding.refuses {
-                true => tracing::error!(node, "failover by itself is refused: {}", finding.what),
-                false => tracing::warn!(node, "a failover may suffer: {}", finding.what),
-            }
-            refused |= finding.refuses;
-        }
-    }
-    if !refused {
-        return config;
-    }
-    tracing::error!("failover.mode is manual until this is mended and the proxy restarted");
-    let mut manual = Config::clone(&config);
-    manual.failover.mode = FailoverMode::Manual;
-    Arc::new(manual)
 }
 
 fn refusal(what: String) -> Finding {

@@ -570,7 +570,7 @@ impl Shell {
     }
 }
 
-/// What `auto` must not begin with. A node that was away when the proxy started is looked at here for the first time.
+/// What `auto` must not begin with.
 async fn examine(config: &Config, nodes: &Nodes) -> Vec<String> {
     let quorum = config.failover.durability == DurabilityMode::Quorum;
     let needs = Needs { quorum, manage_sync: quorum && config.failover.sync.manage };
