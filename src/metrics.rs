@@ -308,6 +308,15 @@ impl Metrics {
                 closed.with_label_values(&[node.as_str(), reason]);
             }
         }
+        let failover_phases = histograms(
+            r,
+            "highwater_failover_phase_seconds",
+            "Time spent in a state of failover that has been left.",
+            "phase",
+        );
+        for phase in labels.failover_states.iter().filter(|state| is_phase(state)) {
+            failover_phases.with_label_values(&[phase]);
+        }
         let build =
             register(r, IntGaugeVec::new(Opts::new("highwater_build_info", "Always 1."), &["version"]));
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
@@ -452,12 +461,7 @@ impl Metrics {
                 "reason",
                 labels.failover_blocks,
             ),
-            failover_phases: histograms(
-                r,
-                "highwater_failover_phase_seconds",
-                "Time spent in a state of failover that has been left.",
-                "phase",
-            ),
+            failover_phases,
             failover_states: labels.failover_states,
             failover_block_labels: labels.failover_blocks,
             classes: classes.len(),
@@ -507,8 +511,7 @@ impl Metrics {
 
     /// Observes how long a state of failover has lasted.
     pub fn failover_phase(&self, phase: &'static str, time: Duration) {
-        // How long it was well is no figure of a failover.
-        if !matches!(phase, "healthy" | "starting") {
+        if is_phase(phase) {
             self.failover_phases.with_label_values(&[phase]).observe(time.as_secs_f64());
         }
     }
@@ -571,15 +574,16 @@ impl Metrics {
             let count = figures.quarantined.iter().filter(|why| **why == reason).count();
             kept_out.with_label_values(&[reason]).set(as_gauge(count as u64));
         }
-        if let Some(bytes) = figures.lost_acked_bytes_min {
-            gauge(now, "highwater_lost_acked_bytes_min", "WAL of acknowledged writes lost, at least.")
-                .set(as_gauge(bytes));
-        }
-        if let Some(covered) = figures.sync {
-            gauge(now, "highwater_sync_state", "1: acknowledged writes survive the primary; 0: degraded.")
-                .set(i64::from(covered));
-        }
+        gauge(now, "highwater_lost_acked_bytes_min", "WAL of acknowledged writes lost, at least.")
+            .set(as_gauge(figures.lost_acked_bytes_min.unwrap_or(0)));
+        gauge(now, "highwater_sync_state", "1: acknowledged writes survive the primary; 0: they may not.")
+            .set(i64::from(figures.sync == Some(true)));
     }
+}
+
+/// How long it was well is no figure of a failover.
+fn is_phase(state: &str) -> bool {
+    !matches!(state, "healthy" | "starting")
 }
 
 fn as_gauge(count: u64) -> i64 {
