@@ -1912,7 +1912,7 @@ impl Reader<'_> {
             let priority = self.number(&section, "priority", 0..=1_000_000, 100) as u32;
             let at = section.get("node").map_or(section.trail.clone(), |(_, trail)| trail);
             if !node.is_empty() && !nodes.iter().any(|known| known.name == node) {
-                self.wrong(&at, format!("no node is named `{node}`"));
+                self.wrong(&at, "no node has this name");
             }
             if candidates.iter().any(|other| other.node == node) {
                 self.wrong(&at, format!("`{node}` is here twice"));
@@ -2062,7 +2062,7 @@ mod tests {
         check("failover: { sync: { num: 7 } }", "f.yaml:3:26: failover.sync.num: there are not so many");
         check(
             "failover: { candidates: [ { node: z } ] }",
-            "f.yaml:3:35: failover.candidates[0].node: no node is named `z`",
+            "f.yaml:3:35: failover.candidates[0].node: no node has this name",
         );
         check("consistency: { sample_gap: 1s }", "f.yaml:3:28: consistency.sample_gap: sample_gap may not");
         check(
