@@ -89,7 +89,7 @@ pub fn write(record: &Record, names: &[String]) -> String {
     text
 }
 
-/// Reads what [`write`] has written.
+/// Reads what [`write()`] has written.
 pub fn read(text: &str, names: &[String]) -> Result<Record, InvalidRecord> {
     let mut record = Record::default();
     for (index, line) in text.lines().enumerate() {

@@ -82,7 +82,7 @@ pub const REDONE_LABELS: [&str; 5] = Again::LABELS;
 
 /// What all sessions share.
 pub struct Shared {
-    /// The configuration that is in force; a session goes by the one that it took over last ([`Session::follow`]).
+    /// The configuration that is in force; a session goes by the one that it took over last (`Session::follow`).
     pub config: Arc<LiveConfig>,
     /// What is believed of the nodes.
     pub topology: Arc<TopologyHandle>,
