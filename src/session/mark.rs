@@ -155,7 +155,13 @@ impl Mark {
     /// A new session's mark: it must not fall behind what the primary holds now, because whoever opens
     /// it may have written through another connection (`psql -c insert; psql -c select`).
     pub fn new(samples: &impl Samples, topology: &Topology) -> Mark {
-        let mut mark = Mark { epoch: topology.epoch, position: Lsn::ZERO, seen: Lsn::ZERO, wrote: Lsn::ZERO, pending: None };
+        let mut mark = Mark {
+            epoch: topology.epoch,
+            position: Lsn::ZERO,
+            seen: Lsn::ZERO,
+            wrote: Lsn::ZERO,
+            pending: None,
+        };
         mark.inherit(samples, topology);
         mark
     }
