@@ -78,6 +78,12 @@ pub fn of(fields: &ErrorFields<'_>) -> Refusal {
     }
 }
 
+/// Whether a backend says that its postmaster has died. It finds that out while it waits for its client: for a message,
+/// perhaps the one after a COMMIT that it has carried out, or for room to answer. So nothing is said of the statement.
+pub fn is_postmaster_gone(fields: &ErrorFields<'_>) -> bool {
+    fields.sqlstate == b"57P01" && matches!(fields.routine, b"secure_read" | b"secure_write")
+}
+
 /// The routines through which procedural languages raise what a user wrote.
 fn raised_by_a_user(routine: &[u8]) -> bool {
     routine.is_empty()

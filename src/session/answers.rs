@@ -510,6 +510,9 @@ impl Exchange<'_> {
         if let Some(again) = again {
             return Ok(self.discard(again, fatal));
         }
+        if self.unit.writes && fatal && refusal::is_postmaster_gone(&fields) {
+            return Err(End::NodeLost { node: self.backend.node });
+        }
         self.commit();
         if matches!(self.unit.expects.front(), Some(Expect::Query)) {
             // It leaves COPY; what the client still sends of it is dropped.

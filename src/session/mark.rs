@@ -77,6 +77,8 @@ pub struct Mark {
     epoch: Epoch,
     position: Lsn,
     seen: Lsn,
+    /// A position that was known before the last write of this session was sent: its commit lies past it.
+    wrote: Lsn,
     pending: Option<Pending>,
 }
 
@@ -114,9 +116,9 @@ pub enum PrimaryVerdict {
 pub enum Survival {
     /// All it has seen or written is on the new timeline.
     Kept,
-    /// Its position is past the fork: what it has seen may or may not be gone.
+    /// Its position is past the fork, or no sample can place what it was shown last: that may or may not be gone.
     Unknown(Fork),
-    /// It has seen or written something that no sample can place before the fork.
+    /// It has written past the fork: that is gone.
     Lost(Fork),
 }
 
@@ -129,14 +131,18 @@ pub struct Fork {
     pub fork: Option<Lsn>,
     /// The session's mark at the time.
     pub mark: Lsn,
+    /// It had been shown something after that, of which no position is known.
+    pub open: bool,
 }
 
 impl fmt::Display for Fork {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "The session's mark in epoch {} was {}; the new timeline began at ",
-            self.epoch.0, self.mark
+            "The session's mark in epoch {} was {}{}; the new timeline began at ",
+            self.epoch.0,
+            if self.open { "not known, and at least " } else { "" },
+            self.mark
         )?;
         match self.fork {
             Some(lsn) => write!(f, "{lsn}."),
@@ -149,7 +155,13 @@ impl Mark {
     /// A new session's mark: it must not fall behind what the primary holds now, because whoever opens
     /// it may have written through another connection (`psql -c insert; psql -c select`).
     pub fn new(samples: &impl Samples, topology: &Topology) -> Mark {
-        let mut mark = Mark { epoch: topology.epoch, position: Lsn::ZERO, seen: Lsn::ZERO, pending: None };
+        let mut mark = Mark {
+            epoch: topology.epoch,
+            position: Lsn::ZERO,
+            seen: Lsn::ZERO,
+            wrote: Lsn::ZERO,
+            pending: None,
+        };
         mark.inherit(samples, topology);
         mark
     }
@@ -192,6 +204,11 @@ impl Mark {
         self.pending = Some(Pending { note, kind: PendingKind::Primary { replica_part } });
         // It was sent only once the floor had reached `seen`, and a primary's visible state only grows.
         self.seen = Lsn::ZERO;
+    }
+
+    /// The primary has acknowledged a write: call it before anything that was sampled since that was sent is absorbed.
+    pub fn wrote(&mut self) {
+        self.wrote = self.position;
     }
 
     /// A replica has shown something: call it after the ReadyForQuery was received, with a note taken then,
@@ -436,10 +453,11 @@ impl Mark {
                 Some(switch) => self.cross(samples, topology, switch),
                 // The switch is older than what is remembered: nothing of it can be shown kept.
                 None => {
-                    let fork = Fork { epoch: self.epoch, fork: None, mark: self.position };
+                    let open = self.pending.is_some();
+                    let fork = Fork { epoch: self.epoch, fork: None, mark: self.position, open };
                     self.epoch = topology.epoch;
                     self.restart_at(samples, topology, None);
-                    Survival::Lost(fork)
+                    Survival::Unknown(fork)
                 }
             };
             verdict = worse(verdict, next);
@@ -490,13 +508,13 @@ impl Mark {
                 }
             },
         };
-        let fork = Fork { epoch: switch.from, fork: switch.fork, mark: self.position };
+        let verdict = self.past(switch, !resolved);
         let replica_note = self.pending.filter(|p| matches!(p.kind, PendingKind::Replica { .. }));
         self.epoch = Epoch(switch.from.0 + 1);
         self.pending = None;
         if !resolved {
             self.restart_at(samples, topology, switch.fork);
-            return Survival::Lost(fork);
+            return verdict;
         }
         if replica_note.is_some() {
             // Without a primary the caller would not be here: there is none only before the first epoch.
@@ -537,15 +555,23 @@ impl Mark {
         if mark == Lsn::ZERO || switch.fork.is_some_and(|fork| mark <= fork) {
             return Survival::Kept;
         }
-        let fork = Fork { epoch: switch.from, fork: switch.fork, mark };
+        let verdict = self.past(switch, false);
         self.restart_at(samples, topology, switch.fork);
-        if switch.kept { Survival::Kept } else { Survival::Unknown(fork) }
+        if switch.kept { Survival::Kept } else { verdict }
+    }
+
+    /// It cannot be shown that all is kept. Only a write that was sent when the log was past the fork already is known to
+    /// be gone: a mark, and what was shown after it, may stand for no more than others' work that never came to an end.
+    fn past(&self, switch: &Switch, open: bool) -> Survival {
+        let fork = Fork { epoch: switch.from, fork: switch.fork, mark: self.position, open };
+        let gone = self.wrote != Lsn::ZERO && switch.fork.is_some_and(|fork| self.wrote >= fork);
+        if gone { Survival::Lost(fork) } else { Survival::Unknown(fork) }
     }
 
     /// After a loss has been found: the session goes on from what the new primary holds.
     fn restart_at(&mut self, samples: &impl Samples, topology: &Topology, fork: Option<Lsn>) {
         self.position = fork.unwrap_or(Lsn::ZERO);
-        self.seen = Lsn::ZERO;
+        (self.seen, self.wrote) = (Lsn::ZERO, Lsn::ZERO);
         self.inherit(samples, topology);
     }
 }

@@ -1334,6 +1334,9 @@ impl Session {
             return if lost { Err(End::StateLost { node: lease.node }) } else { Ok(()) };
         }
         if !self.unit.is_quiet() {
+            if self.has_committed() {
+                self.mark.wrote();
+            }
             self.note();
         }
         self.ddl |= self.unit.ddl;
@@ -1537,6 +1540,22 @@ impl Session {
         self.note();
         self.handle.waiting();
         self.lease = None;
+    }
+
+    /// Whether the unit has ended with the commit of a write, as far as can be told, and the mark is of before it: one
+    /// that others share may have moved on meanwhile.
+    fn has_committed(&self) -> bool {
+        let began = match self.unit.before {
+            TransactionStatus::Idle => self.unit.writes,
+            TransactionStatus::InTransaction => self.unit.may_commit && self.wrote,
+            TransactionStatus::Failed => false,
+        };
+        began
+            && !self.unit.failed
+            && self.status == TransactionStatus::Idle
+            && self.role == Role::Primary
+            && self.shared_mark.is_none()
+            && self.lease.as_ref().is_some_and(|lease| lease.epoch == self.mark.epoch())
     }
 
     /// Notes what the node has shown, after its ReadyForQuery or the loss of its connection.

@@ -528,7 +528,7 @@ impl Session {
             tokio::pin!(changed);
             changed.as_mut().enable();
             let epoch = shared.topology.load().epoch;
-            if lease.epoch != epoch || Instant::now() >= until {
+            if lease.epoch != epoch || lease.socket.is_closed() || Instant::now() >= until {
                 return Ok(false);
             }
             let positions = shared.positions.node(lease.node);
@@ -537,7 +537,15 @@ impl Session {
                 return Ok(true);
             }
             positions.want();
-            if !self.wait(changed, until).await? {
+            // A primary that has died gives no sample; and nobody is promoted while a connection to it is held.
+            let told = lease.socket.closed();
+            let either = async {
+                tokio::select! {
+                    () = changed => {}
+                    () = told => {}
+                }
+            };
+            if !self.wait(either, until).await? {
                 return Ok(false);
             }
         }

@@ -115,6 +115,12 @@ impl Story {
                 self.let_to = Some((at, self.positions.node(at).incarnation()));
                 self.shows(at);
             }
+            ("wrote", Some(at)) => {
+                self.absorb();
+                self.mark().wrote();
+                self.let_to = Some((at, self.positions.node(at).incarnation()));
+                self.shows(at);
+            }
             ("let", Some(at)) => {
                 self.absorb();
                 self.let_to = Some((at, self.positions.node(at).incarnation()));
