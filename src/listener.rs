@@ -79,6 +79,8 @@ enum Mode {
 #[derive(Default)]
 pub struct Drain {
     clients: AtomicUsize,
+    /// Of these: who may stay, or has not been turned away yet.
+    places: AtomicUsize,
     draining: Arc<AtomicBool>,
     gone: Notify,
 }
@@ -99,9 +101,14 @@ impl Drain {
         self.clients.load(Ordering::SeqCst)
     }
 
+    fn places(&self) -> usize {
+        self.places.load(Ordering::SeqCst)
+    }
+
     fn enter(self: &Arc<Drain>) -> Present {
         self.clients.fetch_add(1, Ordering::SeqCst);
-        Present(self.clone())
+        self.places.fetch_add(1, Ordering::SeqCst);
+        Present { drain: self.clone(), has_place: true }
     }
 
     /// No new clients; those who are there end when they are idle, and at `deadline` in any case; or at
@@ -137,12 +144,25 @@ impl Drain {
 }
 
 /// A client that is counted as long as this lives.
-struct Present(Arc<Drain>);
+struct Present {
+    drain: Arc<Drain>,
+    has_place: bool,
+}
+
+impl Present {
+    /// It is being turned away: from before it is told so, it keeps nobody else out.
+    fn leave_place(&mut self) {
+        if std::mem::take(&mut self.has_place) {
+            self.drain.places.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
 
 impl Drop for Present {
     fn drop(&mut self) {
-        self.0.clients.fetch_sub(1, Ordering::SeqCst);
-        self.0.gone.notify_waiters();
+        self.leave_place();
+        self.drain.clients.fetch_sub(1, Ordering::SeqCst);
+        self.drain.gone.notify_waiters();
     }
 }
 
@@ -298,17 +318,24 @@ impl Said {
 impl Door {
     async fn serve(self: Arc<Door>, tcp: TcpStream, worker: usize, read_only: bool) {
         let peer = tcp.peer_addr().ok();
-        let present = self.drain.enter();
+        let mut present = self.drain.enter();
         self.shared.metrics.clients.inc();
         self.shared.metrics.clients_total.inc();
-        self.serve_counted(tcp, peer, worker, read_only).await;
+        self.serve_counted(&mut present, tcp, peer, worker, read_only).await;
         self.shared.metrics.clients.dec();
         drop(present);
     }
 
-    async fn serve_counted(&self, tcp: TcpStream, peer: Option<SocketAddr>, worker: usize, read_only: bool) {
+    async fn serve_counted(
+        &self,
+        present: &mut Present,
+        tcp: TcpStream,
+        peer: Option<SocketAddr>,
+        worker: usize,
+        read_only: bool,
+    ) {
         // Boxed, and so gone before the session begins: most sessions only wait, and that in little room.
-        let let_in = Box::pin(self.let_in(tcp, peer, read_only)).await;
+        let let_in = Box::pin(self.let_in(present, tcp, peer, read_only)).await;
         let Some((_places, arrival, mode)) = let_in else { return };
         let metrics = &self.shared.metrics;
         let replicates = matches!(mode, Mode::Replication(_));
@@ -334,6 +361,7 @@ impl Door {
     /// Greets a client and has it prove who it is. `None`: it was told what there is to say.
     async fn let_in(
         &self,
+        present: &mut Present,
         tcp: TcpStream,
         peer: Option<SocketAddr>,
         read_only: bool,
@@ -372,6 +400,7 @@ impl Door {
             Ok(place) => place,
             Err((label, report)) => {
                 metrics.client_refused.inc(label);
+                present.leave_place();
                 say_last(&mut connection.stream, &report).await;
                 return None;
             }
@@ -400,6 +429,7 @@ impl Door {
             Ok(places) => places,
             Err((label, report)) => {
                 metrics.client_refused.inc(label);
+                present.leave_place();
                 say_last(&mut stream, &report).await;
                 return None;
             }
@@ -441,7 +471,7 @@ impl Door {
         let config = self.shared.config.load();
         // Those on the console have places of their own.
         let consoles = self.census.count(&Counted::Console);
-        let clients = self.drain.clients().saturating_sub(consoles);
+        let clients = self.drain.places().saturating_sub(consoles);
         if is_for_console(&config, startup) {
             return self.admit_to_console(&config, startup, clients);
         }

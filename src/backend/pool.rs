@@ -806,10 +806,14 @@ impl Lease {
         self.pool.context.ways.is_open_to(self)
     }
 
-    /// Gives an idle backend back to its pool, which cleans it first where it must.
+    /// Gives an idle backend back to its pool, which cleans it first where it must. One whose server has said something
+    /// since, unasked (as a rule its last word: it crashes, or stops), is closed.
     pub fn give_back(mut self) {
+        if !self.input.is_empty() {
+            return self.close(CloseReason::Dead);
+        }
         if let Some(backend) = self.backend.take() {
-            debug_assert!(backend.input.is_empty() && backend.output.is_empty(), "a whole backend");
+            debug_assert!(backend.output.is_empty(), "a whole backend");
             self.pool.give_back(backend);
         }
     }

@@ -883,16 +883,17 @@ impl PrivateNode {
     /// SIGKILL to one backend: the postmaster answers by restarting the whole server in place, with
     /// the same process id and start time. Returns once it answers again.
     pub async fn crash_backend(&self) -> Result<(), ClusterError> {
-        let client = self.admin().await?;
-        let row = client.query_one("SELECT pg_backend_pid()", &[]).await;
+        let (victim, witness) = (self.admin().await?, self.admin().await?);
+        let row = victim.query_one("SELECT pg_backend_pid()", &[]).await;
         let pid: i32 = row.map_err(|error| ClusterError::Query(self.name.clone(), error))?.get(0);
         system(
             format_args!("cannot kill a backend of {}", self.name),
             kill(Pid::from_raw(pid), Signal::SIGKILL).map_err(io::Error::from),
         )?;
-        // Only once the old connection has broken does an answer come from the restarted server.
+        // The victim's own connection breaks before the postmaster has heard of its death, while new ones are still let
+        // in. Another one is ended by the postmaster: from then on an answer comes from the restarted server.
         let deadline = Instant::now() + SERVER_DEADLINE;
-        while !client.is_closed() {
+        while !witness.is_closed() {
             pause_until(deadline, || format!("server {} to notice its dead backend", self.name)).await?;
         }
         self.wait_ready().await

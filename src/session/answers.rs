@@ -327,7 +327,7 @@ impl Exchange<'_> {
                 self.session.settings.perhaps(changes);
             }
         }
-        if tag == b'C' && self.session.settings.in_flux() {
+        if tag == b'C' && self.session.settings.is_pending() {
             self.session.settings.command(&self.backend.input[HEADER..len - 1]);
         }
         if tag == b'C' {

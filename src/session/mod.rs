@@ -567,10 +567,8 @@ impl Session {
                 let parameters = lease.login_parameters.clone();
                 let welcome = Welcome { parameters, idle_session_timeout, isolation };
                 self.pools.remember_welcome(&lease, &welcome);
-                // A server that crashes or stops just then has said so behind its answer: that one is closed.
-                if lease.input.is_empty() {
-                    lease.give_back();
-                }
+                // A server that crashes or stops just then has said so behind its answer.
+                lease.give_back();
                 welcome
             }
         };

@@ -23,6 +23,8 @@ pub struct Settings {
     wanted: Arc<Applied>,
     /// Completed in a transaction that is not over.
     pending: Vec<Change>,
+    /// Something has completed since it was last said what a backend is left with.
+    unsaid: bool,
     /// What is pending cannot be told from the outcome.
     uncertain: bool,
     /// ROLLBACKs in the running unit, and commands since something was pending.
@@ -70,6 +72,7 @@ impl Settings {
 
     /// What a backend has been given once this session's unit has run on it.
     pub fn left_behind(&mut self) -> Arc<Applied> {
+        self.unsaid = false;
         if !std::mem::take(&mut self.name_lost) {
             return self.wanted.clone();
         }
@@ -94,12 +97,19 @@ impl Settings {
     }
 
     /// Whether a command's tag matters now.
-    pub fn in_flux(&self) -> bool {
+    pub fn is_pending(&self) -> bool {
         !self.pending.is_empty()
+    }
+
+    /// Whether the backend has other settings than it is known to have. A COMMIT leaves nothing pending, and yet a
+    /// backend that nobody knows to have what was committed.
+    pub fn in_flux(&self) -> bool {
+        self.unsaid
     }
 
     /// A statement has completed.
     pub fn completed(&mut self, changes: Vec<Change>) {
+        self.unsaid |= !changes.is_empty();
         self.pending.extend(changes);
         if self.pending.len() > MOST_PENDING {
             // More than is worth keeping: if the transaction commits, the session stays where it is.
@@ -284,7 +294,7 @@ impl Settings {
     /// The backend on which something was pending is gone, and the transaction with it.
     pub fn forget_pending(&mut self) {
         self.pending.clear();
-        (self.uncertain, self.rollbacks, self.commands) = (false, 0, 0);
+        (self.unsaid, self.uncertain, self.rollbacks, self.commands) = (false, false, 0, 0);
     }
 }
 
@@ -372,7 +382,7 @@ mod tests {
     /// One statement in a unit of its own.
     fn run(settings: &mut Settings, changes: Vec<Change>, tag: &str, status: TransactionStatus) -> AtReady {
         settings.completed(changes);
-        if settings.in_flux() {
+        if settings.is_pending() {
             settings.command(tag.as_bytes());
         }
         settings.ready(status, false, false)
@@ -428,7 +438,7 @@ mod tests {
             assert!(settings.pending.len() <= MOST_PENDING);
         }
         assert_eq!(run(&mut settings, vec![], "COMMIT", IDLE), AtReady::Untracked);
-        assert!(!settings.in_flux());
+        assert!(!settings.is_pending());
     }
 
     #[test]
@@ -558,6 +568,7 @@ mod tests {
             let names = ["a", "b", "c"];
             let mut server = Server::default();
             let mut settings = Settings::default();
+            let mut left = Arc::<Applied>::default();
             for act in acts {
                 let (mut changes, mut tag, mut error) = (Vec::new(), "SET", false);
                 let aborted = server.failed;
@@ -603,7 +614,7 @@ mod tests {
                     server.failed = server.start.is_some();
                 } else {
                     settings.completed(changes);
-                    if settings.in_flux() {
+                    if settings.is_pending() {
                         settings.command(tag.as_bytes());
                     }
                 }
@@ -620,6 +631,10 @@ mod tests {
                     AtReady::Untracked => prop_assert!(false, "nothing here is untracked"),
                 }
                 if server.status() == IDLE {
+                    if settings.in_flux() {
+                        left = settings.left_behind();
+                    }
+                    prop_assert_eq!(&left, settings.wanted(), "the backend has what nobody knows of");
                     for (at, name) in names.iter().enumerate() {
                         let tracked = settings.wanted().entry(name).and_then(|entry| entry.sql.clone());
                         let value = tracked.map(|sql| {

@@ -62,16 +62,31 @@ impl Link {
     async fn to(node: u16) -> Link {
         let port = ReservedPort::claim().unwrap();
         let (passage, watched) = watch::channel(Passage::Open);
-        let first = Link::listen(port.number());
+        let first = Link::listen(port.number()).unwrap();
         let task = background().spawn(Link::run(port.number(), node, watched, first));
         Link { port, passage, task }
     }
 
-    fn listen(port: u16) -> TcpListener {
+    fn listen(port: u16) -> std::io::Result<TcpListener> {
         let _inside = background().enter();
-        let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
-        listener.set_nonblocking(true).unwrap();
-        TcpListener::from_std(listener).unwrap()
+        let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port))?;
+        listener.set_nonblocking(true)?;
+        TcpListener::from_std(listener)
+    }
+
+    /// A child process that some other test is just starting holds the socket that was closed, too, until it runs its
+    /// own program: only then the port is free again.
+    async fn listen_again(port: u16) -> TcpListener {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match Link::listen(port) {
+                Ok(listener) => return listener,
+                Err(error) if error.kind() == std::io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                Err(error) => panic!("a link cannot be healed: {error}"),
+            }
+        }
     }
 
     async fn run(port: u16, node: u16, mut passage: watch::Receiver<Passage>, first: TcpListener) {
@@ -84,7 +99,10 @@ impl Link {
                 }
                 continue;
             }
-            let listener = listener.get_or_insert_with(|| Link::listen(port));
+            let listener = match &mut listener {
+                Some(listener) => listener,
+                none => none.insert(Link::listen_again(port).await),
+            };
             tokio::select! {
                 accepted = listener.accept() => {
                     if let Ok((client, _)) = accepted {

@@ -34,6 +34,41 @@ async fn a_link_passes_bytes_until_it_is_silenced_or_cut_and_again_when_healed()
     assert_eq!(tags(&client.ask(&query("SELECT 1")).await), "TDCZ");
 }
 
+/// While a process is made it shares all sockets of the one that makes it, the closed ones too.
+#[tokio::test]
+async fn a_link_is_healed_while_other_tests_start_processes() {
+    use std::os::unix::process::CommandExt;
+    let cluster = Cluster::start(0).await;
+    let link = cluster.link(0);
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let starters: Vec<_> = (0..4)
+        .map(|_| {
+            let stop = stop.clone();
+            std::thread::spawn(move || {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    // With an id it is forked, as servers are.
+                    let uid = nix::unistd::getuid().as_raw();
+                    std::process::Command::new("true").uid(uid).status().unwrap();
+                }
+            })
+        })
+        .collect();
+    for _ in 0..200 {
+        link.cut();
+        eventually("connections are refused", || async {
+            tokio::net::TcpStream::connect(("127.0.0.1", link.port())).await.is_err()
+        })
+        .await;
+        link.heal();
+        eventually("connections are accepted", || async {
+            tokio::net::TcpStream::connect(("127.0.0.1", link.port())).await.is_ok()
+        })
+        .await;
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    starters.into_iter().for_each(|starter| starter.join().unwrap());
+}
+
 #[tokio::test]
 async fn the_raw_client_speaks_the_protocol() {
     let cluster = Cluster::start_logging(0).await;

@@ -42,7 +42,21 @@ struct Player<'a> {
 
 impl<'a> Player<'a> {
     async fn new(proxy: &'a Proxy, errors: Errors, counts: &'a Counts) -> Player<'a> {
-        Player { proxy, client: proxy.connect().await, errors, counts, sessions: 1 }
+        Player { proxy, client: Player::session(proxy, errors).await, errors, counts, sessions: 1 }
+    }
+
+    /// A login may meet the trouble as any statement may.
+    async fn session(proxy: &Proxy, errors: Errors) -> tokio_postgres::Client {
+        if errors == Errors::Never {
+            return proxy.connect().await;
+        }
+        let deadline = std::time::Instant::now() + PATIENCE;
+        loop {
+            match proxy.connect_as("app", proxy.app()).await {
+                Ok(client) => return client,
+                Err(error) => assert!(std::time::Instant::now() < deadline, "nobody is let in: {error}"),
+            }
+        }
     }
 
     /// Whether it may go on after `error`.
@@ -52,12 +66,7 @@ impl<'a> Player<'a> {
         }
         self.counts.errors.fetch_add(1, Ordering::Relaxed);
         if self.client.is_closed() || error.as_db_error().is_none() {
-            let (proxy, login) = (self.proxy, self.proxy.app());
-            let mut client = None;
-            while client.is_none() {
-                client = proxy.connect_as("app", login).await.ok();
-            }
-            self.client = client.unwrap();
+            self.client = Player::session(self.proxy, self.errors).await;
             self.sessions += 1;
         }
     }

@@ -293,9 +293,12 @@ async fn a_write_whose_connection_breaks_is_not_run_twice() {
     let cluster = Cluster::start(1).await;
     cluster.set_up("CREATE TABLE t (x int)").await;
     let proxy = Proxy::start_with(&cluster, quick()).await;
+    let holder = cluster.primary().connect("app", &cluster.roles().app).await.unwrap();
     for round in 0..5 {
         let mut client = proxy.raw_login().await;
-        client.send(&query(&format!("INSERT INTO t SELECT {round} FROM pg_sleep(0.2)"))).await;
+        // It waits for the lock: it is underway for certain when its connection breaks.
+        holder.batch_execute("BEGIN; LOCK TABLE t").await.unwrap();
+        client.send(&query(&format!("INSERT INTO t VALUES ({round})"))).await;
         let active =
             "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'INSERT INTO t%'";
         cluster.primary().wait_for(active, "1").await.unwrap();
@@ -305,6 +308,7 @@ async fn a_write_whose_connection_breaks_is_not_run_twice() {
         let code = error.and_then(|error| error.field(b'C')).unwrap_or_default();
         assert!(code.starts_with("08"), "the outcome is not known, and that is what is said: {answer:?}");
         cluster.link(0).heal();
+        holder.batch_execute("ROLLBACK").await.unwrap();
         cluster.primary().wait_for(active, "0").await.unwrap();
         eventually("the primary is back", || async {
             match proxy.connect_as("app", &cluster.roles().app).await {

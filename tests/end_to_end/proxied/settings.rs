@@ -157,6 +157,28 @@ async fn what_was_rolled_back_is_not_given_to_other_backends() {
 }
 
 #[tokio::test]
+async fn what_a_transaction_has_set_is_taken_back_for_the_next_session() {
+    let cluster = Cluster::start(0).await;
+    let proxy = proxy_with(&cluster, ONE_BACKEND).await;
+    for transaction in [
+        &["BEGIN", "SET work_mem = '2MB'", "COMMIT"][..],
+        &["BEGIN; SET work_mem = '2MB'; COMMIT"],
+        &["BEGIN", "SET work_mem = '2MB'", "COMMIT AND CHAIN", "SELECT 1", "ROLLBACK"],
+        &["BEGIN; SET work_mem = '2MB'; COMMIT; BEGIN", "SET work_mem = '3MB'", "ROLLBACK"],
+        &["BEGIN", "SELECT set_config('work_mem', '2MB', false)", "COMMIT"],
+    ] {
+        let (mut client, mut other) = (proxy.raw_login().await, proxy.raw_login().await);
+        for sql in transaction {
+            let answer = client.ask(&query(sql)).await;
+            assert!(!tags(&answer).contains('E'), "{answer:?}");
+        }
+        let show = query("SHOW work_mem");
+        assert_eq!(value(&other.ask(&show).await).as_deref(), Some("4MB"), "{transaction:?}");
+        assert_eq!(value(&client.ask(&show).await).as_deref(), Some("2MB"), "{transaction:?}");
+    }
+}
+
+#[tokio::test]
 async fn literals_are_read_under_the_settings_of_who_wrote_them() {
     let cluster = Cluster::start(1).await;
     let proxy = proxy_with(&cluster, ONE_BACKEND).await;
