@@ -211,11 +211,11 @@ impl Loop {
                     let outcomes = self.shell.command(command, reply);
                     self.take_outcomes(outcomes);
                 }
-                _ = looks.tick() => if !self.shell.is_calm() { self.tell(Happening::Tick) },
+                _ = looks.tick() => if !self.shell.is_calm() { self.look() },
                 // Time alone changes things too: ejections end, lags grow.
                 () = sleep_until(ticked + self.tick()) => {
                     ticked = tokio::time::Instant::now();
-                    self.tell(Happening::Tick);
+                    self.look();
                 }
             }
             self.decide();
@@ -314,6 +314,15 @@ impl Loop {
         self.take_outcomes(outcomes);
     }
 
+    /// Time has passed; and perhaps writes were acknowledged, which a failover must not forget.
+    fn look(&mut self) {
+        let primary = self.topology.load().primary;
+        if let Some(past) = primary.and_then(|primary| self.positions.node(primary).take_acknowledged()) {
+            self.tell(Happening::Acknowledged(past));
+        }
+        self.tell(Happening::Tick);
+    }
+
     fn take_outcomes(&mut self, outcomes: Vec<Outcome>) {
         for outcome in outcomes {
             match outcome {
@@ -408,6 +417,10 @@ impl Loop {
         let new_epoch = epoch != before.epoch;
         if new_epoch {
             self.track.begin(epoch);
+            for view in &next.nodes {
+                // Of an earlier time as primary, on another timeline.
+                self.positions.node(view.id).take_acknowledged();
+            }
         }
         if new_epoch && let Some(old) = before.primary {
             // Before anybody can act on the new one: whatever the old one still says is not passed on.

@@ -107,9 +107,20 @@ pub struct NodePositions {
     idle: AtomicBool,
     late_clock: AtomicBool,
     clock: Mutex<Option<ClockOffset>>,
+    acknowledged: AtomicU64,
 }
 
 impl NodePositions {
+    /// As primary it has acknowledged a write that was sent when its log had reached `past`: the write lies behind that.
+    pub fn acknowledge(&self, past: Lsn) {
+        self.acknowledged.fetch_max(past.0, Ordering::Relaxed);
+    }
+
+    /// The greatest [`acknowledge`](Self::acknowledge) since this was last asked; none: there was none.
+    pub fn take_acknowledged(&self) -> Option<Lsn> {
+        Some(Lsn(self.acknowledged.swap(0, Ordering::Relaxed))).filter(|lsn| *lsn > Lsn::ZERO)
+    }
+
     /// The counter of the last sample sent. Read it *after* the event that a later sample shall cover.
     pub fn counter(&self) -> u64 {
         self.counter.load(Ordering::SeqCst)

@@ -1332,8 +1332,11 @@ impl Session {
             return if lost { Err(End::StateLost { node: lease.node }) } else { Ok(()) };
         }
         if !self.unit.is_quiet() {
-            if self.has_committed() {
+            if self.has_committed()
+                && let Some(lease) = &self.lease
+            {
                 self.mark.wrote();
+                self.shared.positions.node(lease.node).acknowledge(self.mark.position());
             }
             self.note();
         }

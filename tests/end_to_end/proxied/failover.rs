@@ -273,6 +273,34 @@ async fn a_primary_killed_under_writers_is_replaced_and_the_loss_is_never_overst
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_loss_that_is_known_is_reported_and_no_more_than_was_lost() {
+    let cluster = Cluster::start(1).await;
+    cluster.set_up(TABLE).await;
+    cluster.wait_caught_up(0).await.unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let proxy = started(&cluster, &directory, "allow_minority: true").await;
+    let client = proxy.connect().await;
+    // From here on the standby gets nothing more.
+    cluster.node(1).set("primary_conninfo", "").await.unwrap();
+    cluster.node(0).wait_for("SELECT count(*) FROM pg_stat_replication", "0").await.unwrap();
+    client.batch_execute("INSERT INTO t VALUES (1)").await.unwrap();
+    // Where the log was after the first is known, so that the second is known to lie behind that.
+    let token: String = client.query_one("SHOW highwater.token", &[]).await.unwrap().get(0);
+    assert!(!token.is_empty());
+    client.batch_execute("INSERT INTO t VALUES (2)").await.unwrap();
+    let end = "SELECT pg_current_wal_insert_lsn() - '0/0'";
+    let end: f64 = cluster.node(0).query_text(end).await.unwrap().parse().unwrap();
+    cluster.node(0).crash().await.unwrap();
+    eventually("b takes over", || async { primary(&proxy).await.as_deref() == Some("b") }).await;
+    let reported = proxy.metrics().await.sum("highwater_lost_acked_bytes_min", &[]);
+    let rows = cluster.node(1).query_text("SELECT count(*) FROM t").await;
+    let fork = "SELECT pg_wal_lsn_diff(split_part(pg_read_file('pg_wal/00000002.history'), E'\\t', 2)::pg_lsn, '0/0')";
+    let fork: f64 = cluster.node(1).query_text(fork).await.unwrap().parse().unwrap();
+    assert_eq!(rows.unwrap(), "0");
+    assert!(reported > 0.0 && reported <= end - fork, "{reported} bytes; lost were {}", end - fork);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frozen_primary_is_replaced_and_acknowledges_nothing_when_it_thaws() {
     let cluster = Cluster::start(2).await;
     cluster.set_up(TABLE).await;
