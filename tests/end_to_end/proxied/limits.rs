@@ -117,8 +117,9 @@ async fn the_idle_session_timeout_of_a_role_ends_its_idle_clients_and_no_pooled_
     let proxy = Proxy::start(&cluster).await;
     let mut client = proxy.raw_login().await;
     let mut pinned = proxy.raw_login().await;
-    client.ask(&query("SELECT 1")).await;
+    // First, or it would take the backend that the other one has just given back.
     pinned.ask(&query("SET idle_session_timeout = 0; SELECT pg_backend_pid()")).await;
+    client.ask(&query("SELECT 1")).await;
     assert_eq!(code(&client.read_to_end().await).as_deref(), Some("57P05"));
     // The backend that served it idles for longer than that by now, and is there.
     let idle = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app' AND state = 'idle' \

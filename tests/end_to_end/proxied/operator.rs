@@ -109,6 +109,7 @@ async fn the_age_of_the_primarys_position_grows_while_it_does_not_answer_and_is_
     let cluster = Cluster::start(0).await;
     let proxy = Proxy::start(&cluster).await;
     let age = || async { proxy.metrics().await.sum("highwater_primary_lsn_sample_age_seconds", &[]) };
+    eventually("it is known", || async { age().await > 0.0 }).await;
     cluster.link(0).silence();
     eventually("it grows", || async { age().await > 2.0 }).await;
     cluster.link(0).heal();

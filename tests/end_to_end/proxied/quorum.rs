@@ -32,6 +32,12 @@ async fn a_strong_read_shows_what_was_acknowledged_when_the_primary_is_gone() {
     for client in [&mut writer, &mut reader, &mut plain] {
         assert_eq!(value(client).await, Ok("0".to_owned()));
     }
+    // A read is known as one once the catalog facts are there, and they come from the primary.
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while proxy.metrics().await.sum("highwater_statements_total", &[("reason", "read")]) == 0.0 {
+        assert!(std::time::Instant::now() < deadline, "no read ran on a replica");
+        assert_eq!(value(&mut reader).await, Ok("0".to_owned()));
+    }
     // One of the two has it, whichever that is; the other stands still.
     cluster.node(2).pause_replay().await.unwrap();
     for x in 1..=3 {
