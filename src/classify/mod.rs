@@ -142,6 +142,11 @@ impl Question {
     pub fn key(&self) -> ClassKey {
         self.key
     }
+
+    /// What comments in the text ask for, whatever it turns out to be.
+    pub fn hints(&self) -> Hints {
+        self.hints
+    }
 }
 
 /// Classifies statements; shared by all sessions.

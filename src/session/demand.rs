@@ -346,7 +346,13 @@ impl Session {
             }
             // Only what may be a read is worth a second opinion, and a read leaves nothing; but nobody has said
             // that it is one.
-            Lookup::Ask(_) => return Some(Demand::not_a_read(ClassLabel::Unit)),
+            Lookup::Ask(question) => {
+                if question.hints() != Hints::default() {
+                    let text = text.to_vec();
+                    self.bad_hint = self.take_hints(&text, question.hints());
+                }
+                return Some(Demand::not_a_read(ClassLabel::Unit));
+            }
         };
         let text = text.to_vec();
         self.bad_hint = self.take_hints(&text, class.hints);
