@@ -500,7 +500,7 @@ impl Exchange<'_> {
         if let Some(refused) = self.refuse_on_replica(off || !class.is_some_and(is_read)) {
             return Ok(refused);
         }
-        if class.is_some_and(|class| class.hints.invalid)
+        if class.is_none_or(|class| class.hints.invalid)
             && let Some(report) = super::own::refused_hint(statement.text())
         {
             self.own_error(report);
