@@ -4,7 +4,6 @@
 //! never delays a probe; one accepts; the workers serve clients.
 
 mod apply;
-mod steering;
 
 use std::fmt;
 use std::io;
@@ -20,7 +19,6 @@ use tokio::time::Instant;
 use tracing::info;
 
 use self::apply::Applier;
-use self::steering::steering;
 use crate::admin::access::Access;
 use crate::admin::{self, AdminState, Memory};
 use crate::backend::pool::{CloseReason, PoolContext, Pools, Ways};
@@ -356,7 +354,7 @@ async fn build(config: Config, reload: Reload) -> Result<Parts, StartError> {
     let verifiers = Verifiers::new(config, &nodes, &topology)
         .map_err(|error| StartError { what: "set up the login".to_owned(), cause: error.to_string() })?;
     let tls = ArcSwap::from_pointee(client_tls);
-    let console = Arc::new(Console::new(shared.clone(), reload, steering(control.commands())));
+    let console = Arc::new(Console::new(shared.clone(), reload, control.commands()));
     let (drain, census) = (Arc::default(), Arc::default());
     let door = Arc::new(Door { shared, tls, verifiers, drain, census, console });
     let pulse = Arc::new(Pulse::new(1 + config.workers));

@@ -42,7 +42,7 @@ const MAY_USE: &[(&str, &str)] = &[
     // The way of the operator.
     (
         "console",
-        "backend classify config explain metrics net positions reload route session topology wal wire",
+        "backend classify config control explain metrics net positions reload route session topology wal wire",
     ),
     ("log", "config"),
     ("admin", "config metrics positions topology wal"),

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::Asker;
 use super::command::{Argument, Command, Failover};
 use super::protocol::Reply;
-use super::{Asker, Order};
 use crate::config::live::Applies;
+use crate::control::Command as Order;
 use crate::session::facts::Kind;
 use crate::session::handle::{CancelOutcome, Ending, SessionHandle};
 use crate::session::pause;
@@ -214,7 +215,7 @@ impl Asker<'_> {
                 let report = ErrorReport::error("57014", "canceling statement due to user request");
                 return Err(report.detail("What was ordered goes on.").hint("SHOW FAILOVER shows how far it is."));
             }
-            answer = (self.console.steering.give)(order) => answer,
+            answer = self.console.failover.give(order) => answer,
         };
         match answer {
             Ok(said) => Ok(done(tag, vec![said])),

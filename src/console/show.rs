@@ -3,12 +3,13 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::command::{Asked, Command, HELP, PARAMETERS, Pick, Scalar, Table};
 use super::protocol::Reply;
 use super::reply::{Column, Kind, Rows, Value};
 use super::{Asker, DATABASE};
+use crate::control::Status;
 use crate::metrics::{WaitFor, role_label};
 use crate::positions::SampleBody;
 use crate::route::{ClassLabel, RouteReason};
@@ -389,39 +390,40 @@ impl Asker<'_> {
         let mut rows = vec![
             ("epoch", shown(topology.epoch.0)),
             ("primary", primary.map(|node| &*node.name).into()),
-            ("primary_reachable", reachable.map(|yes| if yes { "yes" } else { "no" }).into()),
+            ("primary_reachable", reachable.map(yes_or_no).into()),
             ("timeline", topology.timeline.map(|t| t.to_string()).into()),
             ("statements_waiting", shown(waiting)),
             ("pause_timeout", shown(format!("{:?}", config.failover.pause_timeout))),
         ];
-        let status = (self.console.steering.status)();
-        rows.extend(status.into_iter().map(|(item, value)| (item, Value::from(value))));
+        rows.extend(failover_standing(&self.console.failover.status()));
         items(rows)
     }
 
     fn history(&self) -> Rows {
         let topology = self.console.shared.topology.load_full();
-        let past = (self.console.steering.past)();
+        let status = self.console.failover.status();
         // An epoch that has ended is in one of the two, or in both: what restarts forget, the record keeps.
         let mut epochs: Vec<u64> = topology.switches.iter().map(|switch| switch.from.0).collect();
-        epochs.extend(past.iter().map(|past| past.epoch.saturating_sub(1)));
+        epochs.extend(status.history.iter().map(|past| past.epoch.0.saturating_sub(1)));
         epochs.sort_unstable();
         epochs.dedup();
         Box::new(epochs.into_iter().rev().map(move |epoch| {
             let switch = topology.switches.iter().find(|switch| switch.from.0 == epoch);
-            let past = past.iter().find(|past| past.epoch == epoch + 1);
+            let past = status.history.iter().find(|past| past.epoch.0 == epoch + 1);
             let old = past.map(|past| past.from).or(switch.map(|switch| switch.old_primary));
             vec![
                 epoch.into(),
-                past.map_or(Value::Null, |past| Value::Time(past.at)),
+                past.map_or(Value::Null, |past| {
+                    Value::Time(UNIX_EPOCH + Duration::from_millis(past.unix_ms))
+                }),
                 name(&topology, old),
                 name(&topology, past.map(|past| past.to)),
                 past.map(|past| past.planned).into(),
                 switch.map(|switch| switch.old_timeline.0).into(),
                 switch.and_then(|switch| switch.fork).map(|lsn| lsn.to_string()).into(),
                 switch.and_then(|switch| switch.last_sample).map(|(_, lsn)| lsn.to_string()).into(),
-                past.map(|past| past.lost_bytes_min).into(),
-                past.map(|past| past.took).into(),
+                past.map(|past| past.lost_acked_bytes_min).into(),
+                past.map(|past| Duration::from_millis(past.took_ms)).into(),
             ]
         }))
     }
@@ -515,6 +517,35 @@ impl Asker<'_> {
 
 fn items(items: Vec<(&'static str, Value)>) -> Rows {
     Box::new(items.into_iter().map(|(item, value)| vec![item.into(), value]))
+}
+
+/// Where failover stands, item by item.
+fn failover_standing(status: &Status) -> [(&'static str, Value); 12] {
+    let since = status.since.elapsed().unwrap_or_default();
+    let kept_out: Vec<String> =
+        status.quarantined.iter().map(|(node, why)| format!("{node} ({})", why.label())).collect();
+    let lost = status.loss.map(|loss| match loss.exact_bytes {
+        Some(bytes) => format!("{bytes} bytes"),
+        None => format!("{} bytes at least", loss.acked_bytes_min),
+    });
+    [
+        ("mode", status.mode.into()),
+        ("durability", status.durability.into()),
+        ("promises", status.promises.clone().into()),
+        ("state", status.state.into()),
+        ("state_for", shown(format_args!("{}s", since.as_secs()))),
+        ("state_about", status.node.clone().into()),
+        ("blocked", status.blocked.as_ref().map(|(word, why)| format!("{word}: {why}")).into()),
+        ("paused", yes_or_no(status.paused)),
+        ("cooling", yes_or_no(status.cooling)),
+        ("writes_covered", yes_or_no(status.covered)),
+        ("quarantined", Some(kept_out.join(", ")).filter(|names| !names.is_empty()).into()),
+        ("last_loss", lost.into()),
+    ]
+}
+
+fn yes_or_no(is: bool) -> Value {
+    if is { "yes" } else { "no" }.into()
 }
 
 fn name(topology: &Topology, node: Option<NodeId>) -> Value {
