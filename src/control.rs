@@ -31,6 +31,7 @@ use crate::monitor::health::{Answering, Health, HealthSettings};
 use crate::monitor::lag::{LagTime, ReplayLag};
 use crate::monitor::probe::{Observation, Seen};
 use crate::monitor::sample::PrimaryTrack;
+use crate::monitor::stream::Alive;
 use crate::monitor::watch::{Givens, Watch};
 use crate::node::{NodeError, NodeFailure, Nodes, ProbedRole, Receiver};
 use crate::positions::{Positions, SampleBody};
@@ -390,6 +391,7 @@ impl Loop {
                 };
             facts.replay = sampled.or_else(|| facts.seen.as_ref().and_then(probed_replay));
             facts.lag = facts.replay.and_then(|replay| self.track.lag(replay, now));
+            facts.alive = self.track.alive().filter(|_| before.primary == Some(id));
             facts.quarantine = self.shell.machine().quarantine(id);
         }
         let hold = self.shell.acts() && !self.shell.machine().may_adopt();
@@ -491,6 +493,8 @@ pub struct NodeFacts {
     pub replay: Option<Lsn>,
     /// How far behind that is.
     pub lag: Option<ReplayLag>,
+    /// Of the primary: its last sample.
+    pub alive: Option<Alive>,
     /// Whether it may serve with a `recovery_min_apply_delay`.
     pub delayed_ok: bool,
     /// A reload has taken it out: nothing is heard of it, and nobody waits for it.
@@ -599,7 +603,7 @@ fn take_primary(next: &mut Topology, chosen: NodeId, facts: &[NodeFacts], last_s
         let fork = seen.history.as_ref().and_then(|history| history.fork_of(old_timeline));
         push_switch(
             next,
-            Switch { from: next.epoch, old_primary, old_timeline, fork, last_sample, kept: false },
+            Switch { from: next.epoch, old_primary, old_timeline, fork, gone_from: fork, last_sample, kept: false },
         );
     }
     next.epoch = Epoch(next.epoch.0 + 1);
@@ -625,11 +629,13 @@ fn follow_restart(next: &mut Topology, facts: &[NodeFacts], last_sample: Option<
     if before.is_none() || start.clean {
         return;
     }
+    let fork = start.end.map(|end| known.alive.map_or(end, |alive| alive.survived(end, start.began)));
     let end = Switch {
         from: next.epoch,
         old_primary: primary,
         old_timeline: timeline,
-        fork: start.end,
+        fork,
+        gone_from: start.end,
         last_sample,
         kept: false,
     };
@@ -645,6 +651,7 @@ fn take_target(next: &mut Topology, target: &Target, last_sample: Option<(u64, L
             old_primary: target.old_primary,
             old_timeline,
             fork: Some(target.fork),
+            gone_from: Some(target.fork),
             last_sample,
             kept: target.kept,
         };
@@ -1009,6 +1016,7 @@ mod tests {
             received_timeline: timeline.map(TimelineId),
             archive: false,
             newest_history: None,
+            receiver: None,
         };
         let walreceiver = walreceiver.map(str::to_owned);
         let recovery = Recovery::default();
@@ -1104,6 +1112,7 @@ mod tests {
             old_primary: NodeId(0),
             old_timeline: TimelineId(1),
             fork: Some(Lsn(0x500)),
+            gone_from: Some(Lsn(0x500)),
             last_sample: Some((7, Lsn(0x510))),
             kept: false,
         };
@@ -1123,7 +1132,7 @@ mod tests {
         let now = Instant::now();
         let started = |id: &str, end: Option<u64>, clean: bool| {
             let mut facts = writer(now, 1, Some(""));
-            let start = crate::node::Start { id: Arc::from(id), end: end.map(Lsn), clean };
+            let start = crate::node::Start { id: Arc::from(id), end: end.map(Lsn), clean, began: now };
             facts.seen.as_mut().unwrap().start = Some(start);
             [facts, streaming(now, 1), streaming(now, 1)]
         };
@@ -1140,6 +1149,7 @@ mod tests {
                 old_primary: NodeId(0),
                 old_timeline: TimelineId(1),
                 fork: end.map(Lsn),
+                gone_from: end.map(Lsn),
                 last_sample: Some((7, Lsn(110))),
                 kept: false,
             };
@@ -1148,6 +1158,30 @@ mod tests {
                 (Epoch(2), Some(NodeId(0)), &vec![switch])
             );
         }
+    }
+
+    #[test]
+    fn where_a_second_crash_may_have_been_missed_only_what_was_seen_flushed_is_kept() {
+        let begun = Instant::now();
+        let began = begun + Duration::from_secs(3);
+        let crashed = |alive: Option<Alive>| {
+            let mut facts = writer(began, 1, Some(""));
+            let start = crate::node::Start { id: Arc::from("2"), end: Some(Lsn(500)), clean: false, began };
+            facts.seen.as_mut().unwrap().start = Some(start);
+            facts.alive = alive;
+            let mut before = nodes(1);
+            (before.primary, before.timeline, before.epoch) = (Some(NodeId(0)), Some(TimelineId(1)), Epoch(1));
+            (before.start, before.system_identifier) = (Some(Arc::from("1")), Some(42));
+            let next = decide(&before, &[facts], &FOLLOW, Some((7, Lsn(110))), began);
+            let switch = next.switches.first().unwrap();
+            (switch.fork, switch.gone_from)
+        };
+        let alive = |ago: Duration, flush: u64| Some(Alive { asked_at: began - ago, flush: Lsn(flush) });
+        let end = Some(Lsn(500));
+        assert_eq!(crashed(None), (end, end));
+        assert_eq!(crashed(alive(crate::monitor::stream::ONE_CRASH - Duration::from_millis(1), 110)), (end, end));
+        assert_eq!(crashed(alive(crate::monitor::stream::ONE_CRASH, 110)), (Some(Lsn(110)), end));
+        assert_eq!(crashed(alive(Duration::from_secs(3), 900)), (end, end));
     }
 
     #[test]

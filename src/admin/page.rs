@@ -645,6 +645,7 @@ mod tests {
             old_primary: NodeId(0),
             old_timeline: TimelineId(1),
             fork: Some(Lsn(0x300_0100)),
+            gone_from: None,
             last_sample: Some((9, Lsn(0x300_0900))),
             kept: false,
         });

@@ -12,6 +12,7 @@ pub mod lag;
 pub mod probe;
 mod received;
 pub mod sample;
+pub mod stream;
 pub mod watch;
 
 pub use received::ReceivedTimeline;

@@ -201,3 +201,54 @@ async fn a_commit_that_no_synchronous_replica_has_is_no_success() {
     let answer = succeed(&mut client, "SELECT count(*) FROM t").await;
     assert_eq!(answer[1].columns()[0].as_deref(), Some("7"));
 }
+
+/// What a session is told of a commit that a crash took (nobody had waited for the disk), when the proxy could not
+/// look at the primary between that crash and `crashes - 1` more, and others have written past its place meanwhile.
+async fn told_of_a_crash_unseen(crashes: usize) {
+    let cluster = Cluster::start(1).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    let primary = cluster.primary();
+    primary.set("wal_writer_delay", "10s").await.unwrap();
+    let overrides = &format!("{QUICK}\nconsistency: {{ on_stale: error, catch_up_wait: 50ms }}");
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    let mut client = proxy.raw_login().await;
+    succeed(&mut client, "SET synchronous_commit = off").await;
+    let control = &cluster.roles().control.user;
+    primary.execute(&format!("ALTER ROLE {control} NOLOGIN")).await.unwrap();
+    succeed(&mut client, "INSERT INTO t VALUES (1)").await;
+    // Its place is known now, and is part of what the session asks for.
+    succeed(&mut client, "SHOW highwater.token").await;
+    for _ in 0..crashes {
+        primary.crash().await.unwrap();
+        primary.start().await.unwrap();
+        primary.execute("INSERT INTO t SELECT generate_series(2, 1000)").await.unwrap();
+    }
+    assert_eq!(primary.query_text("SELECT count(*) FROM t WHERE x = 1").await.unwrap(), "0", "it was not lost");
+    cluster.wait_caught_up(0).await.unwrap();
+    let read = "SELECT count(*) FROM t WHERE x = 1";
+    if crashes == 1 {
+        // The replica is past that place, in another log.
+        let answer = client.ask(&query(read)).await;
+        assert!(code(&answer).is_some(), "{answer:?}");
+    }
+    primary.execute(&format!("ALTER ROLE {control} LOGIN")).await.unwrap();
+    eventually("the crash has been seen", || async {
+        proxy.metrics().await.sum("highwater_epoch", &[]) > 1.0
+    })
+    .await;
+    let answer = client.ask(&query(read)).await;
+    let told = answer.iter().any(|message| {
+        matches!(message.tag, b'E' | b'N') && message.field(b'C').as_deref() == Some("HW001")
+    });
+    assert!(told, "{answer:?}");
+}
+
+#[tokio::test]
+async fn a_replica_that_follows_a_crashed_primary_shows_no_session_less_than_it_wrote_untold() {
+    told_of_a_crash_unseen(1).await;
+}
+
+#[tokio::test]
+async fn what_a_crash_took_is_told_also_if_another_crash_came_before_anybody_looked() {
+    told_of_a_crash_unseen(2).await;
+}
