@@ -603,7 +603,15 @@ fn take_primary(next: &mut Topology, chosen: NodeId, facts: &[NodeFacts], last_s
         let fork = seen.history.as_ref().and_then(|history| history.fork_of(old_timeline));
         push_switch(
             next,
-            Switch { from: next.epoch, old_primary, old_timeline, fork, gone_from: fork, last_sample, kept: false },
+            Switch {
+                from: next.epoch,
+                old_primary,
+                old_timeline,
+                fork,
+                gone_from: fork,
+                last_sample,
+                kept: false,
+            },
         );
     }
     next.epoch = Epoch(next.epoch.0 + 1);
@@ -1170,7 +1178,8 @@ mod tests {
             facts.seen.as_mut().unwrap().start = Some(start);
             facts.alive = alive;
             let mut before = nodes(1);
-            (before.primary, before.timeline, before.epoch) = (Some(NodeId(0)), Some(TimelineId(1)), Epoch(1));
+            (before.primary, before.timeline, before.epoch) =
+                (Some(NodeId(0)), Some(TimelineId(1)), Epoch(1));
             (before.start, before.system_identifier) = (Some(Arc::from("1")), Some(42));
             let next = decide(&before, &[facts], &FOLLOW, Some((7, Lsn(110))), began);
             let switch = next.switches.first().unwrap();
@@ -1179,7 +1188,10 @@ mod tests {
         let alive = |ago: Duration, flush: u64| Some(Alive { asked_at: began - ago, flush: Lsn(flush) });
         let end = Some(Lsn(500));
         assert_eq!(crashed(None), (end, end));
-        assert_eq!(crashed(alive(crate::monitor::stream::ONE_CRASH - Duration::from_millis(1), 110)), (end, end));
+        assert_eq!(
+            crashed(alive(crate::monitor::stream::ONE_CRASH - Duration::from_millis(1), 110)),
+            (end, end)
+        );
         assert_eq!(crashed(alive(crate::monitor::stream::ONE_CRASH, 110)), (Some(Lsn(110)), end));
         assert_eq!(crashed(alive(Duration::from_secs(3), 900)), (end, end));
     }

@@ -95,7 +95,8 @@ pub enum FirstSample {
 impl PrimaryTrack {
     /// Remembers the primary's positions for `keep`.
     pub fn new(keep: Duration) -> PrimaryTrack {
-        let track = Track { epoch: Epoch(0), history: PrimaryHistory::new(keep), last_sample: None, alive: None };
+        let track =
+            Track { epoch: Epoch(0), history: PrimaryHistory::new(keep), last_sample: None, alive: None };
         PrimaryTrack { state: Mutex::new(track) }
     }
 

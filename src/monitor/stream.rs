@@ -183,7 +183,9 @@ mod tests {
         assert!(!stream.observe(at(None, 105, 106), seen(1, 6, 6)));
         assert!(!stream.observe(at(Some(8), 120, 120), seen(1, 6, 6)), "not the one from before");
         let mut restarted = Stream::default();
-        assert!(restarted.observe(Streamed { receiver: None, receive: None, replay: Lsn(50) }, seen(1, 6, 6)));
+        assert!(
+            restarted.observe(Streamed { receiver: None, receive: None, replay: Lsn(50) }, seen(1, 6, 6))
+        );
     }
 
     #[test]

@@ -213,6 +213,13 @@ async fn told_of_a_crash_unseen(crashes: usize) {
     let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
     let mut client = proxy.raw_login().await;
     succeed(&mut client, "SET synchronous_commit = off").await;
+    let observer = proxy.connect().await;
+    eventually("reads reach the replica", || async {
+        observer.batch_execute("SELECT count(*) FROM t WHERE x = 1").await.unwrap();
+        let labels = [("node", cluster.node(1).name()), ("class", "read")];
+        proxy.metrics().await.sum("highwater_statements_total", &labels) > 0.0
+    })
+    .await;
     let control = &cluster.roles().control.user;
     primary.execute(&format!("ALTER ROLE {control} NOLOGIN")).await.unwrap();
     succeed(&mut client, "INSERT INTO t VALUES (1)").await;
@@ -223,11 +230,20 @@ async fn told_of_a_crash_unseen(crashes: usize) {
         primary.start().await.unwrap();
         primary.execute("INSERT INTO t SELECT generate_series(2, 1000)").await.unwrap();
     }
-    assert_eq!(primary.query_text("SELECT count(*) FROM t WHERE x = 1").await.unwrap(), "0", "it was not lost");
+    assert_eq!(
+        primary.query_text("SELECT count(*) FROM t WHERE x = 1").await.unwrap(),
+        "0",
+        "it was not lost"
+    );
     cluster.wait_caught_up(0).await.unwrap();
     let read = "SELECT count(*) FROM t WHERE x = 1";
     if crashes == 1 {
         // The replica is past that place, in another log.
+        let replica = [("node", cluster.node(1).name()), ("role", "replica")];
+        eventually("the replica is in use", || async {
+            proxy.metrics().await.sum("highwater_node_role", &replica) == 1.0
+        })
+        .await;
         let answer = client.ask(&query(read)).await;
         assert!(code(&answer).is_some(), "{answer:?}");
     }
@@ -237,9 +253,9 @@ async fn told_of_a_crash_unseen(crashes: usize) {
     })
     .await;
     let answer = client.ask(&query(read)).await;
-    let told = answer.iter().any(|message| {
-        matches!(message.tag, b'E' | b'N') && message.field(b'C').as_deref() == Some("HW001")
-    });
+    let told = answer
+        .iter()
+        .any(|message| matches!(message.tag, b'E' | b'N') && message.field(b'C').as_deref() == Some("HW001"));
     assert!(told, "{answer:?}");
 }
 
