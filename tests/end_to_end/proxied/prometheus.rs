@@ -249,3 +249,42 @@ async fn a_real_prometheus_scrapes_the_proxy_and_tells_of_a_replica_that_is_gone
     assert!(proxy.stop().await.success());
     eventually("the proxy's own end is told of", || fires("HighwaterDown", "")).await;
 }
+
+#[tokio::test]
+async fn a_real_prometheus_tells_of_a_failover_that_waits_for_somebody_of_the_new_primary_and_of_the_old_one()
+{
+    let Some(program) = program("prometheus") else { return };
+    let cluster = Cluster::start(2).await;
+    let directory = tempfile::tempdir().unwrap();
+    let overrides = format!(
+        "failover: {{ mode: manual, state_dir: '{}', startup_grace: 1s }}",
+        directory.path().join("state").display()
+    );
+    let proxy =
+        Proxy::start_with(&cluster, ProxyOptions { overrides: &overrides, ..ProxyOptions::default() }).await;
+    let prometheus = Prometheus::start(&program, proxy.http_port(), "none").await;
+    let prometheus = &prometheus;
+    let fires =
+        |alert: &'static str| async move { prometheus.firing().await.iter().any(|(name, _)| name == alert) };
+    eventually("the epoch has been scraped", || async {
+        let answer = prometheus.ask("/api/v1/query?query=highwater_epoch").await;
+        answer["data"]["result"][0]["value"][1] == "1"
+    })
+    .await;
+    for alert in ["HighwaterFailoverBlocked", "HighwaterNewPrimary", "HighwaterQuarantinedNode"] {
+        assert!(!fires(alert).await, "{alert}");
+    }
+    cluster.node(0).crash().await.unwrap();
+    eventually("that somebody must decide is told", || fires("HighwaterFailoverBlocked")).await;
+    super::console::console(&cluster, &proxy).await.batch_execute("FAILOVER TO c").await.unwrap();
+    eventually("the new primary is told of", || fires("HighwaterNewPrimary")).await;
+    eventually("nothing is left to decide", || async { !fires("HighwaterFailoverBlocked").await }).await;
+    // The old one comes back with what it was.
+    cluster.node(0).start().await.unwrap();
+    eventually("that it must not be used is told", || fires("HighwaterQuarantinedNode")).await;
+    eventually("it is no second primary once it is read-only", || async {
+        cluster.node(0).query_text("SHOW default_transaction_read_only").await.unwrap() == "on"
+            && !fires("HighwaterSplitBrain").await
+    })
+    .await;
+}
