@@ -2107,7 +2107,10 @@ mod tests {
 
     #[test]
     fn every_mistake_is_placed_exactly() {
-        check("pool: { sise: 3 }", "f.yaml:3:9: pool.sise: unknown key; allowed here: mode, size, ");
+        check(
+            "pool: { sise: 3 }",
+            "f.yaml:3:9: pool.sise: unknown key; perhaps size; allowed here: mode, size, ",
+        );
         check("pool:\n  size: 0", "f.yaml:4:9: pool.size: expected a whole number from 1 to 100000");
         check("pool:\n  size: many", "f.yaml:4:9: pool.size: expected a whole number");
         check("pool: 3", "f.yaml:3:7: pool: expected a mapping, not this number");

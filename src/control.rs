@@ -341,6 +341,7 @@ impl Loop {
                 }
             }
         }
+        self.shell.send_answers();
     }
 
     /// Failover hears of a write target that it has not made.

@@ -33,6 +33,8 @@ const LAST_WORD: Duration = Duration::from_secs(1);
 pub enum AuthFailure {
     /// Refused with this report.
     Refused(ErrorReport),
+    /// The password is wrong; why no password could have been right, which the client is not told.
+    Password(ErrorReport, Option<&'static str>),
     /// Nobody could say who may log in; the client was told 57P03.
     NoVerifier(VerifierError),
     /// The deadline passed.
@@ -46,7 +48,8 @@ pub enum AuthFailure {
 impl fmt::Display for AuthFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            AuthFailure::Refused(report) => write!(f, "{report}"),
+            AuthFailure::Refused(report) | AuthFailure::Password(report, None) => write!(f, "{report}"),
+            AuthFailure::Password(report, Some(why)) => write!(f, "{report}: {why}"),
             AuthFailure::NoVerifier(error) => write!(f, "{error}"),
             AuthFailure::Timeout => f.write_str("not logged in before the deadline"),
             AuthFailure::Gone => f.write_str("the client left during the login"),
@@ -71,6 +74,7 @@ impl AuthFailure {
     /// One word for a metric label.
     pub fn label(&self) -> &'static str {
         match self {
+            AuthFailure::Password(..) => "password",
             AuthFailure::Refused(report) if report.sqlstate == "28P01" => "password",
             AuthFailure::Refused(report) if report.sqlstate == "28000" => "not_permitted",
             AuthFailure::Refused(report) if report.sqlstate == "3D000" => "no_database",
@@ -144,7 +148,7 @@ pub async fn authenticate(
 /// What the client is told.
 fn last_word(failure: &AuthFailure) -> Option<ErrorReport> {
     match failure {
-        AuthFailure::Refused(report) => Some(report.clone()),
+        AuthFailure::Refused(report) | AuthFailure::Password(report, _) => Some(report.clone()),
         AuthFailure::NoVerifier(_) => Some(
             ErrorReport::fatal("57P03", "cannot look up who may log in")
                 .detail("No node can be asked for password verifiers now."),
@@ -172,7 +176,7 @@ async fn log_in(
     let proved = match exchange(client, &account).await {
         Err(AuthFailure::Refused(report)) if report.sqlstate == "28P01" => {
             let words = format!("password authentication failed for user \"{user}\"");
-            return Err(AuthFailure::Refused(ErrorReport::fatal("28P01", words)));
+            return Err(AuthFailure::Password(ErrorReport::fatal("28P01", words), account.unusable));
         }
         outcome => outcome?,
     };

@@ -131,12 +131,8 @@ async fn promtool_finds_no_fault_with_metrics_rules_and_the_dashboards_questions
     let (_, metrics) = proxy.get("/metrics").await.unwrap();
     let (good, said) = run(&["check", "metrics"], &metrics);
     assert!(good && said.is_empty(), "promtool check metrics: {said}");
-    // The dashboard's questions as rules, with values in place of its variables.
-    let dashboard: Value = serde_json::from_str(&text("docs/grafana/highwater.json")).unwrap();
     let mut rules = "groups: [ { name: dashboard, rules: [\n".to_owned();
-    let panels = dashboard["panels"].as_array().unwrap().iter();
-    for (index, target) in panels.filter_map(|p| p["targets"].as_array()).flatten().enumerate() {
-        let expr = target["expr"].as_str().unwrap().replace("$job", ".*").replace("$instance", ".*");
+    for (index, expr) in dashboards_questions().into_iter().enumerate() {
         rules += &format!("{{ record: 'q{index}', expr: {} }},\n", Value::from(expr));
     }
     let directory = tempfile::tempdir().unwrap();
@@ -144,6 +140,16 @@ async fn promtool_finds_no_fault_with_metrics_rules_and_the_dashboards_questions
     std::fs::write(&path, rules + "] } ]\n").unwrap();
     let (good, said) = run(&["check", "rules", path.to_str().unwrap()], "");
     assert!(good, "{said}");
+}
+
+/// The dashboard's questions, with values in place of its variables.
+fn dashboards_questions() -> Vec<String> {
+    let dashboard: Value = serde_json::from_str(&text("docs/grafana/highwater.json")).unwrap();
+    let panels = dashboard["panels"].as_array().unwrap().iter();
+    let targets = panels.filter_map(|panel| panel["targets"].as_array()).flatten();
+    targets
+        .map(|target| target["expr"].as_str().unwrap().replace("$job", ".*").replace("$instance", ".*"))
+        .collect()
 }
 
 /// A real Prometheus on a port of its own.
@@ -235,6 +241,15 @@ async fn a_real_prometheus_scrapes_the_proxy_and_tells_of_a_replica_that_is_gone
     })
     .await;
     eventually("all is quiet", || async { prometheus.firing().await.is_empty() }).await;
+    // What Grafana would ask it, it answers.
+    let mut drawn = 0;
+    for expr in dashboards_questions() {
+        let encoded: String = expr.bytes().map(|byte| format!("%{byte:02X}")).collect();
+        let answer = prometheus.ask(&format!("/api/v1/query?query={encoded}")).await;
+        assert_eq!(answer["status"], "success", "{expr}: {answer}");
+        drawn += usize::from(answer["data"]["result"].as_array().is_some_and(|series| !series.is_empty()));
+    }
+    assert!(drawn >= 15, "only {drawn} of the dashboard's questions have an answer");
     let fires = |alert: &'static str, node: &'static str| async move {
         prometheus.firing().await.contains(&(alert.to_owned(), node.to_owned()))
     };

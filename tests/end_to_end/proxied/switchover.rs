@@ -55,8 +55,12 @@ async fn an_administrator_exchanges_the_primary_with_psql_and_back_while_clients
     assert!(said.contains("NOTICE:  would replace a by c; then cut off and re-point: b"), "{said}");
     assert_eq!((item(&client, "epoch").await.as_str(), item(&client, "primary").await.as_str()), ("1", "a"));
 
-    let said = ordered(&cluster, &proxy, "switchover to c;").await;
+    let said = ordered(&cluster, &proxy, "switchover to c;\nSHOW TOPOLOGY;\nSHOW HISTORY;").await;
     assert!(said.contains("NOTICE:  c is the primary of epoch 2"), "{said}");
+    // Who has the answer sees what it tells of.
+    let topology: Vec<&str> = said.lines().filter(|line| line.starts_with(" primary  ")).collect();
+    assert!(topology.len() == 1 && topology[0].trim_end().ends_with("| c"), "{said}");
+    assert!(said.contains("(1 row)"), "{said}");
     assert!(said.lines().any(|line| line == "SWITCHOVER"), "{said}");
     writers.more(100).await;
     let shown = ordered(&cluster, &proxy, "SHOW FAILOVER;\nSHOW HISTORY;\nSHOW NODES;").await;
