@@ -1,16 +1,20 @@
 //! Which word was probably meant by one that is none. Pure.
 
-/// The nearest of `words`, unless nearly half of `given` had to change: that is no slip.
+/// Longer ones are nobody's slip.
+const LONGEST: usize = 100;
+
+/// The nearest of `words`, unless more than two fifths of `given` had to change: that is no slip.
 pub fn nearest<'a>(given: &str, words: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let length = given.chars().count();
     let (far, word) = words.into_iter().map(|word| (distance(given, word), word)).min()?;
-    (far > 0 && far * 5 <= given.chars().count() * 2).then_some(word)
+    (far > 0 && far * 5 <= length * 2 && length <= LONGEST).then_some(word)
 }
 
 /// Insertions, deletions and replacements between two short texts.
 pub fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().take(100).enumerate() {
+    for (i, x) in a.chars().take(LONGEST).enumerate() {
         let mut diagonal = row[0];
         row[0] = i + 1;
         for (j, y) in b.iter().enumerate() {

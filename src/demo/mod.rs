@@ -215,7 +215,7 @@ fn config_text(cluster: &PrivateCluster, proxy: &Proxy, admin: &Login, state: &P
         "control: {{ user: {user}, password: '{password}', database: postgres }}\n\
          auth: {{ source: query, admins: [ {admin} ] }}\n\
          node_tls: {{ mode: disable }}\n\
-         failover: {{ mode: manual, state_dir: '{state}' }}\n\
+         failover: {{ mode: manual, state_dir: '{state}', sever_timeout: 30s, pause_timeout: 30s }}\n\
          log: {{ level: warn }}\n",
         admin = admin.user,
         state = state.display(),

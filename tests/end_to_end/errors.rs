@@ -63,6 +63,10 @@ fn between_braces(format: &str) -> Vec<String> {
     parts
 }
 
+/// What is made on the way and never sent: a client whose SASL message is malformed so is told that its password is
+/// wrong.
+const NEVER_SENT: (&str, &str) = ("28P01", "invalid message length");
+
 /// What the code says to clients where both are written where the error is made; and the SQLSTATEs alone where the
 /// words come from elsewhere.
 fn in_the_code() -> (BTreeSet<Said>, BTreeSet<String>) {
@@ -109,6 +113,9 @@ fn the_page_of_errors_has_each_one_that_the_code_makes() {
         page.iter().any(|(code, row)| code == sqlstate && row.as_deref().is_none_or(|row| row == words))
     };
     for (sqlstate, words) in &said {
+        if (sqlstate.as_str(), words.concat().as_str()) == NEVER_SENT {
+            continue;
+        }
         assert!(has(sqlstate, words), "docs/ERRORS.md lacks {sqlstate} {words:?}");
     }
     for sqlstate in codes {
