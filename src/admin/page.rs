@@ -449,7 +449,7 @@ fn failover(view: &View<'_>) -> String {
         let words = if covered { "survive the primary" } else { "<span class=\"bad\">not covered</span>" };
         facts.push(fact("acknowledged writes", words.to_owned()));
     }
-    if let Some(lost) = figures.lost_acked_bytes_min {
+    if let Some(lost) = figures.lost_acked_bytes_min.filter(|lost| *lost > 0) {
         facts.push(fact("lost in the last failover", format!("{} at least", bytes(lost))));
     }
     facts.extend([

@@ -33,8 +33,8 @@ const LAST_WORD: Duration = Duration::from_secs(1);
 pub enum AuthFailure {
     /// Refused with this report.
     Refused(ErrorReport),
-    /// The password is wrong; why no password could have been right, which the client is not told.
-    Password(ErrorReport, Option<&'static str>),
+    /// The password of this user is wrong; why none could have been right, which the client is not told.
+    Password(String, Option<&'static str>),
     /// Nobody could say who may log in; the client was told 57P03.
     NoVerifier(VerifierError),
     /// The deadline passed.
@@ -48,8 +48,11 @@ pub enum AuthFailure {
 impl fmt::Display for AuthFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            AuthFailure::Refused(report) | AuthFailure::Password(report, None) => write!(f, "{report}"),
-            AuthFailure::Password(report, Some(why)) => write!(f, "{report}: {why}"),
+            AuthFailure::Refused(report) => write!(f, "{report}"),
+            AuthFailure::Password(user, why) => {
+                write!(f, "{}", wrong_password(user))?;
+                why.map_or(Ok(()), |why| write!(f, ": {why}"))
+            }
             AuthFailure::NoVerifier(error) => write!(f, "{error}"),
             AuthFailure::Timeout => f.write_str("not logged in before the deadline"),
             AuthFailure::Gone => f.write_str("the client left during the login"),
@@ -148,7 +151,8 @@ pub async fn authenticate(
 /// What the client is told.
 fn last_word(failure: &AuthFailure) -> Option<ErrorReport> {
     match failure {
-        AuthFailure::Refused(report) | AuthFailure::Password(report, _) => Some(report.clone()),
+        AuthFailure::Refused(report) => Some(report.clone()),
+        AuthFailure::Password(user, _) => Some(wrong_password(user)),
         AuthFailure::NoVerifier(_) => Some(
             ErrorReport::fatal("57P03", "cannot look up who may log in")
                 .detail("No node can be asked for password verifiers now."),
@@ -156,6 +160,10 @@ fn last_word(failure: &AuthFailure) -> Option<ErrorReport> {
         AuthFailure::Timeout => Some(ErrorReport::fatal("57014", "canceling authentication due to timeout")),
         AuthFailure::Gone | AuthFailure::Io(_) => None,
     }
+}
+
+fn wrong_password(user: &str) -> ErrorReport {
+    ErrorReport::fatal("28P01", format!("password authentication failed for user \"{user}\""))
 }
 
 async fn log_in(
@@ -175,8 +183,7 @@ async fn log_in(
     let account = account.map_err(AuthFailure::NoVerifier)?;
     let proved = match exchange(client, &account).await {
         Err(AuthFailure::Refused(report)) if report.sqlstate == "28P01" => {
-            let words = format!("password authentication failed for user \"{user}\"");
-            return Err(AuthFailure::Password(ErrorReport::fatal("28P01", words), account.unusable));
+            return Err(AuthFailure::Password(user, account.unusable));
         }
         outcome => outcome?,
     };

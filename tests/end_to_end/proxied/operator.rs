@@ -287,8 +287,9 @@ fn the_demo_shows_reads_on_replicas_writes_on_the_primary_and_nothing_stale() {
 
 #[test]
 fn in_the_demo_the_primary_is_exchanged_on_the_console_and_the_old_one_comes_back() {
-    let mut exchanged = false;
+    let (mut exchanged, begun) = (false, std::time::Instant::now());
     let said = demo_with(&[], |line, before| {
+        assert!(begun.elapsed() < PATIENCE * 8, "{before}");
         if line.contains("own rows read back") && !exchanged {
             exchanged = true;
             let url = before.lines().find(|line| line.contains("/highwater'")).unwrap();
