@@ -276,13 +276,17 @@ fn the_demo_shows_reads_on_replicas_writes_on_the_primary_and_nothing_stale() {
         line.unwrap_or_else(|| panic!("{sql}: {said}")).to_owned()
     };
     for sql in ["  SELECT balance FROM account WHERE id = 7  ", "  SELECT count(*) FROM account  "] {
-        assert!(sample(sql).contains(" replica ") && sample(sql).ends_with("read: read"), "{said}");
+        // On a machine that is busy the replicas may be behind for longer than is waited.
+        let (line, behind) = (sample(sql), sample(sql).ends_with("read: behind"));
+        assert!(line.contains(if behind { " a primary " } else { " replica " }), "{said}");
+        assert!(behind || line.ends_with("read: read"), "{said}");
     }
     for sql in ["INSERT INTO account", "FOR UPDATE", "WITH m AS (DELETE", "SELECT 1; DELETE", "BEGIN; "] {
         assert!(sample(sql).contains(" a primary "), "{said}");
     }
     let traffic: Vec<&str> = said.lines().filter(|line| line.contains("own rows read back")).collect();
     assert!(!traffic.is_empty() && traffic.iter().all(|line| line.ends_with(", stale 0")), "{said}");
+    assert!(traffic.iter().any(|line| line.contains(": read ")), "no replica has read: {said}");
 }
 
 #[test]
