@@ -1,6 +1,5 @@
 //! The programs people use: psql and pgbench, as real processes.
 
-
 use crate::fixture::*;
 
 #[tokio::test]
