@@ -75,6 +75,7 @@ const PURE: &[&str] = &[
     "session/state.rs",
     "session/prepared.rs",
     "console/command.rs",
+    "config/near.rs",
     "session/settings.rs",
     "backend/applied.rs",
     "backend/parameters.rs",
