@@ -548,7 +548,8 @@ async fn a_route_is_explained_as_it_would_be_taken() {
         let client = &client;
         async move { rows(client, &sql).await }
     };
-    // Where the facts of the database cannot be read in time, nothing is a read.
+    // Facts are kept while somebody is connected. Where they cannot be read in time, nothing is a read.
+    let _app = proxy.connect().await;
     eventually("the facts are read", || {
         let explaining = explain("SELECT x FROM t");
         async { about(&explaining.await, "class") == "read" }
