@@ -17,6 +17,7 @@ use crate::consistency::{Durability, LagLimit, Level, OnStale, Override, Promise
 
 pub mod given;
 pub mod live;
+pub mod near;
 
 /// A secret text: never shown by `Debug`.
 #[derive(Clone, PartialEq, Eq)]
@@ -892,12 +893,11 @@ impl Config {
             Ok(tree) => tree,
             Err(e) => {
                 let (line, column) = e.location().map_or((0, 0), |l| (l.line(), l.column()));
-                return Err(fail(vec![Problem {
-                    line,
-                    column,
-                    path: String::new(),
-                    message: bare_message(&e),
-                }]));
+                let mut message = bare_message(&e);
+                if text.lines().nth(line.saturating_sub(1)).is_some_and(|line| line.contains('\t')) {
+                    message += " (there is a tab in this line; YAML indents with spaces)";
+                }
+                return Err(fail(vec![Problem { line, column, path: String::new(), message }]));
             }
         };
         let mut reader = Reader { env, found: Vec::new(), ignored: Vec::new() };
@@ -1161,6 +1161,11 @@ impl<'t> Section<'t> {
     }
 }
 
+/// The key that was probably meant. One that is allowed tells nothing of what was written in its place.
+fn perhaps(key: &str, allowed: &[&str]) -> String {
+    near::nearest(key, allowed.iter().copied()).map_or(String::new(), |word| format!("perhaps {word}; "))
+}
+
 impl Reader<'_> {
     fn wrong(&mut self, trail: &Trail, message: impl Into<String>) {
         self.found.push((trail.clone(), message.into()));
@@ -1178,7 +1183,8 @@ impl Reader<'_> {
         for (i, (key, _)) in entries.iter().enumerate() {
             let at = trail.key(i, key, Step::Key);
             if !allowed.contains(&key.as_str()) {
-                let allowed_here = format!("allowed here: {}", allowed.join(", "));
+                let meant = perhaps(key, allowed);
+                let allowed_here = format!("{meant}allowed here: {}", allowed.join(", "));
                 if allowed.contains(&"password") {
                     // `{ password: abc,def }` makes a key of half a secret: it is not shown.
                     let at = Trail { shown: trail.shown.clone(), ..at };
@@ -1369,7 +1375,9 @@ impl Reader<'_> {
                 format!("`{given}` is not available in this version; allowed here: {allowed}"),
             );
         } else {
-            self.wrong(&trail, format!("expected one of {allowed}, not {}", tree.kind()));
+            let meant = near::nearest(given, words.iter().map(|(word, _)| *word));
+            let meant = meant.map_or(String::new(), |word| format!("; perhaps {word}"));
+            self.wrong(&trail, format!("expected one of {allowed}, not {}{meant}", tree.kind()));
         }
         default
     }
@@ -2099,7 +2107,10 @@ mod tests {
 
     #[test]
     fn every_mistake_is_placed_exactly() {
-        check("pool: { sise: 3 }", "f.yaml:3:9: pool.sise: unknown key; allowed here: mode, size, ");
+        check(
+            "pool: { sise: 3 }",
+            "f.yaml:3:9: pool.sise: unknown key; perhaps size; allowed here: mode, size, ",
+        );
         check("pool:\n  size: 0", "f.yaml:4:9: pool.size: expected a whole number from 1 to 100000");
         check("pool:\n  size: many", "f.yaml:4:9: pool.size: expected a whole number");
         check("pool: 3", "f.yaml:3:7: pool: expected a mapping, not this number");
@@ -2113,6 +2124,11 @@ mod tests {
         check("auth: { source: list }", "f.yaml:3:17: auth.source: source `list` needs");
         check("client_tls: { cert: x }", "f.yaml:3:21: client_tls.cert: a certificate needs");
         check("client_tls: { mode: require }", "f.yaml:3:21: client_tls.mode: TLS towards");
+        check("poll: { size: 3 }", "f.yaml:3:1: poll: unknown key; perhaps pool; allowed here:");
+        check(
+            "auth: { source: querry }",
+            "f.yaml:3:17: auth.source: expected one of query, list, not this text; perhaps query",
+        );
         check("listen: nowhere", "f.yaml:3:9: listen: expected host:port");
         check("http: 127.0.0.1:6432", "f.yaml:3:7: http: the same address");
         check("log: { level: 'a=b=c' }", "f.yaml:3:15: log.level: expected error");

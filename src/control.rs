@@ -255,7 +255,7 @@ impl Loop {
             Ok(seen) => {
                 facts.promoted = None;
                 facts.health.answered(health, now);
-                if let ProbedRole::Primary { insert, timeline } = seen.answer.role {
+                if let ProbedRole::Primary { insert, timeline, .. } = seen.answer.role {
                     let topology = self.topology.load();
                     if topology.primary == Some(observation.node) && topology.timeline == Some(timeline) {
                         self.track.record(topology.epoch, insert, observation.asked_at);
@@ -288,7 +288,7 @@ impl Loop {
         };
         let known = self.topology.load().timeline;
         let role = match &seen.answer.role {
-            ProbedRole::Primary { insert, timeline } => Role::Primary {
+            ProbedRole::Primary { insert, timeline, .. } => Role::Primary {
                 timeline: *timeline,
                 insert: *insert,
                 fork: known.and_then(|known| seen.history.as_ref()?.fork_of(known)),
@@ -342,6 +342,7 @@ impl Loop {
                 }
             }
         }
+        self.shell.send_answers();
     }
 
     /// Failover hears of a write target that it has not made.
@@ -786,8 +787,14 @@ fn replica_exclusion(
     if next.system_identifier.is_some_and(|cluster| cluster != seen.answer.system_identifier) {
         return Some(Exclusion::ForeignCluster);
     }
-    let ProbedRole::Replica { walreceiver, recovery, .. } = &seen.answer.role else {
-        return Some(if choice == Choice::Waits { Exclusion::NoPrimary } else { Exclusion::SecondPrimary });
+    let (walreceiver, recovery) = match &seen.answer.role {
+        ProbedRole::Replica { walreceiver, recovery, .. } => (walreceiver, recovery),
+        ProbedRole::Primary { .. } if choice == Choice::Waits => return Some(Exclusion::NoPrimary),
+        ProbedRole::Primary { read_only, .. } => {
+            // After a switchover, or once it is back from the dead: it waits to be rewound, and is no second primary.
+            let fenced = known.quarantine.filter(|why| *read_only && *why == Quarantine::OldPrimary);
+            return Some(fenced.map_or(Exclusion::SecondPrimary, Exclusion::Quarantined));
+        }
     };
     if let Some(why) = known.quarantine {
         return Some(Exclusion::Quarantined(why));
@@ -904,6 +911,9 @@ pub fn events(before: &Topology, next: &Topology) -> Vec<Event> {
             (Standing::Excluded(_), Standing::Excluded(why)) => {
                 events.push(Event::StillOut { node, why: why.clone() });
             }
+            (Standing::Primary { .. }, Standing::Excluded(why)) => {
+                events.push(Event::StillOut { node, why: why.clone() });
+            }
             (_, Standing::Excluded(why)) => events.push(Event::ReplicaOut { node, why: why.clone() }),
         }
     }
@@ -1008,7 +1018,8 @@ mod tests {
     }
 
     fn writer(now: Instant, timeline: u32, history: Option<&str>) -> NodeFacts {
-        let role = ProbedRole::Primary { insert: Lsn(1000), timeline: TimelineId(timeline) };
+        let role =
+            ProbedRole::Primary { insert: Lsn(1000), timeline: TimelineId(timeline), read_only: false };
         answering(now, Some(timeline), history, role)
     }
 
@@ -1277,6 +1288,26 @@ mod tests {
             let mut fresh = settled(now);
             fresh.nodes[1].standing = Standing::Excluded(Exclusion::NotProbed);
             assert_eq!(labels(&decide(&fresh, &all, &FOLLOW, None, now))[1], first, "{all:?}");
+        }
+    }
+
+    #[test]
+    fn an_old_primary_is_a_second_one_until_it_is_seen_to_be_read_only() {
+        let now = Instant::now();
+        let old = |read_only, quarantine| {
+            let role = ProbedRole::Primary { insert: Lsn(1000), timeline: TimelineId(1), read_only };
+            NodeFacts { quarantine, ..answering(now, Some(1), Some(""), role) }
+        };
+        for (read_only, quarantine, expected) in [
+            (false, None, "second_primary"),
+            (false, Some(Quarantine::OldPrimary), "second_primary"),
+            (true, None, "second_primary"),
+            (true, Some(Quarantine::Diverged), "second_primary"),
+            (true, Some(Quarantine::OldPrimary), "quarantined"),
+        ] {
+            let facts = [writer(now, 1, Some("")), old(read_only, quarantine), streaming(now, 1)];
+            let next = decide(&settled(now), &facts, &FOLLOW, None, now);
+            assert_eq!(labels(&next)[1], expected, "{read_only} {quarantine:?}");
         }
     }
 

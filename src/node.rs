@@ -194,6 +194,8 @@ pub enum ProbedRole {
         insert: Lsn,
         /// The timeline it writes.
         timeline: TimelineId,
+        /// Whether it is read-only to sessions that do not insist: fenced.
+        read_only: bool,
     },
     /// It replays.
     Replica {
@@ -268,7 +270,8 @@ SELECT (SELECT system_identifier FROM pg_control_system()), \
     (SELECT sender_host FROM pg_stat_get_wal_receiver()), \
     (SELECT sender_port::text FROM pg_stat_get_wal_receiver())] \
   ELSE ARRAY['primary', pg_current_wal_insert_lsn()::text, \
-    left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)] END, \
+    left(pg_walfile_name(pg_current_wal_insert_lsn()), 8), \
+    (current_setting('default_transaction_read_only') = 'on')::text] END, \
   (extract(epoch FROM clock_timestamp()) * 1000000)::int8";
 
 // A crash of any backend restarts all processes but the postmaster, whose start time stays: the checkpointer's
@@ -904,6 +907,7 @@ fn read_probe(row: &Row, (block, segment): (u64, u64)) -> Option<ProbeAnswer> {
         "primary" => ProbedRole::Primary {
             insert: round_down_page_header(field(&fields, 1)?, block, segment),
             timeline: timeline_of_file(&fields, 2)?,
+            read_only: field(&fields, 3).unwrap_or(false),
         },
         _ => return None,
     };

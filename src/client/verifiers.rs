@@ -70,6 +70,8 @@ impl Listed {
 pub struct Account {
     /// What the client must prove itself against; a mock when nothing could let it in.
     pub verifier: Verifier,
+    /// Why it is a mock, for the log: a client is told no more than that its password is wrong.
+    pub unusable: Option<&'static str>,
     /// What logs in to the nodes, where it is known beforehand; else the exchange yields it.
     pub known_keys: Option<LoginKeys>,
     /// `rolcanlogin`.
@@ -222,6 +224,7 @@ impl Verifiers {
         };
         Ok(Account {
             verifier: listed.verifier.get_or_try_init(derive).await?.clone(),
+            unusable: None,
             // The keys of this exchange belong to our own salt; only the password fits the nodes'.
             known_keys: Some(listed.keys.clone()),
             may_log_in: true,
@@ -232,6 +235,7 @@ impl Verifiers {
     fn nobody(&self, user: &str) -> Account {
         Account {
             verifier: Verifier::mock(user, &self.secret),
+            unusable: Some("there is no such role, or auth leaves it out"),
             known_keys: None,
             may_log_in: true,
             database: DatabaseAccess::Granted,
@@ -241,8 +245,17 @@ impl Verifiers {
     fn account(&self, user: &str, row: AuthRow, now: SystemTime) -> Account {
         let expired = row.valid_until.is_some_and(|until| until < now);
         let verifier = row.verifier.as_deref().filter(|_| !expired).and_then(Verifier::parse);
+        let unusable = match &row.verifier {
+            _ if verifier.is_some() => None,
+            None => Some("the role has no password"),
+            Some(_) if expired => Some("the password has expired"),
+            Some(_) => Some(
+                "the password is not stored as a SCRAM verifier: set it anew with password_encryption = 'scram-sha-256'",
+            ),
+        };
         Account {
             verifier: verifier.unwrap_or_else(|| Verifier::mock(user, &self.secret)),
+            unusable,
             known_keys: None,
             // A null says neither yes nor no: closed.
             may_log_in: row.may_log_in.unwrap_or(false),

@@ -137,6 +137,7 @@ pub struct Shell {
     tasks: JoinSet<()>,
     drain: Option<AbortHandle>,
     replies: HashMap<CommandId, oneshot::Sender<Answer>>,
+    answered: Vec<(oneshot::Sender<Answer>, Answer)>,
     next_command: u64,
     label: &'static str,
     entered: Instant,
@@ -234,6 +235,7 @@ impl Shell {
             tasks: JoinSet::new(),
             drain: None,
             replies: HashMap::new(),
+            answered: Vec::new(),
             next_command: 0,
             label: State::Starting.label(),
             entered: Instant::now(),
@@ -496,6 +498,13 @@ impl Shell {
             Err(text) => tracing::warn!(answer = text, "command refused"),
         }
         if let Some(reply) = self.replies.remove(&id) {
+            self.answered.push((reply, answer));
+        }
+    }
+
+    /// Sends the answers to commands. Only once what they tell of can be seen, by whoever looks next.
+    pub fn send_answers(&mut self) {
+        for (reply, answer) in self.answered.drain(..) {
             // Who asked may have gone.
             let _ = reply.send(answer);
         }

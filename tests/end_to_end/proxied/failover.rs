@@ -14,7 +14,7 @@ use highwater::topology::NodeId;
 
 use crate::fixture::*;
 
-const TABLE: &str = "CREATE TABLE t (x bigint PRIMARY KEY)";
+pub(super) const TABLE: &str = "CREATE TABLE t (x bigint PRIMARY KEY)";
 
 /// What a writer may be told as its primary goes: that nobody knows the outcome, or, where nothing was begun (a
 /// statement was being prepared), that the session ends.
@@ -53,7 +53,7 @@ async fn is_in(proxy: &Proxy, state: &str) -> bool {
 }
 
 /// Who writes single rows through a proxy, one statement each, and what became of them.
-struct Writers {
+pub(super) struct Writers {
     stop: Arc<AtomicBool>,
     next: Arc<AtomicI64>,
     acknowledged: Arc<Mutex<Vec<(Instant, i64)>>>,
@@ -62,7 +62,7 @@ struct Writers {
 }
 
 impl Writers {
-    async fn start(port: u16, cluster: &Cluster, clients: usize) -> Writers {
+    pub(super) async fn start(port: u16, cluster: &Cluster, clients: usize) -> Writers {
         let writers = Writers {
             stop: Arc::default(),
             next: Arc::default(),
@@ -109,13 +109,13 @@ impl Writers {
     }
 
     /// Waits until this many more have been acknowledged.
-    async fn more(&self, writes: usize) {
+    pub(super) async fn more(&self, writes: usize) {
         let target = self.acknowledged() + writes;
         eventually("writes go on", || async { self.acknowledged() >= target }).await;
     }
 
     /// Stops them all; a statement that waits is waited for.
-    async fn finish(self) -> Written {
+    pub(super) async fn finish(self) -> Written {
         self.stop.store(true, Ordering::Relaxed);
         for task in self.tasks {
             task.await.unwrap();
@@ -126,9 +126,9 @@ impl Writers {
     }
 }
 
-struct Written {
+pub(super) struct Written {
     acknowledged: Vec<(Instant, i64)>,
-    errors: BTreeMap<String, usize>,
+    pub(super) errors: BTreeMap<String, usize>,
 }
 
 impl Written {
@@ -148,7 +148,7 @@ impl Written {
     }
 
     /// How many acknowledged rows `node` does not have.
-    async fn lost(&self, cluster: &Cluster, node: usize) -> usize {
+    pub(super) async fn lost(&self, cluster: &Cluster, node: usize) -> usize {
         let client = cluster.node(node).connect("app", &cluster.roles().superuser).await.unwrap();
         let rows = client.query("SELECT x FROM t", &[]).await.unwrap();
         let there: std::collections::HashSet<i64> = rows.iter().map(|row| row.get(0)).collect();

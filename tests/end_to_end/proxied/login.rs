@@ -50,6 +50,34 @@ async fn a_refused_login_reads_as_on_the_server_itself() {
 }
 
 #[tokio::test]
+async fn the_log_says_why_a_password_that_may_be_right_was_refused_and_the_client_hears_nothing_of_it() {
+    let cluster = Cluster::start(0).await;
+    for sql in [
+        "CREATE ROLE expired LOGIN PASSWORD 'x' VALID UNTIL '2001-01-01'",
+        "CREATE ROLE no_password LOGIN",
+        "SET password_encryption = 'md5'; CREATE ROLE old_style LOGIN PASSWORD 'x'",
+    ] {
+        cluster.primary().execute(sql).await.unwrap();
+    }
+    let proxy = Proxy::start(&cluster).await;
+    for (user, why) in [
+        ("expired", "the password has expired"),
+        ("no_password", "the role has no password"),
+        ("old_style", "the password is not stored as a SCRAM verifier"),
+        ("nobody", "there is no such role"),
+    ] {
+        let words = format!("password authentication failed for user \"{user}\"");
+        assert_eq!(refusal(proxy.port(), "app", user, "x").await.2, words);
+        let said = |line: &str| line.contains(&words) && line.contains(why);
+        eventually(why, || async { proxy.log().lines().any(said) }).await;
+    }
+    // Where it is only wrong, nothing more is said.
+    refusal(proxy.port(), "app", "app", "wrong").await;
+    let said = |line: &str| line.ends_with("password authentication failed for user \"app\"");
+    eventually("it is told", || async { proxy.log().lines().any(said) }).await;
+}
+
+#[tokio::test]
 async fn a_changed_password_counts_at_once() {
     let cluster = Cluster::start(1).await;
     let proxy = Proxy::start(&cluster).await;

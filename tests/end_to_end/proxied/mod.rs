@@ -40,5 +40,6 @@ mod sizes;
 mod split;
 mod standby;
 mod startup;
+mod switchover;
 mod tools;
 mod traps;
