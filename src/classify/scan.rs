@@ -14,7 +14,7 @@ use super::builtin::{Keyword, Special, Vocabulary, Word};
 use super::catalog::{Catalog, Flags};
 use super::hint::Hints;
 use super::lexer::{Lexer, TextKind, Token};
-use super::{ClassReason, Kind, Leaves, PinReason, StatementClass};
+use super::{ClassReason, Kind, Leaves, PinReason, StatementClass, body};
 use crate::consistency::Route;
 
 /// Parentheses that a read candidate may nest: the second parser recurses, and some of its attempts double
@@ -432,6 +432,9 @@ impl Scan<'_> {
         }
         if pending.flags.called {
             statement.refuse(Kind::Write, ClassReason::UnsafeName);
+            if pending.flags.defines && !pending.after_into {
+                statement.refuse(Kind::Ddl, ClassReason::UnsafeName);
+            }
             if pending.flags.sets && !pending.after_into {
                 statement.leave(Leaves::Pins(PinReason::Setting));
             }
@@ -568,8 +571,13 @@ impl Scan<'_> {
 
     fn literal(&mut self, kind: TextKind) {
         let raw = self.lexer.raw();
-        if self.statement.lead == Some(Lead::Opaque) && body_may_set(raw, self.catalog) {
-            self.statement.leave(Leaves::Pins(PinReason::Setting));
+        if self.statement.lead == Some(Lead::Opaque) {
+            if body_may_set(raw, self.catalog) {
+                self.statement.leave(Leaves::Pins(PinReason::Setting));
+            }
+            if body::defines(raw, |name| self.catalog.name(name).defines) {
+                self.statement.refuse(Kind::Ddl, ClassReason::Command);
+            }
         }
         let tag = match kind {
             TextKind::Plain | TextKind::Escaped | TextKind::Dollar => b's',

@@ -87,6 +87,16 @@ pub fn references(tree: &str, used: Use, mut found: impl FnMut(Reference)) {
                     found(Reference::Function(oid));
                 }
             }
+            // The columns of XMLTABLE, of a function's records, of a WITH: `(o 23 20001)`. They are made whether or not
+            // anything reads them.
+            _ if is_list_of_types(field) => {
+                let mut ahead = tokens.clone();
+                if ahead.next() == Some(b"o") {
+                    while let Some(oid) = ahead.next().and_then(oid) {
+                        found(Reference::Type(oid));
+                    }
+                }
+            }
             _ if is_type_field(field) => {
                 tokens.peek_oid().into_iter().for_each(|oid| found(Reference::Type(oid)));
             }
@@ -99,6 +109,10 @@ fn is_function_field(field: &[u8]) -> bool {
     // opfuncid is not filled in everywhere, and where it is, it is opno's.
     (field.ends_with(b"funcid") || field.ends_with(b"fnoid") || field == b"tsmhandler")
         && field != b"opfuncid"
+}
+
+fn is_list_of_types(field: &[u8]) -> bool {
+    field.ends_with(b"types") || field.ends_with(b"Types")
 }
 
 fn is_type_field(field: &[u8]) -> bool {
@@ -231,6 +245,13 @@ mod tests {
                 Reference::Type(6),
                 Reference::Function(9)
             ]
+        );
+        assert_eq!(
+            all(
+                "{TF :coltypes (o 23 20001) :coltypmods (i -1 -1) :funccoltypes <> :colTypes (o 5)}",
+                Use::Evaluated
+            ),
+            [Reference::Type(23), Reference::Type(20001), Reference::Type(5)]
         );
         assert_eq!(all("{QUERY :hasForUpdate true :relid 0}", Use::Evaluated), [Reference::Writes]);
         for written in
