@@ -251,11 +251,22 @@ async fn keep(
     database: Arc<DatabaseCatalog>,
 ) {
     let mut basis: Option<Basis> = None;
+    let mut warned = false;
     while !database.released.load(Ordering::SeqCst) {
         let step = timeout(QUESTION, refresh(&nodes, &topology, &name, &database, basis)).await;
         match step {
-            Ok(Ok(next)) => basis = next,
+            Ok(Ok(next)) => {
+                basis = next;
+                warned &= basis.is_none();
+            }
             Ok(Err(cause)) => {
+                if !std::mem::replace(&mut warned, true) {
+                    tracing::info!(
+                        database = name,
+                        cause,
+                        "no catalog facts: all runs on the primary until there are"
+                    );
+                }
                 tracing::debug!(database = name, cause, "catalog facts could not be read");
                 basis = None;
                 database.forget();
@@ -289,7 +300,8 @@ async fn refresh(
     let generation = *database.generation();
     let mut client = nodes.client(primary, name).await.map_err(|error| error.cause)?;
     let counters = client.query_one(catalog::CHANGES_SQL, &[]).await.map_err(|error| error.to_string())?;
-    let changes: i64 = counters.try_get(0).map_err(|error| error.to_string())?;
+    let changes: Option<i64> = counters.try_get(0).map_err(|error| error.to_string())?;
+    let changes = changes.ok_or("track_counts is off: nobody would notice a change of them")?;
     let version: i32 = counters.try_get(1).map_err(|error| error.to_string())?;
     nodes.login_settings.read(counters.try_get(2).map_err(|error| error.to_string())?);
     let next = Basis { primary, epoch, changes, generation };

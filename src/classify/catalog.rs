@@ -779,7 +779,8 @@ SELECT 't', t.oid, 'c' FROM pg_catalog.pg_type t WHERE t.oid >= 16384 AND NOT t.
 ///
 /// The code of an operator class runs where its index or partition key is used, and where one of its family's operators
 /// is: sorting and joining by it compare and hash by the family's functions. The planner finds B-tree and hash families by
-/// their operators, so one that has a built-in operator may be found by any statement.
+/// their operators, so one that has a built-in operator may be found by any statement. It also puts an operator's negator
+/// or commutator in its place.
 pub const EDGES_SQL: &str = "\
 WITH member AS MATERIALIZED ( \
   SELECT 'f' AS kind, a.amproc::pg_catalog.oid AS oid, a.amprocfamily AS family, a.amproclefttype AS lefttype, \
@@ -820,6 +821,10 @@ SELECT 'f', f, 't', t FROM pg_catalog.pg_range r, \
        LATERAL (VALUES (r.rngcanonical::pg_catalog.oid), (r.rngsubdiff)) v (f), \
        LATERAL (VALUES (r.rngtypid), (r.rngmultitypid)) w (t) WHERE f >= 16384 \
 UNION ALL \
+SELECT DISTINCT m.kind, m.oid, 't', t FROM pg_catalog.pg_range r JOIN pg_catalog.pg_opclass k ON k.oid = r.rngsubopc \
+  JOIN member m ON m.family = k.opcfamily, LATERAL (VALUES (r.rngtypid), (r.rngmultitypid)) w (t) \
+ WHERE r.rngtypid >= 16384 \
+UNION ALL \
 SELECT 't', r.rngsubtype, 't', t FROM pg_catalog.pg_range r, \
        LATERAL (VALUES (r.rngtypid), (r.rngmultitypid)) w (t) WHERE r.rngsubtype >= 16384 \
 UNION ALL \
@@ -840,6 +845,9 @@ UNION ALL \
 SELECT 'o', a.aggsortop, 'f', a.aggfnoid::pg_catalog.oid FROM pg_catalog.pg_aggregate a WHERE a.aggsortop >= 16384 \
 UNION ALL \
 SELECT 'f', o.oprcode::pg_catalog.oid, 'o', o.oid FROM pg_catalog.pg_operator o WHERE o.oid >= 16384 \
+UNION ALL \
+SELECT 'o', other, CASE WHEN o.oid >= 16384 THEN 'o' ELSE '*' END, o.oid FROM pg_catalog.pg_operator o, \
+       LATERAL (VALUES (o.oprnegate), (o.oprcom)) v (other) WHERE other >= 16384 AND other <> o.oid \
 UNION ALL \
 SELECT 'f', f, 'o', o.oid FROM pg_catalog.pg_operator o, \
        LATERAL (VALUES (o.oprrest::pg_catalog.oid), (o.oprjoin)) v (f) WHERE o.oid >= 16384 AND f >= 16384 \
@@ -922,10 +930,12 @@ SELECT c.oid, a.typname::text FROM pg_catalog.pg_class c \
  WHERE c.oid = ANY ($1::pg_catalog.oid[])";
 
 /// One row (sum, server version, hash of what logins are given): the sum moves with every change of a catalog that the facts are made of; the counts of another
-/// session's transaction arrive within about a second of its commit. DML on users' tables does not move it.
+/// session's transaction arrive within about a second of its commit. DML on users' tables does not move it. Where
+/// nothing is counted there is no sum.
 pub const CHANGES_SQL: &str = "\
-SELECT pg_catalog.sum(pg_catalog.pg_stat_get_tuples_inserted(c.oid) + pg_catalog.pg_stat_get_tuples_updated(c.oid) \
-         + pg_catalog.pg_stat_get_tuples_deleted(c.oid))::pg_catalog.int8, \
+SELECT CASE WHEN pg_catalog.current_setting('track_counts') = 'on' THEN \
+       pg_catalog.sum(pg_catalog.pg_stat_get_tuples_inserted(c.oid) + pg_catalog.pg_stat_get_tuples_updated(c.oid) \
+         + pg_catalog.pg_stat_get_tuples_deleted(c.oid))::pg_catalog.int8 END, \
        pg_catalog.current_setting('server_version_num')::pg_catalog.int4, \
        (SELECT pg_catalog.hashtextextended(coalesce(pg_catalog.string_agg( \
                  s.setdatabase || ' ' || s.setrole || ' ' || s.setconfig::text, ';' ORDER BY s.setdatabase, s.setrole), ''), 0) \

@@ -33,6 +33,12 @@ const OBJECTS: &str = "
     CREATE TABLE ranged_0 PARTITION OF ranged FOR VALUES FROM (0) TO (10);
     CREATE TABLE ranged_1 PARTITION OF ranged FOR VALUES FROM (10) TO (20);
 
+    CREATE FUNCTION differs_locked(int, int) RETURNS boolean LANGUAGE plpgsql IMMUTABLE
+        AS $$ BEGIN PERFORM pg_try_advisory_xact_lock(45); RETURN $1 <> $2; END $$;
+    CREATE OPERATOR =!# (LEFTARG = int, RIGHTARG = int, FUNCTION = int4eq, COMMUTATOR = =!#, NEGATOR = <>!#);
+    CREATE OPERATOR <>!# (LEFTARG = int, RIGHTARG = int, FUNCTION = differs_locked, NEGATOR = =!#);
+    CREATE TYPE span AS RANGE (SUBTYPE = int4, SUBTYPE_OPCLASS = ordered_ops);
+
     CREATE VIEW columns_of_domain AS SELECT 1 AS one
         FROM xmltable('/a' PASSING ('<a>1</a>'::xml) COLUMNS d checked PATH '.');
     CREATE VIEW record_of_domain AS SELECT 1 AS one FROM json_to_recordset('[{\"d\": 1}]') AS r (d checked);
@@ -122,6 +128,9 @@ async fn what_looks_like_a_read_and_is_none_starts_on_the_primary() {
         "SELECT * FROM ranged WHERE id <## 5",
         "SELECT id FROM plain ORDER BY id USING <##",
         "SELECT * FROM plain a JOIN plain b ON a.id ==## b.id",
+        "SELECT * FROM plain WHERE NOT (id =!# 5)",
+        "SELECT span(1, 5) @> 3",
+        "SELECT '[1,5)'::span",
         "SELECT satisfies_hash_partition('hashed'::regclass, 1, 0, 5)",
         // Types that are named nowhere but in a list of columns.
         "SELECT * FROM columns_of_domain",
