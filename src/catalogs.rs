@@ -64,6 +64,8 @@ pub struct DatabaseCatalog {
     wanted: Notify,
     /// No session uses it: its loader ends.
     released: AtomicBool,
+    /// Changes of the catalog are not counted, and that has been said.
+    uncounted: AtomicBool,
 }
 
 impl Catalogs {
@@ -176,6 +178,7 @@ impl DatabaseCatalog {
             generation: Mutex::new(0),
             wanted: Notify::new(),
             released: AtomicBool::new(false),
+            uncounted: AtomicBool::new(false),
         })
     }
 
@@ -251,22 +254,11 @@ async fn keep(
     database: Arc<DatabaseCatalog>,
 ) {
     let mut basis: Option<Basis> = None;
-    let mut warned = false;
     while !database.released.load(Ordering::SeqCst) {
         let step = timeout(QUESTION, refresh(&nodes, &topology, &name, &database, basis)).await;
         match step {
-            Ok(Ok(next)) => {
-                basis = next;
-                warned &= basis.is_none();
-            }
+            Ok(Ok(next)) => basis = next,
             Ok(Err(cause)) => {
-                if !std::mem::replace(&mut warned, true) {
-                    tracing::info!(
-                        database = name,
-                        cause,
-                        "no catalog facts: all runs on the primary until there are"
-                    );
-                }
                 tracing::debug!(database = name, cause, "catalog facts could not be read");
                 basis = None;
                 database.forget();
@@ -301,7 +293,13 @@ async fn refresh(
     let mut client = nodes.client(primary, name).await.map_err(|error| error.cause)?;
     let counters = client.query_one(catalog::CHANGES_SQL, &[]).await.map_err(|error| error.to_string())?;
     let changes: Option<i64> = counters.try_get(0).map_err(|error| error.to_string())?;
-    let changes = changes.ok_or("track_counts is off: nobody would notice a change of them")?;
+    if !database.uncounted.swap(changes.is_none(), Ordering::Relaxed) && changes.is_none() {
+        tracing::warn!(
+            database = name,
+            "track_counts is off: statements of this database run on the primary"
+        );
+    }
+    let changes = changes.ok_or("changes of the catalog are not counted")?;
     let version: i32 = counters.try_get(1).map_err(|error| error.to_string())?;
     nodes.login_settings.read(counters.try_get(2).map_err(|error| error.to_string())?);
     let next = Basis { primary, epoch, changes, generation };
