@@ -1,6 +1,8 @@
 //! What an adversary would try: statements that look like reads and take a lock, write, or speak of their own server, each
 //! by a way of its own. The standby refuses none of them by itself.
 
+use highwater::demo::cluster::ClusterOptions;
+
 use crate::fixture::*;
 
 /// Made by a superuser, because operator classes and their like take one. All code in it that is not harmless takes an
@@ -419,6 +421,23 @@ async fn settings_that_change_what_a_text_says_are_heeded() {
     client.ask(&query("SELECT other FROM plain /* path. */")).await;
     check("a role's path", "path.");
     assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// How it is noticed that the catalog has changed: by PostgreSQL's counts.
+#[tokio::test]
+async fn nothing_is_a_read_where_changes_of_the_catalog_are_not_counted() {
+    let settings = [("log_statement", "all"), ("track_counts", "off")];
+    let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+    let cluster =
+        Cluster::start_with(ClusterOptions { replicas: 1, settings, ..ClusterOptions::default() }).await;
+    cluster.set_up("CREATE TABLE plain (id int, x text)").await;
+    let proxy = Proxy::start(&cluster).await;
+    let client = proxy.connect().await;
+    eventually("it is said", || async { proxy.log().contains("track_counts is off") }).await;
+    for _ in 0..5 {
+        client.simple_query("SELECT x AS uncounted FROM plain").await.unwrap();
+    }
+    assert_eq!(cluster.ran("uncounted"), [5, 0]);
 }
 
 /// A function may leave a cursor open for the rest of its transaction.
