@@ -227,7 +227,9 @@ impl DatabaseCatalog {
         if fresh {
             let mut last = self.last.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             // Before the facts: who sees them sees this.
-            if last.as_ref().is_some_and(|last| catalog.allows_more_than(last)) {
+            // A new primary's log may be shorter: it has all that its facts rest on at its end.
+            let of_another = position < self.safe_from();
+            if of_another || last.as_ref().is_some_and(|last| catalog.allows_more_than(last)) {
                 self.safe_from.store(position.0, Ordering::Release);
             }
             *last = Some(Arc::clone(&catalog));
@@ -471,12 +473,15 @@ mod tests {
             ..CatalogRows::default()
         };
         let mut at = 0;
-        let mut publish = |body: &str| {
-            at += 10;
+        let publish_at = |at: u64, body: &str| {
             database.invalidate();
             let started = *database.generation();
             assert!(database.publish(started, facts(body), Lsn(at)));
             database.safe_from()
+        };
+        let mut publish = |body: &str| {
+            at += 10;
+            publish_at(at, body)
         };
         assert_eq!(publish("select pg_advisory_lock(1)"), Lsn::ZERO);
         assert_eq!(publish("select pg_advisory_lock(2)"), Lsn::ZERO);
@@ -484,5 +489,7 @@ mod tests {
         assert_eq!(publish("select 2"), Lsn(30));
         assert_eq!(publish("select pg_advisory_lock(1)"), Lsn(30));
         assert_eq!(publish("select 1"), Lsn(60));
+        // A primary that begins behind that.
+        assert_eq!(publish_at(35, "select 1"), Lsn(35));
     }
 }
