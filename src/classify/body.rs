@@ -43,6 +43,9 @@ const LEADS: &[&[u8]] = &[
     b"while",
 ];
 
+/// Words of PL/pgSQL's own, beside those, that do not stand in what is scanned.
+const STRUCTURE: &[&[u8]] = &[b"begin", b"declare", b"else", b"exception", b"into", b"strict", b"then"];
+
 /// Words that begin the commands of SQL that are not queries, beside those that the scan refuses wherever they stand.
 const COMMANDS: &[&[u8]] = &[
     b"abort",
@@ -100,7 +103,9 @@ pub fn only_reads(
             !statements.is_empty()
                 && statements.iter().all(|statement| scans_as_read(statement, utf8, vocabulary, catalog))
         }),
-        "plpgsql" => as_one_query(text).is_some_and(|query| scans_as_read(&query, utf8, vocabulary, catalog)),
+        "plpgsql" => {
+            as_one_query(text, catalog).is_some_and(|query| scans_as_read(&query, utf8, vocabulary, catalog))
+        }
         _ => false,
     }
 }
@@ -174,8 +179,9 @@ enum At {
     Inside,
 }
 
-/// All expressions and queries of the body behind one SELECT; nothing if it holds a statement that does more.
-fn as_one_query(text: &[u8]) -> Option<Vec<u8>> {
+/// All expressions and queries of the body behind one SELECT; nothing if it holds a statement that does more, or if
+/// something unsafe bears the name of a word that is left out.
+fn as_one_query(text: &[u8], catalog: &Catalog) -> Option<Vec<u8>> {
     let mut lexer = Lexer::new(text);
     let mut query = b"select ".to_vec();
     let mut at = At::Start;
@@ -188,6 +194,13 @@ fn as_one_query(text: &[u8]) -> Option<Vec<u8>> {
         // `a.loop` is a column's name.
         let word = if token == Token::Word && !behind_dot { lexer.name() } else { b"" };
         behind_dot = token == Token::Punctuation(b'.');
+        if LEADS.contains(&word) || STRUCTURE.contains(&word) {
+            // Most of them are no reserved words of SQL: `RETURN strict(1)` is a call.
+            let flags = catalog.name(word);
+            if flags.called || flags.code || flags.elsewhere {
+                return None;
+            }
+        }
         match (token, word) {
             (Token::End, _) => return Some(query),
             (Token::Unclear, _) => return None,
@@ -274,7 +287,7 @@ fn assigns(mut lexer: Lexer<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::classify::catalog::CatalogRows;
+    use crate::classify::catalog::{CatalogRows, FunctionRow};
 
     fn only_reads(language: &str, text: &str) -> bool {
         let catalog = Catalog::from_rows(1, CatalogRows { server_major: 15, ..CatalogRows::default() });
@@ -385,6 +398,32 @@ mod tests {
             "declare c refcursor; begin open c for select 1; return c; end",
         ] {
             assert!(!only_reads("plpgsql", text), "{text}");
+        }
+    }
+
+    #[test]
+    fn words_that_are_left_out_may_be_names() {
+        let row = |name: &str| FunctionRow {
+            name: name.into(),
+            language: "plperl".into(),
+            kind: "f".into(),
+            ..FunctionRow::default()
+        };
+        let catalog = Catalog::from_rows(
+            1,
+            CatalogRows {
+                functions: vec![row("strict"), row("move"), row("begin")],
+                ..CatalogRows::default()
+            },
+        );
+        for text in [
+            "begin return strict(1); end",
+            "declare x int; begin x := case when (select 1 as end) = 1 then move(1) end; return x; end",
+            "begin perform 1 from begin; return 1; end",
+        ] {
+            assert!(only_reads("plpgsql", text), "{text}");
+            let read = super::only_reads("plpgsql", text.as_bytes(), true, &Vocabulary::new(), &catalog);
+            assert!(!read, "{text}");
         }
     }
 

@@ -56,6 +56,10 @@ const OBJECTS: &str = "
     CREATE FUNCTION swallows_behind_case() RETURNS text LANGUAGE plpgsql AS
         $$ BEGIN IF (SELECT 1 case) = 1 THEN TRUNCATE plain; END IF; RETURN 'done';
            EXCEPTION WHEN OTHERS THEN RETURN 'swallowed'; END $$;
+    CREATE FUNCTION strict(int) RETURNS int LANGUAGE plpgsql AS $$ BEGIN RETURN locks($1); END $$;
+    CREATE FUNCTION calls_strict() RETURNS int LANGUAGE plpgsql AS $$ BEGIN RETURN strict(1); END $$;
+    CREATE VIEW begin AS SELECT locks(1) AS got;
+    CREATE FUNCTION reads_begin() RETURNS int LANGUAGE plpgsql AS $$ BEGIN PERFORM got FROM begin; RETURN 1; END $$;
     CREATE FUNCTION opens() RETURNS refcursor LANGUAGE plpgsql AS
         $$ DECLARE c refcursor := 'opened'; BEGIN OPEN c FOR SELECT id FROM plain ORDER BY id; RETURN c; END $$;
 
@@ -155,6 +159,8 @@ async fn what_looks_like_a_read_and_is_none_starts_on_the_primary() {
         "SELECT bare_label_case()",
         "SELECT sets_behind_case()",
         "SELECT swallows_behind_case()",
+        "SELECT calls_strict()",
+        "SELECT reads_begin()",
         "SELECT in_do()",
         "SELECT prepares()",
         // Names of built-in things in another schema, whatever the search path is.
