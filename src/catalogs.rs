@@ -415,6 +415,9 @@ async fn read_objects(
                 rows.tree(Object::Function(function.oid), tree, Use::Evaluated);
             }
         }
+        if function.language == "sql" {
+            rows.in_sql.insert(function.oid);
+        }
         rows.functions.push(function);
     }
     for row in transaction.query(catalog::OPERATORS_SQL, &[]).await? {

@@ -90,6 +90,8 @@ pub struct CatalogRows {
     pub unsafe_relations: HashSet<u32>,
     /// [`FUNCTIONS_SQL`]
     pub functions: Vec<FunctionRow>,
+    /// Those of them that are written in SQL.
+    pub in_sql: HashSet<u32>,
     /// [`SETTERS_SQL`]
     pub setters: Vec<String>,
     /// [`FIRING_SQL`]
@@ -216,7 +218,7 @@ impl Mark {
 impl CatalogRows {
     /// A stored expression of `owner`: what it mentions makes the owner unsafe. Needs the system's rows.
     pub fn tree(&mut self, owner: Object, tree: &str, used: Use) {
-        let CatalogRows { safe_functions, unsafe_relations, marks, edges, moments, .. } = self;
+        let CatalogRows { safe_functions, unsafe_relations, in_sql, marks, edges, moments, .. } = self;
         if used == Use::Evaluated && tree::names_the_clock(tree) {
             moments.push(owner);
         }
@@ -240,6 +242,8 @@ impl CatalogRows {
                     return;
                 }
                 Reference::Operator(oid) | Reference::Type(oid) if oid < FIRST_USER_OID => return,
+                Reference::Inlined(oid) if !in_sql.contains(&oid) => return,
+                Reference::Inlined(oid) => Object::Function(oid),
                 Reference::Function(oid) => Object::Function(oid),
                 Reference::Relation(oid) => Object::Relation(oid),
                 Reference::Operator(oid) => Object::Operator(oid),
@@ -1115,17 +1119,19 @@ mod tests {
         let mut rows = rows();
         rows.safe_functions.insert(870);
         rows.unsafe_relations.insert(12_000);
+        rows.in_sql.insert(30_004);
         for (relation, tree, used) in [
             (5, "{F :funcid 870 :args ({VAR :x 1})}", Use::Evaluated),
             (6, "{F :funcid 871 :args ({VAR :x 1})}", Use::Evaluated),
             (7, "{R :relid 12000}", Use::Evaluated),
             (8, "{F :funcid 30003 :args ({VAR :x 1})}", Use::Folded),
+            (4, "{F :funcid 30004 :args ({VAR :x 1})}", Use::Folded),
         ] {
             rows.edges.retain(|(_, to)| *to != Object::Relation(relation));
             rows.tree(Object::Relation(relation), tree, used);
         }
         let catalog = Catalog::from_rows(1, rows);
-        assert!(catalog.name(b"r6").code && catalog.name(b"r7").code);
+        assert!(catalog.name(b"r6").code && catalog.name(b"r7").code && catalog.name(b"r4").code);
         assert_eq!((catalog.name(b"r5"), catalog.name(b"r8")), (Flags::default(), Flags::default()));
     }
 

@@ -71,6 +71,8 @@ const OBJECTS: &str = "
     CREATE VIEW over_pairs AS SELECT p FROM pairs;
     CREATE FUNCTION returns_pair() RETURNS SETOF pairs LANGUAGE sql STABLE AS 'SELECT * FROM pairs';
 
+    CREATE FUNCTION wraps(int) RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT locks(1) + $1';
+    CREATE TABLE wrapped (id int); CREATE INDEX ON wrapped (wraps(id));
     CREATE SCHEMA mine;
     CREATE FUNCTION mine.now() RETURNS timestamptz LANGUAGE sql STABLE
         AS 'SELECT clock_timestamp() WHERE pg_try_advisory_xact_lock(26)';
@@ -185,6 +187,7 @@ async fn what_looks_like_a_read_and_is_none_starts_on_the_primary() {
         "SELECT * FROM activity",
         "SELECT * FROM standing",
         // Tables.
+        "SELECT * FROM wrapped",
         "SELECT * FROM parent",
         "SELECT * FROM split_up",
         "TABLE split_up",
