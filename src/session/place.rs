@@ -16,10 +16,11 @@ use crate::backend::pool::{AcquireError, Asker, Lease, Wish};
 use crate::consistency::{LagLimit, Level, OnStale, Route};
 use crate::gate::Posture;
 use crate::metrics::WaitFor;
-use crate::positions::{Incarnation, SampleBody};
+use crate::positions::{Incarnation, Sample, SampleBody};
 use crate::route::RouteReason;
 use crate::route::balance::{self, Candidate};
 use crate::topology::{Exclusion, NodeId, Standing, Topology};
+use crate::wal::Lsn;
 use crate::wire::ErrorReport;
 
 /// A backend for a unit.
@@ -259,6 +260,14 @@ impl Session {
     /// Whether a replica may serve this session now, by its level.
     fn verdict(&self, topology: &Topology, node: NodeId) -> ReplicaVerdict {
         let samples = &*self.shared.positions;
+        // What has been made safe since may not be so there. A session that may ask replicas for anything does.
+        let safe_from = self.catalog.safe_from();
+        let has_replayed =
+            |sample: Sample| matches!(sample.body, SampleBody::Replica { replay, .. } if replay >= safe_from);
+        if safe_from > Lsn::ZERO && !self.read_only && !samples.node(node).latest().is_some_and(has_replayed)
+        {
+            return ReplicaVerdict::Behind;
+        }
         let level = self.level();
         if level == Level::Eventual && self.asked_for.max_lag.is_none() {
             // Any replica in service. The sample that is named is of no consequence: nothing is noted.

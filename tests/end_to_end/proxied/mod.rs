@@ -11,6 +11,7 @@ mod failover;
 mod faults;
 mod garbage;
 mod gate;
+mod hidden;
 mod histories;
 mod leaks;
 mod levels;
