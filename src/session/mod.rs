@@ -977,7 +977,8 @@ impl Session {
     fn begin_on(&mut self, placed: Placed, demand: &Demand) {
         // In a transaction nothing runs twice on its one node.
         let opens = self.lazy.is_some() && placed.role == Role::Primary;
-        self.unit = if opens { Unit::begins(false, 0) } else { Unit::begins(demand.is_read(), demand.vetted()) };
+        self.unit =
+            if opens { Unit::begins(false, 0) } else { Unit::begins(demand.is_read(), demand.vetted()) };
         self.unit.before = self.status;
         self.keep_text();
         self.count_demand(demand);
