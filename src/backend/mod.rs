@@ -309,10 +309,26 @@ impl Backend {
     /// Whether an idle backend is still good, without a system call: an idle PostgreSQL backend says
     /// nothing unless it is going away (or a setting was reloaded, which is then read here).
     pub fn is_alive(&mut self) -> bool {
-        let waker = std::task::Waker::noop();
-        let mut cx = Context::from_waker(waker);
         loop {
-            match poll_fill(&mut self.stream, &mut self.input, &mut cx) {
+            let read = match &mut self.stream {
+                // The same as below, but without a waker that nobody would be woken by.
+                Stream::Plain(tcp) => {
+                    let mut said = [0; 128];
+                    let read = tcp.try_read(&mut said);
+                    if let Ok(n) = read {
+                        self.input.extend_from_slice(&said[..n]);
+                    }
+                    match read {
+                        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Poll::Pending,
+                        read => Poll::Ready(read),
+                    }
+                }
+                stream => {
+                    let mut cx = Context::from_waker(std::task::Waker::noop());
+                    poll_fill(stream, &mut self.input, &mut cx)
+                }
+            };
+            match read {
                 Poll::Pending => break,
                 Poll::Ready(Ok(n)) if n > 0 => continue,
                 Poll::Ready(_) => return false,

@@ -291,18 +291,23 @@ pub struct Asker {
     pub worker: usize,
     /// What it would rather have.
     pub wish: Wish,
+    /// When it asks.
+    pub now: Instant,
 }
 
 /// Which of the idle backends a session gets: the one it wishes for; else the latest of its worker, else the
 /// latest; clean ones first.
 fn choose(idle: &[Idle], startup: &StartupParameters, asker: Asker) -> Option<usize> {
-    let Asker { session, worker, wish } = asker;
-    let fits = |idle: &Idle| *idle.backend.startup == *startup;
+    let Asker { session, worker, wish, now } = asker;
+    let fits = |idle: &Idle| {
+        let its = &*idle.backend.startup;
+        std::ptr::eq(its, startup) || its == startup
+    };
     let wished = match wish {
         Wish::Recent => idle
             .iter()
             .rposition(|b| b.last_user == session && b.worker == worker && fits(b))
-            .filter(|at| idle[*at].backend.idle_since.elapsed() < RECENT),
+            .filter(|at| now.saturating_duration_since(idle[*at].backend.idle_since) < RECENT),
         Wish::Own => idle.iter().rposition(|b| b.last_user == session && fits(b)),
         Wish::Writer(pid) => idle.iter().rposition(|b| b.backend.last_writer == Some(pid) && fits(b)),
     };
@@ -372,7 +377,7 @@ impl Pool {
         asker: Asker,
         patience: Duration,
     ) -> Result<Lease, AcquireError> {
-        while let Some(backend) = self.take_idle(startup, asker) {
+        while let Some(backend) = self.take_idle(startup, asker, |_| true) {
             let mut lease = self.lend(backend);
             if lease.dirt == Dirt::Clean || lease.last_user == asker.session {
                 return Ok(lease);
@@ -405,7 +410,19 @@ impl Pool {
         }
     }
 
-    fn take_idle(self: &Arc<Pool>, startup: &StartupParameters, asker: Asker) -> Option<Box<Backend>> {
+    /// The same where one is idle that needs no cleaning; no waiting at all.
+    pub fn acquire_now(self: &Arc<Pool>, startup: &StartupParameters, asker: Asker) -> Option<Lease> {
+        let is_ready = |idle: &Idle| idle.clean || idle.last_user == asker.session;
+        self.take_idle(startup, asker, is_ready).map(|backend| self.lend(backend))
+    }
+
+    /// The idle backend that suits best, if it is to be had: `suits` must hold for it.
+    fn take_idle(
+        self: &Arc<Pool>,
+        startup: &StartupParameters,
+        asker: Asker,
+        suits: impl Fn(&Idle) -> bool,
+    ) -> Option<Box<Backend>> {
         let epoch = self.context.topology.load().epoch;
         let mut state = self.lock();
         if state.waiters.iter().any(|w| !w.coming) {
@@ -415,6 +432,9 @@ impl Pool {
         }
         loop {
             let at = choose(&state.idle, startup, asker)?;
+            if !suits(&state.idle[at]) {
+                return None;
+            }
             let mut backend = state.idle.remove(at).backend;
             let valid = backend.login_settings == Some(self.context.login_settings.generation());
             if backend.socket.is_closed() {

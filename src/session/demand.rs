@@ -172,8 +172,12 @@ impl Session {
     /// What the unit at the start of the client's input asks for. The session holds no backend.
     pub(super) async fn demand(&mut self) -> Result<Demand, End> {
         {
-            let topology = self.shared.topology.load_full();
-            self.bring_mark_forward(&topology);
+            // An epoch that was lost is to be told of before anything is answered. What samples say is looked at where
+            // the unit is placed.
+            let topology = self.shared.topology.load();
+            if topology.epoch != self.mark.epoch() {
+                self.bring_mark_forward(&topology);
+            }
         }
         if let Some(fork) = self.lost.take() {
             self.fail_unit(super::place::lost(&fork))?;

@@ -859,6 +859,7 @@ impl Session {
         }
         self.follow_own();
         self.settle_durability();
+        self.unit.rests();
         self.show_rest();
         self.timeouts.unit_ended(self.status);
         if self.timeouts.take_stopped() && result.is_ok() {
@@ -904,12 +905,14 @@ impl Session {
                 Ok(placed) => placed,
                 Err(report) => return self.fail_unit(report),
             };
-            let left = placed.lease.socket.closed();
-            tokio::select! {
-                biased;
-                flushed = self.flush_client() => flushed?,
-                // The client may take its time; whoever waits for the connection to be closed does not.
-                () = left => continue,
+            if !self.client.output.is_empty() {
+                let left = placed.lease.socket.closed();
+                tokio::select! {
+                    biased;
+                    flushed = self.flush_client() => flushed?,
+                    // The client may take its time; whoever waits for the connection to be closed does not.
+                    () = left => continue,
+                }
             }
             let (node, reason) = (placed.node, placed.reason);
             let told_before = self.reported.clone();
@@ -974,7 +977,8 @@ impl Session {
     fn begin_on(&mut self, placed: Placed, demand: &Demand) {
         // In a transaction nothing runs twice on its one node.
         let opens = self.lazy.is_some() && placed.role == Role::Primary;
-        self.unit = if opens { Unit::new(false, 0) } else { Unit::new(demand.is_read(), demand.vetted()) };
+        self.unit =
+            if opens { Unit::begins(false, 0) } else { Unit::begins(demand.is_read(), demand.vetted()) };
         self.unit.before = self.status;
         self.keep_text();
         self.count_demand(demand);
@@ -993,12 +997,14 @@ impl Session {
         }
         self.give_own(&mut lease);
         self.forget_sequences(&mut lease);
-        let mut unit = std::mem::replace(&mut self.unit, Unit::none());
-        self.give_listens(&mut unit, &mut lease);
-        if opens {
-            self.open_transaction(&mut unit, &mut lease);
+        if opens || self.listening.is_deaf() {
+            let mut unit = std::mem::replace(&mut self.unit, Unit::none());
+            self.give_listens(&mut unit, &mut lease);
+            if opens {
+                self.open_transaction(&mut unit, &mut lease);
+            }
+            self.unit = unit;
         }
-        self.unit = unit;
         self.lease = Some(lease);
     }
 
@@ -1032,7 +1038,7 @@ impl Session {
     fn give_settings(&mut self, backend: &mut Backend) -> bool {
         let durable = if self.durable.is_some() { self.wanted_for_unit() } else { None };
         let wanted = durable.as_ref().unwrap_or_else(|| self.settings.wanted());
-        if backend.applied == *wanted {
+        if Arc::ptr_eq(&backend.applied, wanted) || backend.applied == *wanted {
             return false;
         }
         let Some(sql) = settings::replay(&backend.applied, wanted) else {
@@ -1134,7 +1140,7 @@ impl Session {
             self.look_for_own(&text, class).await?;
         }
         let reason = if self.pins.hold() { RouteReason::Pinned } else { RouteReason::InTransaction };
-        self.unit = Unit::new(false, 0);
+        self.unit = Unit::begins(false, 0);
         self.unit.before = self.status;
         self.keep_text();
         if let Some(demand) = &demand {

@@ -1,6 +1,7 @@
 //! Finding the backend for a unit: which node may serve this session now, and waiting for one that
 //! soon may. The rule itself is in `mark`, the choice among equals in `route`; here is the waiting.
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::task::Poll;
@@ -37,6 +38,11 @@ pub struct Placed {
 
 /// How often a primary that cannot be connected to is tried again while a statement waits for it.
 const RETRY: Duration = Duration::from_millis(100);
+
+thread_local! {
+    /// Room for the candidates of one choice, for the next one.
+    static CANDIDATES: Cell<Vec<Candidate>> = const { Cell::new(Vec::new()) };
+}
 
 /// What a try at a replica came to.
 enum Tried {
@@ -92,7 +98,7 @@ impl Session {
                 self.shared.metrics.shadow_reads.inc(reason.label());
                 RouteReason::Shadow
             }
-            Demand::Read { .. } => match self.place_on_replica(avoid).await? {
+            Demand::Read { .. } => match self.try_replicas(avoid).await? {
                 Tried::Placed(placed) => {
                     self.count_read(false);
                     return Ok(Ok(placed));
@@ -109,6 +115,39 @@ impl Session {
         self.place_on_primary(reason).await
     }
 
+    async fn try_replicas(&mut self, avoid: &[NodeId]) -> Result<Tried, End> {
+        match self.place_at_once(avoid) {
+            Some(placed) => Ok(Tried::Placed(placed)),
+            None => self.place_on_replica(avoid).await,
+        }
+    }
+
+    /// A backend of a replica that may serve now, where there is one for which nothing is to be waited: most of the time.
+    fn place_at_once(&mut self, avoid: &[NodeId]) -> Option<Placed> {
+        let topology = self.shared.topology.load();
+        self.bring_mark_forward(&topology);
+        let (candidates, _) = self.candidates(&topology, avoid, Duration::ZERO);
+        let node = balance::pick(&candidates, rand::random());
+        CANDIDATES.set(candidates);
+        let node = node?;
+        let mut lease = self.pools.node(node).acquire_now(&self.startup, self.asker())?;
+        lease.last_user = self.affinity;
+        // No time has passed since the topology was read and the mark brought forward. Only samples sent after the
+        // backend was connected speak for it.
+        match self.verdict(&topology, node) {
+            ReplicaVerdict::Serves { sample, incarnation }
+                if sample > lease.connected_at && lease.epoch == topology.epoch && lease.is_current() =>
+            {
+                self.incarnation = incarnation;
+                Some(Placed { lease, node, role: Role::Replica, reason: RouteReason::Read })
+            }
+            _ => {
+                lease.give_back();
+                None
+            }
+        }
+    }
+
     async fn place_on_replica(&mut self, avoid: &[NodeId]) -> Result<Tried, End> {
         let begun = Instant::now();
         let patience = self.replica_patience();
@@ -119,7 +158,7 @@ impl Session {
         loop {
             let shared = self.shared.clone();
             let changed = shared.positions.changed();
-            let (candidates, hope) = self.candidates(&avoid, patience);
+            let (candidates, hope) = self.candidates_now(&avoid, patience);
             if let Some(node) = balance::pick(&candidates, rand::random()) {
                 if waited {
                     self.waited(WaitFor::Mark, begun);
@@ -197,7 +236,7 @@ impl Session {
     /// Where a read would go now, were `routing.shadow` off; that it might wait for a replica is not tried.
     fn would_be(&mut self) -> RouteReason {
         let patience = self.replica_patience();
-        let (candidates, hope) = self.candidates(&[], patience);
+        let (candidates, hope) = self.candidates_now(&[], patience);
         match hope {
             _ if !candidates.is_empty() => RouteReason::Read,
             Hope::NobodyServes => RouteReason::NoReplica,
@@ -315,7 +354,7 @@ impl Session {
         loop {
             let shared = self.shared.clone();
             let changed = shared.positions.changed();
-            match self.place_on_replica(avoid).await? {
+            match self.try_replicas(avoid).await? {
                 Tried::Placed(placed) => return Ok(Ok(Placed { role: Role::Standby, ..placed })),
                 Tried::Failed(report) => return Ok(Err(report)),
                 Tried::Primary(_) if Instant::now() >= until => {
@@ -341,22 +380,32 @@ impl Session {
         self.shared.topology.is_drained(node)
     }
 
-    /// The replicas that may serve this session now; when there is none, whether one soon may.
-    fn candidates(&mut self, avoid: &[NodeId], patience: Duration) -> (Vec<Candidate>, Hope) {
+    /// The same as of now.
+    fn candidates_now(&mut self, avoid: &[NodeId], patience: Duration) -> (Vec<Candidate>, Hope) {
         let topology = self.shared.topology.load_full();
         self.bring_mark_forward(&topology);
-        let keeps_off = self.keeps_off_late_clocks(&topology);
+        self.candidates(&topology, avoid, patience)
+    }
+
+    /// The replicas that may serve this session now; when there is none, whether one soon may. The mark was brought
+    /// forward to `topology`.
+    fn candidates(
+        &mut self,
+        topology: &Topology,
+        avoid: &[NodeId],
+        patience: Duration,
+    ) -> (Vec<Candidate>, Hope) {
+        let keeps_off = self.keeps_off_late_clocks(topology);
         let mut kept_off = false;
-        let mut candidates = Vec::new();
-        let late = Standing::Excluded(Exclusion::TooFarBehind);
-        let mut hope =
-            if topology.nodes.iter().any(|v| v.standing == late) { Hope::TooFar } else { Hope::NobodyServes };
+        let mut candidates = CANDIDATES.take();
+        candidates.clear();
+        let mut hope = Hope::NobodyServes;
         for view in topology.serving_replicas().filter(|v| !avoid.contains(&v.id) && !self.is_drained(v.id)) {
             if keeps_off && self.shared.positions.node(view.id).has_late_clock() {
                 kept_off = true;
                 continue;
             }
-            match self.verdict(&topology, view.id) {
+            match self.verdict(topology, view.id) {
                 ReplicaVerdict::Serves { .. } => candidates.push(Candidate {
                     node: view.id,
                     weight: view.weight,
@@ -372,8 +421,13 @@ impl Session {
                 }
             }
         }
-        if kept_off && hope == Hope::NobodyServes {
-            hope = Hope::LateClocks;
+        if candidates.is_empty() && hope == Hope::NobodyServes {
+            let late = Standing::Excluded(Exclusion::TooFarBehind);
+            if topology.nodes.iter().any(|v| v.standing == late) {
+                hope = Hope::TooFar;
+            } else if kept_off {
+                hope = Hope::LateClocks;
+            }
         }
         (candidates, hope)
     }
@@ -686,9 +740,8 @@ impl Session {
             .hint("Raise pool.size, or shorten transactions.")
     }
 
-    async fn lease_from(&self, node: NodeId) -> Result<Result<Lease, AcquireError>, End> {
-        let patience = self.patience();
-        let session = self.affinity;
+    /// As whom the pools know the session, and what the running unit would rather have.
+    fn asker(&self) -> Asker {
         let wish = if self.asks_sequences {
             Wish::Writer(self.handle.pid)
         } else if self.asks_process {
@@ -696,9 +749,18 @@ impl Session {
         } else {
             Wish::Recent
         };
-        let asker = Asker { session, worker: self.worker, wish };
+        Asker { session: self.affinity, worker: self.worker, wish, now: self.started }
+    }
+
+    async fn lease_from(&self, node: NodeId) -> Result<Result<Lease, AcquireError>, End> {
+        let session = self.affinity;
+        let asker = Asker { now: Instant::now(), ..self.asker() };
         let pool = self.pools.node(node);
-        let mut acquire = pin!(pool.acquire(&self.startup, asker, patience));
+        if let Some(mut lease) = pool.acquire_now(&self.startup, asker) {
+            lease.last_user = session;
+            return Ok(Ok(lease));
+        }
+        let mut acquire = pin!(pool.acquire(&self.startup, asker, self.patience()));
         // Most of the time there is one, and nothing needs to be shown or measured.
         if let Poll::Ready(mut lease) = poll_fn(|cx| Poll::Ready(acquire.as_mut().poll(cx))).await {
             if let Ok(lease) = &mut lease {
