@@ -132,7 +132,7 @@ audit: ## licences, sources and bans of all packages (installs cargo-deny: minut
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	$(CARGO) deny --all-features check bans licenses sources
 
-drivers: setup ## real drivers (Python, Node) against PostgreSQL and through the proxy: same output
+drivers: setup ## real drivers (Python, Node, Java) against PostgreSQL and through the proxy: same output
 	@$(CARGO) build --locked --quiet
 	@tests/drivers/run
 	@tests/drivers/run console

@@ -5,6 +5,7 @@ mod cancel;
 mod clocks;
 mod consistency;
 mod console;
+mod covered;
 mod drivers;
 mod durability;
 mod failover;
