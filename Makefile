@@ -21,7 +21,7 @@ LEAKS_SECONDS ?= 60
 FUZZ_SECONDS ?= 60
 # How often `make failover` kills, freezes and exchanges the primary.
 FAILOVER_RUNS ?= 20
-# Of `make bench`: --long, --rounds N, --seconds N, --only NAME.
+# Of `make bench`: --minutes N, --long, --rounds N, --seconds N, --only NAME.
 BENCH_ARGS ?=
 # Of `make bench-levels`: --seconds N, --clients N, --writes 1,10, --idle N, --only NAME.
 LEVELS_ARGS ?=
@@ -116,7 +116,7 @@ clippy:
 doc:
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps --document-private-items
 
-bench: setup ## Highwater beside a direct connection, a bare relay and PgBouncer (4 minutes; BENCH_ARGS=--long: an hour)
+bench: setup ## Highwater beside a direct connection, a bare relay and PgBouncer (5 minutes; BENCH_ARGS='--minutes 20': all of it)
 	$(CARGO) bench --locked --bench side_by_side -- --out $(CURDIR)/target/bench $(BENCH_ARGS)
 
 bench-levels: setup ## what each level of consistency costs, and the share of reads on replicas (3 minutes)

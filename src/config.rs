@@ -267,6 +267,8 @@ pub struct PoolConfig {
     pub server_lifetime: Duration,
     /// Prepared statements at most per backend; the least recently used is closed.
     pub max_prepared: usize,
+    /// Unnamed statements whose text was seen before are served by those that sessions share.
+    pub share_unnamed: bool,
 }
 
 impl PoolConfig {
@@ -690,6 +692,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "server_idle_timeout",
             "server_lifetime",
             "max_prepared",
+            "share_unnamed",
             "users",
             "databases",
         ],
@@ -1704,6 +1707,7 @@ impl Reader<'_> {
             server_idle_timeout: self.time(&section, "server_idle_timeout", Duration::from_secs(600), least),
             server_lifetime: self.time(&section, "server_lifetime", Duration::from_secs(3600), least),
             max_prepared: self.number(&section, "max_prepared", 1..=100_000, 200) as usize,
+            share_unnamed: self.flag(&section, "share_unnamed", false),
             users: self.pool_overrides(&section, "users", "pool.users[]"),
             databases: self.pool_overrides(&section, "databases", "pool.databases[]"),
         }

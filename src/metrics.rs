@@ -109,6 +109,8 @@ pub struct Labels {
     pub reasons: &'static [&'static str],
     /// Why statements are run again.
     pub redone: &'static [&'static str],
+    /// What becomes of unnamed Parses.
+    pub unnamed: &'static [&'static str],
     /// Why sessions are pinned.
     pub pins: &'static [&'static str],
     /// Why connections are refused before a login.
@@ -188,6 +190,8 @@ pub struct Metrics {
     pub moved_transactions: IntCounter,
     /// Backends that were given other settings for their next session.
     pub settings_replays: IntCounter,
+    /// With `pool.share_unnamed`: unnamed Parses, by what became of them.
+    pub unnamed_parses: ReasonCounter,
     /// Queries of ours ahead of a unit that a node refused.
     pub injected_failures: IntCounter,
     /// The same by why; a session may have several reasons.
@@ -370,6 +374,12 @@ impl Metrics {
                 r,
                 "highwater_settings_replays_total",
                 "Backends that were given other settings for the session that used them next.",
+            ),
+            unnamed_parses: by_reason(
+                "highwater_unnamed_parses_total",
+                "With pool.share_unnamed: Parses of the unnamed statement, by what became of them.",
+                "outcome",
+                labels.unnamed,
             ),
             injected_failures: counter(
                 r,

@@ -47,7 +47,7 @@ use crate::session::prepared::Names;
 use crate::session::promise::PrimaryReads;
 use crate::session::shared_mark::{GlobalMark, NamedMarks};
 use crate::session::timeouts::Overdue;
-use crate::session::{ENDED_LABELS, GATE_REFUSED_LABELS, REDONE_LABELS, Shared};
+use crate::session::{ENDED_LABELS, GATE_REFUSED_LABELS, REDONE_LABELS, Shared, UNNAMED_LABELS};
 use crate::supervisor::{self, Pulse};
 use crate::topology::{NodeId, Topology, TopologyHandle};
 
@@ -494,6 +494,7 @@ fn labels() -> Labels {
         classes: &ClassLabel::LABELS,
         reasons: &RouteReason::LABELS,
         redone: &REDONE_LABELS,
+        unnamed: &UNNAMED_LABELS,
         pins: &PinReason::LABELS,
         client_refused: &listener::REFUSED_LABELS,
         login_failures: &AuthFailure::LABELS,

@@ -870,6 +870,15 @@ pub struct UserPools {
     nodes: Box<[OnceLock<Arc<Pool>>]>,
     /// What a server reports at login, by startup parameters, and under which settings of logins.
     welcomes: Mutex<HashMap<Arc<StartupParameters>, (u64, Welcome)>>,
+    /// The latest of [`UserPools::with_application_name`].
+    named: Mutex<Option<Named>>,
+}
+
+/// What a server reported, and the same with an application's name.
+struct Named {
+    of: Arc<super::Parameters>,
+    application: Box<str>,
+    parameters: Arc<super::Parameters>,
 }
 
 /// What a login is told, and what holds for its session.
@@ -914,11 +923,30 @@ impl UserPools {
         self.nodes.iter().filter_map(OnceLock::get)
     }
 
-    /// What a server reported to an earlier login with these startup parameters.
-    pub fn welcome(&self, startup: &StartupParameters) -> Option<Welcome> {
+    /// What a server reported to an earlier login with these startup parameters, and they themselves: sessions that
+    /// ask for the same hold one copy.
+    pub fn welcome(&self, startup: &StartupParameters) -> Option<(Arc<StartupParameters>, Welcome)> {
         let generation = self.context.login_settings.generation();
         let welcomes = self.welcomes.lock().unwrap_or_else(|p| p.into_inner());
-        welcomes.get(startup).filter(|(valid, _)| *valid == generation).map(|(_, told)| told.clone())
+        let (startup, (valid, told)) = welcomes.get_key_value(startup)?;
+        (*valid == generation).then(|| (startup.clone(), told.clone()))
+    }
+
+    /// The parameters with an application's name. Most connections of an application have one name, and so they hold
+    /// one copy.
+    pub fn with_application_name(&self, of: &Arc<super::Parameters>, name: &str) -> Arc<super::Parameters> {
+        let mut named = self.named.lock().unwrap_or_else(|p| p.into_inner());
+        if let Some(named) = &*named
+            && Arc::ptr_eq(&named.of, of)
+            && &*named.application == name
+        {
+            return named.parameters.clone();
+        }
+        let mut parameters = super::Parameters::clone(of);
+        parameters.insert(b"application_name", name.as_bytes());
+        let parameters = Arc::new(parameters);
+        *named = Some(Named { of: of.clone(), application: name.into(), parameters: parameters.clone() });
+        parameters
     }
 
     /// Remembers what a server reported to a login, if that is still what it would report.
@@ -964,6 +992,7 @@ impl Pools {
             keys: Arc::new(Mutex::new(keys.clone())),
             nodes: (0..self.context.ways.0.len()).map(|_| OnceLock::new()).collect(),
             welcomes: Mutex::new(HashMap::new()),
+            named: Mutex::new(None),
         });
         users.insert(key, pools.clone());
         pools

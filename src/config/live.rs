@@ -97,6 +97,7 @@ table! {
     "pool.server_idle_timeout" Live pool.server_idle_timeout;
     "pool.server_lifetime" Live pool.server_lifetime;
     "pool.max_prepared" Live pool.max_prepared;
+    "pool.share_unnamed" Live pool.share_unnamed;
     "consistency.level" Live consistency.promise.level;
     "consistency.on_stale" Live consistency.promise.on_stale;
     "consistency.rules" Live consistency.rules;

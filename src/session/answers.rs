@@ -456,7 +456,12 @@ impl Exchange<'_> {
     /// what Parse and Close would have done to the backend has not happened. Undone from the last to the
     /// first.
     fn skip_expected(&mut self) {
-        let parsing_unnamed = matches!(self.unit.expects.front(), Some(Expect::Parse(NameOnServer::Unnamed)));
+        let parsing_unnamed = match self.unit.expects.front() {
+            Some(Expect::Parse(NameOnServer::Unnamed)) => true,
+            // It may be what stands for the unnamed one.
+            Some(Expect::Parse(NameOnServer::Shared(_))) => self.session.statements.awaits_unnamed(),
+            _ => false,
+        };
         // What was sent behind a Sync of ours is not skipped with what was put in ahead of it.
         if !self.is_ours() {
             self.session.statements.failed(parsing_unnamed);
@@ -594,9 +599,9 @@ impl Exchange<'_> {
     fn is_stale_statement(&mut self, len: usize) -> bool {
         let statement = match self.unit.expects.front() {
             // All that was sent before it is answered: the name stands for what it did then.
-            Some(Expect::Bind(name)) if !name.is_empty() => match self.session.statements.answered(name) {
-                Found::Statement(statement) => statement,
-                Found::OnBackend | Found::Nothing => return false,
+            Some(Expect::Bind(name)) => match self.session.statements.answered(name) {
+                Found::Statement(statement) if !name.is_empty() || statement.is_shared_unnamed() => statement,
+                Found::Statement(_) | Found::OnBackend | Found::Nothing => return false,
             },
             Some(Expect::Describe(Some(asked))) if asked.on != NameOnServer::Unnamed => {
                 asked.statement.clone()
@@ -608,6 +613,13 @@ impl Exchange<'_> {
             return false;
         }
         let fields = wire::error_fields(&self.backend.input[HEADER..len]);
+        if statement.is_shared_unnamed()
+            && matches!(fields.sqlstate.get(..2), Some(b"0A" | b"22" | b"26" | b"42"))
+        {
+            // The client has had it parsed just now, and knows nothing of an older one: if this comes of what has
+            // changed since that was parsed, a statement parsed anew does better; if not, it fails alike.
+            return unseen && !self.unit.anew;
+        }
         match (fields.sqlstate, fields.routine) {
             (b"0A000", b"RevalidateCachedQuery") => {
                 if let Some(there) = self.backend.prepared.peek_mut(&statement.shared) {

@@ -353,13 +353,13 @@ impl Session {
             Lookup::Ask(question) => {
                 if question.hints() != Hints::default() {
                     let text = text.to_vec();
-                    self.bad_hint = self.take_hints(&text, question.hints());
+                    self.bad_hint = self.take_hints(&text, question.hints()).map(Box::new);
                 }
                 return Some(Demand::not_a_read(ClassLabel::Unit));
             }
         };
         let text = text.to_vec();
-        self.bad_hint = self.take_hints(&text, class.hints);
+        self.bad_hint = self.take_hints(&text, class.hints).map(Box::new);
         if self.deallocated(&text, class, header.len) {
             return Some(Demand::Ours);
         }

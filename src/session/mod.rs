@@ -59,6 +59,7 @@ use self::settings::{AtReady, Settings};
 use self::shared_mark::{GlobalMark, NamedMarks, SharedMark};
 use self::timeouts::{Overdue, Timeouts};
 use self::transaction::{Lazy, Splits};
+pub use self::translate::UNNAMED_LABELS;
 use crate::backend::pool::{Lease, Pools, UserPools, Welcome};
 use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
 use crate::catalogs::{Catalogs, DatabaseCatalog};
@@ -382,7 +383,7 @@ pub struct Session {
     /// It asks for the time; none: nobody has looked.
     asks_for_time: Option<bool>,
     /// A comment in it has a value that is none: the error that is to be its answer.
-    bad_hint: Option<ErrorReport>,
+    bad_hint: Option<Box<ErrorReport>>,
     /// The unit is a Query that is about one name.
     sql: Option<SqlCommand>,
     /// The unit is to run again because a shared statement was out of date.
@@ -412,14 +413,14 @@ struct Beginning {
 
 impl Session {
     /// Serves a client from its login to its end.
-    pub async fn run(shared: Arc<Shared>, arrival: Arrival, worker: usize) {
+    pub async fn run(shared: Arc<Shared>, arrival: Box<Arrival>, worker: usize) {
         // 3.2 allows long keys; 3.0 has four bytes.
         let kind = if arrival.read_only { Kind::ReadOnly } else { Kind::Client };
         let handle =
             shared.sessions.register(if arrival.minor >= 2 { 32 } else { 4 }, arrival.identity(kind));
         let _registered = Registered { sessions: shared.sessions.clone(), pid: handle.pid };
         // What is needed at the beginning and at the end alone takes no room in between: most sessions wait.
-        let (mut session, beginning) = Session::new(&shared, arrival, worker, handle);
+        let (mut session, beginning) = Session::new(&shared, *arrival, worker, handle);
         let end = match Box::pin(session.begin(beginning)).await {
             Ok(()) => session.serve().await,
             Err(end) => end,
@@ -530,6 +531,9 @@ impl Session {
         }
         self.take_startup_settings().await?;
         self.welcome(beginning.application_name.as_deref()).await?;
+        // Longer than most answers: its buffer is not kept for them.
+        self.flush_client().await?;
+        self.client.output = BytesMut::new();
         self.show_rest();
         Ok(())
     }
@@ -546,7 +550,10 @@ impl Session {
     /// with the same startup parameters, which also lets the node refuse the client in its own words.
     async fn welcome(&mut self, application_name: Option<&str>) -> Result<(), End> {
         let welcome = match self.pools.welcome(&self.startup) {
-            Some(welcome) => welcome,
+            Some((startup, welcome)) => {
+                self.startup = startup;
+                welcome
+            }
             None => {
                 let broken = || End::fatal(ErrorReport::fatal("08006", "the connection to the node broke"));
                 let mut lease = self.lease_for_login().await?;
@@ -576,7 +583,7 @@ impl Session {
         self.splits = self.splits_transactions(&welcome.isolation);
         let mut parameters = welcome.parameters;
         if let Some(name) = application_name {
-            Arc::make_mut(&mut parameters).insert(b"application_name", name.as_bytes());
+            parameters = self.pools.with_application_name(&parameters, name);
         }
         let mut out = Vec::with_capacity(512);
         for (name, value) in parameters.iter() {

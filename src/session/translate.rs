@@ -22,6 +22,16 @@ const NO_PORTAL: &[u8] = b"__hw_refused";
 /// A statement, and a portal, that no client has: by it a client's PREPARE is repeated.
 const NO_STATEMENT: &[u8] = b"__hw_prepare";
 
+/// What becomes of unnamed Parses where they may be shared, as the metric labels it.
+pub const UNNAMED_LABELS: [&str; 3] = [UNNAMED_SHARED, UNNAMED_PREPARED, UNNAMED_PASSED];
+
+/// The backend has it under its shared name.
+const UNNAMED_SHARED: &str = "shared";
+/// The backend is given it under its shared name.
+const UNNAMED_PREPARED: &str = "prepared";
+/// It goes on as it is.
+const UNNAMED_PASSED: &str = "passed";
+
 /// What a statement's name is wanted for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Use {
@@ -275,7 +285,7 @@ impl Exchange<'_> {
         {
             return Ok(stopped);
         }
-        let bad_hint = self.session.bad_hint.take();
+        let bad_hint = self.session.bad_hint.take().map(|report| *report);
         if let Some(report) = bad_hint
             .or_else(|| self.session.refused_own(self.unit.settings.iter().flat_map(|(_, changes)| changes)))
         {
@@ -510,6 +520,10 @@ impl Exchange<'_> {
             self.prepare_for(class.leaves);
         }
         if parse.name.is_empty() {
+            if self.shares_unnamed(&statement, class) {
+                self.prepare(b"", statement, class, len);
+                return Ok(Step::On);
+            }
             self.backend.unnamed = Some(statement.serial);
             self.session.statements.sent(b"", Found::Statement(statement));
             self.pass(len);
@@ -544,6 +558,35 @@ impl Exchange<'_> {
         }
         self.prepare(parse.name, statement, class, len);
         Ok(Step::On)
+    }
+
+    /// Whether an unnamed Parse is to be served by the statement that sessions share (`pool.share_unnamed`): of a text
+    /// seen before, in a unit of reads that can be run again. Should what is shared be out of date, that is done with a
+    /// statement that is parsed anew, and the client sees nothing of it (see `is_stale_statement`).
+    fn shares_unnamed(&mut self, statement: &Statement, class: Option<StatementClass>) -> bool {
+        if !self.session.config.pool.share_unnamed {
+            return false;
+        }
+        let may = self.may_share_unnamed(class) && !self.is_refused_here(statement);
+        let shares = may && self.session.shared.names.see_unnamed(statement.shared);
+        if shares {
+            statement.share_unnamed();
+        }
+        let how = match shares {
+            true if self.is_up_to_date(statement.shared) => UNNAMED_SHARED,
+            true => UNNAMED_PREPARED,
+            false => UNNAMED_PASSED,
+        };
+        self.session.shared.metrics.unnamed_parses.inc(how);
+        shares
+    }
+
+    /// Whether an unnamed statement may stand under its shared name in this unit and on this backend.
+    fn may_share_unnamed(&self, class: Option<StatementClass>) -> bool {
+        self.session.config.pool.share_unnamed
+            && self.unit.redoable
+            && !self.session.uses_own_names()
+            && class.is_some_and(|class| is_read(class) && class.leaves == Leaves::Nothing)
     }
 
     /// A Parse of a new name.
@@ -782,14 +825,15 @@ impl Exchange<'_> {
             self.own_error(changed_result_type());
             return Resolved::Stopped(Step::On);
         }
-        let on_server = if name.is_empty() {
+        let by_shared_name = statement.is_shared_unnamed() && self.may_share_unnamed(class);
+        let on_server = if name.is_empty() && !by_shared_name {
             if self.backend.unnamed != Some(statement.serial) {
                 put_parse(&mut self.backend.output, b"", &statement.tail);
                 self.backend.unnamed = Some(statement.serial);
                 self.prepared_again(NameOnServer::Unnamed, &statement);
             }
             Vec::new()
-        } else if self.session.uses_own_names() || statement.is_sql() || shows {
+        } else if !by_shared_name && (self.session.uses_own_names() || statement.is_sql() || shows) {
             self.give(name, &statement);
             name.to_vec()
         } else {
@@ -1014,15 +1058,15 @@ impl Exchange<'_> {
                 let name = &name.to_vec()[..];
                 let resolved = self.resolve(name, Use::Describe);
                 self.unit.binding = None;
-                let on_server = match resolved {
-                    Resolved::Name(on_server) => on_server,
-                    Resolved::Shared(on_server) => on_server.server_name().to_vec(),
+                let (on_server, shared) = match resolved {
+                    Resolved::Name(on_server) => (on_server, false),
+                    Resolved::Shared(on_server) => (on_server.server_name().to_vec(), true),
                     Resolved::Stopped(step) => return Ok(step),
                 };
                 put_target(&mut self.backend.output, b'D', &on_server);
                 self.take(len);
                 if let Found::Statement(statement) = self.session.statements.find(name) {
-                    let on = if name.is_empty() {
+                    let on = if name.is_empty() && !shared {
                         NameOnServer::Unnamed
                     } else if self.session.uses_own_names() {
                         NameOnServer::Own(name.to_vec())

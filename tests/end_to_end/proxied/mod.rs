@@ -38,6 +38,7 @@ mod reload;
 mod replication;
 mod routing;
 mod settings;
+mod share_unnamed;
 mod sizes;
 mod split;
 mod standby;
