@@ -493,6 +493,10 @@ impl Hand {
             self.clear_replay(&seen, Instant::now(), until).await?;
             self.wait(until, || format!("it does not stream on timeline {timeline} yet ({seen})")).await?;
         }
+        if kept.is_some_and(|kept| kept.paused) {
+            // Whoever paused it has not resumed it.
+            self.run("SELECT pg_wal_replay_pause()", until).await?;
+        }
         Ok(self.upstreams.forget(&self.name())?)
     }
 

@@ -728,6 +728,7 @@ fn settings(config: &Config, hands: bool) -> Settings {
         allow_minority: failover.allow_minority,
         fence_sql: failover.fence_sql,
         sync_num: failover.sync.num,
+        sync_strict: failover.sync.strict,
         hands,
     }
 }
