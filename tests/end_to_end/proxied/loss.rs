@@ -201,3 +201,17 @@ async fn a_commit_that_no_synchronous_replica_has_is_no_success() {
     let answer = succeed(&mut client, "SELECT count(*) FROM t").await;
     assert_eq!(answer[1].columns()[0].as_deref(), Some("7"));
 }
+
+#[tokio::test]
+async fn a_write_whose_backend_loses_its_server_in_the_middle_of_it_is_in_doubt() {
+    let cluster = Cluster::start(0).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    let proxy = quick(&cluster).await;
+    let mut client = proxy.raw_login().await;
+    // The backend waits for its client: it notices at once that its postmaster is dead, and says 57P01.
+    client.send(&query("COPY t FROM STDIN")).await;
+    assert_eq!(heard(&mut client).await.tag, b'G');
+    cluster.primary().crash_postmaster().await.unwrap();
+    let error = heard(&mut client).await;
+    assert_eq!((error.tag, error.field(b'C').as_deref()), (b'E', Some("08007")), "{error:?}");
+}

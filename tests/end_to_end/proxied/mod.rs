@@ -8,6 +8,7 @@ mod console;
 mod drivers;
 mod durability;
 mod failover;
+mod fault_table;
 mod faults;
 mod garbage;
 mod gate;
