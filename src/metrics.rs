@@ -606,7 +606,7 @@ impl Metrics {
         }
     }
 
-    /// A replacement of the primary was begun by itself, so long after the first sign.
+    /// A lost primary is being replaced, so long after the first sign.
     pub fn failover_begun(&self, detected_after: Duration) {
         self.detection.observe(detected_after.as_secs_f64());
     }

@@ -153,6 +153,8 @@ struct Suspicion {
     gone_since: Option<Instant>,
     heard: Vec<bool>,
     kicked: BTreeMap<NodeId, (Kick, Instant)>,
+    /// Kicks that ended without a result: the standby may still be connecting anew, which says nothing.
+    unsettled: BTreeMap<NodeId, Instant>,
     alarmed: Option<Alarm>,
 }
 
@@ -491,9 +493,9 @@ impl Machine {
         self.record.system_identifier.is_none_or(|cluster| cluster == seen.system_identifier)
     }
 
-    /// The timeline that `node` writes, while it answers.
+    /// The timeline of this cluster that `node` writes, while it answers.
     fn writes(&self, node: NodeId) -> Option<TimelineId> {
-        match self.seen(node)?.role {
+        match self.seen(node).filter(|seen| self.ours(seen))?.role {
             Role::Primary { timeline, .. } => Some(timeline),
             Role::Standby { .. } => None,
         }
@@ -739,6 +741,7 @@ impl Machine {
                 gone_since: None,
                 heard: vec![false; self.known.len()],
                 kicked: BTreeMap::new(),
+                unsettled: BTreeMap::new(),
                 alarmed: None,
             });
             self.probe_standbys(primary);
@@ -841,6 +844,8 @@ impl Machine {
             let valid = if *kick == Kick::Streams { vouched } else { vouched / 2 };
             now.saturating_duration_since(*at) < valid
         });
+        let settles = self.settings.kick_timeout;
+        suspicion.unsettled.retain(|_, at| now.saturating_duration_since(*at) < settles);
         let Some(suspicion) = &self.suspicion else { return Testimony::Wait };
         let witnesses: Vec<(NodeId, Witness, Option<Kick>)> = (0u16..)
             .map(NodeId)
@@ -852,7 +857,9 @@ impl Machine {
                     self.orders.values().any(|p| p.node == node && matches!(p.order, Order::Kick { .. }));
                 // One that connects anew just now is alone for a moment, which says nothing.
                 let heard = !kicking && suspicion.heard.get(node.index()).copied().unwrap_or(false);
-                let fact = known.fact.as_ref().filter(|_| heard);
+                let fact = known.fact.as_ref().filter(|fact| {
+                    heard && !(is_alone(fact) && suspicion.unsettled.contains_key(&node))
+                });
                 let kicked = suspicion.kicked.get(&node).map(|(kick, _)| *kick);
                 (node, detect::witness(fact, primary, self.record.system_identifier), kicked)
             })
@@ -1268,6 +1275,9 @@ impl Machine {
                 Order::Sever | Order::SetSync { .. } | Order::Promote { .. } | Order::Kick { .. }
             );
             self.retry_after(node, if quick { RETRY } else { MEND_RETRY }, now.at);
+            if let (Order::Kick { .. }, Some(suspicion)) = (&order, &mut self.suspicion) {
+                suspicion.unsettled.insert(node, now.at);
+            }
             self.alarm(Alarm::OrderFailed { node, order: order.label(), why: why.clone() });
         }
         if let Some(command) = command {
@@ -1325,6 +1335,7 @@ impl Machine {
 
     fn kicked(&mut self, node: NodeId, kick: Kick, now: Instant) {
         if let Some(suspicion) = &mut self.suspicion {
+            suspicion.unsettled.remove(&node);
             suspicion.kicked.insert(node, (kick, now));
         }
     }
@@ -1524,6 +1535,10 @@ impl Machine {
             }
         }
     }
+}
+
+fn is_alone(fact: &Fact) -> bool {
+    matches!(fact, Fact::Answered(Seen { role: Role::Standby { walreceiver: None, .. }, .. }))
 }
 
 pub(super) fn add(list: &mut Vec<NodeId>, node: NodeId) {

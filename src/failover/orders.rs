@@ -391,7 +391,8 @@ impl Hand {
         let started = Instant::now();
         let until = started + wait;
         loop {
-            let now = self.walreceiver(until).await?;
+            // Each look in its own time: the last one is not to fail for want of it, and the kick to be given again.
+            let now = self.walreceiver(until + self.limits.statement).await?;
             match now {
                 Some(Walreceiver { pid, streaming: true, .. }) if Some(pid) != old => {
                     return Ok(Kick::Streams);
@@ -413,7 +414,7 @@ impl Hand {
     async fn barrier(&mut self, lsn: Lsn, wait: Duration) -> Result<Lsn, Trouble> {
         let until = Instant::now() + wait;
         loop {
-            let seen = self.standby(until).await?;
+            let seen = self.standby(until + self.limits.statement).await?;
             self.require_standby(&seen)?;
             match seen.replay {
                 Some(replay) if replay >= lsn => return Ok(replay),

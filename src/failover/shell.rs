@@ -118,7 +118,7 @@ pub enum Outcome {
     Left(&'static str, Duration),
     /// It is blocked, by this.
     Blocked(&'static str),
-    /// A failover has begun by itself, so long after the first sign.
+    /// A failover has begun, so long after the first sign.
     Begun(Duration),
     /// One that had begun is over, a switchover if it was planned; it was done in that time, or given up.
     Ended {

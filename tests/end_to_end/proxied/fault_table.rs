@@ -122,8 +122,11 @@ async fn a_foreign_cluster_at_a_known_address_is_neither_used_nor_touched() {
         foreign.link(0).port(),
     );
     let overrides = format!("{}\n{nodes}", auto(&directory, "allow_minority: true"));
+    // Of two that write at the start neither would be believed.
+    foreign.link(0).cut();
     let options = ProxyOptions { overrides: &overrides, start: Start::Ready, ..ProxyOptions::default() };
     let proxy = Proxy::start_with(&cluster, options).await;
+    foreign.link(0).heal();
     eventually("the stranger is known for what it is", || async {
         proxy.get("/topology").await.is_some_and(|(_, text)| text.contains("foreign_cluster"))
             && proxy.usable_nodes().await == 2
@@ -145,7 +148,9 @@ async fn what_was_sent_to_a_silent_primary_is_in_doubt_and_what_comes_later_wait
     let cluster = Cluster::start(2).await;
     cluster.set_up(TABLE).await;
     let directory = tempfile::tempdir().unwrap();
-    let manual = auto(&directory, QUORUM).replace("mode: auto", "mode: manual");
+    // As long as a loaded machine needs.
+    let patient = format!("{QUORUM}, sever_timeout: 20s, pause_timeout: 30s");
+    let manual = auto(&directory, &patient).replace("mode: auto", "mode: manual");
     let options = ProxyOptions { overrides: &manual, ..ProxyOptions::default() };
     let proxy = Proxy::start_with(&cluster, options).await;
     covered(&proxy, &cluster).await;

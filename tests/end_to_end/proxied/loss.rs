@@ -208,9 +208,13 @@ async fn a_write_whose_backend_loses_its_server_in_the_middle_of_it_is_in_doubt(
     cluster.set_up("CREATE TABLE t (x int)").await;
     let proxy = quick(&cluster).await;
     let mut client = proxy.raw_login().await;
-    // The backend waits for its client: it notices at once that its postmaster is dead, and says 57P01.
-    client.send(&query("COPY t FROM STDIN")).await;
-    assert_eq!(heard(&mut client).await.tag, b'G');
+    succeed(&mut client, "BEGIN").await;
+    succeed(&mut client, "INSERT INTO t VALUES (1)").await;
+    // The backend waits for what comes behind the commit: it notices at once that its postmaster is dead, and says 57P01.
+    client.send(&[parse("", "COMMIT"), bind("", &[]), execute(), flush()].concat()).await;
+    for tag in *b"12C" {
+        assert_eq!(heard(&mut client).await.tag, tag);
+    }
     cluster.primary().crash_postmaster().await.unwrap();
     let error = heard(&mut client).await;
     assert_eq!((error.tag, error.field(b'C').as_deref()), (b'E', Some("08007")), "{error:?}");
