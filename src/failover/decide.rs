@@ -857,9 +857,10 @@ impl Machine {
                     self.orders.values().any(|p| p.node == node && matches!(p.order, Order::Kick { .. }));
                 // One that connects anew just now is alone for a moment, which says nothing.
                 let heard = !kicking && suspicion.heard.get(node.index()).copied().unwrap_or(false);
-                let fact = known.fact.as_ref().filter(|fact| {
-                    heard && !(is_alone(fact) && suspicion.unsettled.contains_key(&node))
-                });
+                let fact = known
+                    .fact
+                    .as_ref()
+                    .filter(|fact| heard && !(is_alone(fact) && suspicion.unsettled.contains_key(&node)));
                 let kicked = suspicion.kicked.get(&node).map(|(kick, _)| *kick);
                 (node, detect::witness(fact, primary, self.record.system_identifier), kicked)
             })

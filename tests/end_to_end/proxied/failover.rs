@@ -334,7 +334,8 @@ async fn a_primary_killed_under_writers_is_replaced_and_the_loss_is_never_overst
     }
     let rows = told.iter().map(|(lost, ..)| *lost).max().unwrap_or_default();
     let lost = format!("0 to {rows} rows; never more bytes reported than lost");
-    Line::new(2, "kill -9 of the primary under 16 writers, `async`: first write", KILLED, lost).timed(&firsts);
+    Line::new(2, "kill -9 of the primary under 16 writers, `async`: first write", KILLED, lost)
+        .timed(&firsts);
     println!("rows lost, bytes reported at least, bytes lost: {told:?}");
 }
 
@@ -663,7 +664,8 @@ async fn with_quorum_a_primary_killed_under_writers_takes_no_acknowledged_row_wi
         assert!(unexpected.is_empty(), "{:?}", written.errors);
     }
     let lost = "0 acknowledged rows";
-    Line::new(1, "kill -9 of the primary under 16 writers, `quorum`: first write", KILLED, lost).timed(&firsts);
+    Line::new(1, "kill -9 of the primary under 16 writers, `quorum`: first write", KILLED, lost)
+        .timed(&firsts);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -168,7 +168,8 @@ async fn what_was_sent_to_a_silent_primary_is_in_doubt_and_what_comes_later_wait
     eventually("it is found gone", || async { is_in(&proxy, "blocked").await }).await;
     // There is an idle backend to the silent node; nothing is sent there.
     late.send(&query("INSERT INTO t VALUES (2)")).await;
-    eventually("it waits", || async { proxy.metrics().await.sum("highwater_gate_waiting", &[]) == 1.0 }).await;
+    eventually("it waits", || async { proxy.metrics().await.sum("highwater_gate_waiting", &[]) == 1.0 })
+        .await;
     console.simple_query("FAILOVER").await.unwrap();
     let answer = early.read_ready().await;
     assert_eq!(code(&answer).as_deref(), Some("08007"), "{answer:?}");

@@ -299,7 +299,11 @@ async fn a_new_backend_of_which_nothing_can_be_shown_does_not_hold_up_who_leaves
     let control = &cluster.roles().control.user;
     cluster.set_up_as_superuser(&format!("ALTER ROLE {control} NOLOGIN")).await;
     let sessions = format!("FROM pg_stat_activity WHERE usename = '{control}'");
-    cluster.primary().query_text(&format!("SELECT count(pg_terminate_backend(pid)) {sessions}")).await.unwrap();
+    cluster
+        .primary()
+        .query_text(&format!("SELECT count(pg_terminate_backend(pid)) {sessions}"))
+        .await
+        .unwrap();
     cluster.primary().wait_for(&format!("SELECT count(*) {sessions}"), "0").await.unwrap();
     two.send(&query("INSERT INTO t VALUES (2)")).await;
     let backends = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app'";
