@@ -22,7 +22,8 @@ async fn a_backend_that_outlives_its_server_acknowledges_nothing_and_holds_nothi
     let cluster = Cluster::start(2).await;
     cluster.set_up("CREATE TABLE t (x bigint)").await;
     let directory = tempfile::tempdir().unwrap();
-    let proxy = started(&cluster, &directory, "").await;
+    // It keeps the machine busy, too.
+    let proxy = started(&cluster, &directory, "sever_timeout: 20s").await;
     let mut client = proxy.raw_login().await;
     let busy = "DO $$ BEGIN FOR i IN 1..1000000000 LOOP INSERT INTO t VALUES (i); COMMIT; END LOOP; END $$";
     client.send(&query(busy)).await;
