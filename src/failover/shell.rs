@@ -525,11 +525,13 @@ impl Shell {
 
     /// Orders are likely: their sessions are opened while something else is waited for.
     fn warm(&mut self, state: &State) {
-        let (Some(hands), State::Confirming | State::Draining(_)) = (&self.hands, state) else { return };
-        if self.mode != FailoverMode::Auto && *state == State::Confirming {
-            return;
-        }
-        let lost = self.machine.record().primary.filter(|_| *state == State::Confirming);
+        let Some(hands) = &self.hands else { return };
+        let planned = match state {
+            State::Suspect | State::Confirming if self.mode == FailoverMode::Auto => false,
+            State::Draining(_) => true,
+            _ => return,
+        };
+        let lost = self.machine.record().primary.filter(|_| !planned);
         for (index, node) in self.config.nodes.iter().enumerate() {
             let id = NodeId(index as u16);
             if node.removed || lost == Some(id) || self.machine.quarantine(id).is_some() {

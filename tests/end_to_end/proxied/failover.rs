@@ -30,7 +30,9 @@ const ALLOWED: &[&str] = &["08007", "57P01", "closed"];
 pub(super) fn auto(directory: &tempfile::TempDir, more: &str) -> String {
     let state = directory.path().join("state");
     let more = if more.is_empty() { String::new() } else { format!(", {more}") };
-    format!("failover: {{ mode: auto, state_dir: '{}', startup_grace: 1s{more} }}", state.display())
+    // However loaded the machine is, no order is to be given up for that.
+    let patient = "startup_grace: 1s, sever_timeout: 20s";
+    format!("failover: {{ mode: auto, state_dir: '{}', {patient}{more} }}", state.display())
 }
 
 pub(super) async fn started(cluster: &Cluster, directory: &tempfile::TempDir, more: &str) -> Proxy {

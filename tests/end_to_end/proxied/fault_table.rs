@@ -22,8 +22,7 @@ async fn a_backend_that_outlives_its_server_acknowledges_nothing_and_holds_nothi
     let cluster = Cluster::start(2).await;
     cluster.set_up("CREATE TABLE t (x bigint)").await;
     let directory = tempfile::tempdir().unwrap();
-    // It keeps the machine busy, too.
-    let proxy = started(&cluster, &directory, "sever_timeout: 20s").await;
+    let proxy = started(&cluster, &directory, "").await;
     let mut client = proxy.raw_login().await;
     let busy = "DO $$ BEGIN FOR i IN 1..1000000000 LOOP INSERT INTO t VALUES (i); COMMIT; END LOOP; END $$";
     client.send(&query(busy)).await;
@@ -150,7 +149,7 @@ async fn what_was_sent_to_a_silent_primary_is_in_doubt_and_what_comes_later_wait
     cluster.set_up(TABLE).await;
     let directory = tempfile::tempdir().unwrap();
     // As long as a loaded machine needs.
-    let patient = format!("{QUORUM}, sever_timeout: 20s, pause_timeout: 30s");
+    let patient = format!("{QUORUM}, pause_timeout: 30s");
     let manual = auto(&directory, &patient).replace("mode: auto", "mode: manual");
     let options = ProxyOptions { overrides: &manual, ..ProxyOptions::default() };
     let proxy = Proxy::start_with(&cluster, options).await;
