@@ -1103,13 +1103,17 @@ impl Machine {
     /// shown to be in effect.
     fn next_sync(&self, chosen: NodeId) -> SyncState {
         let cuts = self.attempt.iter().flat_map(|attempt| attempt.cuts.keys().copied());
-        let standbys: Vec<NodeId> = cuts.filter(|node| *node != chosen).collect();
+        let mut standbys: Vec<NodeId> = cuts.filter(|node| *node != chosen).collect();
         let others: Vec<NodeId> = (0u16..)
             .map(NodeId)
             .take(self.known.len())
             .filter(|node| *node != chosen && !self.removed.contains(node) && !standbys.contains(node))
             .collect();
         let num = usize::try_from(self.settings.sync_num).unwrap_or(usize::MAX);
+        if standbys.len() < num && !self.settings.sync_strict {
+            // I11: nobody's, until it is known who is well.
+            standbys.clear();
+        }
         let rule = sync::for_new_primary(num, self.settings.sync_strict, &standbys, &others);
         SyncState { degraded: true, ..rule.to_record() }
     }
