@@ -528,6 +528,15 @@ pub enum FailoverMode {
     Auto,
 }
 
+/// How a session is told that a write of its own is known to be lost in a failover.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LostWrite {
+    /// Its next statement fails.
+    Error,
+    /// A notice goes ahead of the answer to it.
+    Notice,
+}
+
 /// What an acknowledged commit is worth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DurabilityMode {
@@ -602,6 +611,8 @@ pub struct FailoverConfig {
     pub min_failover_interval: Duration,
     /// `async`: go on also when most nodes cannot be reached.
     pub allow_minority: bool,
+    /// How a session is told of a write of its own that is lost.
+    pub lost_write: LostWrite,
     /// Who may be promoted; empty: all, alike.
     pub candidates: Vec<CandidateConfig>,
     /// Whether an old primary that comes back is made read-only.
@@ -765,6 +776,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "max_lost_bytes",
             "min_failover_interval",
             "allow_minority",
+            "lost_write",
             "candidates",
             "fence",
             "sync",
@@ -1966,6 +1978,7 @@ impl Reader<'_> {
         let mode = self.choice(&section, "mode", &words, &[], FailoverMode::Manual);
         let levels = [("async", DurabilityMode::Async), ("quorum", DurabilityMode::Quorum)];
         let durability = self.choice(&section, "durability", &levels, &[], DurabilityMode::Async);
+        let told = [("error", LostWrite::Error), ("notice", LostWrite::Notice)];
         let state_dir = self.path(&section, "state_dir");
         let at = section.get("mode").map_or(section.trail.clone(), |(_, trail)| trail);
         if mode == FailoverMode::Auto && state_dir.is_none() {
@@ -1995,6 +2008,7 @@ impl Reader<'_> {
             max_lost_bytes: self.size(&section, "max_lost_bytes", 1 << 20, 0..=usize::MAX) as u64,
             min_failover_interval: self.time(&section, "min_failover_interval", seconds(300), Duration::ZERO),
             allow_minority: self.flag(&section, "allow_minority", false),
+            lost_write: self.choice(&section, "lost_write", &told, &[], LostWrite::Error),
             candidates: self.candidates(&section, nodes),
             fence_sql: self.flag(&fence, "sql", true),
             sync: self.sync(&section, nodes),

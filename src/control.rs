@@ -330,8 +330,9 @@ impl Loop {
                 Outcome::Probe(node) => self.watch.probe(node),
                 Outcome::Left(state, time) => self.metrics.failover_phase(state, time),
                 Outcome::Blocked(reason) => self.metrics.failover_blocks.inc(reason),
+                Outcome::Begun(after) => self.metrics.failover_begun(after),
+                Outcome::Ended { planned, took } => self.metrics.failover_ended(planned, took),
                 Outcome::Publish(target) => {
-                    self.metrics.failovers.inc(if target.planned { "switchover" } else { "failover" });
                     let before = self.topology.load_full();
                     let mut next = (*before).clone();
                     take_target(&mut next, &target, self.track.last_sample());

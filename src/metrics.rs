@@ -133,6 +133,11 @@ pub struct Labels {
     pub failover_blocks: &'static [&'static str],
 }
 
+/// Why a primary is replaced: it is lost, or somebody asked.
+const FAILOVER_REASONS: [&str; 2] = ["failover", "switchover"];
+/// How that ends.
+const FAILOVER_RESULTS: [&str; 2] = ["done", "given_up"];
+
 /// Counters by a reason, looked up at each use; for events that are not on the way of every statement.
 pub struct ReasonCounter(IntCounterVec);
 
@@ -171,8 +176,9 @@ pub struct Metrics {
     per_node: PerNode,
     labels: Labels,
     failover_phases: HistogramVec,
-    /// Write targets that failover has made, by how.
-    pub failovers: ReasonCounter,
+    failovers: IntCounterVec,
+    detection: Histogram,
+    write_unavailable: HistogramVec,
     /// Failovers that could not go on, by why.
     pub failover_blocks: ReasonCounter,
     waits: [Histogram; 5],
@@ -333,6 +339,33 @@ impl Metrics {
         for phase in labels.failover_states.iter().filter(|state| is_phase(state)) {
             failover_phases.with_label_values(&[phase]);
         }
+        let failovers = counters(
+            r,
+            "highwater_failovers_total",
+            "Replacements of the primary that were begun, by how they ended.",
+            &["reason", "result"],
+        );
+        for reason in FAILOVER_REASONS {
+            for result in FAILOVER_RESULTS {
+                failovers.with_label_values(&[reason, result]);
+            }
+        }
+        let detection = histograms(
+            r,
+            "highwater_detection_seconds",
+            "From the first sign that the primary is gone to the start of its replacement.",
+            "reason",
+        );
+        let detection = detection.with_label_values(&[FAILOVER_REASONS[0]]);
+        let write_unavailable = histograms(
+            r,
+            "highwater_write_unavailable_seconds",
+            "From the first sign, or the command, to a primary that takes writes.",
+            "reason",
+        );
+        for reason in FAILOVER_REASONS {
+            write_unavailable.with_label_values(&[reason]);
+        }
         let build =
             register(r, IntGaugeVec::new(Opts::new("highwater_build_info", "Always 1."), &["version"]));
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
@@ -487,12 +520,9 @@ impl Metrics {
                 "highwater_log_suppressed_total",
                 "Log lines about single statements above log.slow_per_second.",
             ),
-            failovers: by_reason(
-                "highwater_failovers_total",
-                "Primaries replaced.",
-                "reason",
-                &["failover", "switchover"],
-            ),
+            failovers,
+            detection,
+            write_unavailable,
             failover_blocks: by_reason(
                 "highwater_failover_blocks_total",
                 "Failovers that could not go on.",
@@ -583,6 +613,21 @@ impl Metrics {
     pub fn backend_closed(&self, node: NodeId, reason: &'static str) {
         if let Some(series) = self.node(node) {
             self.per_node.closed.with_label_values(&[series.name.as_str(), reason]).inc();
+        }
+    }
+
+    /// A lost primary is being replaced, so long after the first sign.
+    pub fn failover_begun(&self, detected_after: Duration) {
+        self.detection.observe(detected_after.as_secs_f64());
+    }
+
+    /// A replacement of the primary is over; `took`: it was done, and nothing could be written for so long.
+    pub fn failover_ended(&self, planned: bool, took: Option<Duration>) {
+        let reason = FAILOVER_REASONS[usize::from(planned)];
+        let result = FAILOVER_RESULTS[usize::from(took.is_none())];
+        self.failovers.with_label_values(&[reason, result]).inc();
+        if let Some(took) = took {
+            self.write_unavailable.with_label_values(&[reason]).observe(took.as_secs_f64());
         }
     }
 

@@ -151,6 +151,7 @@ table! {
     "failover.max_lost_bytes" Live failover.max_lost_bytes;
     "failover.min_failover_interval" Live failover.min_failover_interval;
     "failover.allow_minority" Live failover.allow_minority;
+    "failover.lost_write" Live failover.lost_write;
     "failover.check_interval" Live failover.check_interval;
     "failover.check_timeout" Live failover.check_timeout;
     "failover.failure_threshold" Live failover.failure_threshold;

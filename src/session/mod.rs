@@ -66,7 +66,7 @@ use crate::catalogs::{Catalogs, DatabaseCatalog};
 use crate::classify::setting::{self, Change};
 use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
 use crate::config::live::LiveConfig;
-use crate::config::{Config, PoolMode, Transactions};
+use crate::config::{Config, LostWrite, PoolMode, Transactions};
 use crate::consistency::{Level, Promise};
 use crate::gate::{Gate, Presence};
 use crate::log;
@@ -1712,6 +1712,12 @@ impl Session {
         }
     }
 
+    fn note_loss(&mut self, what: &str, fork: &mark::Fork) {
+        let mut notice = Vec::new();
+        ErrorReport::error("HW001", what).detail(fork.to_string()).put_notice(&mut notice);
+        self.client.output.put_slice(&notice);
+    }
+
     /// Follows the topology into its epoch, and brings the mark up to the samples.
     fn bring_mark_forward(&mut self, topology: &crate::topology::Topology) {
         let before = self.mark.epoch();
@@ -1726,15 +1732,16 @@ impl Session {
             Survival::Kept => {}
             Survival::Unknown(fork) => {
                 self.shared.metrics.lost_write.inc();
-                let mut notice = Vec::new();
-                ErrorReport::error("HW001", "what this session has seen may have been lost in a failover")
-                    .detail(fork.to_string())
-                    .put_notice(&mut notice);
-                self.client.output.put_slice(&notice);
+                self.note_loss("what this session has seen may have been lost in a failover", &fork);
             }
             Survival::Lost(fork) => {
                 self.shared.metrics.lost_write.inc();
-                self.lost = Some(fork);
+                match self.config.failover.lost_write {
+                    LostWrite::Error => self.lost = Some(fork),
+                    LostWrite::Notice => {
+                        self.note_loss("what this session has written was lost in a failover", &fork);
+                    }
+                }
             }
         }
         self.mark.absorb(&*self.shared.positions, topology);

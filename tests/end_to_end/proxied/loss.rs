@@ -268,3 +268,21 @@ async fn a_replica_that_follows_a_crashed_primary_shows_no_session_less_than_it_
 async fn what_a_crash_took_is_told_also_if_another_crash_came_before_anybody_looked() {
     told_of_a_crash_unseen(2).await;
 }
+
+#[tokio::test]
+async fn a_write_whose_backend_loses_its_server_in_the_middle_of_it_is_in_doubt() {
+    let cluster = Cluster::start(0).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    let proxy = quick(&cluster).await;
+    let mut client = proxy.raw_login().await;
+    succeed(&mut client, "BEGIN").await;
+    succeed(&mut client, "INSERT INTO t VALUES (1)").await;
+    // The backend waits for what comes behind the commit: it notices at once that its postmaster is dead, and says 57P01.
+    client.send(&[parse("", "COMMIT"), bind("", &[]), execute(), flush()].concat()).await;
+    for tag in *b"12C" {
+        assert_eq!(heard(&mut client).await.tag, tag);
+    }
+    cluster.primary().crash_postmaster().await.unwrap();
+    let error = heard(&mut client).await;
+    assert_eq!((error.tag, error.field(b'C').as_deref()), (b'E', Some("08007")), "{error:?}");
+}

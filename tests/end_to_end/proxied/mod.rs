@@ -9,6 +9,7 @@ mod covered;
 mod drivers;
 mod durability;
 mod failover;
+mod fault_table;
 mod faults;
 mod garbage;
 mod gate;
