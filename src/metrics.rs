@@ -240,6 +240,7 @@ struct PerNode {
     seconds: HistogramVec,
     opened: IntCounterVec,
     closed: IntCounterVec,
+    full: IntCounterVec,
 }
 
 /// One node's series.
@@ -249,6 +250,7 @@ struct NodeSeries {
     statements: Box<[IntCounter]>,
     seconds: Histogram,
     opened: IntCounter,
+    full: IntCounter,
 }
 
 /// How reloads of the configuration end, as the metric labels it.
@@ -320,6 +322,12 @@ impl Metrics {
             "Connections to a node closed, by why.",
             &["node", "reason"],
         );
+        let full = counters(
+            r,
+            "highwater_node_full_total",
+            "Times a pool had to wait for a place on a full node (pool.max_backends_per_node).",
+            &["node"],
+        );
         let failover_phases = histograms(
             r,
             "highwater_failover_phase_seconds",
@@ -334,7 +342,7 @@ impl Metrics {
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let metrics = Metrics {
             nodes: (0..MAX_NODES).map(|_| OnceLock::new()).collect(),
-            per_node: PerNode { statements, seconds, opened, closed },
+            per_node: PerNode { statements, seconds, opened, closed, full },
             labels: *labels,
             waits: ["mark", "floor", "backend", "primary", "gate"].map(|w| wait.with_label_values(&[w])),
             redone: by_reason(
@@ -517,6 +525,7 @@ impl Metrics {
                 statements: statements.collect(),
                 seconds: self.per_node.seconds.with_label_values(&[name]),
                 opened: self.per_node.opened.with_label_values(&[name]),
+                full: self.per_node.full.with_label_values(&[name]),
             }
         });
     }
@@ -573,6 +582,13 @@ impl Metrics {
     pub fn backend_closed(&self, node: NodeId, reason: &'static str) {
         if let Some(series) = self.node(node) {
             self.per_node.closed.with_label_values(&[series.name.as_str(), reason]).inc();
+        }
+    }
+
+    /// Counts a pool that found its node full.
+    pub fn node_full(&self, node: NodeId) {
+        if let Some(series) = self.node(node) {
+            series.full.inc();
         }
     }
 

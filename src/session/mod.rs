@@ -31,6 +31,7 @@ mod slow;
 pub mod timeouts;
 mod transaction;
 mod translate;
+mod welcome;
 
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -59,13 +60,13 @@ use self::settings::{AtReady, Settings};
 use self::shared_mark::{GlobalMark, NamedMarks, SharedMark};
 use self::timeouts::{Overdue, Timeouts};
 use self::transaction::{Lazy, Splits};
-use crate::backend::pool::{Lease, Pools, UserPools, Welcome};
+use crate::backend::pool::{Lease, Pools, UserPools};
 use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
 use crate::catalogs::{Catalogs, DatabaseCatalog};
 use crate::classify::setting::{self, Change};
 use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
 use crate::config::live::LiveConfig;
-use crate::config::{Config, PoolMode, Transactions};
+use crate::config::{Config, PoolMode};
 use crate::consistency::{Level, Promise};
 use crate::gate::{Gate, Presence};
 use crate::log;
@@ -547,30 +548,7 @@ impl Session {
     async fn welcome(&mut self, application_name: Option<&str>) -> Result<(), End> {
         let welcome = match self.pools.welcome(&self.startup) {
             Some(welcome) => welcome,
-            None => {
-                let broken = || End::fatal(ErrorReport::fatal("08006", "the connection to the node broke"));
-                let mut lease = self.lease_for_login().await?;
-                if !lease.applied.entries().is_empty() {
-                    // What another session has set could change the answers, or keep them away.
-                    lease.dirt = lease.dirt.max(Dirt::State);
-                }
-                clean::clean(&mut lease).await.map_err(|_| broken())?;
-                let idle_session_timeout =
-                    clean::idle_session_timeout(&mut lease).await.map_err(|_| broken())?;
-                let routing = &self.config.routing;
-                let isolation =
-                    if routing.transactions == Transactions::Split || routing.read_only_on_replicas {
-                        clean::default_isolation(&mut lease).await.map_err(|_| broken())?
-                    } else {
-                        Arc::default()
-                    };
-                let parameters = lease.login_parameters.clone();
-                let welcome = Welcome { parameters, idle_session_timeout, isolation };
-                self.pools.remember_welcome(&lease, &welcome);
-                // A server that crashes or stops just then has said so behind its answer.
-                lease.give_back();
-                welcome
-            }
+            None => self.find_welcome().await?,
         };
         self.timeouts.also_idle_session(welcome.idle_session_timeout);
         self.splits = self.splits_transactions(&welcome.isolation);
