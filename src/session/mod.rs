@@ -1051,6 +1051,11 @@ impl Session {
         self.unit.ddl = demand.is_ddl();
         self.unit.control = demand.label() == ClassLabel::TransactionControl;
         self.unit.may_commit = demand.may_commit();
+        if demand.leaves() == Leaves::Pins(PinReason::Setting) {
+            let header = wire::header(&self.client.input).ok().flatten();
+            let body = header.and_then(|header| self.client.input.get(HEADER..header.len));
+            self.unit.count_code(demand.leaves(), body.and_then(wire::cstr).map(|(text, _)| text));
+        }
         if demand.leaves() == Leaves::Pins(PinReason::Listen)
             && let Ok(Some(header)) = wire::header(&self.client.input)
             && let Some((text, _)) = self.client.input.get(HEADER..header.len).and_then(wire::cstr)
@@ -1447,6 +1452,7 @@ impl Session {
         Done {
             leaves: self.unit.pins,
             unproven: self.unit.unproven,
+            commits_settings: self.unit.commits_settings,
             discards_all: self.unit.leaves == Leaves::DiscardsAll && self.unit.discarded,
             ends: self.unit.ends,
             commands: self.unit.commands,

@@ -362,7 +362,10 @@ async fn sessions_keep_their_own_state_and_see_nobody_elses() {
         each.primary().execute(holes::FUNCTIONS).await.unwrap();
         each.wait_caught_up(0).await.unwrap();
     }
-    let overrides = format!("pool: {{ size: {backends}, query_wait_timeout: 25s }}");
+    // Two hundred logins at once take their time on a busy machine.
+    let overrides = format!(
+        "{{ pool: {{ size: {backends}, query_wait_timeout: 60s }}, auth: {{ login_timeout: 120s }} }}"
+    );
     let proxy =
         Proxy::start_with(&cluster, ProxyOptions { overrides: &overrides, ..Default::default() }).await;
     let ways =

@@ -209,17 +209,18 @@ impl Twins {
         self.sql(sql).await;
     }
 
+    /// Nothing names `pg_temp` before it is there: that it is there already is known to differ.
     async fn in_the_temporary_schema(&mut self) {
-        let n = self.number;
-        let sql = match self.dice.below(6) {
-            0 | 1 => format!(
-                "CREATE OR REPLACE FUNCTION pg_temp.own() RETURNS text LANGUAGE sql AS $$ SELECT 'of {n}' $$"
-            ),
-            2 => "SELECT pg_temp.own()".to_owned(),
-            3 => "DROP FUNCTION pg_temp.own()".to_owned(),
-            4 => "CREATE TEMP SEQUENCE counted".to_owned(),
-            _ => "SELECT nextval('pg_temp.counted')".to_owned(),
+        let create = format!(
+            "CREATE OR REPLACE FUNCTION pg_temp.own() RETURNS text LANGUAGE sql AS $$ SELECT 'of {}' $$",
+            self.number
+        );
+        let then = match self.dice.below(4) {
+            0 => "SELECT pg_temp.own()",
+            1 => "DROP FUNCTION pg_temp.own()",
+            2 => "CREATE TEMP SEQUENCE counted; SELECT nextval('pg_temp.counted'), lastval()",
+            _ => "SELECT 1/0",
         };
-        self.sql(&sql).await;
+        self.sql(&format!("{create}; {then}")).await;
     }
 }
