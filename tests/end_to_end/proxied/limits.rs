@@ -306,7 +306,7 @@ async fn all_pools_of_a_node_together_keep_within_its_cap_and_each_has_its_turn(
 async fn a_full_node_gives_what_is_idle_to_who_waits_and_who_waits_too_long_is_told() {
     let cluster = Cluster::start(0).await;
     let names = databases(&cluster, 3).await;
-    let overrides = "pool: { max_backends_per_node: 2, query_wait_timeout: 1s }";
+    let overrides = "pool: { max_backends_per_node: 2, query_wait_timeout: 5s }";
     let proxy = proxy_with(&cluster, overrides).await;
     let app = cluster.roles().app.clone();
     let mut clients = Vec::new();
@@ -328,12 +328,12 @@ async fn a_full_node_gives_what_is_idle_to_who_waits_and_who_waits_too_long_is_t
     assert_eq!(tags(&first.ask(&query("COMMIT")).await), "CZ");
 
     // More, by a reload; and fewer.
-    proxy.configure(&cluster, "pool: { max_backends_per_node: 3, query_wait_timeout: 1s }");
+    proxy.configure(&cluster, "pool: { max_backends_per_node: 3, query_wait_timeout: 5s }");
     assert!(proxy.reload().await);
     for client in &mut clients {
         assert_eq!(tags(&client.ask(&query("BEGIN; SELECT 1")).await), "CTDCZ");
     }
-    proxy.configure(&cluster, "pool: { max_backends_per_node: 1, query_wait_timeout: 1s }");
+    proxy.configure(&cluster, "pool: { max_backends_per_node: 1, query_wait_timeout: 5s }");
     assert!(proxy.reload().await);
     for client in &mut clients {
         assert_eq!(tags(&client.ask(&query("COMMIT")).await), "CZ");
