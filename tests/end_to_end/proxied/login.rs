@@ -229,7 +229,7 @@ async fn logins_while_the_primary_crashes_wait_for_it_and_succeed() {
             }
         };
         let (logins, ()) = tokio::join!(futures_util::future::join_all(logins), crash);
-        for refused in logins.into_iter().filter_map(Result::err) {
+        if let Some(refused) = logins.into_iter().find_map(Result::err) {
             panic!("{:?} {:?}", refused.field(b'C'), refused.field(b'M'));
         }
     }

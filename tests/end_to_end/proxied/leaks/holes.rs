@@ -78,7 +78,7 @@ impl Twins {
             6 => format!("SELECT {set}, {set}"),
             7 => format!("WITH x AS MATERIALIZED (SELECT {set} AS s) SELECT s FROM x"),
             8 => format!("UPDATE public.own SET n = n + 1 WHERE client = {} RETURNING {set}", self.number),
-            9 => format!("SELECT set_config('work_mem', x || 'MB', false) FROM generate_series(3, 4) x"),
+            9 => "SELECT set_config('work_mem', x || 'MB', false) FROM generate_series(3, 4) x".to_owned(),
             10 => {
                 self.sql("DEALLOCATE cfg").await;
                 self.sql("PREPARE cfg AS SELECT set_config('work_mem', $1, false)").await;
