@@ -253,6 +253,8 @@ pub struct PoolConfig {
     pub mode: PoolMode,
     /// Backends at most per (node, database, user).
     pub size: usize,
+    /// Backends at most per node, of all pools together; zero: no bound.
+    pub max_backends_per_node: usize,
     /// What is set apart for users; it goes before what is for databases.
     pub users: Vec<PoolOverride>,
     /// What is set apart for databases.
@@ -698,6 +700,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
         &[
             "mode",
             "size",
+            "max_backends_per_node",
             "query_wait_timeout",
             "connect_timeout",
             "server_idle_timeout",
@@ -1714,6 +1717,7 @@ impl Reader<'_> {
         PoolConfig {
             mode: self.choice(&section, "mode", &POOL_MODES, &[], PoolMode::Transaction),
             size: self.number(&section, "size", 1..=100_000, 20) as usize,
+            max_backends_per_node: self.number(&section, "max_backends_per_node", 0..=100_000, 0) as usize,
             query_wait_timeout: self.time(&section, "query_wait_timeout", Duration::from_secs(30), least),
             connect_timeout: self.time(&section, "connect_timeout", Duration::from_secs(5), least),
             server_idle_timeout: self.time(&section, "server_idle_timeout", Duration::from_secs(600), least),

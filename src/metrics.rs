@@ -250,6 +250,7 @@ struct PerNode {
     seconds: HistogramVec,
     opened: IntCounterVec,
     closed: IntCounterVec,
+    full: IntCounterVec,
 }
 
 /// One node's series.
@@ -259,6 +260,7 @@ struct NodeSeries {
     statements: Box<[IntCounter]>,
     seconds: Histogram,
     opened: IntCounter,
+    full: IntCounter,
 }
 
 /// How reloads of the configuration end, as the metric labels it.
@@ -330,6 +332,12 @@ impl Metrics {
             "Connections to a node closed, by why.",
             &["node", "reason"],
         );
+        let full = counters(
+            r,
+            "highwater_node_full_total",
+            "Times a pool had to wait for a place on a full node (pool.max_backends_per_node).",
+            &["node"],
+        );
         let failover_phases = histograms(
             r,
             "highwater_failover_phase_seconds",
@@ -371,7 +379,7 @@ impl Metrics {
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let metrics = Metrics {
             nodes: (0..MAX_NODES).map(|_| OnceLock::new()).collect(),
-            per_node: PerNode { statements, seconds, opened, closed },
+            per_node: PerNode { statements, seconds, opened, closed, full },
             labels: *labels,
             waits: ["mark", "floor", "backend", "primary", "gate"].map(|w| wait.with_label_values(&[w])),
             redone: by_reason(
@@ -557,6 +565,7 @@ impl Metrics {
                 statements: statements.collect(),
                 seconds: self.per_node.seconds.with_label_values(&[name]),
                 opened: self.per_node.opened.with_label_values(&[name]),
+                full: self.per_node.full.with_label_values(&[name]),
             }
         });
     }
@@ -628,6 +637,13 @@ impl Metrics {
         self.failovers.with_label_values(&[reason, result]).inc();
         if let Some(took) = took {
             self.write_unavailable.with_label_values(&[reason]).observe(took.as_secs_f64());
+        }
+    }
+
+    /// Counts a pool that found its node full.
+    pub fn node_full(&self, node: NodeId) {
+        if let Some(series) = self.node(node) {
+            series.full.inc();
         }
     }
 

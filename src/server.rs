@@ -21,7 +21,7 @@ use tracing::info;
 use self::apply::Applier;
 use crate::admin::access::Access;
 use crate::admin::{self, AdminState, Memory};
-use crate::backend::pool::{CloseReason, PoolContext, Pools, Ways};
+use crate::backend::pool::{CloseReason, PoolContext, Pools, Room, Ways};
 use crate::catalogs::Catalogs;
 use crate::classify::{Classifier, PinReason};
 use crate::client::auth::AuthFailure;
@@ -326,6 +326,7 @@ async fn build(config: Config, reload: Reload) -> Result<Parts, StartError> {
         login_settings: nodes.login_settings.clone(),
         gate: gate.clone(),
         outstanding: (0..places).map(|_| AtomicU32::new(0)).collect(),
+        room: Room::new(places, config),
     })));
     let shared = Arc::new(Shared {
         config: live.clone(),
@@ -402,6 +403,8 @@ impl Parts {
         accepting.push(tokio::spawn(listener::accept(self.listener, senders, false)));
         let pools = self.door.shared.pools.clone();
         tokio::spawn(async move { pools.reap().await });
+        let pools = self.door.shared.pools.clone();
+        tokio::spawn(async move { pools.help().await });
         let (gate, sessions) = (self.door.shared.gate.clone(), self.door.shared.sessions.clone());
         let pools = self.door.shared.pools.clone();
         tokio::spawn(async move { pools.close_left().await });

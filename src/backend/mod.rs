@@ -8,6 +8,7 @@ pub mod cancel;
 pub mod clean;
 pub mod login;
 mod parameters;
+pub mod places;
 pub mod pool;
 pub mod senders;
 
@@ -152,6 +153,8 @@ pub struct Backend {
     pub last_user: u64,
     /// The worker on whose reactor its socket is registered.
     pub worker: usize,
+    /// Its place among the node's (`pool.max_backends_per_node`).
+    pub place: Option<places::Place>,
     /// Its place in the count of connections; the last to be dropped.
     pub socket: Socket,
 }
@@ -302,6 +305,7 @@ impl Backend {
             last_writer: None,
             last_user: 0,
             worker,
+            place: None,
             socket,
         }
     }

@@ -11,10 +11,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 use super::clean;
 use super::login::{self, LoginError, LoginTarget};
+use super::places::{Next, Place, Places};
 use super::{Backend, CancelTarget, Dirt, StartupParameters};
 use crate::config::Config;
 use crate::config::live::LiveConfig;
@@ -46,6 +47,29 @@ pub struct PoolContext {
     pub gate: Arc<Gate>,
     /// Per node: statements that sessions have sent and not seen the end of.
     pub outstanding: Box<[AtomicU32]>,
+    /// Room for connections, by node.
+    pub room: Room,
+}
+
+/// What all pools together may have of each node.
+pub struct Room {
+    nodes: Box<[Arc<Places<Pool>>]>,
+    /// A pool that waits for a place may be helped.
+    help: Arc<Notify>,
+}
+
+impl Room {
+    /// On so many nodes, as the configuration has it.
+    pub fn new(nodes: usize, config: &Config) -> Room {
+        let help = Arc::new(Notify::new());
+        let room = Room { nodes: (0..nodes).map(|_| Places::new(help.clone())).collect(), help };
+        room.follow(config);
+        room
+    }
+
+    fn follow(&self, config: &Config) {
+        self.nodes.iter().for_each(|places| places.bound(config.pool.max_backends_per_node));
+    }
 }
 
 /// Per node, which way there is the present one: a number that rises when a reload changes the way (another
@@ -166,11 +190,13 @@ pub enum CloseReason {
     Paused,
     /// A reload has changed or removed its node, or made its pool smaller.
     Reload,
+    /// Its node was full, and it made room for another pool's.
+    NodeFull,
 }
 
 impl CloseReason {
     /// All labels.
-    pub const LABELS: [&'static str; 12] = [
+    pub const LABELS: [&'static str; 13] = [
         CloseReason::Dead.label(),
         CloseReason::Replaced.label(),
         CloseReason::Unclean.label(),
@@ -183,6 +209,7 @@ impl CloseReason {
         CloseReason::Drained.label(),
         CloseReason::Paused.label(),
         CloseReason::Reload.label(),
+        CloseReason::NodeFull.label(),
     ];
 
     /// One word for a metric label.
@@ -200,6 +227,7 @@ impl CloseReason {
             CloseReason::Drained => "drained",
             CloseReason::Paused => "paused",
             CloseReason::Reload => "reload",
+            CloseReason::NodeFull => "node_full",
         }
     }
 }
@@ -240,6 +268,7 @@ struct Waiter {
     /// A connection that it can use is being opened. Of those who wait with the same startup
     /// parameters these come first, and there are at least as many such connections.
     coming: bool,
+    since: Instant,
     grant: oneshot::Sender<Grant>,
 }
 
@@ -396,6 +425,7 @@ impl Pool {
                 startup: startup.clone(),
                 worker: asker.worker,
                 coming: false,
+                since: begun,
                 grant: sender,
             });
             self.open_more(&mut state);
@@ -460,39 +490,68 @@ impl Pool {
         Lease { pool: self.clone(), backend: Some(backend) }
     }
 
-    /// Opens connections for those who wait, as far as the pool's size allows. A full pool gives up an
-    /// idle backend whose startup parameters nobody who waits can use.
+    fn places(&self) -> &Arc<Places<Pool>> {
+        &self.context.room.nodes[self.node.index()]
+    }
+
+    /// Opens connections for those who wait, as far as the pool's size allows and its node has room. A full pool
+    /// gives up an idle backend whose startup parameters nobody who waits can use.
     fn open_more(self: &Arc<Pool>, state: &mut State) {
+        self.open_with(state, None);
+    }
+
+    /// The same, with a place on the node for one of them.
+    fn open_with(self: &Arc<Pool>, state: &mut State, mut given: Option<Place>) {
         let size = self.size.load(Ordering::Relaxed);
         while let Some(next) = state.waiters.iter().position(|w| !w.coming && !w.grant.is_closed()) {
             if state.open >= size {
-                if state.idle.is_empty() {
-                    return;
-                }
-                // None of them fits anybody who waits, else it would have been lent; perhaps one fits
-                // who has just come, but must not overtake.
-                state.idle.remove(0);
-                state.open -= 1;
-                self.context.count_closed(self.node, CloseReason::Replaced);
+                let Some(place) = self.replace(state) else { return };
+                given = given.or(place);
             }
+            // An idle backend of our own is as good as a place of another's.
+            let place = given.take().or_else(|| self.places().take()).or_else(|| self.replace(state)?);
+            let Some(place) = place else {
+                if self.places().line_up(self) {
+                    self.context.metrics.node_full(self.node);
+                }
+                return;
+            };
             let waiter = &mut state.waiters[next];
             waiter.coming = true;
             let (startup, worker) = (waiter.startup.clone(), waiter.worker);
             state.open += 1;
             state.opening += 1;
             let pool = self.clone();
-            tokio::spawn(async move { pool.open(startup, worker).await });
+            tokio::spawn(async move { pool.open(startup, worker, place).await });
         }
     }
 
-    async fn open(self: Arc<Pool>, startup: Arc<StartupParameters>, worker: usize) {
+    /// Closes an idle backend for one with other startup parameters; its place. `None`: there is none.
+    ///
+    /// None of them fits anybody who waits, else it would have been lent; perhaps one fits who has just come, but must
+    /// not overtake.
+    fn replace(&self, state: &mut State) -> Option<Option<Place>> {
+        if state.idle.is_empty() {
+            return None;
+        }
+        let mut idle = state.idle.remove(0);
+        state.open -= 1;
+        self.context.count_closed(self.node, CloseReason::Replaced);
+        Some(idle.backend.place.take())
+    }
+
+    async fn open(self: Arc<Pool>, startup: Arc<StartupParameters>, worker: usize, place: Place) {
         let result = self.connect(&startup, worker).await;
         let mut state = self.lock();
         state.opening -= 1;
         match result {
-            Ok(backend) => self.hand_on(&mut state, backend),
+            Ok(mut backend) => {
+                backend.place = Some(place);
+                self.hand_on(&mut state, backend);
+            }
             Err(error) => {
                 state.open -= 1;
+                drop(place);
                 // The last in line of those who counted on it.
                 if let Some(waiter) = state.waiters.iter_mut().rfind(|w| w.coming && w.startup == startup) {
                     waiter.coming = false;
@@ -586,7 +645,8 @@ impl Pool {
             // Somebody waits for whom no connection is underway, and this one does not fit: make room.
             state.open -= 1;
             self.context.count_closed(self.node, CloseReason::Replaced);
-            self.open_more(state);
+            let place = backend.place.take();
+            self.open_with(state, place);
             return;
         }
         state.idle.push(Idle::new(backend));
@@ -640,6 +700,9 @@ impl Pool {
         if !self.context.ways.is_open_to(&backend) {
             return self.closed(CloseReason::Reload);
         }
+        if self.gives_way() {
+            return self.closed(CloseReason::NodeFull);
+        }
         backend.idle_since = now;
         let mut state = self.lock();
         if state.open > self.size.load(Ordering::Relaxed) {
@@ -658,6 +721,53 @@ impl Pool {
             return self.closed(CloseReason::Replaced);
         }
         self.hand_on(&mut state, backend);
+    }
+
+    /// Whether a backend that was given back is to be closed, for another pool or because there are too many on the
+    /// node. A pool gives way when it needs none, when it has two more than the other, and in turn when that has none:
+    /// so pools come to share the node evenly and then keep what they have, and none waits for ever.
+    fn gives_way(self: &Arc<Pool>) -> bool {
+        let places = self.places();
+        if places.is_over() {
+            return true;
+        }
+        if !places.is_wanted() {
+            return false;
+        }
+        let Some(other) = places.first().filter(|other| !Arc::ptr_eq(other, self)) else { return false };
+        // One after the other: two pools may look at each other.
+        let need = |pool: &Pool| {
+            let state = pool.lock();
+            let first = state.waiters.iter().find(|w| !w.coming && !w.grant.is_closed());
+            (state.open, first.map(|waiter| waiter.since))
+        };
+        let ((own_open, own_since), (open, since)) = (need(self), need(&other));
+        match (own_since, since) {
+            (_, None) => false,
+            (None, Some(_)) => true,
+            (Some(own), Some(other)) => own_open > open + 1 || (open == 0 && other < own),
+        }
+    }
+
+    /// A place on the node has been found for it.
+    fn open_at(self: &Arc<Pool>, place: Place) {
+        let mut state = self.lock();
+        self.open_with(&mut state, Some(place));
+    }
+
+    /// Since when its longest unused backend is idle.
+    fn oldest_idle(&self) -> Option<Instant> {
+        self.lock().idle.first().map(|idle| idle.backend.idle_since)
+    }
+
+    /// Closes its longest unused backend, for another pool.
+    fn make_room(&self) {
+        let mut state = self.lock();
+        if !state.idle.is_empty() {
+            drop(state.idle.remove(0));
+            state.open -= 1;
+            self.context.count_closed(self.node, CloseReason::NodeFull);
+        }
     }
 
     /// A backend of this pool is gone.
@@ -1020,6 +1130,7 @@ impl Pools {
     /// Logins to come are told anew what they find.
     pub fn follow(&self, config: &Config) {
         let now = Instant::now();
+        self.context.room.follow(config);
         for user in self.all() {
             user.welcomes.lock().unwrap_or_else(|p| p.into_inner()).clear();
             for pool in user.made() {
@@ -1038,6 +1149,33 @@ impl Pools {
                 user.made().for_each(Pool::close_left);
             }
         }
+    }
+
+    /// Sees to the pools that wait for a place on their node, for ever.
+    pub async fn help(&self) {
+        loop {
+            self.context.room.help.notified().await;
+            (0u16..).map(NodeId).zip(&self.context.room.nodes).for_each(|(node, places)| {
+                while places.is_wanted() {
+                    match places.next() {
+                        Next::Placed(pool, place) => pool.open_at(place),
+                        // When there is nothing to spare, what is given back next may be.
+                        Next::Full if self.make_room(node) => {}
+                        Next::Full | Next::Nobody => break,
+                    }
+                }
+            });
+        }
+    }
+
+    /// Closes the longest unused backend of a node, whose ever it is. `false`: all are in use.
+    fn make_room(&self, node: NodeId) -> bool {
+        let users = self.all();
+        let pools = users.iter().filter_map(|user| user.nodes[node.index()].get());
+        let oldest =
+            pools.filter_map(|pool| Some((pool.oldest_idle()?, pool))).min_by_key(|(since, _)| *since);
+        // Should it be lent just now, there is another round, with one idle backend less.
+        oldest.inspect(|(_, pool)| pool.make_room()).is_some()
     }
 
     /// Every pool's counts, for metrics.

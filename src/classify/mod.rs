@@ -45,9 +45,9 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 
 pub use catalog::Catalog;
 pub use lexer::{Lexer as Words, Token};
-pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
+pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare, words};
 pub use skeleton::skeleton_text;
-pub use target::{Target, keeps_uncommitted, listen_target, target};
+pub use target::{Target, is_code, keeps_uncommitted, listen_target, target};
 pub use trace::traceparent;
 pub use transaction::{
     Isolation, TransactionCommand, asks_for_time, depends_on_transaction, parameters_name_the_clock,

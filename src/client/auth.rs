@@ -133,7 +133,7 @@ pub async fn authenticate(
     purpose: Purpose<'_>,
     deadline: Instant,
 ) -> Result<LoginKeys, AuthFailure> {
-    let outcome = tokio::time::timeout_at(deadline, log_in(client, verifiers, purpose)).await;
+    let outcome = tokio::time::timeout_at(deadline, log_in(client, verifiers, purpose, deadline)).await;
     let failure = match outcome {
         Ok(Ok(keys)) => return Ok(keys),
         Ok(Err(failure)) => failure,
@@ -170,6 +170,7 @@ async fn log_in(
     client: &mut ClientConnection,
     verifiers: &Verifiers,
     purpose: Purpose<'_>,
+    deadline: Instant,
 ) -> Result<LoginKeys, AuthFailure> {
     check_encryption(client)?;
     let (user, database) = (client.startup.user.clone(), client.startup.database.clone());
@@ -178,7 +179,7 @@ async fn log_in(
             verifiers.look_up_admin(&user, database).await
         }
         Purpose::Console { database, .. } => verifiers.look_up(&user, database).await,
-        Purpose::Nodes => verifiers.look_up(&user, &database).await,
+        Purpose::Nodes => verifiers.look_up_in_time(&user, &database, deadline).await,
     };
     let account = account.map_err(AuthFailure::NoVerifier)?;
     let proved = match exchange(client, &account).await {

@@ -18,6 +18,7 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::sync::OnceCell;
+use tokio::time::{Instant, timeout_at};
 use tokio_postgres::types::Type;
 
 use crate::config::{AuthSource, Config, Secret, UserConfig};
@@ -29,6 +30,10 @@ use crate::topology::{NodeId, Standing, TopologyHandle};
 const ANSWER: Duration = Duration::from_secs(5);
 /// How long an administrator waits for it before what is known is taken.
 const ADMIN_ANSWER: Duration = Duration::from_secs(3);
+/// How often nodes are asked again while none answers, at least.
+const AGAIN: Duration = Duration::from_millis(250);
+/// What is left of a login's time for telling the client that nobody could be asked.
+const FOR_THE_ANSWER: Duration = Duration::from_secs(1);
 /// Nodes asked for one login, at most.
 const ASKED: usize = 3;
 
@@ -49,6 +54,8 @@ enum Source {
         topology: Arc<TopologyHandle>,
         /// The control user, whose password is known here.
         control: Option<(String, Arc<Listed>)>,
+        /// `failover.pause_timeout`: how long a login waits for a node that can be asked.
+        patience: Duration,
     },
 }
 
@@ -142,6 +149,7 @@ impl Verifiers {
                     let name = config.control.user.clone();
                     (name.clone(), Listed::new(&UserConfig { name, password }))
                 }),
+                patience: config.failover.pause_timeout,
             },
             AuthSource::List => {
                 let before = self.source.load();
@@ -184,6 +192,38 @@ impl Verifiers {
         }
     }
 
+    /// The same for a login that is to be over at `deadline`: while no node can be asked (the primary restarts, or a
+    /// failover is underway), it waits for one as long as a statement waits for a primary.
+    pub async fn look_up_in_time(
+        &self,
+        user: &str,
+        database: &str,
+        deadline: Instant,
+    ) -> Result<Account, VerifierError> {
+        let (topology, patience) = match &*self.source.load_full() {
+            Source::Listed(_) => return self.look_up(user, database).await,
+            Source::Asked { topology, patience, .. } => (Arc::clone(topology), *patience),
+        };
+        let begun = Instant::now();
+        let last = deadline.checked_sub(FOR_THE_ANSWER).unwrap_or(begun);
+        loop {
+            let changed = topology.changed();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            let failed = match timeout_at(last, self.look_up(user, database)).await {
+                Ok(Err(error @ VerifierError::NoNode(_))) => error,
+                Ok(outcome) => return outcome,
+                Err(_) => return Err(VerifierError::NoNode("no answer in time".to_owned())),
+            };
+            let now = Instant::now();
+            let until = (begun + patience).min(last);
+            if now >= until {
+                return Err(failed);
+            }
+            let _ = timeout_at(until.min(now + AGAIN), changed).await;
+        }
+    }
+
     fn admins(&self) -> MutexGuard<'_, HashMap<String, AuthRow>> {
         self.admins.lock().unwrap_or_else(|p| p.into_inner())
     }
@@ -191,7 +231,7 @@ impl Verifiers {
     /// What is known of an administrator who wants to log in to the console. While no node can be asked: what one
     /// said at the last login, or the password of the control user.
     pub async fn look_up_admin(&self, user: &str, database: &str) -> Result<Account, VerifierError> {
-        let Source::Asked { query, nodes, topology, control } = &*self.source.load_full() else {
+        let Source::Asked { query, nodes, topology, control, .. } = &*self.source.load_full() else {
             return self.look_up(user, database).await;
         };
         let asked = ask_nodes(query, nodes, topology, user, database);

@@ -90,6 +90,7 @@ table! {
     "node_tls.ca" Live node_tls.ca;
     "pool.mode" NewSessions pool.mode;
     "pool.size" Live pool.size;
+    "pool.max_backends_per_node" Live pool.max_backends_per_node;
     "pool.users" Live pool.users;
     "pool.databases" Live pool.databases;
     "pool.query_wait_timeout" Live pool.query_wait_timeout;

@@ -28,8 +28,8 @@ use super::prepared::Statement;
 use super::timeouts::Measure;
 use super::{End, Session};
 use crate::backend::{Applied, Backend, Prepared, SharedName, poll_drain, poll_fill};
-use crate::classify::Leaves;
 use crate::classify::setting::{Change, Effects};
+use crate::classify::{self, Leaves, PinReason};
 use crate::wire::{ErrorReport, TransactionStatus};
 
 /// Bytes waiting for a socket above which no more are taken from the other side.
@@ -233,6 +233,8 @@ pub struct Unit {
     pub pins: PinSet,
     /// Code runs in it that is not understood.
     pub unproven: bool,
+    /// Code runs in it that sets something and may commit that, whatever becomes of the rest.
+    pub commits_settings: bool,
     /// What its commands may have ended.
     pub ends: PinSet,
     /// Commands that were completed.
@@ -395,6 +397,7 @@ impl Unit {
             leaves: Leaves::Nothing,
             pins: PinSet::NONE,
             unproven: false,
+            commits_settings: false,
             ends: PinSet::NONE,
             commands: 0,
             rollback: false,
@@ -419,6 +422,12 @@ impl Unit {
             Leaves::Unproven => self.unproven = true,
             Leaves::Nothing | Leaves::ShowsStatements | Leaves::DiscardsAll | Leaves::DeallocatesAll => {}
         }
+    }
+
+    /// `text`, which may leave `leaves`, is to run in it.
+    pub fn count_code(&mut self, leaves: Leaves, text: Option<&[u8]>) {
+        self.commits_settings |=
+            leaves == Leaves::Pins(PinReason::Setting) && text.is_none_or(classify::is_code);
     }
 
     /// A unit that is over: what a session has between two.

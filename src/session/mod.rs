@@ -31,6 +31,7 @@ mod slow;
 pub mod timeouts;
 mod transaction;
 mod translate;
+mod welcome;
 
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -60,13 +61,13 @@ use self::shared_mark::{GlobalMark, NamedMarks, SharedMark};
 use self::timeouts::{Overdue, Timeouts};
 use self::transaction::{Lazy, Splits};
 pub use self::translate::UNNAMED_LABELS;
-use crate::backend::pool::{Lease, Pools, UserPools, Welcome};
+use crate::backend::pool::{Lease, Pools, UserPools};
 use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
 use crate::catalogs::{Catalogs, DatabaseCatalog};
 use crate::classify::setting::{self, Change};
 use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
 use crate::config::live::LiveConfig;
-use crate::config::{Config, LostWrite, PoolMode, Transactions};
+use crate::config::{Config, LostWrite, PoolMode};
 use crate::consistency::{Level, Promise};
 use crate::gate::{Gate, Presence};
 use crate::log;
@@ -554,30 +555,7 @@ impl Session {
                 self.startup = startup;
                 welcome
             }
-            None => {
-                let broken = || End::fatal(ErrorReport::fatal("08006", "the connection to the node broke"));
-                let mut lease = self.lease_for_login().await?;
-                if !lease.applied.entries().is_empty() {
-                    // What another session has set could change the answers, or keep them away.
-                    lease.dirt = lease.dirt.max(Dirt::State);
-                }
-                clean::clean(&mut lease).await.map_err(|_| broken())?;
-                let idle_session_timeout =
-                    clean::idle_session_timeout(&mut lease).await.map_err(|_| broken())?;
-                let routing = &self.config.routing;
-                let isolation =
-                    if routing.transactions == Transactions::Split || routing.read_only_on_replicas {
-                        clean::default_isolation(&mut lease).await.map_err(|_| broken())?
-                    } else {
-                        Arc::default()
-                    };
-                let parameters = lease.login_parameters.clone();
-                let welcome = Welcome { parameters, idle_session_timeout, isolation };
-                self.pools.remember_welcome(&lease, &welcome);
-                // A server that crashes or stops just then has said so behind its answer.
-                lease.give_back();
-                welcome
-            }
+            None => self.find_welcome().await?,
         };
         self.timeouts.also_idle_session(welcome.idle_session_timeout);
         self.splits = self.splits_transactions(&welcome.isolation);
@@ -1086,6 +1064,11 @@ impl Session {
         self.unit.ddl = demand.is_ddl();
         self.unit.control = demand.label() == ClassLabel::TransactionControl;
         self.unit.may_commit = demand.may_commit();
+        if demand.leaves() == Leaves::Pins(PinReason::Setting) {
+            let header = wire::header(&self.client.input).ok().flatten();
+            let body = header.and_then(|header| self.client.input.get(HEADER..header.len));
+            self.unit.count_code(demand.leaves(), body.and_then(wire::cstr).map(|(text, _)| text));
+        }
         if demand.leaves() == Leaves::Pins(PinReason::Listen)
             && let Ok(Some(header)) = wire::header(&self.client.input)
             && let Some((text, _)) = self.client.input.get(HEADER..header.len).and_then(wire::cstr)
@@ -1482,6 +1465,7 @@ impl Session {
         Done {
             leaves: self.unit.pins,
             unproven: self.unit.unproven,
+            commits_settings: self.unit.commits_settings,
             discards_all: self.unit.leaves == Leaves::DiscardsAll && self.unit.discarded,
             ends: self.unit.ends,
             commands: self.unit.commands,

@@ -15,7 +15,6 @@ use super::mark::{self, Freshness, PrimaryVerdict, ReplicaVerdict};
 use super::{End, Role, Session, canceled};
 use crate::backend::pool::{AcquireError, Asker, Lease, Wish};
 use crate::consistency::{LagLimit, Level, OnStale, Route};
-use crate::gate::Posture;
 use crate::metrics::WaitFor;
 use crate::positions::{Incarnation, Sample, SampleBody};
 use crate::route::RouteReason;
@@ -37,7 +36,7 @@ pub struct Placed {
 }
 
 /// How often a primary that cannot be connected to is tried again while a statement waits for it.
-const RETRY: Duration = Duration::from_millis(100);
+pub(super) const RETRY: Duration = Duration::from_millis(100);
 
 thread_local! {
     /// Room for the candidates of one choice, for the next one.
@@ -376,7 +375,7 @@ impl Session {
         }
     }
 
-    fn is_drained(&self, node: NodeId) -> bool {
+    pub(super) fn is_drained(&self, node: NodeId) -> bool {
         self.shared.topology.is_drained(node)
     }
 
@@ -731,13 +730,13 @@ impl Session {
     }
 
     /// No backend was had: the client has cancelled, or time is up.
-    fn timed_out(&self) -> ErrorReport {
+    pub(super) fn timed_out(&self) -> ErrorReport {
         if self.handle.is_cancelled() {
             return canceled();
         }
         ErrorReport::error("53300", "no backend became free in time")
             .detail(format!("Waited {:?} (pool.query_wait_timeout).", self.patience()))
-            .hint("Raise pool.size, or shorten transactions.")
+            .hint("Raise pool.size (or pool.max_backends_per_node), or shorten transactions.")
     }
 
     /// As whom the pools know the session, and what the running unit would rather have.
@@ -752,7 +751,7 @@ impl Session {
         Asker { session: self.affinity, worker: self.worker, wish, now: self.started }
     }
 
-    async fn lease_from(&self, node: NodeId) -> Result<Result<Lease, AcquireError>, End> {
+    pub(super) async fn lease_from(&self, node: NodeId) -> Result<Result<Lease, AcquireError>, End> {
         let session = self.affinity;
         let asker = Asker { now: Instant::now(), ..self.asker() };
         let pool = self.pools.node(node);
@@ -786,39 +785,6 @@ impl Session {
         // The pool has measured it.
         self.handle.facts.waited(Wait::For(WaitFor::Backend), begun.elapsed());
         Ok(lease)
-    }
-
-    /// A backend for a login: the primary's, or while there is none, a replica's.
-    pub(super) async fn lease_for_login(&mut self) -> Result<Lease, End> {
-        let topology = self.shared.topology.load_full();
-        let replicas: Vec<NodeId> =
-            topology.serving_replicas().map(|v| v.id).filter(|node| !self.is_drained(*node)).collect();
-        let mut last = None;
-        let closed = self.shared.gate.posture() == Posture::Closed;
-        let primary = topology.primary.filter(|_| !self.read_only && !closed);
-        for node in primary.into_iter().chain(replicas) {
-            match self.lease_from(node).await? {
-                Ok(lease) => return Ok(lease),
-                Err(AcquireError::Refused { message, sqlstate }) if sqlstate != *b"57P03" => {
-                    self.client.output.put_slice(&message);
-                    return Err(End::NodeSaidFatal);
-                }
-                Err(error) => {
-                    if let AcquireError::Unreachable { failure, .. } = &error {
-                        self.shared.reports.report_failure(node, *failure);
-                    }
-                    last = Some(error);
-                }
-            }
-        }
-        let mut report = match last {
-            Some(AcquireError::Unfit(why)) => unfit(&why),
-            Some(AcquireError::Timeout) => self.timed_out(),
-            _ => ErrorReport::error("57P03", "no node is available for this login")
-                .hint("Look at the log for the state of the nodes."),
-        };
-        report.severity = crate::wire::Severity::Fatal;
-        Err(End::fatal(report))
     }
 }
 

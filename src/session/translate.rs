@@ -306,7 +306,7 @@ impl Exchange<'_> {
         self.backend.unnamed = None;
         self.backend.dirt = self.backend.dirt.max(dirt_of(self.unit.leaves));
         let earlier = self.unit.expects.len();
-        self.materialize(self.unit.leaves);
+        self.materialize(self.unit.leaves, Some(len));
         if !self.unit.begun {
             self.give_what_may_be_named();
         }
@@ -398,7 +398,9 @@ impl Exchange<'_> {
                     self.unit.count_settings(&setting::effects(text, self.session.lexing));
                 }
                 let body = self.body(len);
-                self.unit.may_commit |= class.may_commit(body.strip_suffix(b"\0").unwrap_or_default());
+                let text = body.strip_suffix(b"\0").unwrap_or_default();
+                self.unit.may_commit |= class.may_commit(text);
+                self.unit.count_code(class.leaves, Some(text));
                 self.count_in(class);
             }
             // Only what may be a read is worth a second opinion, and a read leaves nothing.
@@ -438,7 +440,7 @@ impl Exchange<'_> {
         }
         self.unit.leave(leaves);
         self.backend.dirt = self.backend.dirt.max(dirt_of(leaves));
-        self.materialize(leaves);
+        self.materialize(leaves, None);
     }
 
     /// Counts in what a statement of the unit does, as it is bound.
@@ -817,6 +819,7 @@ impl Exchange<'_> {
                 self.unit.login_settings |=
                     class.kind == Kind::Ddl && classify::alters_login(statement.text());
                 self.unit.may_commit |= class.may_commit(statement.text());
+                self.unit.count_code(class.leaves, Some(statement.text()));
                 self.count_in(class);
             }
             None => (self.unit.writes, self.unit.may_commit) = (true, true),
@@ -963,26 +966,35 @@ impl Exchange<'_> {
     }
 
     /// SQL's EXECUTE and DEALLOCATE see the protocol's names: before such a statement the backend is
-    /// given all of the session's. In a Query this is done ahead, closed by a Sync of its own.
-    fn materialize(&mut self, leaves: Leaves) {
+    /// given all of the session's. In a Query this is done ahead, closed by a Sync of its own. In a transaction,
+    /// which one that cannot be given would end, it is given those that the Query names.
+    fn materialize(&mut self, leaves: Leaves, query: Option<usize>) {
         if leaves != Leaves::Pins(PinReason::SqlPrepare) || self.session.role == Role::Replica {
             return;
         }
         self.session.pin_now(PinReason::SqlPrepare);
-        self.give_all(|_| true);
+        let in_transaction = self.session.status == TransactionStatus::InTransaction;
+        let query = query.filter(|len| in_transaction && *len <= self.there());
+        let text = query.map(|len| self.body(len));
+        let words = text.and_then(|body| classify::words(body.strip_suffix(b"\0").unwrap_or_default()));
+        self.give_all(|name, _| words.as_ref().is_none_or(|words| words.contains(name)));
     }
 
-    /// Gives the backend those of the session's statements that it lacks.
-    fn give_all(&mut self, which: impl Fn(&Statement) -> bool) {
+    /// Gives the backend those of the session's statements that it lacks, each for itself: one that cannot be prepared
+    /// any more, as what it is about was dropped, keeps no other away.
+    fn give_all(&mut self, which: impl Fn(&[u8], &Statement) -> bool) {
         let missing: Vec<(Vec<u8>, Arc<Statement>)> = self
             .session
             .statements
             .named()
-            .filter(|(name, statement)| !self.backend.own_names.contains(*name) && which(statement))
+            .filter(|(name, statement)| !self.backend.own_names.contains(*name) && which(name, statement))
             .map(|(name, statement)| (name.clone(), statement.clone()))
             .collect();
-        for (name, statement) in missing {
-            self.give(&name, &statement);
+        for (at, (name, statement)) in missing.iter().enumerate() {
+            if at > 0 && !self.unit.begun {
+                self.inject_sync();
+            }
+            self.give(name, statement);
         }
     }
 
@@ -994,9 +1006,11 @@ impl Exchange<'_> {
         }
         match self.unit.leaves {
             Leaves::ShowsStatements => self.show_statements(),
-            Leaves::Unproven if self.session.statements.any_of_sql() => self.give_all(Statement::is_sql),
+            Leaves::Unproven if self.session.statements.any_of_sql() => {
+                self.give_all(|_, statement| statement.is_sql())
+            }
             _ if self.unit.control && self.session.statements.any_of_sql() => {
-                self.give_all(Statement::is_sql);
+                self.give_all(|_, statement| statement.is_sql());
             }
             _ => {}
         }
@@ -1027,7 +1041,7 @@ impl Exchange<'_> {
         while let Some((name, there)) = self.backend.prepared.pop_lru() {
             self.close_shared(name, there);
         }
-        self.give_all(|_| true);
+        self.give_all(|_, _| true);
     }
 
     /// Whether a statement shows what is prepared, and so is to be found there under its own name.
