@@ -344,6 +344,8 @@ impl Scan<'_> {
         let unclear = self.ascii_names && !name.is_ascii();
         let pg_prefix = name.starts_with(b"pg_");
         let shows_statements = pg_prefix && name == b"pg_prepared_statements";
+        // A rule of it calls set_config.
+        let is_settings = pg_prefix && name == b"pg_settings";
         let temporary_schema = pg_prefix && (name == b"pg_temp" || name.starts_with(b"pg_temp_"));
         let is_operator_word = !quoted && name == b"operator";
         let of_from = !quoted && matches!(name, b"only" | b"lateral" | b"rows");
@@ -373,7 +375,7 @@ impl Scan<'_> {
         {
             statement.leave(Leaves::Pins(PinReason::TemporaryTable));
         }
-        statement.fires |= flags.fires;
+        statement.fires |= flags.fires || is_settings;
         if shows_statements {
             statement.leave(Leaves::ShowsStatements);
         }

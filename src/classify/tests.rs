@@ -367,6 +367,7 @@ fn a_change_that_fires_a_trigger_which_sets_keeps_the_session() {
         "update s.audited set a = 1",
         "delete from \"audited\"",
         "truncate audited",
+        "update pg_settings set setting = '1' where name = 'app.x'",
         "copy audited from stdin",
         "with x as (insert into audited values (1) returning 1) select * from x",
         "explain analyze delete from audited",

@@ -555,7 +555,8 @@ impl Session {
                 self.startup = startup;
                 welcome
             }
-            None => self.find_welcome().await?,
+            // Seldom, and large: not part of every session.
+            None => Box::pin(self.find_welcome()).await?,
         };
         self.timeouts.also_idle_session(welcome.idle_session_timeout);
         self.splits = self.splits_transactions(&welcome.isolation);

@@ -67,14 +67,13 @@ impl Twins {
 
     async fn by_expressions(&mut self, value: &str) {
         let set = format!("set_config('work_mem', '{value}', false)");
-        let sql = match self.dice.below(13) {
+        let sql = match self.dice.below(14) {
             0 => format!("SELECT {set} WHERE false"),
             1 => format!("SELECT CASE WHEN false THEN {set} END"),
             2 => format!("VALUES ({set})"),
             3 => format!("COPY (SELECT {set}) TO STDOUT"),
             4 => format!("EXPLAIN (ANALYZE, TIMING off, SUMMARY off, COSTS off) SELECT {set}"),
             5 => format!("EXPLAIN (COSTS off) SELECT {set}"),
-            // `UPDATE pg_settings` belongs here: it is not noticed yet (docs/COMPATIBILITY.md).
             6 => format!("SELECT {set}, {set}"),
             7 => format!("WITH x AS MATERIALIZED (SELECT {set} AS s) SELECT s FROM x"),
             8 => format!("UPDATE public.own SET n = n + 1 WHERE client = {} RETURNING {set}", self.number),
@@ -84,7 +83,8 @@ impl Twins {
                 self.sql("PREPARE cfg AS SELECT set_config('work_mem', $1, false)").await;
                 format!("EXECUTE cfg('{value}')")
             }
-            11 => {
+            11 => format!("UPDATE pg_settings SET setting = '{value}' WHERE name = 'work_mem'"),
+            12 => {
                 self.sql("BEGIN").await;
                 self.sql(&format!("DECLARE setting CURSOR FOR SELECT {set}")).await;
                 if self.dice.below(2) == 0 {
