@@ -105,9 +105,7 @@ pub async fn carry_out(hands: &Hands, primary: NodeId, action: &SyncAction, name
         SyncAction::Prove(rule) => (rule, false),
         SyncAction::Record(..) => return SyncEvent::Unclear,
     };
-    let members: Vec<&str> =
-        rule.members.iter().filter_map(|node| names.get(node.index())).map(String::as_str).collect();
-    match hands.set_names(primary, &rule.setting(names), &members, change).await {
+    match hands.set_names(primary, rule, names, change).await {
         Ok(lsn) => SyncEvent::InEffect(lsn),
         Err(why) => {
             tracing::warn!(why, "synchronous_standby_names could not be shown to be in effect");

@@ -21,6 +21,7 @@ use crate::config::live::LiveConfig;
 use crate::failover::conninfo::Conninfo;
 use crate::failover::event::{Kick, Order, OrderResult};
 use crate::failover::store::{Setting, StoreError, Upstream, Upstreams, failpoint};
+use crate::failover::sync::{self, Quorum};
 use crate::node::{ControlSession, NodeError, NodeFailure, Nodes};
 use crate::topology::{Epoch, NodeId};
 use crate::wal::{Lsn, TimelineHistory, TimelineId};
@@ -126,19 +127,20 @@ impl Hands {
         result
     }
 
-    /// On the primary `node`: makes `value` its `synchronous_standby_names` (with `change`; else it must be it already),
-    /// sees that it is in effect for `members` and for nobody else, and answers with a position after that (I9).
+    /// On the primary `node`: makes `rule` its `synchronous_standby_names` (with `change`; else it must be it already, in
+    /// whatever words), sees that it is in effect for its members and for nobody else, and answers with a position after
+    /// that (I9). `names`: the nodes'.
     pub async fn set_names(
         &self,
         node: NodeId,
-        value: &str,
-        members: &[&str],
+        rule: &Quorum,
+        names: &[String],
         change: bool,
     ) -> Result<Lsn, String> {
         let Some(mut hand) = self.hand(node).await else {
             return Err("no such node in the configuration".to_owned());
         };
-        let result = hand.set_names(value, members, change).await;
+        let result = hand.set_names(rule, names, change).await;
         failpoint("set_names");
         result.map_err(|trouble| match trouble {
             Trouble::Refused(why) | Trouble::Unknown(why) => why,
@@ -571,18 +573,22 @@ impl Hand {
         self.fresh_shows("synchronous_standby_names", &value, until).await
     }
 
-    async fn set_names(&mut self, value: &str, members: &[&str], change: bool) -> Result<Lsn, Trouble> {
+    async fn set_names(&mut self, rule: &Quorum, names: &[String], change: bool) -> Result<Lsn, Trouble> {
         let until = Instant::now() + self.limits.names;
         self.require_primary(until).await?;
         if change {
-            self.alter("synchronous_standby_names", Some(value), until).await?;
+            let value = rule.setting(names);
+            self.alter("synchronous_standby_names", Some(&value), until).await?;
             self.reload(until).await?;
+            self.fresh_shows("synchronous_standby_names", &value, until).await?;
+        } else {
+            self.fresh_promises(rule, names, until).await?;
         }
-        self.fresh_shows("synchronous_standby_names", value, until).await?;
         // The checkpointer tells backends whether to wait at all: it has read the file before it makes a checkpoint.
         // What was acknowledged before that lies behind the position that is asked for afterwards.
         self.run_within("CHECKPOINT", until, self.limits.names).await?;
-        let list: Vec<String> = members.iter().map(|member| literal(member)).collect();
+        let members = rule.members.iter().filter_map(|node| names.get(node.index()));
+        let list: Vec<String> = members.map(|member| literal(member)).collect();
         let list = if list.is_empty() { "NULL".to_owned() } else { list.join(", ") };
         let others = format!(
             "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming' \
@@ -773,6 +779,24 @@ impl Hand {
                 return Ok(());
             }
             self.wait(until, || format!("a new session does not show the new {name} yet")).await?;
+        }
+    }
+
+    /// As [`fresh_shows`](Self::fresh_shows), for `synchronous_standby_names` that an operator has written.
+    async fn fresh_promises(
+        &mut self,
+        rule: &Quorum,
+        names: &[String],
+        until: Instant,
+    ) -> Result<(), Trouble> {
+        loop {
+            let shown =
+                first(&self.look("SELECT current_setting('synchronous_standby_names')", until).await?);
+            let promised = shown.as_deref().map(|text| sync::parse_setting(text, names));
+            if promised.is_some_and(|promised| promised.as_ref() == Ok(rule)) {
+                return Ok(());
+            }
+            self.wait(until, || "synchronous_standby_names is no longer what it was".to_owned()).await?;
         }
     }
 

@@ -35,3 +35,25 @@ async fn whether_writes_are_covered_follows_the_standbys_that_can_be_reached() {
         told(&proxy, true, "after a restart").await;
     }
 }
+
+/// Who does not let Highwater set the names may write them as they like.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_operator_has_set_is_proven_and_covers_in_whatever_words() {
+    let cluster = Cluster::start(2).await;
+    let names = [cluster.node(1).name(), cluster.node(2).name()].join(", ");
+    let set = async |words: &str| cluster.primary().set("synchronous_standby_names", words).await.unwrap();
+    set(&format!("any 1({names})")).await;
+    let directory = tempfile::tempdir().unwrap();
+    let overrides = format!(
+        "failover: {{ mode: auto, state_dir: {}, startup_grace: 1s, durability: quorum, check_interval: 100ms, \
+         sync: {{ manage: false }} }}",
+        directory.path().join("state").display()
+    );
+    let proxy =
+        Proxy::start_with(&cluster, ProxyOptions { overrides: &overrides, ..ProxyOptions::default() }).await;
+    told(&proxy, true, "once it is proven").await;
+    set("").await;
+    told(&proxy, false, "with nobody to wait for").await;
+    set(&format!("FIRST 1 (\"{}\", {})", cluster.node(1).name(), cluster.node(2).name())).await;
+    told(&proxy, true, "with others to wait for").await;
+}
