@@ -120,9 +120,16 @@ impl<P: Send + Sync + 'static> Places<P> {
         true
     }
 
-    /// The first in line, who stays there.
-    pub fn first(&self) -> Option<Arc<P>> {
-        self.lock().iter().find_map(Weak::upgrade)
+    /// Those in line, who stay there.
+    pub fn in_line(&self) -> Vec<Arc<P>> {
+        self.lock().iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// There is something to spare now, for who stands in line.
+    pub fn offer(&self) {
+        if self.is_wanted() {
+            self.help.notify_one();
+        }
     }
 
     /// Gives the first in line a place, if there is one.

@@ -650,6 +650,7 @@ impl Pool {
             return;
         }
         state.idle.push(Idle::new(backend));
+        self.places().offer();
         // Who waits could not use it; with the pool full, it makes room.
         self.open_more(state);
     }
@@ -734,19 +735,20 @@ impl Pool {
         if !places.is_wanted() {
             return false;
         }
-        let Some(other) = places.first().filter(|other| !Arc::ptr_eq(other, self)) else { return false };
         // One after the other: two pools may look at each other.
         let need = |pool: &Pool| {
             let state = pool.lock();
             let first = state.waiters.iter().find(|w| !w.coming && !w.grant.is_closed());
             (state.open, first.map(|waiter| waiter.since))
         };
-        let ((own_open, own_since), (open, since)) = (need(self), need(&other));
-        match (own_since, since) {
+        let (own_open, own_since) = need(self);
+        // Not only the first in line: it may need less than those behind it, or nothing any more.
+        let others = places.in_line().into_iter().filter(|other| !Arc::ptr_eq(other, self));
+        others.map(|other| need(&other)).any(|(open, since)| match (own_since, since) {
             (_, None) => false,
             (None, Some(_)) => true,
             (Some(own), Some(other)) => own_open > open + 1 || (open == 0 && other < own),
-        }
+        })
     }
 
     /// A place on the node has been found for it.

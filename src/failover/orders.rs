@@ -582,7 +582,7 @@ impl Hand {
             self.reload(until).await?;
             self.fresh_shows("synchronous_standby_names", &value, until).await?;
         } else {
-            self.fresh_promises(rule, names, until).await?;
+            self.promises(rule, names, until).await?;
         }
         // The checkpointer tells backends whether to wait at all: it has read the file before it makes a checkpoint.
         // What was acknowledged before that lies behind the position that is asked for afterwards.
@@ -595,6 +595,9 @@ impl Hand {
              AND (sync_priority > 0) IS DISTINCT FROM coalesce(application_name IN ({list}), false)"
         );
         while first(&self.run(&others, until).await?).as_deref() != Some("0") {
+            if !change {
+                self.promises(rule, names, until).await?;
+            }
             self.wait(until, || "its senders do not go by the new synchronous_standby_names yet".to_owned())
                 .await?;
         }
@@ -782,22 +785,14 @@ impl Hand {
         }
     }
 
-    /// As [`fresh_shows`](Self::fresh_shows), for `synchronous_standby_names` that an operator has written.
-    async fn fresh_promises(
-        &mut self,
-        rule: &Quorum,
-        names: &[String],
-        until: Instant,
-    ) -> Result<(), Trouble> {
-        loop {
-            let shown =
-                first(&self.look("SELECT current_setting('synchronous_standby_names')", until).await?);
-            let promised = shown.as_deref().map(|text| sync::parse_setting(text, names));
-            if promised.is_some_and(|promised| promised.as_ref() == Ok(rule)) {
-                return Ok(());
-            }
-            self.wait(until, || "synchronous_standby_names is no longer what it was".to_owned()).await?;
+    /// Whether a new session shows a `synchronous_standby_names` that an operator has written, and that is `rule`.
+    async fn promises(&self, rule: &Quorum, names: &[String], until: Instant) -> Result<(), Trouble> {
+        let shown = self.look("SELECT current_setting('synchronous_standby_names')", until).await?;
+        let promised = first(&shown).as_deref().map(|text| sync::parse_setting(text, names));
+        if promised.is_some_and(|promised| promised.as_ref() == Ok(rule)) {
+            return Ok(());
         }
+        Err(Trouble::Refused("synchronous_standby_names has been changed meanwhile".to_owned()))
     }
 
     async fn standby(&mut self, until: Instant) -> Result<Standby, Trouble> {

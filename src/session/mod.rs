@@ -1375,6 +1375,9 @@ impl Session {
                 lease.dirt = Dirt::Unknown;
             }
         }
+        if self.unit.unproven {
+            self.settings.doubt();
+        }
         if self.settings.in_flux() || !self.unit.settings.is_empty() {
             self.settle_settings().await?;
         }

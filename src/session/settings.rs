@@ -123,6 +123,14 @@ impl Settings {
         self.completed(changes);
     }
 
+    /// Code that is not understood has run: what the session has set may have other values. (A setting that it had not
+    /// set is seen by a look at the backend; this one's name and its last value are the server's own to report.)
+    pub fn doubt(&mut self) {
+        let own = self.names().filter(|name| *name != APPLICATION_NAME);
+        let touched = own.map(|name| Change::Touched(name.to_owned())).collect();
+        self.completed(touched);
+    }
+
     /// A command has completed while something is pending.
     pub fn command(&mut self, tag: &[u8]) {
         self.commands += 1;

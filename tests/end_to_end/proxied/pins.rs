@@ -474,3 +474,32 @@ async fn what_code_has_done_for_good_before_it_failed_is_still_there() {
     let unlocked = client.ask(&query("SELECT pg_advisory_unlock(77)")).await;
     assert_eq!(of(&unlocked).as_deref(), Some("t"), "a session's lock is not: {unlocked:?}");
 }
+
+#[tokio::test]
+async fn what_code_that_is_not_understood_makes_of_a_sessions_own_setting_stays_with_the_session() {
+    let cluster = Cluster::start(0).await;
+    cluster
+        .set_up(
+            "CREATE FUNCTION put_it(value text) RETURNS void LANGUAGE plpgsql AS $$ BEGIN \
+                EXECUTE 'SET work' || '_mem = ' || quote_literal(value); END $$",
+        )
+        .await;
+    let proxy = Proxy::start(&cluster).await;
+    let shown = |messages: &[Message]| {
+        messages.iter().find(|m| m.tag == b'D').map(|m| m.columns()[0].clone().unwrap())
+    };
+    let (mut client, mut other) = (proxy.raw_login().await, proxy.raw_login().await);
+    client.ask(&query("SET work_mem = '7MB'")).await;
+    for (does, expected) in [
+        ("SELECT put_it('5MB')", "5MB"),
+        ("BEGIN; SELECT put_it('6MB'); COMMIT", "6MB"),
+        ("BEGIN; SELECT put_it('9MB'); ROLLBACK", "6MB"),
+    ] {
+        client.ask(&query(does)).await;
+        // The next backend is another one.
+        other.ask(&query("BEGIN; SELECT 1")).await;
+        assert_eq!(shown(&client.ask(&query("SHOW work_mem")).await).as_deref(), Some(expected), "{does}");
+        assert_eq!(shown(&other.ask(&query("SHOW work_mem")).await).as_deref(), Some("4MB"), "{does}");
+        other.ask(&query("COMMIT")).await;
+    }
+}
