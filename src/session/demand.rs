@@ -174,6 +174,7 @@ impl Session {
         {
             let topology = self.shared.topology.load_full();
             self.bring_mark_forward(&topology);
+            self.take_shared_mark(&topology);
         }
         if let Some(fork) = self.lost.take() {
             self.fail_unit(super::place::lost(&fork))?;

@@ -93,6 +93,7 @@ impl SharedMark {
         &self,
         note: Note,
         incarnation: Incarnation,
+        beside: Option<u64>,
         samples: &impl Samples,
         topology: &Topology,
     ) {
@@ -100,7 +101,7 @@ impl SharedMark {
         shared.follow(samples, topology);
         let mark = &mut shared.mark;
         if mark.epoch() == note.epoch {
-            mark.replica_showed_one(note, incarnation, samples, topology);
+            mark.replica_showed_one(note, incarnation, beside, samples, topology);
         }
     }
 
