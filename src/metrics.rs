@@ -685,7 +685,8 @@ fn topology_metrics(now: &Registry, topology: &Topology) {
     let role = gauges("highwater_node_role", "1 at the role the node has.", &["node", "role"]);
     let bytes = gauges("highwater_replica_replay_lag_bytes", "WAL not yet replayed.", &["node"]);
     let seconds = gauges("highwater_replica_replay_lag_seconds", "Age of what is replayed.", &["node"]);
-    let rate = gauges("highwater_replica_replay_bytes_per_second", "Pace of replay with a backlog.", &["node"]);
+    let rate =
+        gauges("highwater_replica_replay_bytes_per_second", "Pace of replay with a backlog.", &["node"]);
     let catch_up = gauges("highwater_replica_catch_up_seconds", "Time to the primary's position.", &["node"]);
     let paused = gauges("highwater_replica_replay_paused", "1: replay is paused.", &["node"]);
     let delay = gauges("highwater_replica_apply_delay_seconds", "recovery_min_apply_delay.", &["node"]);

@@ -386,7 +386,9 @@ impl Mark {
         if self.place_stalled(samples, topology) {
             return true;
         }
-        let Some((note, beside)) = self.stalled().filter(|_| topology.primary.is_some()) else { return false };
+        let Some((note, beside)) = self.stalled().filter(|_| topology.primary.is_some()) else {
+            return false;
+        };
         self.hand_over(samples, topology, beside.filter(|_| note.epoch == topology.epoch));
         true
     }

@@ -38,8 +38,6 @@ enum Without {
     FreshBackend,
     /// A note counts from when the statement was sent.
     NoteAfterReady,
-    /// What the primary was sampled for before a replica showed something covers that.
-    BesideAfterReady,
     /// A sample covers a note if it was answered after it, whenever it was sent.
     CountedBeforeSent,
     /// Of sessions that share a mark, the later note replaces the earlier, whichever nodes they are on.
@@ -681,11 +679,7 @@ impl World {
     fn note(&mut self, who: usize, at: Place, early: Option<Note>) {
         let samples = Published { positions: &self.positions, without: self.without };
         let note = early.unwrap_or_else(|| samples.note(at.node, Epoch(1)));
-        let beside = match self.without {
-            // As if it were read when the session began.
-            Without::BesideAfterReady => Some(0),
-            _ => Some(samples.note(PRIMARY, Epoch(1)).counter),
-        };
+        let beside = Some(samples.note(PRIMARY, Epoch(1)).counter);
         if self.promised == Promised::Shared {
             let other = self.shared.awaits().is_some_and(|other| other != at.node);
             return match at.node {
@@ -777,7 +771,6 @@ fn with_any_part_of_the_rule_left_out_some_session_does() {
         (Promised::Own, Without::Sticky),
         (Promised::Own, Without::FreshBackend),
         (Promised::Own, Without::NoteAfterReady),
-        (Promised::Own, Without::BesideAfterReady),
         (Promised::Own, Without::CountedBeforeSent),
         (Promised::Shared, Without::Merging),
         (Promised::Shared, Without::NoteBeforeBytes),

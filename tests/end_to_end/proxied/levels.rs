@@ -658,3 +658,207 @@ async fn in_shadow_all_runs_on_the_primary_and_what_replicas_would_get_is_counte
     assert_eq!(reads_on_replicas(&proxy).await, 0.0);
     cluster.node(1).resume_replay().await.unwrap();
 }
+
+async fn samples(proxy: &Proxy, node: &str) -> f64 {
+    proxy.metrics().await.sum("highwater_samples_total", &[("node", node)])
+}
+
+async fn waits(proxy: &Proxy) -> f64 {
+    let metrics = proxy.metrics().await;
+    let count = |what| metrics.sum("highwater_wait_seconds_count", &[("for", what)]);
+    count("mark") + count("floor")
+}
+
+#[tokio::test]
+async fn strong_reads_that_wait_at_the_same_time_share_a_sample_of_the_primary() {
+    const TOGETHER: usize = 16;
+    const READS: usize = 40;
+    let cluster = with_counter(1).await;
+    let proxy = start(&cluster, "level: strong, catch_up_wait: 5s").await;
+    let mut clients = Vec::new();
+    for _ in 0..TOGETHER {
+        clients.push(proxy.connect().await);
+    }
+    warm(&proxy, &clients[0]).await;
+    let read = async |client: &tokio_postgres::Client| {
+        for _ in 0..READS {
+            client.simple_query("SELECT n FROM counter").await.unwrap();
+        }
+    };
+    let before = samples(&proxy, "a").await;
+    read(&clients[0]).await;
+    let alone = (samples(&proxy, "a").await - before) / READS as f64;
+    let before = samples(&proxy, "a").await;
+    futures_util::future::join_all(clients.iter().map(read)).await;
+    let together = (samples(&proxy, "a").await - before) / (TOGETHER * READS) as f64;
+    println!("samples of the primary per read: {alone} alone, {together} of {TOGETHER} together");
+    assert!(alone >= 1.0, "each needs one that is sent after it came: {alone}");
+    assert!(together < alone / 2.0, "{together} together, {alone} alone");
+}
+
+/// What a session was shown last is placed while it rests, though nobody asks for it.
+#[tokio::test]
+async fn a_session_that_rests_between_statements_waits_for_no_sample() {
+    let cluster = with_counter(1).await;
+    let proxy = start(&cluster, "catch_up_wait: 5s").await;
+    let client = proxy.connect().await;
+    warm(&proxy, &client).await;
+    let rest = async || {
+        let (a, b) = (samples(&proxy, "a").await, samples(&proxy, "b").await);
+        // The one that is under way does not count; and replay may have to be seen to be over.
+        eventually("both have been sampled", async || {
+            samples(&proxy, "a").await > a + 2.0 && samples(&proxy, "b").await > b + 2.0
+        })
+        .await;
+    };
+    let before = waits(&proxy).await;
+    for _ in 0..10 {
+        client.execute("UPDATE counter SET n = n + 1", &[]).await.unwrap();
+        cluster.wait_caught_up(0).await.unwrap();
+        rest().await;
+        client.query_one("SELECT n FROM counter", &[]).await.unwrap();
+        rest().await;
+    }
+    let after = waits(&proxy).await;
+    assert!(after - before <= 1.0, "{} waits in 20 statements: the first has a past", after - before);
+    assert!(reads_on_replicas(&proxy).await >= 10.0);
+}
+
+/// Of sessions that share a mark one that writes is not kept waiting by what the others go on being shown.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_at_level_global_waits_for_what_was_shown_before_it_came_and_no_more() {
+    let cluster = with_counter(2).await;
+    let proxy = start(&cluster, "level: global, catch_up_wait: 5s").await;
+    let (writer, first) = (proxy.connect().await, proxy.connect().await);
+    warm(&proxy, &first).await;
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let mut readers = vec![first];
+    for _ in 0..7 {
+        readers.push(proxy.connect().await);
+    }
+    let read = async |client: &tokio_postgres::Client| {
+        while !stop.load(Ordering::Relaxed) {
+            client.simple_query("SELECT n FROM counter").await.unwrap();
+        }
+    };
+    let reading = futures_util::future::join_all(readers.iter().map(read));
+    let writing = async {
+        let (mut most, mut all) = (0.0f64, 0.0f64);
+        for _ in 0..30 {
+            let before = samples(&proxy, "a").await;
+            writer.execute("UPDATE counter SET n = n + 1", &[]).await.unwrap();
+            let taken = samples(&proxy, "a").await - before;
+            (most, all) = (most.max(taken), all + taken);
+        }
+        stop.store(true, Ordering::Relaxed);
+        (most, all)
+    };
+    let ((most, all), _) = futures_util::future::join(writing, reading).await;
+    println!("samples of the primary during a write: {} on average, {most} at most", all / 30.0);
+    // One under way when it comes, one of its own, one more for the floor; the rest are taken meanwhile by the test's
+    // own questions.
+    assert!(all / 30.0 < 20.0, "{all}");
+}
+
+/// A replica's replay stands still, and the primary is gone: what the replica has shown is placed by what it has received.
+#[tokio::test]
+async fn what_a_paused_replica_has_shown_is_placed_without_the_primary() {
+    let cluster = with_counter(2).await;
+    let overrides = "
+failover: { check_interval: 100ms, check_timeout: 10s, pause_timeout: 5s }
+consistency:
+  level: strong
+  max_lag: 1h
+  quorum_reads: { replicas: [ b, c ], applied_by: 1 }
+  primary_read_wait: 10s";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    cluster.primary().set("synchronous_commit", "remote_apply").await.unwrap();
+    cluster.primary().set("synchronous_standby_names", "ANY 1 (b, c)").await.unwrap();
+    let (writer, reader) = (proxy.connect().await, proxy.connect().await);
+    warm(&proxy, &reader).await;
+    cluster.node(2).pause_replay().await.unwrap();
+    writer.execute("UPDATE counter SET n = 1", &[]).await.unwrap();
+    // It has received the write, and does not show it.
+    cluster
+        .node(2)
+        .wait_for("SELECT pg_last_wal_receive_lsn() > pg_last_wal_replay_lsn()", "t")
+        .await
+        .unwrap();
+    // The session's last read is one of the replica that stands still.
+    let on_c = async || {
+        proxy.metrics().await.sum("highwater_statements_total", &[("node", "c"), ("reason", "read")])
+    };
+    let before = on_c().await;
+    eventually("the replica that stands still is read from", async || {
+        let sql = "SELECT n FROM counter /* highwater.consistency=session */";
+        reader.simple_query(sql).await.unwrap();
+        on_c().await > before
+    })
+    .await;
+    cluster.primary().crash().await.unwrap();
+    eventually("it is gone", async || {
+        proxy.metrics().await.sum("highwater_node_up", &[("node", "a")]) == 0.0
+    })
+    .await;
+    let read = reader.query_one("SELECT n FROM counter", &[]).await;
+    assert_eq!(read.unwrap().get::<_, i64>(0), 1, "{}", proxy.log());
+}
+
+/// How fast a replica replays is measured while it has much to replay, and shown.
+#[tokio::test]
+async fn the_pace_of_a_replica_that_has_fallen_behind_is_measured_and_shown() {
+    let cluster = with_counter(1).await;
+    let proxy = start(&cluster, "max_lag: 1h").await;
+    let client = proxy.connect().await;
+    warm(&proxy, &client).await;
+    let rate =
+        async || proxy.metrics().await.sum("highwater_replica_replay_bytes_per_second", &[("node", "b")]);
+    let direct = cluster.primary().connect("app", proxy.app()).await.unwrap();
+    direct.batch_execute("CREATE TABLE much (x text)").await.unwrap();
+    eventually("a pace is measured", async || {
+        cluster.node(1).pause_replay().await.unwrap();
+        direct
+            .batch_execute("INSERT INTO much SELECT repeat('x', 1000) FROM generate_series(1, 10000)")
+            .await
+            .unwrap();
+        cluster.node(1).resume_replay().await.unwrap();
+        for _ in 0..20 {
+            client.execute("UPDATE counter SET n = n + 1", &[]).await.unwrap();
+            client.query_one("SELECT n FROM counter", &[]).await.unwrap();
+        }
+        rate().await > 0.0
+    })
+    .await;
+    eventually("it has caught up, and says so", async || {
+        proxy.metrics().await.sum("highwater_replica_replay_lag_bytes", &[("node", "b")]) == 0.0
+    })
+    .await;
+    let metrics = proxy.metrics().await;
+    assert_eq!(metrics.sum("highwater_replica_catch_up_seconds", &[("node", "b")]), 0.0);
+    assert!(rate().await > 0.0, "a pace outlives the backlog");
+}
+
+/// Questions per second to a node that nobody uses.
+#[tokio::test]
+async fn an_idle_cluster_is_asked_no_more_than_twice_a_second() {
+    let cluster = with_counter(1).await;
+    let _proxy = Proxy::start(&cluster).await;
+    // What the servers count of it: each question is a transaction in the database of the control connections.
+    let sql = "SELECT coalesce(sum(xact_commit + xact_rollback), 0) FROM pg_stat_database WHERE datname = 'postgres'";
+    let count = async |node: usize| -> f64 {
+        cluster.node(node).query_text(sql).await.unwrap().parse::<f64>().unwrap()
+    };
+    // The start asks more, and sessions of other tests' clusters are no concern here.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let begun = std::time::Instant::now();
+    let before = [count(0).await, count(1).await];
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    let after = [count(0).await, count(1).await];
+    let seconds = begun.elapsed().as_secs_f64();
+    for (before, after) in before.into_iter().zip(after) {
+        // Servers count a transaction up to a second late, and the test's own questions are two.
+        let most = 2.2 * (seconds + 1.0) + 4.0;
+        println!("{} questions in {seconds:.1} s", after - before);
+        assert!(after - before <= most, "{} questions in {seconds} s", after - before);
+    }
+}
