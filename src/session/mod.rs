@@ -1109,7 +1109,9 @@ impl Session {
                 || asks_by_comment && self.status == TransactionStatus::InTransaction)
         {
             // A pinned session's mark holds for its backend, too.
-            self.take_shared_mark(&self.shared.topology.load_full());
+            let topology = self.shared.topology.load_full();
+            self.bring_mark_forward(&topology);
+            self.take_shared_mark(&topology);
             self.ask_freshness();
             loop {
                 if let Err(report) = self.await_primary().await? {

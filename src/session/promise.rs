@@ -466,7 +466,11 @@ impl Session {
     pub(super) fn take_shared_mark(&mut self, topology: &Topology) {
         if let Some(shared) = &self.shared_mark {
             self.join_global(shared, topology);
-            self.mark = shared.bring_forward(&*self.shared.positions, topology);
+            let theirs = shared.bring_forward(&*self.shared.positions, topology);
+            // Others may have followed into an epoch of which this session has not been told yet.
+            if theirs.epoch() == self.mark.epoch() {
+                self.mark = theirs;
+            }
         }
     }
 
@@ -511,7 +515,11 @@ impl Session {
             }
         }
         let Some(own) = &self.shared_mark else { return false };
-        self.mark = own.bring_forward(&*positions, &topology);
+        let theirs = own.bring_forward(&*positions, &topology);
+        // Else there is an epoch of which this session has not been told yet: it follows before its next statement.
+        if theirs.epoch() == self.mark.epoch() {
+            self.mark = theirs;
+        }
         true
     }
 

@@ -8,9 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use futures_util::SinkExt;
 use highwater::demo::cluster::{Login, PrivateNode};
-use tokio_postgres::types::ToSql;
 use tokio_postgres::{AsyncMessage, NoTls};
 
 use super::consistency::{Trouble, a_while, synchronous};
@@ -48,14 +46,7 @@ async fn with_lists(replicas: usize, operations: usize) -> Cluster {
         .set_up(&format!(
             "CREATE TABLE lists (k int PRIMARY KEY, v int[] NOT NULL);
              INSERT INTO lists SELECT i, '{{}}' FROM generate_series(0, {lists}) i;
-             GRANT SELECT, UPDATE ON lists TO PUBLIC;
-             CREATE FUNCTION append(list int, element int) RETURNS int LANGUAGE sql
-               AS 'UPDATE lists SET v = v || element WHERE k = list RETURNING 1';
-             CREATE TABLE incoming (k int, element int);
-             GRANT INSERT ON incoming TO PUBLIC;
-             CREATE FUNCTION take() RETURNS trigger LANGUAGE plpgsql
-               AS 'BEGIN PERFORM append(NEW.k, NEW.element); RETURN NULL; END';
-             CREATE TRIGGER take BEFORE INSERT ON incoming FOR EACH ROW EXECUTE FUNCTION take()"
+             GRANT SELECT, UPDATE ON lists TO PUBLIC"
         ))
         .await;
     cluster
@@ -122,83 +113,6 @@ impl Player<'_> {
             Player::Changing => "changing",
             Player::Named(_) => "named",
         }
-    }
-}
-
-/// How an append is made: all that can hide a commit from one who looks for writes.
-#[derive(Clone, Copy)]
-enum Way {
-    Statement,
-    Transaction,
-    OneMessage,
-    Function,
-    Copy,
-    Do,
-    With,
-    /// Beside a read, in one flight.
-    Pipeline,
-}
-
-impl Way {
-    const ALL: [Way; 8] = [
-        Way::Statement,
-        Way::Transaction,
-        Way::OneMessage,
-        Way::Function,
-        Way::Copy,
-        Way::Do,
-        Way::With,
-        Way::Pipeline,
-    ];
-
-    fn any() -> Way {
-        let chance = usize::from(rand::random::<u8>());
-        // Half of them plain ones.
-        if chance < 128 { Way::Statement } else { Way::ALL[chance % Way::ALL.len()] }
-    }
-
-    async fn append(
-        self,
-        client: &tokio_postgres::Client,
-        list: i32,
-        element: i32,
-    ) -> Result<(), tokio_postgres::Error> {
-        const UPDATE: &str = "UPDATE lists SET v = v || $1::int WHERE k = $2";
-        let update = format!("UPDATE lists SET v = v || {element} WHERE k = {list}");
-        match self {
-            Way::Statement => assert_eq!(client.execute(UPDATE, &[&element, &list]).await?, 1),
-            Way::Transaction => {
-                client.batch_execute("BEGIN").await?;
-                assert_eq!(client.execute(UPDATE, &[&element, &list]).await?, 1);
-                client.batch_execute("COMMIT").await?;
-            }
-            Way::OneMessage => client.batch_execute(&format!("BEGIN; {update}; COMMIT")).await?,
-            Way::Function => {
-                let row = client.query_one("SELECT append($1, $2)", &[&list, &element]).await?;
-                assert_eq!(row.get::<_, i32>(0), 1);
-            }
-            Way::Copy => {
-                let sink = client.copy_in::<_, bytes::Bytes>("COPY incoming FROM STDIN").await?;
-                let mut sink = std::pin::pin!(sink);
-                sink.send(format!("{list}\t{element}\n").into()).await?;
-                sink.finish().await?;
-            }
-            Way::Do => client.batch_execute(&format!("DO $$ BEGIN {update}; END $$")).await?,
-            Way::With => {
-                let with = format!("WITH done AS ({update} RETURNING 1) SELECT count(*) FROM done");
-                assert_eq!(client.query_one(&with, &[]).await?.get::<_, i64>(0), 1);
-            }
-            Way::Pipeline => {
-                let (both, only): ([&(dyn ToSql + Sync); 2], [&(dyn ToSql + Sync); 1]) =
-                    ([&element, &list], [&list]);
-                let update = client.execute(UPDATE, &both);
-                let read = client.query("SELECT v FROM lists WHERE k = $1", &only);
-                let (updated, read) = futures_util::future::join(update, read).await;
-                assert_eq!(updated?, 1);
-                read?;
-            }
-        }
-        Ok(())
     }
 }
 
@@ -346,9 +260,7 @@ impl<'a> Run<'a> {
                     }
                     // Nothing is promised about what came before. After HW001 the session itself can be used.
                     let lost = error.code().is_some_and(|code| code.code() == "HW001");
-                    // It may have met the statement of a transaction.
-                    let usable = lost && seat.connection.client.batch_execute("ROLLBACK").await.is_ok();
-                    if usable && !named {
+                    if lost && !named {
                         seat.session = self.new_session();
                     } else {
                         seat = self.sit(player, Some(seat.generation)).await;
@@ -360,28 +272,21 @@ impl<'a> Run<'a> {
 
     async fn append(&self, client: &tokio_postgres::Client, key: usize) -> Came {
         let value = self.values.fetch_add(1, Ordering::SeqCst);
+        let sql = "UPDATE lists SET v = v || $1::int WHERE k = $2";
         let (element, list) = (i32::try_from(value).unwrap(), i32::try_from(key).unwrap());
         let what = What::Append { key, value };
-        match Way::any().append(client, list, element).await {
-            Ok(()) => Came::Done(what),
+        match client.execute(sql, &[&element, &list]).await {
+            Ok(rows) => {
+                assert_eq!(rows, 1);
+                Came::Done(what)
+            }
             Err(error) => Came::Failed(Some(what), error),
         }
     }
 
     async fn read(&self, client: &tokio_postgres::Client, key: usize) -> Came {
-        let row = async {
-            let key = i32::try_from(key).unwrap();
-            let apart = rand::random::<u8>() < 32;
-            if apart {
-                client.batch_execute("BEGIN READ ONLY").await?;
-            }
-            let row = client.query_one("SELECT v FROM lists WHERE k = $1", &[&key]).await?;
-            if apart {
-                client.batch_execute("COMMIT").await?;
-            }
-            Ok(row)
-        };
-        match row.await {
+        let row = client.query_one("SELECT v FROM lists WHERE k = $1", &[&i32::try_from(key).unwrap()]).await;
+        match row {
             Ok(row) => {
                 let list: Vec<i32> = row.get(0);
                 let list = list.into_iter().map(|v| u32::try_from(v).unwrap()).collect();
@@ -536,24 +441,6 @@ fn nodes(cluster: &Cluster) -> [std::sync::Arc<PrivateNode>; 2] {
     [cluster.node(1).clone(), cluster.node(2).clone()]
 }
 
-/// The primary's server crashes, or one backend of it, which takes the others along; and is there again.
-fn primary_crashes(cluster: &Cluster) -> Trouble {
-    let node = cluster.primary().clone();
-    Trouble::begin(move || {
-        let node = node.clone();
-        async move {
-            a_while(800).await;
-            if rand::random() {
-                node.crash().await.unwrap();
-                node.start().await.unwrap();
-            } else {
-                node.crash_backend().await.unwrap();
-            }
-            a_while(800).await;
-        }
-    })
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_level_breaks_its_promise_while_replay_stops_and_goes_beside_a_synchronous_standby() {
     let operations = wanted(6_000);
@@ -619,7 +506,20 @@ async fn no_level_breaks_its_promise_while_the_primary_restarts() {
     let operations = wanted(3_000);
     let cluster = with_lists(2, operations).await;
     let proxy = start(&cluster).await;
-    let trouble = primary_crashes(&cluster);
+    let node = cluster.primary().clone();
+    let trouble = Trouble::begin(move || {
+        let node = node.clone();
+        async move {
+            a_while(800).await;
+            if rand::random() {
+                node.crash().await.unwrap();
+                node.start().await.unwrap();
+            } else {
+                node.crash_backend().await.unwrap();
+            }
+            a_while(800).await;
+        }
+    });
     play("the primary restarts", &cluster, &proxy, operations, Errors::Allowed).await;
     trouble.end().await;
 }
@@ -703,7 +603,20 @@ async fn no_level_breaks_its_promise_silently_when_a_crash_takes_commits_that_no
     let cluster = with_lists(2, operations).await;
     cluster.primary().execute("ALTER ROLE ALL SET synchronous_commit = off").await.unwrap();
     let proxy = start(&cluster).await;
-    let trouble = primary_crashes(&cluster);
+    let node = cluster.primary().clone();
+    let trouble = Trouble::begin(move || {
+        let node = node.clone();
+        async move {
+            a_while(800).await;
+            if rand::random() {
+                node.crash().await.unwrap();
+                node.start().await.unwrap();
+            } else {
+                node.crash_backend().await.unwrap();
+            }
+            a_while(800).await;
+        }
+    });
     let history = record(&proxy, operations).await;
     trouble.end().await;
     let primary = cluster.primary();
