@@ -84,6 +84,10 @@ impl SharedMark {
         shared.follow(samples, topology);
         let mark = &mut shared.mark;
         if mark.epoch() == note.epoch {
+            // What is known of the earlier note need not be merged with this one.
+            if mark.epoch() == topology.epoch {
+                mark.absorb(samples, topology);
+            }
             mark.primary_showed_one(note, samples, topology);
         }
     }
@@ -101,6 +105,10 @@ impl SharedMark {
         shared.follow(samples, topology);
         let mark = &mut shared.mark;
         if mark.epoch() == note.epoch {
+            // What is known of the earlier note need not be merged with this one.
+            if mark.epoch() == topology.epoch {
+                mark.absorb(samples, topology);
+            }
             mark.replica_showed_one(note, incarnation, beside, samples, topology);
         }
     }
