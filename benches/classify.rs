@@ -1,4 +1,5 @@
-//! What a classification costs: a hit by whole text, a hit by skeleton, the scan of texts never seen, the second
+//! What a classification costs: a hit by whole text, a hit by shape (another value in it), a hit by
+//! skeleton (other white space, too), the scan of texts never seen, the second
 //! opinion with its way to the parser's thread and back, and both together; and what the facts of a database with 50,000
 //! relations cost to read and to hold (a private server is made for that). Two minutes; a word behind `--` picks among them.
 #![allow(missing_docs, clippy::print_stdout)]
@@ -44,6 +45,12 @@ fn classify(c: &mut Criterion) {
     }
     c.bench_function("hit by whole text", |b| b.iter(|| lookup(black_box(ORM))));
     let texts: Vec<String> = (0..100_000).map(|n| ORM.replace("20", &n.to_string())).collect();
+    let mut next = texts.iter().cycle();
+    c.bench_function("hit by shape", |b| b.iter(|| lookup(black_box(next.next().expect("cycles")))));
+    // More texts than the tables hold, each with its own white space.
+    let blanks = |n: usize| (0..17).map(|bit| if n >> bit & 1 == 1 { ' ' } else { '\t' }).collect::<String>();
+    let texts: Vec<String> =
+        (0..100_000).map(|n| ORM.replacen("SELECT ", &format!("SELECT{} ", blanks(n)), 1)).collect();
     let mut next = texts.iter().cycle();
     c.bench_function("hit by skeleton", |b| b.iter(|| lookup(black_box(next.next().expect("cycles")))));
     // Another name in each text, so that neither table knows it: hashing, scan and two look-ups that miss.

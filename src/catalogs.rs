@@ -21,12 +21,18 @@ use crate::classify::tree::Use;
 use crate::classify::{safe_function_names, safe_system_names};
 use crate::node::Nodes;
 use crate::topology::{Epoch, NodeId, TopologyHandle};
+use crate::wal::{Lsn, round_down_page_header};
 
 /// Time between two looks at the change counters.
 const POLL: Duration = Duration::from_secs(1);
 
 /// How long one look or one load may take before the catalog counts as unknown.
 const QUESTION: Duration = Duration::from_secs(20);
+
+/// Up to where the primary's log goes, asked after the facts were read: it holds all that they rest on.
+const POSITION_SQL: &str = "\
+SELECT pg_catalog.pg_current_wal_insert_lsn()::text, pg_catalog.current_setting('wal_block_size')::pg_catalog.int8, \
+       pg_catalog.pg_size_bytes(pg_catalog.current_setting('wal_segment_size'))";
 
 /// For `query_raw`, which wants a type for no parameters.
 const NO_PARAMETERS: [&(dyn tokio_postgres::types::ToSql + Sync); 0] = [];
@@ -48,12 +54,18 @@ pub struct Catalogs {
 /// One database's catalog.
 pub struct DatabaseCatalog {
     current: ArcSwap<Catalog>,
+    /// The last facts that were known.
+    last: Mutex<Option<Arc<Catalog>>>,
+    /// A replica that has not replayed up to here still has something unsafe where the facts say safe.
+    safe_from: AtomicU64,
     identities: Arc<AtomicU64>,
     /// Raised by each invalidation: a load that began before the last one is thrown away.
     generation: Mutex<u64>,
     wanted: Notify,
     /// No session uses it: its loader ends.
     released: AtomicBool,
+    /// Changes of the catalog are not counted, and that has been said.
+    uncounted: AtomicBool,
 }
 
 impl Catalogs {
@@ -160,10 +172,13 @@ impl DatabaseCatalog {
         let identity = identities.fetch_add(1, Ordering::Relaxed);
         Arc::new(DatabaseCatalog {
             current: ArcSwap::from_pointee(Catalog::unknown(identity)),
+            last: Mutex::new(None),
+            safe_from: AtomicU64::new(0),
             identities: Arc::clone(identities),
             generation: Mutex::new(0),
             wanted: Notify::new(),
             released: AtomicBool::new(false),
+            uncounted: AtomicBool::new(false),
         })
     }
 
@@ -197,13 +212,28 @@ impl DatabaseCatalog {
         }
     }
 
-    /// Publishes what was read, unless it was invalidated since `started`.
-    fn publish(&self, started: u64, rows: CatalogRows) -> bool {
-        let catalog = Catalog::from_rows(self.next_identity(), rows);
+    /// The position that a replica must have replayed to be what the facts say. Moves only when something that was
+    /// unsafe has become safe: a function whose body took a lock is not asked of a replica that has that body still.
+    pub fn safe_from(&self) -> Lsn {
+        Lsn(self.safe_from.load(Ordering::Acquire))
+    }
+
+    /// Publishes what was read, unless it was invalidated since `started`. `position`: it had all been written up to
+    /// there.
+    fn publish(&self, started: u64, rows: CatalogRows, position: Lsn) -> bool {
+        let catalog = Arc::new(Catalog::from_rows(self.next_identity(), rows));
         let generation = self.generation();
         let fresh = *generation == started;
         if fresh {
-            self.current.store(Arc::new(catalog));
+            let mut last = self.last.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            // Before the facts: who sees them sees this.
+            // A new primary's log may be shorter: it has all that its facts rest on at its end.
+            let of_another = position < self.safe_from();
+            if of_another || last.as_ref().is_some_and(|last| catalog.allows_more_than(last)) {
+                self.safe_from.store(position.0, Ordering::Release);
+            }
+            *last = Some(Arc::clone(&catalog));
+            self.current.store(catalog);
         }
         fresh
     }
@@ -264,7 +294,14 @@ async fn refresh(
     let generation = *database.generation();
     let mut client = nodes.client(primary, name).await.map_err(|error| error.cause)?;
     let counters = client.query_one(catalog::CHANGES_SQL, &[]).await.map_err(|error| error.to_string())?;
-    let changes: i64 = counters.try_get(0).map_err(|error| error.to_string())?;
+    let changes: Option<i64> = counters.try_get(0).map_err(|error| error.to_string())?;
+    if !database.uncounted.swap(changes.is_none(), Ordering::Relaxed) && changes.is_none() {
+        tracing::warn!(
+            database = name,
+            "track_counts is off: statements of this database run on the primary"
+        );
+    }
+    let changes = changes.ok_or("changes of the catalog are not counted")?;
     let version: i32 = counters.try_get(1).map_err(|error| error.to_string())?;
     nodes.login_settings.read(counters.try_get(2).map_err(|error| error.to_string())?);
     let next = Basis { primary, epoch, changes, generation };
@@ -274,7 +311,18 @@ async fn refresh(
     let major = u16::try_from(version / 10_000).unwrap_or_default();
     let mut rows = load(&mut client, major).await.map_err(|error| error.to_string())?;
     rows.overrides = nodes.functions();
-    Ok(database.publish(generation, rows).then_some(next))
+    let position = position(&client).await?;
+    Ok(database.publish(generation, rows, position).then_some(next))
+}
+
+async fn position(client: &tokio_postgres::Client) -> Result<Lsn, String> {
+    let row = client.query_one(POSITION_SQL, &[]).await.map_err(|error| error.to_string())?;
+    let text: &str = row.try_get(0).map_err(|error| error.to_string())?;
+    let size = |column| {
+        row.try_get::<_, i64>(column).map(|size| size.max(0) as u64).map_err(|error| error.to_string())
+    };
+    let insert: Lsn = text.parse().map_err(|_| format!("no position: {text}"))?;
+    Ok(round_down_page_header(insert, size(1)?, size(2)?))
 }
 
 /// Reads the facts in one snapshot.
@@ -289,7 +337,8 @@ pub async fn load(
         .start()
         .await?;
     let (functions, names) = (safe_function_names(), safe_system_names());
-    let mut rows = CatalogRows { server_major, ..CatalogRows::default() };
+    let encoding = transaction.query_one(catalog::ENCODING_SQL, &[]).await?;
+    let mut rows = CatalogRows { server_major, utf8: encoding.try_get(0)?, ..CatalogRows::default() };
     for row in transaction.query(catalog::SETTERS_SQL, &[]).await? {
         rows.setters.push(row.try_get(0)?);
     }
@@ -366,6 +415,9 @@ async fn read_objects(
                 rows.tree(Object::Function(function.oid), tree, Use::Evaluated);
             }
         }
+        if function.language == "sql" {
+            rows.in_sql.insert(function.oid);
+        }
         rows.functions.push(function);
     }
     for row in transaction.query(catalog::OPERATORS_SQL, &[]).await? {
@@ -399,14 +451,48 @@ mod tests {
         let database = DatabaseCatalog::new(&Arc::new(AtomicU64::new(0)));
         let started = *database.generation();
         database.invalidate();
-        assert!(!database.publish(started, CatalogRows::default()));
+        assert!(!database.publish(started, CatalogRows::default(), Lsn(1)));
         assert!(!database.current().is_loaded());
         let started = *database.generation();
-        assert!(database.publish(started, CatalogRows::default()));
+        assert!(database.publish(started, CatalogRows::default(), Lsn(2)));
         let loaded = database.current();
         assert!(loaded.is_loaded());
         database.invalidate();
         assert!(!database.current().is_loaded());
         assert_ne!(database.current().identity(), loaded.identity());
+    }
+
+    #[test]
+    fn what_has_become_safe_is_so_from_where_the_log_stood() {
+        let database = DatabaseCatalog::new(&Arc::new(AtomicU64::new(0)));
+        let facts = |harmless: &str| CatalogRows {
+            functions: vec![FunctionRow {
+                name: "f".into(),
+                language: "sql".into(),
+                kind: "f".into(),
+                source: harmless.into(),
+                ..FunctionRow::default()
+            }],
+            ..CatalogRows::default()
+        };
+        let mut at = 0;
+        let publish_at = |at: u64, body: &str| {
+            database.invalidate();
+            let started = *database.generation();
+            assert!(database.publish(started, facts(body), Lsn(at)));
+            database.safe_from()
+        };
+        let mut publish = |body: &str| {
+            at += 10;
+            publish_at(at, body)
+        };
+        assert_eq!(publish("select pg_advisory_lock(1)"), Lsn::ZERO);
+        assert_eq!(publish("select pg_advisory_lock(2)"), Lsn::ZERO);
+        assert_eq!(publish("select 1"), Lsn(30));
+        assert_eq!(publish("select 2"), Lsn(30));
+        assert_eq!(publish("select pg_advisory_lock(1)"), Lsn(30));
+        assert_eq!(publish("select 1"), Lsn(60));
+        // A primary that begins behind that.
+        assert_eq!(publish_at(35, "select 1"), Lsn(35));
     }
 }

@@ -17,6 +17,7 @@ use crate::consistency::{Durability, LagLimit, Level, OnStale, Override, Promise
 
 pub mod given;
 pub mod live;
+pub mod near;
 
 /// A secret text: never shown by `Debug`.
 #[derive(Clone, PartialEq, Eq)]
@@ -252,6 +253,8 @@ pub struct PoolConfig {
     pub mode: PoolMode,
     /// Backends at most per (node, database, user).
     pub size: usize,
+    /// Backends at most per node, of all pools together; zero: no bound.
+    pub max_backends_per_node: usize,
     /// What is set apart for users; it goes before what is for databases.
     pub users: Vec<PoolOverride>,
     /// What is set apart for databases.
@@ -266,6 +269,8 @@ pub struct PoolConfig {
     pub server_lifetime: Duration,
     /// Prepared statements at most per backend; the least recently used is closed.
     pub max_prepared: usize,
+    /// Unnamed statements whose text was seen before are served by those that sessions share.
+    pub share_unnamed: bool,
 }
 
 impl PoolConfig {
@@ -525,6 +530,15 @@ pub enum FailoverMode {
     Auto,
 }
 
+/// How a session is told that a write of its own is known to be lost in a failover.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LostWrite {
+    /// Its next statement fails.
+    Error,
+    /// A notice goes ahead of the answer to it.
+    Notice,
+}
+
 /// What an acknowledged commit is worth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DurabilityMode {
@@ -599,6 +613,8 @@ pub struct FailoverConfig {
     pub min_failover_interval: Duration,
     /// `async`: go on also when most nodes cannot be reached.
     pub allow_minority: bool,
+    /// How a session is told of a write of its own that is lost.
+    pub lost_write: LostWrite,
     /// Who may be promoted; empty: all, alike.
     pub candidates: Vec<CandidateConfig>,
     /// Whether an old primary that comes back is made read-only.
@@ -684,11 +700,13 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
         &[
             "mode",
             "size",
+            "max_backends_per_node",
             "query_wait_timeout",
             "connect_timeout",
             "server_idle_timeout",
             "server_lifetime",
             "max_prepared",
+            "share_unnamed",
             "users",
             "databases",
         ],
@@ -761,6 +779,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "max_lost_bytes",
             "min_failover_interval",
             "allow_minority",
+            "lost_write",
             "candidates",
             "fence",
             "sync",
@@ -892,12 +911,11 @@ impl Config {
             Ok(tree) => tree,
             Err(e) => {
                 let (line, column) = e.location().map_or((0, 0), |l| (l.line(), l.column()));
-                return Err(fail(vec![Problem {
-                    line,
-                    column,
-                    path: String::new(),
-                    message: bare_message(&e),
-                }]));
+                let mut message = bare_message(&e);
+                if text.lines().nth(line.saturating_sub(1)).is_some_and(|line| line.contains('\t')) {
+                    message += " (there is a tab in this line; YAML indents with spaces)";
+                }
+                return Err(fail(vec![Problem { line, column, path: String::new(), message }]));
             }
         };
         let mut reader = Reader { env, found: Vec::new(), ignored: Vec::new() };
@@ -1161,6 +1179,11 @@ impl<'t> Section<'t> {
     }
 }
 
+/// The key that was probably meant. One that is allowed tells nothing of what was written in its place.
+fn perhaps(key: &str, allowed: &[&str]) -> String {
+    near::nearest(key, allowed.iter().copied()).map_or(String::new(), |word| format!("perhaps {word}; "))
+}
+
 impl Reader<'_> {
     fn wrong(&mut self, trail: &Trail, message: impl Into<String>) {
         self.found.push((trail.clone(), message.into()));
@@ -1178,7 +1201,8 @@ impl Reader<'_> {
         for (i, (key, _)) in entries.iter().enumerate() {
             let at = trail.key(i, key, Step::Key);
             if !allowed.contains(&key.as_str()) {
-                let allowed_here = format!("allowed here: {}", allowed.join(", "));
+                let meant = perhaps(key, allowed);
+                let allowed_here = format!("{meant}allowed here: {}", allowed.join(", "));
                 if allowed.contains(&"password") {
                     // `{ password: abc,def }` makes a key of half a secret: it is not shown.
                     let at = Trail { shown: trail.shown.clone(), ..at };
@@ -1369,7 +1393,9 @@ impl Reader<'_> {
                 format!("`{given}` is not available in this version; allowed here: {allowed}"),
             );
         } else {
-            self.wrong(&trail, format!("expected one of {allowed}, not {}", tree.kind()));
+            let meant = near::nearest(given, words.iter().map(|(word, _)| *word));
+            let meant = meant.map_or(String::new(), |word| format!("; perhaps {word}"));
+            self.wrong(&trail, format!("expected one of {allowed}, not {}{meant}", tree.kind()));
         }
         default
     }
@@ -1691,11 +1717,13 @@ impl Reader<'_> {
         PoolConfig {
             mode: self.choice(&section, "mode", &POOL_MODES, &[], PoolMode::Transaction),
             size: self.number(&section, "size", 1..=100_000, 20) as usize,
+            max_backends_per_node: self.number(&section, "max_backends_per_node", 0..=100_000, 0) as usize,
             query_wait_timeout: self.time(&section, "query_wait_timeout", Duration::from_secs(30), least),
             connect_timeout: self.time(&section, "connect_timeout", Duration::from_secs(5), least),
             server_idle_timeout: self.time(&section, "server_idle_timeout", Duration::from_secs(600), least),
             server_lifetime: self.time(&section, "server_lifetime", Duration::from_secs(3600), least),
             max_prepared: self.number(&section, "max_prepared", 1..=100_000, 200) as usize,
+            share_unnamed: self.flag(&section, "share_unnamed", false),
             users: self.pool_overrides(&section, "users", "pool.users[]"),
             databases: self.pool_overrides(&section, "databases", "pool.databases[]"),
         }
@@ -1954,6 +1982,7 @@ impl Reader<'_> {
         let mode = self.choice(&section, "mode", &words, &[], FailoverMode::Manual);
         let levels = [("async", DurabilityMode::Async), ("quorum", DurabilityMode::Quorum)];
         let durability = self.choice(&section, "durability", &levels, &[], DurabilityMode::Async);
+        let told = [("error", LostWrite::Error), ("notice", LostWrite::Notice)];
         let state_dir = self.path(&section, "state_dir");
         let at = section.get("mode").map_or(section.trail.clone(), |(_, trail)| trail);
         if mode == FailoverMode::Auto && state_dir.is_none() {
@@ -1983,6 +2012,7 @@ impl Reader<'_> {
             max_lost_bytes: self.size(&section, "max_lost_bytes", 1 << 20, 0..=usize::MAX) as u64,
             min_failover_interval: self.time(&section, "min_failover_interval", seconds(300), Duration::ZERO),
             allow_minority: self.flag(&section, "allow_minority", false),
+            lost_write: self.choice(&section, "lost_write", &told, &[], LostWrite::Error),
             candidates: self.candidates(&section, nodes),
             fence_sql: self.flag(&fence, "sql", true),
             sync: self.sync(&section, nodes),
@@ -2099,7 +2129,10 @@ mod tests {
 
     #[test]
     fn every_mistake_is_placed_exactly() {
-        check("pool: { sise: 3 }", "f.yaml:3:9: pool.sise: unknown key; allowed here: mode, size, ");
+        check(
+            "pool: { sise: 3 }",
+            "f.yaml:3:9: pool.sise: unknown key; perhaps size; allowed here: mode, size, ",
+        );
         check("pool:\n  size: 0", "f.yaml:4:9: pool.size: expected a whole number from 1 to 100000");
         check("pool:\n  size: many", "f.yaml:4:9: pool.size: expected a whole number");
         check("pool: 3", "f.yaml:3:7: pool: expected a mapping, not this number");
@@ -2113,6 +2146,11 @@ mod tests {
         check("auth: { source: list }", "f.yaml:3:17: auth.source: source `list` needs");
         check("client_tls: { cert: x }", "f.yaml:3:21: client_tls.cert: a certificate needs");
         check("client_tls: { mode: require }", "f.yaml:3:21: client_tls.mode: TLS towards");
+        check("poll: { size: 3 }", "f.yaml:3:1: poll: unknown key; perhaps pool; allowed here:");
+        check(
+            "auth: { source: querry }",
+            "f.yaml:3:17: auth.source: expected one of query, list, not this text; perhaps query",
+        );
         check("listen: nowhere", "f.yaml:3:9: listen: expected host:port");
         check("http: 127.0.0.1:6432", "f.yaml:3:7: http: the same address");
         check("log: { level: 'a=b=c' }", "f.yaml:3:15: log.level: expected error");

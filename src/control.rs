@@ -31,6 +31,7 @@ use crate::monitor::health::{Answering, Health, HealthSettings};
 use crate::monitor::lag::{LagTime, ReplayLag};
 use crate::monitor::probe::{Observation, Seen};
 use crate::monitor::sample::PrimaryTrack;
+use crate::monitor::stream::Alive;
 use crate::monitor::watch::{Givens, Watch};
 use crate::node::{NodeError, NodeFailure, Nodes, ProbedRole, Receiver};
 use crate::positions::{Positions, SampleBody};
@@ -254,7 +255,7 @@ impl Loop {
             Ok(seen) => {
                 facts.promoted = None;
                 facts.health.answered(health, now);
-                if let ProbedRole::Primary { insert, timeline } = seen.answer.role {
+                if let ProbedRole::Primary { insert, timeline, .. } = seen.answer.role {
                     let topology = self.topology.load();
                     if topology.primary == Some(observation.node) && topology.timeline == Some(timeline) {
                         self.track.record(topology.epoch, insert, observation.asked_at);
@@ -288,7 +289,7 @@ impl Loop {
         };
         let known = self.topology.load().timeline;
         let role = match &seen.answer.role {
-            ProbedRole::Primary { insert, timeline } => Role::Primary {
+            ProbedRole::Primary { insert, timeline, .. } => Role::Primary {
                 timeline: *timeline,
                 insert: *insert,
                 fork: known.and_then(|known| seen.history.as_ref()?.fork_of(known)),
@@ -330,8 +331,9 @@ impl Loop {
                 Outcome::Probe(node) => self.watch.probe(node),
                 Outcome::Left(state, time) => self.metrics.failover_phase(state, time),
                 Outcome::Blocked(reason) => self.metrics.failover_blocks.inc(reason),
+                Outcome::Begun(after) => self.metrics.failover_begun(after),
+                Outcome::Ended { planned, took } => self.metrics.failover_ended(planned, took),
                 Outcome::Publish(target) => {
-                    self.metrics.failovers.inc(if target.planned { "switchover" } else { "failover" });
                     let before = self.topology.load_full();
                     let mut next = (*before).clone();
                     take_target(&mut next, &target, self.track.last_sample());
@@ -342,6 +344,7 @@ impl Loop {
                 }
             }
         }
+        self.shell.send_answers();
     }
 
     /// Failover hears of a write target that it has not made.
@@ -394,6 +397,7 @@ impl Loop {
             // An idle sampler asks more seldom than the probe.
             facts.replay = sampled.max(facts.seen.as_ref().and_then(probed_replay));
             facts.lag = facts.replay.and_then(|replay| self.track.lag(replay, now));
+            facts.alive = self.track.alive().filter(|_| before.primary == Some(id));
             facts.quarantine = self.shell.machine().quarantine(id);
         }
         let hold = self.shell.acts() && !self.shell.machine().may_adopt();
@@ -504,6 +508,8 @@ pub struct NodeFacts {
     pub lag: Option<ReplayLag>,
     /// How fast it replays, as far as that is known.
     pub pace: Option<Pace>,
+    /// Of the primary: its last sample.
+    pub alive: Option<Alive>,
     /// Whether it may serve with a `recovery_min_apply_delay`.
     pub delayed_ok: bool,
     /// A reload has taken it out: nothing is heard of it, and nobody waits for it.
@@ -621,7 +627,15 @@ fn take_primary(next: &mut Topology, chosen: NodeId, facts: &[NodeFacts], last_s
         let fork = seen.history.as_ref().and_then(|history| history.fork_of(old_timeline));
         push_switch(
             next,
-            Switch { from: next.epoch, old_primary, old_timeline, fork, last_sample, kept: false },
+            Switch {
+                from: next.epoch,
+                old_primary,
+                old_timeline,
+                fork,
+                gone_from: fork,
+                last_sample,
+                kept: false,
+            },
         );
     }
     next.epoch = Epoch(next.epoch.0 + 1);
@@ -647,11 +661,13 @@ fn follow_restart(next: &mut Topology, facts: &[NodeFacts], last_sample: Option<
     if before.is_none() || start.clean {
         return;
     }
+    let fork = start.end.map(|end| known.alive.map_or(end, |alive| alive.survived(end, start.began)));
     let end = Switch {
         from: next.epoch,
         old_primary: primary,
         old_timeline: timeline,
-        fork: start.end,
+        fork,
+        gone_from: start.end,
         last_sample,
         kept: false,
     };
@@ -667,6 +683,7 @@ fn take_target(next: &mut Topology, target: &Target, last_sample: Option<(u64, L
             old_primary: target.old_primary,
             old_timeline,
             fork: Some(target.fork),
+            gone_from: Some(target.fork),
             last_sample,
             kept: target.kept,
         };
@@ -800,8 +817,14 @@ fn replica_exclusion(
     if next.system_identifier.is_some_and(|cluster| cluster != seen.answer.system_identifier) {
         return Some(Exclusion::ForeignCluster);
     }
-    let ProbedRole::Replica { walreceiver, recovery, .. } = &seen.answer.role else {
-        return Some(if choice == Choice::Waits { Exclusion::NoPrimary } else { Exclusion::SecondPrimary });
+    let (walreceiver, recovery) = match &seen.answer.role {
+        ProbedRole::Replica { walreceiver, recovery, .. } => (walreceiver, recovery),
+        ProbedRole::Primary { .. } if choice == Choice::Waits => return Some(Exclusion::NoPrimary),
+        ProbedRole::Primary { read_only, .. } => {
+            // After a switchover, or once it is back from the dead: it waits to be rewound, and is no second primary.
+            let fenced = known.quarantine.filter(|why| *read_only && *why == Quarantine::OldPrimary);
+            return Some(fenced.map_or(Exclusion::SecondPrimary, Exclusion::Quarantined));
+        }
     };
     if let Some(why) = known.quarantine {
         return Some(Exclusion::Quarantined(why));
@@ -918,6 +941,9 @@ pub fn events(before: &Topology, next: &Topology) -> Vec<Event> {
             (Standing::Excluded(_), Standing::Excluded(why)) => {
                 events.push(Event::StillOut { node, why: why.clone() });
             }
+            (Standing::Primary { .. }, Standing::Excluded(why)) => {
+                events.push(Event::StillOut { node, why: why.clone() });
+            }
             (_, Standing::Excluded(why)) => events.push(Event::ReplicaOut { node, why: why.clone() }),
         }
     }
@@ -1024,7 +1050,8 @@ mod tests {
     }
 
     fn writer(now: Instant, timeline: u32, history: Option<&str>) -> NodeFacts {
-        let role = ProbedRole::Primary { insert: Lsn(1000), timeline: TimelineId(timeline) };
+        let role =
+            ProbedRole::Primary { insert: Lsn(1000), timeline: TimelineId(timeline), read_only: false };
         answering(now, Some(timeline), history, role)
     }
 
@@ -1040,6 +1067,7 @@ mod tests {
             received_timeline: timeline.map(TimelineId),
             archive: false,
             newest_history: None,
+            receiver: None,
         };
         let walreceiver = walreceiver.map(str::to_owned);
         let recovery = Recovery::default();
@@ -1135,6 +1163,7 @@ mod tests {
             old_primary: NodeId(0),
             old_timeline: TimelineId(1),
             fork: Some(Lsn(0x500)),
+            gone_from: Some(Lsn(0x500)),
             last_sample: Some((7, Lsn(0x510))),
             kept: false,
         };
@@ -1154,7 +1183,7 @@ mod tests {
         let now = Instant::now();
         let started = |id: &str, end: Option<u64>, clean: bool| {
             let mut facts = writer(now, 1, Some(""));
-            let start = crate::node::Start { id: Arc::from(id), end: end.map(Lsn), clean };
+            let start = crate::node::Start { id: Arc::from(id), end: end.map(Lsn), clean, began: now };
             facts.seen.as_mut().unwrap().start = Some(start);
             [facts, streaming(now, 1), streaming(now, 1)]
         };
@@ -1171,6 +1200,7 @@ mod tests {
                 old_primary: NodeId(0),
                 old_timeline: TimelineId(1),
                 fork: end.map(Lsn),
+                gone_from: end.map(Lsn),
                 last_sample: Some((7, Lsn(110))),
                 kept: false,
             };
@@ -1179,6 +1209,34 @@ mod tests {
                 (Epoch(2), Some(NodeId(0)), &vec![switch])
             );
         }
+    }
+
+    #[test]
+    fn where_a_second_crash_may_have_been_missed_only_what_was_seen_flushed_is_kept() {
+        let begun = Instant::now();
+        let began = begun + Duration::from_secs(3);
+        let crashed = |alive: Option<Alive>| {
+            let mut facts = writer(began, 1, Some(""));
+            let start = crate::node::Start { id: Arc::from("2"), end: Some(Lsn(500)), clean: false, began };
+            facts.seen.as_mut().unwrap().start = Some(start);
+            facts.alive = alive;
+            let mut before = nodes(1);
+            (before.primary, before.timeline, before.epoch) =
+                (Some(NodeId(0)), Some(TimelineId(1)), Epoch(1));
+            (before.start, before.system_identifier) = (Some(Arc::from("1")), Some(42));
+            let next = decide(&before, &[facts], &FOLLOW, Some((7, Lsn(110))), began);
+            let switch = next.switches.first().unwrap();
+            (switch.fork, switch.gone_from)
+        };
+        let alive = |ago: Duration, flush: u64| Some(Alive { asked_at: began - ago, flush: Lsn(flush) });
+        let end = Some(Lsn(500));
+        assert_eq!(crashed(None), (end, end));
+        assert_eq!(
+            crashed(alive(crate::monitor::stream::ONE_CRASH - Duration::from_millis(1), 110)),
+            (end, end)
+        );
+        assert_eq!(crashed(alive(crate::monitor::stream::ONE_CRASH, 110)), (Some(Lsn(110)), end));
+        assert_eq!(crashed(alive(Duration::from_secs(3), 900)), (end, end));
     }
 
     #[test]
@@ -1262,6 +1320,26 @@ mod tests {
             let mut fresh = settled(now);
             fresh.nodes[1].standing = Standing::Excluded(Exclusion::NotProbed);
             assert_eq!(labels(&decide(&fresh, &all, &FOLLOW, None, now))[1], first, "{all:?}");
+        }
+    }
+
+    #[test]
+    fn an_old_primary_is_a_second_one_until_it_is_seen_to_be_read_only() {
+        let now = Instant::now();
+        let old = |read_only, quarantine| {
+            let role = ProbedRole::Primary { insert: Lsn(1000), timeline: TimelineId(1), read_only };
+            NodeFacts { quarantine, ..answering(now, Some(1), Some(""), role) }
+        };
+        for (read_only, quarantine, expected) in [
+            (false, None, "second_primary"),
+            (false, Some(Quarantine::OldPrimary), "second_primary"),
+            (true, None, "second_primary"),
+            (true, Some(Quarantine::Diverged), "second_primary"),
+            (true, Some(Quarantine::OldPrimary), "quarantined"),
+        ] {
+            let facts = [writer(now, 1, Some("")), old(read_only, quarantine), streaming(now, 1)];
+            let next = decide(&settled(now), &facts, &FOLLOW, None, now);
+            assert_eq!(labels(&next)[1], expected, "{read_only} {quarantine:?}");
         }
     }
 

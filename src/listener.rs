@@ -344,12 +344,12 @@ impl Door {
             Mode::Session => Session::run(self.shared.clone(), arrival, worker).await,
             Mode::Console => {
                 metrics.console_connections.inc();
-                Box::pin(self.console.serve(arrival)).await;
+                Box::pin(self.console.serve(*arrival)).await;
                 metrics.console_connections.dec();
             }
             Mode::Replication(mode) => {
                 metrics.replication_connections.inc();
-                Box::pin(replication::run(self.shared.clone(), arrival, mode)).await;
+                Box::pin(replication::run(self.shared.clone(), *arrival, mode)).await;
                 metrics.replication_connections.dec();
             }
         }
@@ -365,7 +365,7 @@ impl Door {
         tcp: TcpStream,
         peer: Option<SocketAddr>,
         read_only: bool,
-    ) -> Option<(Places, Arrival, Mode)> {
+    ) -> Option<(Places, Box<Arrival>, Mode)> {
         let metrics = &self.shared.metrics;
         let deadline = {
             let config = self.shared.config.load();
@@ -441,7 +441,8 @@ impl Door {
         }
         // Sessions share backends whatever the order; but of one name, the last value counts.
         parameters.sort_by_key(|(name, _)| name.to_ascii_lowercase());
-        let arrival = Arrival {
+        // Boxed: each future on its way to the session would keep room for it as long as that lives.
+        let arrival = Box::new(Arrival {
             stream,
             user: startup.user,
             database: startup.database,
@@ -450,7 +451,7 @@ impl Door {
             keys,
             read_only,
             peer,
-        };
+        });
         let mode = match startup.replication {
             _ if to_console => Mode::Console,
             Some(mode) => Mode::Replication(mode),
@@ -599,6 +600,23 @@ async fn say_last(stream: &mut net::Stream, report: &ErrorReport) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_client_that_waits_takes_little_room() {
+        fn size_of_future<A, B, C, D, E, F>(_: impl Fn(A, B, C, D, E) -> F) -> usize {
+            size_of::<F>()
+        }
+        let (future, arrival) = (
+            size_of_future(|door: Arc<Door>, tcp, worker, read_only, (): ()| {
+                door.serve(tcp, worker, read_only)
+            }),
+            size_of::<Arrival>(),
+        );
+        assert!(
+            future <= 2304 && arrival <= 176,
+            "the future that serves a client takes {future} bytes, an arrival {arrival}"
+        );
+    }
 
     #[test]
     fn places_are_counted_all_or_none_and_given_back() {

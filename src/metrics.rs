@@ -109,6 +109,8 @@ pub struct Labels {
     pub reasons: &'static [&'static str],
     /// Why statements are run again.
     pub redone: &'static [&'static str],
+    /// What becomes of unnamed Parses.
+    pub unnamed: &'static [&'static str],
     /// Why sessions are pinned.
     pub pins: &'static [&'static str],
     /// Why connections are refused before a login.
@@ -130,6 +132,11 @@ pub struct Labels {
     /// Why failovers are blocked.
     pub failover_blocks: &'static [&'static str],
 }
+
+/// Why a primary is replaced: it is lost, or somebody asked.
+const FAILOVER_REASONS: [&str; 2] = ["failover", "switchover"];
+/// How that ends.
+const FAILOVER_RESULTS: [&str; 2] = ["done", "given_up"];
 
 /// Counters by a reason, looked up at each use; for events that are not on the way of every statement.
 pub struct ReasonCounter(IntCounterVec);
@@ -169,8 +176,9 @@ pub struct Metrics {
     per_node: PerNode,
     labels: Labels,
     failover_phases: HistogramVec,
-    /// Write targets that failover has made, by how.
-    pub failovers: ReasonCounter,
+    failovers: IntCounterVec,
+    detection: Histogram,
+    write_unavailable: HistogramVec,
     /// Failovers that could not go on, by why.
     pub failover_blocks: ReasonCounter,
     waits: [Histogram; 5],
@@ -188,6 +196,8 @@ pub struct Metrics {
     pub moved_transactions: IntCounter,
     /// Backends that were given other settings for their next session.
     pub settings_replays: IntCounter,
+    /// With `pool.share_unnamed`: unnamed Parses, by what became of them.
+    pub unnamed_parses: ReasonCounter,
     /// Queries of ours ahead of a unit that a node refused.
     pub injected_failures: IntCounter,
     /// The same by why; a session may have several reasons.
@@ -240,6 +250,7 @@ struct PerNode {
     seconds: HistogramVec,
     opened: IntCounterVec,
     closed: IntCounterVec,
+    full: IntCounterVec,
 }
 
 /// One node's series.
@@ -249,6 +260,7 @@ struct NodeSeries {
     statements: Box<[IntCounter]>,
     seconds: Histogram,
     opened: IntCounter,
+    full: IntCounter,
 }
 
 /// How reloads of the configuration end, as the metric labels it.
@@ -320,6 +332,12 @@ impl Metrics {
             "Connections to a node closed, by why.",
             &["node", "reason"],
         );
+        let full = counters(
+            r,
+            "highwater_node_full_total",
+            "Times a pool had to wait for a place on a full node (pool.max_backends_per_node).",
+            &["node"],
+        );
         let failover_phases = histograms(
             r,
             "highwater_failover_phase_seconds",
@@ -329,12 +347,39 @@ impl Metrics {
         for phase in labels.failover_states.iter().filter(|state| is_phase(state)) {
             failover_phases.with_label_values(&[phase]);
         }
+        let failovers = counters(
+            r,
+            "highwater_failovers_total",
+            "Replacements of the primary that were begun, by how they ended.",
+            &["reason", "result"],
+        );
+        for reason in FAILOVER_REASONS {
+            for result in FAILOVER_RESULTS {
+                failovers.with_label_values(&[reason, result]);
+            }
+        }
+        let detection = histograms(
+            r,
+            "highwater_detection_seconds",
+            "From the first sign that the primary is gone to the start of its replacement.",
+            "reason",
+        );
+        let detection = detection.with_label_values(&[FAILOVER_REASONS[0]]);
+        let write_unavailable = histograms(
+            r,
+            "highwater_write_unavailable_seconds",
+            "From the first sign, or the command, to a primary that takes writes.",
+            "reason",
+        );
+        for reason in FAILOVER_REASONS {
+            write_unavailable.with_label_values(&[reason]);
+        }
         let build =
             register(r, IntGaugeVec::new(Opts::new("highwater_build_info", "Always 1."), &["version"]));
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let metrics = Metrics {
             nodes: (0..MAX_NODES).map(|_| OnceLock::new()).collect(),
-            per_node: PerNode { statements, seconds, opened, closed },
+            per_node: PerNode { statements, seconds, opened, closed, full },
             labels: *labels,
             waits: ["mark", "floor", "backend", "primary", "gate"].map(|w| wait.with_label_values(&[w])),
             redone: by_reason(
@@ -370,6 +415,12 @@ impl Metrics {
                 r,
                 "highwater_settings_replays_total",
                 "Backends that were given other settings for the session that used them next.",
+            ),
+            unnamed_parses: by_reason(
+                "highwater_unnamed_parses_total",
+                "With pool.share_unnamed: Parses of the unnamed statement, by what became of them.",
+                "outcome",
+                labels.unnamed,
             ),
             injected_failures: counter(
                 r,
@@ -477,12 +528,9 @@ impl Metrics {
                 "highwater_log_suppressed_total",
                 "Log lines about single statements above log.slow_per_second.",
             ),
-            failovers: by_reason(
-                "highwater_failovers_total",
-                "Primaries replaced.",
-                "reason",
-                &["failover", "switchover"],
-            ),
+            failovers,
+            detection,
+            write_unavailable,
             failover_blocks: by_reason(
                 "highwater_failover_blocks_total",
                 "Failovers that could not go on.",
@@ -517,6 +565,7 @@ impl Metrics {
                 statements: statements.collect(),
                 seconds: self.per_node.seconds.with_label_values(&[name]),
                 opened: self.per_node.opened.with_label_values(&[name]),
+                full: self.per_node.full.with_label_values(&[name]),
             }
         });
     }
@@ -573,6 +622,28 @@ impl Metrics {
     pub fn backend_closed(&self, node: NodeId, reason: &'static str) {
         if let Some(series) = self.node(node) {
             self.per_node.closed.with_label_values(&[series.name.as_str(), reason]).inc();
+        }
+    }
+
+    /// A lost primary is being replaced, so long after the first sign.
+    pub fn failover_begun(&self, detected_after: Duration) {
+        self.detection.observe(detected_after.as_secs_f64());
+    }
+
+    /// A replacement of the primary is over; `took`: it was done, and nothing could be written for so long.
+    pub fn failover_ended(&self, planned: bool, took: Option<Duration>) {
+        let reason = FAILOVER_REASONS[usize::from(planned)];
+        let result = FAILOVER_RESULTS[usize::from(took.is_none())];
+        self.failovers.with_label_values(&[reason, result]).inc();
+        if let Some(took) = took {
+            self.write_unavailable.with_label_values(&[reason]).observe(took.as_secs_f64());
+        }
+    }
+
+    /// Counts a pool that found its node full.
+    pub fn node_full(&self, node: NodeId) {
+        if let Some(series) = self.node(node) {
+            series.full.inc();
         }
     }
 

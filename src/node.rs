@@ -147,6 +147,8 @@ pub struct ReplicaSample {
     /// Only while no walreceiver runs: the latest timeline whose history file is in `pg_wal`, 1 for none.
     /// `None` also when the control user may not list that directory (`pg_monitor` may).
     pub newest_history: Option<TimelineId>,
+    /// The process of its walreceiver, read last; `None` while none runs.
+    pub receiver: Option<u32>,
 }
 
 /// One answer to a sampler's question.
@@ -168,6 +170,8 @@ pub struct Start {
     pub end: Option<Lsn>,
     /// The server had been shut down in order: nothing that it ever acknowledged is gone.
     pub clean: bool,
+    /// When it began; not earlier than this by more than a round trip.
+    pub began: Instant,
 }
 
 /// What a probe found.
@@ -190,6 +194,8 @@ pub enum ProbedRole {
         insert: Lsn,
         /// The timeline it writes.
         timeline: TimelineId,
+        /// Whether it is read-only to sessions that do not insist: fenced.
+        read_only: bool,
     },
     /// It replays.
     Replica {
@@ -237,7 +243,8 @@ SELECT CASE WHEN pg_is_in_recovery() THEN ARRAY['replica', \
   CASE WHEN NOT EXISTS (SELECT FROM pg_stat_get_wal_receiver() WHERE received_tli > 0) \
          AND has_function_privilege('pg_ls_waldir()', 'execute') \
        THEN (SELECT coalesce(max(left(name, 8)), '00000001') FROM pg_ls_waldir() \
-             WHERE name ~ '^[0-9A-F]{8}[.]history$') END] \
+             WHERE name ~ '^[0-9A-F]{8}[.]history$') END, \
+  (SELECT pid::text FROM pg_stat_get_wal_receiver())] \
 ELSE ARRAY['primary', \
   pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text, pg_current_wal_flush_lsn()::text, \
   ((age('3'::xid)::bigint & 4294967295) + 3)::text, \
@@ -263,7 +270,8 @@ SELECT (SELECT system_identifier FROM pg_control_system()), \
     (SELECT sender_host FROM pg_stat_get_wal_receiver()), \
     (SELECT sender_port::text FROM pg_stat_get_wal_receiver())] \
   ELSE ARRAY['primary', pg_current_wal_insert_lsn()::text, \
-    left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)] END, \
+    left(pg_walfile_name(pg_current_wal_insert_lsn()), 8), \
+    (current_setting('default_transaction_read_only') = 'on')::text] END, \
   (extract(epoch FROM clock_timestamp()) * 1000000)::int8";
 
 // A crash of any backend restarts all processes but the postmaster, whose start time stays: the checkpointer's
@@ -275,7 +283,9 @@ SELECT extract(epoch FROM pg_postmaster_start_time())::text || ' ' || \
     (SELECT extract(epoch FROM backend_start)::text FROM pg_stat_activity \
      WHERE backend_type = 'checkpointer'), \
   CASE WHEN c.checkpoint_lsn = c.redo_lsn THEN c.redo_lsn::text END, \
-  c.checkpoint_lsn = c.redo_lsn AND c.checkpoint_time < date_trunc('second', pg_postmaster_start_time()) \
+  c.checkpoint_lsn = c.redo_lsn AND c.checkpoint_time < date_trunc('second', pg_postmaster_start_time()), \
+  (SELECT extract(epoch FROM clock_timestamp() - backend_start)::float8 FROM pg_stat_activity \
+   WHERE backend_type = 'checkpointer') \
 FROM pg_control_checkpoint() AS c";
 
 // Sizes of a WAL page and segment in bytes.
@@ -677,7 +687,7 @@ impl NodeClient {
             return Err(self.unreadable());
         };
         self.wal_sizes = (block, segment);
-        self.start = read_start(&start);
+        self.start = read_start(&start, Instant::now());
         self.sample = Some(sample);
         self.probe = Some(probe);
         Ok(self)
@@ -832,8 +842,10 @@ fn timeline_of_file(fields: &Fields, index: usize) -> Option<TimelineId> {
     u32::from_str_radix(fields.get(index)?.as_deref()?, 16).ok().map(TimelineId)
 }
 
+/// All but its walreceiver's process.
 fn replica_positions(fields: &Fields) -> ReplicaSample {
     ReplicaSample {
+        receiver: None,
         receive: field(fields, 1),
         replay: field(fields, 2),
         // A walreceiver that has not begun shows 0.
@@ -846,7 +858,10 @@ fn replica_positions(fields: &Fields) -> ReplicaSample {
 fn read_sample(row: &Row, (block, segment): (u64, u64)) -> Option<SampleAnswer> {
     let fields: Fields = row.try_get(0).ok()?;
     match fields.first()?.as_deref()? {
-        "replica" => Some(SampleAnswer::Replica(replica_positions(&fields))),
+        "replica" => {
+            let receiver = field(&fields, 6);
+            Some(SampleAnswer::Replica(ReplicaSample { receiver, ..replica_positions(&fields) }))
+        }
         "primary" => {
             let snapshot = Snapshot::parse(fields.get(1)?.as_deref()?)?;
             let next_xid = widen_xid(field(&fields, 4)?, snapshot.xmax);
@@ -862,11 +877,13 @@ fn read_sample(row: &Row, (block, segment): (u64, u64)) -> Option<SampleAnswer> 
     }
 }
 
-fn read_start(row: &Row) -> Option<Start> {
+fn read_start(row: &Row, now: Instant) -> Option<Start> {
     let id: String = row.try_get::<_, Option<String>>(0).ok()??;
     let end: Option<String> = row.try_get(1).ok()?;
     let clean: bool = row.try_get(2).ok()?;
-    Some(Start { id: id.into(), end: end.and_then(|lsn| lsn.parse().ok()), clean })
+    let age: f64 = row.try_get::<_, Option<f64>>(3).ok()??;
+    let began = now.checked_sub(Duration::try_from_secs_f64(age.max(0.0)).ok()?)?;
+    Some(Start { id: id.into(), end: end.and_then(|lsn| lsn.parse().ok()), clean, began })
 }
 
 fn read_probe(row: &Row, (block, segment): (u64, u64)) -> Option<ProbeAnswer> {
@@ -890,6 +907,7 @@ fn read_probe(row: &Row, (block, segment): (u64, u64)) -> Option<ProbeAnswer> {
         "primary" => ProbedRole::Primary {
             insert: round_down_page_header(field(&fields, 1)?, block, segment),
             timeline: timeline_of_file(&fields, 2)?,
+            read_only: field(&fields, 3).unwrap_or(false),
         },
         _ => return None,
     };

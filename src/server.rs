@@ -21,7 +21,7 @@ use tracing::info;
 use self::apply::Applier;
 use crate::admin::access::Access;
 use crate::admin::{self, AdminState, Memory};
-use crate::backend::pool::{CloseReason, PoolContext, Pools, Ways};
+use crate::backend::pool::{CloseReason, PoolContext, Pools, Room, Ways};
 use crate::catalogs::Catalogs;
 use crate::classify::{Classifier, PinReason};
 use crate::client::auth::AuthFailure;
@@ -47,7 +47,7 @@ use crate::session::prepared::Names;
 use crate::session::promise::PrimaryReads;
 use crate::session::shared_mark::{GlobalMark, NamedMarks};
 use crate::session::timeouts::Overdue;
-use crate::session::{ENDED_LABELS, GATE_REFUSED_LABELS, REDONE_LABELS, Shared};
+use crate::session::{ENDED_LABELS, GATE_REFUSED_LABELS, REDONE_LABELS, Shared, UNNAMED_LABELS};
 use crate::supervisor::{self, Pulse};
 use crate::topology::{NodeId, Topology, TopologyHandle};
 
@@ -326,6 +326,7 @@ async fn build(config: Config, reload: Reload) -> Result<Parts, StartError> {
         login_settings: nodes.login_settings.clone(),
         gate: gate.clone(),
         outstanding: (0..places).map(|_| AtomicU32::new(0)).collect(),
+        room: Room::new(places, config),
     })));
     let shared = Arc::new(Shared {
         config: live.clone(),
@@ -402,6 +403,8 @@ impl Parts {
         accepting.push(tokio::spawn(listener::accept(self.listener, senders, false)));
         let pools = self.door.shared.pools.clone();
         tokio::spawn(async move { pools.reap().await });
+        let pools = self.door.shared.pools.clone();
+        tokio::spawn(async move { pools.help().await });
         let (gate, sessions) = (self.door.shared.gate.clone(), self.door.shared.sessions.clone());
         let pools = self.door.shared.pools.clone();
         tokio::spawn(async move { pools.close_left().await });
@@ -494,6 +497,7 @@ fn labels() -> Labels {
         classes: &ClassLabel::LABELS,
         reasons: &RouteReason::LABELS,
         redone: &REDONE_LABELS,
+        unnamed: &UNNAMED_LABELS,
         pins: &PinReason::LABELS,
         client_refused: &listener::REFUSED_LABELS,
         login_failures: &AuthFailure::LABELS,

@@ -224,6 +224,9 @@ pub struct Switch {
     pub old_timeline: TimelineId,
     /// Where the new timeline left it, or where the log ended after a crash; `None`: could not be learned, so nothing of it can be shown kept.
     pub fork: Option<Lsn>,
+    /// What was written past this is gone for certain; it lies beyond the fork only where it cannot be told whether
+    /// the primary crashed once or twice.
+    pub gone_from: Option<Lsn>,
     /// The last sample taken of the old primary: its counter and insert position.
     pub last_sample: Option<(u64, Lsn)>,
     /// All that was acknowledged before is on the new timeline: the switch was planned, or each commit had been

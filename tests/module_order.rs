@@ -59,7 +59,7 @@ const MAY_USE: &[(&str, &str)] = &[
     ("healthcheck", ""),
     ("manual", ""),
     ("progress", ""),
-    ("demo", "config metrics progress server topology"),
+    ("demo", "config metrics progress rejoin server topology"),
     ("main", "check config demo explain healthcheck log manual progress rejoin server classify route"),
 ];
 
@@ -75,6 +75,7 @@ const PURE: &[&str] = &[
     "session/state.rs",
     "session/prepared.rs",
     "console/command.rs",
+    "config/near.rs",
     "session/settings.rs",
     "backend/applied.rs",
     "backend/parameters.rs",
@@ -409,4 +410,35 @@ fn the_check_sees_what_it_should_see() {
     assert_eq!(modules(tests), ["wal"]);
     assert_eq!(modules("#[cfg(test)]\nmod tests;\nuse crate::net;"), ["net"]);
     assert_eq!(source("\"two\nlines\"\nuse crate::wal;").line_of(13), 3);
+}
+
+#[test]
+fn the_map_of_the_architecture_has_each_source_file() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = std::fs::read_to_string(root.join("docs/ARCHITECTURE.md")).unwrap();
+    let map = page.split_once("## The map").unwrap().1.split_once("\n## ").unwrap().0;
+    let named = |name: &str| {
+        let code = map.split('`').skip(1).step_by(2);
+        code.flat_map(|code| code.split(|c: char| !(c.is_ascii_lowercase() || c == '_')))
+            .any(|word| word == name)
+    };
+    let mut files = Vec::new();
+    let mut folders = vec![root.join("src")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => folders.push(path),
+                false => files.extend(path.extension().is_some_and(|e| e == "rs").then_some(path)),
+            }
+        }
+    }
+    assert!(files.len() > 100, "{}", files.len());
+    for file in files {
+        let name = file.file_stem().unwrap().to_str().unwrap();
+        // The face of a folder is under the folder's name; the rest is tests.
+        if !matches!(name, "mod" | "lib" | "tests" | "fuzz") {
+            assert!(named(name), "docs/ARCHITECTURE.md does not say what {} holds", file.display());
+        }
+    }
 }

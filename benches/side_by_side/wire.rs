@@ -68,6 +68,28 @@ impl Wire {
         self.drain()
     }
 
+    /// Prepares a statement under a name.
+    pub fn prepare(&mut self, name: &str, sql: &str) -> io::Result<()> {
+        self.send(b'P', &[name.as_bytes(), b"\0", sql.as_bytes(), b"\0\0\0"].concat())?;
+        self.send(b'S', b"")?;
+        self.read_to_ready()
+    }
+
+    /// Runs a prepared statement without parameters, in one write.
+    pub fn run_prepared(&mut self, name: &str) -> io::Result<()> {
+        let mut unit = Vec::with_capacity(64);
+        put(&mut unit, b'B', &[b"\0", name.as_bytes(), &[0; 7]].concat())?;
+        put(&mut unit, b'E', &[0; 5])?;
+        put(&mut unit, b'S', b"")?;
+        self.socket.write_all(&unit)?;
+        self.read_to_ready()
+    }
+
+    fn read_to_ready(&mut self) -> io::Result<()> {
+        while self.message()?.0 != b'Z' {}
+        Ok(())
+    }
+
     /// `COPY ... FROM STDIN` of `megabytes` MiB in chunks of 32 KiB made of `line`; returns the bytes sent.
     pub fn copy_in(&mut self, sql: &str, line: &str, megabytes: u64) -> io::Result<u64> {
         self.send(b'Q', &[sql.as_bytes(), b"\0"].concat())?;
@@ -85,7 +107,8 @@ impl Wire {
 
     /// Reads to ReadyForQuery. Whole buffers at a time: frames are stepped over, not copied.
     fn drain(&mut self) -> io::Result<u64> {
-        let mut chunk = vec![0; 256 << 10];
+        // Most answers fit the first; a large result is read in large pieces.
+        let mut chunk = vec![0; 4 << 10];
         let mut rest = std::mem::take(&mut self.buffer);
         let mut total = 0;
         loop {
@@ -104,6 +127,9 @@ impl Wire {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             rest.extend_from_slice(&chunk[..count]);
+            if count == chunk.len() && count < 256 << 10 {
+                chunk = vec![0; 256 << 10];
+            }
         }
     }
 
@@ -124,11 +150,17 @@ impl Wire {
 
     fn send(&mut self, tag: u8, body: &[u8]) -> io::Result<()> {
         let mut message = Vec::with_capacity(body.len() + 5);
-        message.push(tag);
-        message.extend_from_slice(&length(body.len())?);
-        message.extend_from_slice(body);
+        put(&mut message, tag, body)?;
         self.socket.write_all(&message)
     }
+}
+
+/// Appends a message.
+fn put(out: &mut Vec<u8>, tag: u8, body: &[u8]) -> io::Result<()> {
+    out.push(tag);
+    out.extend_from_slice(&length(body.len())?);
+    out.extend_from_slice(body);
+    Ok(())
 }
 
 /// The length word of a body.

@@ -238,6 +238,7 @@ async fn status_page(state: &AdminState) -> Response<Full<Bytes>> {
             pools: &(state.pools)(),
             clients: state.metrics.clients.get(),
             pinned: state.metrics.pinned_sessions.get(),
+            waiting: state.metrics.gate_waiting.get(),
             clock: clock(),
             uptime: memory.begun.elapsed(),
         })

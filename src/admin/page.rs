@@ -51,6 +51,8 @@ pub struct View<'a> {
     pub clients: i64,
     /// Of these: bound to one backend.
     pub pinned: i64,
+    /// Statements that wait while the primary is being changed.
+    pub waiting: i64,
     /// By the machine's clock, since 1970.
     pub clock: Duration,
     /// Since the start.
@@ -440,11 +442,14 @@ fn failover(view: &View<'_>) -> String {
     if let Some(reason) = figures.blocked {
         facts.push(fact("blocked", format!("<span class=\"bad\">{}</span>", escape(reason))));
     }
+    if view.waiting > 0 {
+        facts.push(fact("statements waiting", view.waiting.to_string()));
+    }
     if let Some(covered) = figures.sync {
         let words = if covered { "survive the primary" } else { "<span class=\"bad\">not covered</span>" };
         facts.push(fact("acknowledged writes", words.to_owned()));
     }
-    if let Some(lost) = figures.lost_acked_bytes_min {
+    if let Some(lost) = figures.lost_acked_bytes_min.filter(|lost| *lost > 0) {
         facts.push(fact("lost in the last failover", format!("{} at least", bytes(lost))));
     }
     facts.extend([
@@ -554,6 +559,7 @@ mod tests {
             pools: &[],
             clients: 3,
             pinned: 1,
+            waiting: 0,
             clock: Duration::from_secs(1_700_000_000),
             uptime: Duration::from_secs(125),
         }
@@ -645,6 +651,7 @@ mod tests {
             old_primary: NodeId(0),
             old_timeline: TimelineId(1),
             fork: Some(Lsn(0x300_0100)),
+            gone_from: None,
             last_sample: Some((9, Lsn(0x300_0900))),
             kept: false,
         });

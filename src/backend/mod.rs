@@ -8,6 +8,7 @@ pub mod cancel;
 pub mod clean;
 pub mod login;
 mod parameters;
+pub mod places;
 pub mod pool;
 pub mod senders;
 
@@ -152,6 +153,8 @@ pub struct Backend {
     pub last_user: u64,
     /// The worker on whose reactor its socket is registered.
     pub worker: usize,
+    /// Its place among the node's (`pool.max_backends_per_node`).
+    pub place: Option<places::Place>,
     /// Its place in the count of connections; the last to be dropped.
     pub socket: Socket,
 }
@@ -302,6 +305,7 @@ impl Backend {
             last_writer: None,
             last_user: 0,
             worker,
+            place: None,
             socket,
         }
     }
@@ -309,10 +313,26 @@ impl Backend {
     /// Whether an idle backend is still good, without a system call: an idle PostgreSQL backend says
     /// nothing unless it is going away (or a setting was reloaded, which is then read here).
     pub fn is_alive(&mut self) -> bool {
-        let waker = std::task::Waker::noop();
-        let mut cx = Context::from_waker(waker);
         loop {
-            match poll_fill(&mut self.stream, &mut self.input, &mut cx) {
+            let read = match &mut self.stream {
+                // The same as below, but without a waker that nobody would be woken by.
+                Stream::Plain(tcp) => {
+                    let mut said = [0; 128];
+                    let read = tcp.try_read(&mut said);
+                    if let Ok(n) = read {
+                        self.input.extend_from_slice(&said[..n]);
+                    }
+                    match read {
+                        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Poll::Pending,
+                        read => Poll::Ready(read),
+                    }
+                }
+                stream => {
+                    let mut cx = Context::from_waker(std::task::Waker::noop());
+                    poll_fill(stream, &mut self.input, &mut cx)
+                }
+            };
+            match read {
                 Poll::Pending => break,
                 Poll::Ready(Ok(n)) if n > 0 => continue,
                 Poll::Ready(_) => return false,

@@ -11,10 +11,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 use super::clean;
 use super::login::{self, LoginError, LoginTarget};
+use super::places::{Next, Place, Places};
 use super::{Backend, CancelTarget, Dirt, StartupParameters};
 use crate::config::Config;
 use crate::config::live::LiveConfig;
@@ -46,6 +47,29 @@ pub struct PoolContext {
     pub gate: Arc<Gate>,
     /// Per node: statements that sessions have sent and not seen the end of.
     pub outstanding: Box<[AtomicU32]>,
+    /// Room for connections, by node.
+    pub room: Room,
+}
+
+/// What all pools together may have of each node.
+pub struct Room {
+    nodes: Box<[Arc<Places<Pool>>]>,
+    /// A pool that waits for a place may be helped.
+    help: Arc<Notify>,
+}
+
+impl Room {
+    /// On so many nodes, as the configuration has it.
+    pub fn new(nodes: usize, config: &Config) -> Room {
+        let help = Arc::new(Notify::new());
+        let room = Room { nodes: (0..nodes).map(|_| Places::new(help.clone())).collect(), help };
+        room.follow(config);
+        room
+    }
+
+    fn follow(&self, config: &Config) {
+        self.nodes.iter().for_each(|places| places.bound(config.pool.max_backends_per_node));
+    }
 }
 
 /// Per node, which way there is the present one: a number that rises when a reload changes the way (another
@@ -166,11 +190,13 @@ pub enum CloseReason {
     Paused,
     /// A reload has changed or removed its node, or made its pool smaller.
     Reload,
+    /// Its node was full, and it made room for another pool's.
+    NodeFull,
 }
 
 impl CloseReason {
     /// All labels.
-    pub const LABELS: [&'static str; 12] = [
+    pub const LABELS: [&'static str; 13] = [
         CloseReason::Dead.label(),
         CloseReason::Replaced.label(),
         CloseReason::Unclean.label(),
@@ -183,6 +209,7 @@ impl CloseReason {
         CloseReason::Drained.label(),
         CloseReason::Paused.label(),
         CloseReason::Reload.label(),
+        CloseReason::NodeFull.label(),
     ];
 
     /// One word for a metric label.
@@ -200,6 +227,7 @@ impl CloseReason {
             CloseReason::Drained => "drained",
             CloseReason::Paused => "paused",
             CloseReason::Reload => "reload",
+            CloseReason::NodeFull => "node_full",
         }
     }
 }
@@ -240,6 +268,7 @@ struct Waiter {
     /// A connection that it can use is being opened. Of those who wait with the same startup
     /// parameters these come first, and there are at least as many such connections.
     coming: bool,
+    since: Instant,
     grant: oneshot::Sender<Grant>,
 }
 
@@ -291,18 +320,23 @@ pub struct Asker {
     pub worker: usize,
     /// What it would rather have.
     pub wish: Wish,
+    /// When it asks.
+    pub now: Instant,
 }
 
 /// Which of the idle backends a session gets: the one it wishes for; else the latest of its worker, else the
 /// latest; clean ones first.
 fn choose(idle: &[Idle], startup: &StartupParameters, asker: Asker) -> Option<usize> {
-    let Asker { session, worker, wish } = asker;
-    let fits = |idle: &Idle| *idle.backend.startup == *startup;
+    let Asker { session, worker, wish, now } = asker;
+    let fits = |idle: &Idle| {
+        let its = &*idle.backend.startup;
+        std::ptr::eq(its, startup) || its == startup
+    };
     let wished = match wish {
         Wish::Recent => idle
             .iter()
             .rposition(|b| b.last_user == session && b.worker == worker && fits(b))
-            .filter(|at| idle[*at].backend.idle_since.elapsed() < RECENT),
+            .filter(|at| now.saturating_duration_since(idle[*at].backend.idle_since) < RECENT),
         Wish::Own => idle.iter().rposition(|b| b.last_user == session && fits(b)),
         Wish::Writer(pid) => idle.iter().rposition(|b| b.backend.last_writer == Some(pid) && fits(b)),
     };
@@ -384,7 +418,7 @@ impl Pool {
         asker: Asker,
         patience: Duration,
     ) -> Result<Lease, AcquireError> {
-        while let Some(backend) = self.take_idle(startup, asker) {
+        while let Some(backend) = self.take_idle(startup, asker, |_| true) {
             let mut lease = self.lend(backend);
             if lease.dirt == Dirt::Clean || lease.last_user == asker.session {
                 return Ok(lease);
@@ -403,6 +437,7 @@ impl Pool {
                 startup: startup.clone(),
                 worker: asker.worker,
                 coming: false,
+                since: begun,
                 grant: sender,
             });
             self.open_more(&mut state);
@@ -417,7 +452,19 @@ impl Pool {
         }
     }
 
-    fn take_idle(self: &Arc<Pool>, startup: &StartupParameters, asker: Asker) -> Option<Box<Backend>> {
+    /// The same where one is idle that needs no cleaning; no waiting at all.
+    pub fn acquire_now(self: &Arc<Pool>, startup: &StartupParameters, asker: Asker) -> Option<Lease> {
+        let is_ready = |idle: &Idle| idle.clean || idle.last_user == asker.session;
+        self.take_idle(startup, asker, is_ready).map(|backend| self.lend(backend))
+    }
+
+    /// The idle backend that suits best, if it is to be had: `suits` must hold for it.
+    fn take_idle(
+        self: &Arc<Pool>,
+        startup: &StartupParameters,
+        asker: Asker,
+        suits: impl Fn(&Idle) -> bool,
+    ) -> Option<Box<Backend>> {
         let epoch = self.context.topology.load().epoch;
         let mut state = self.lock();
         if state.waiters.iter().any(|w| !w.coming) {
@@ -427,6 +474,9 @@ impl Pool {
         }
         loop {
             let at = choose(&state.idle, startup, asker)?;
+            if !suits(&state.idle[at]) {
+                return None;
+            }
             let mut backend = state.idle.remove(at).backend;
             let valid = backend.login_settings == Some(self.context.login_settings.generation());
             if backend.socket.is_closed() {
@@ -452,9 +502,18 @@ impl Pool {
         Lease { pool: self.clone(), backend: Some(backend) }
     }
 
-    /// Opens connections for those who wait, as far as the pool's size allows. A full pool gives up an
-    /// idle backend whose startup parameters nobody who waits can use.
+    fn places(&self) -> &Arc<Places<Pool>> {
+        &self.context.room.nodes[self.node.index()]
+    }
+
+    /// Opens connections for those who wait, as far as the pool's size allows and its node has room. A full pool
+    /// gives up an idle backend whose startup parameters nobody who waits can use.
     fn open_more(self: &Arc<Pool>, state: &mut State) {
+        self.open_with(state, None);
+    }
+
+    /// The same, with a place on the node for one of them.
+    fn open_with(self: &Arc<Pool>, state: &mut State, mut given: Option<Place>) {
         let size = self.size.load(Ordering::Relaxed);
         while let Some(next) = state.waiters.iter().position(|w| !w.coming && !w.grant.is_closed()) {
             if !state.underway.is_empty() && state.is_one_spare(&state.waiters[next].startup) {
@@ -462,15 +521,17 @@ impl Pool {
                 continue;
             }
             if state.open >= size {
-                if state.idle.is_empty() {
-                    return;
-                }
-                // None of them fits anybody who waits, else it would have been lent; perhaps one fits
-                // who has just come, but must not overtake.
-                state.idle.remove(0);
-                state.open -= 1;
-                self.context.count_closed(self.node, CloseReason::Replaced);
+                let Some(place) = self.replace(state) else { return };
+                given = given.or(place);
             }
+            // An idle backend of our own is as good as a place of another's.
+            let place = given.take().or_else(|| self.places().take()).or_else(|| self.replace(state)?);
+            let Some(place) = place else {
+                if self.places().line_up(self) {
+                    self.context.metrics.node_full(self.node);
+                }
+                return;
+            };
             let waiter = &mut state.waiters[next];
             waiter.coming = true;
             let (startup, worker) = (waiter.startup.clone(), waiter.worker);
@@ -478,11 +539,25 @@ impl Pool {
             state.opening += 1;
             state.underway.push(startup.clone());
             let pool = self.clone();
-            tokio::spawn(async move { pool.open(startup, worker).await });
+            tokio::spawn(async move { pool.open(startup, worker, place).await });
         }
     }
 
-    async fn open(self: Arc<Pool>, startup: Arc<StartupParameters>, worker: usize) {
+    /// Closes an idle backend for one with other startup parameters; its place. `None`: there is none.
+    ///
+    /// None of them fits anybody who waits, else it would have been lent; perhaps one fits who has just come, but must
+    /// not overtake.
+    fn replace(&self, state: &mut State) -> Option<Option<Place>> {
+        if state.idle.is_empty() {
+            return None;
+        }
+        let mut idle = state.idle.remove(0);
+        state.open -= 1;
+        self.context.count_closed(self.node, CloseReason::Replaced);
+        Some(idle.backend.place.take())
+    }
+
+    async fn open(self: Arc<Pool>, startup: Arc<StartupParameters>, worker: usize, place: Place) {
         let result = self.connect(&startup, worker).await;
         let mut state = self.lock();
         state.opening -= 1;
@@ -490,9 +565,13 @@ impl Pool {
             state.underway.swap_remove(at);
         }
         match result {
-            Ok(backend) => self.hand_on(&mut state, backend),
+            Ok(mut backend) => {
+                backend.place = Some(place);
+                self.hand_on(&mut state, backend);
+            }
             Err(error) => {
                 state.open -= 1;
+                drop(place);
                 // The last in line of those who counted on it.
                 let counted_on = state.waiters.iter().filter(|w| w.coming && w.startup == startup).count();
                 let underway = state.underway.iter().filter(|other| **other == startup).count();
@@ -590,7 +669,8 @@ impl Pool {
             // Somebody waits for whom no connection is underway, and this one does not fit: make room.
             state.open -= 1;
             self.context.count_closed(self.node, CloseReason::Replaced);
-            self.open_more(state);
+            let place = backend.place.take();
+            self.open_with(state, place);
             return;
         }
         state.idle.push(Idle::new(backend));
@@ -644,6 +724,9 @@ impl Pool {
         if !self.context.ways.is_open_to(&backend) {
             return self.closed(CloseReason::Reload);
         }
+        if self.gives_way() {
+            return self.closed(CloseReason::NodeFull);
+        }
         backend.idle_since = now;
         let mut state = self.lock();
         if state.open > self.size.load(Ordering::Relaxed) {
@@ -662,6 +745,53 @@ impl Pool {
             return self.closed(CloseReason::Replaced);
         }
         self.hand_on(&mut state, backend);
+    }
+
+    /// Whether a backend that was given back is to be closed, for another pool or because there are too many on the
+    /// node. A pool gives way when it needs none, when it has two more than the other, and in turn when that has none:
+    /// so pools come to share the node evenly and then keep what they have, and none waits for ever.
+    fn gives_way(self: &Arc<Pool>) -> bool {
+        let places = self.places();
+        if places.is_over() {
+            return true;
+        }
+        if !places.is_wanted() {
+            return false;
+        }
+        let Some(other) = places.first().filter(|other| !Arc::ptr_eq(other, self)) else { return false };
+        // One after the other: two pools may look at each other.
+        let need = |pool: &Pool| {
+            let state = pool.lock();
+            let first = state.waiters.iter().find(|w| !w.coming && !w.grant.is_closed());
+            (state.open, first.map(|waiter| waiter.since))
+        };
+        let ((own_open, own_since), (open, since)) = (need(self), need(&other));
+        match (own_since, since) {
+            (_, None) => false,
+            (None, Some(_)) => true,
+            (Some(own), Some(other)) => own_open > open + 1 || (open == 0 && other < own),
+        }
+    }
+
+    /// A place on the node has been found for it.
+    fn open_at(self: &Arc<Pool>, place: Place) {
+        let mut state = self.lock();
+        self.open_with(&mut state, Some(place));
+    }
+
+    /// Since when its longest unused backend is idle.
+    fn oldest_idle(&self) -> Option<Instant> {
+        self.lock().idle.first().map(|idle| idle.backend.idle_since)
+    }
+
+    /// Closes its longest unused backend, for another pool.
+    fn make_room(&self) {
+        let mut state = self.lock();
+        if !state.idle.is_empty() {
+            drop(state.idle.remove(0));
+            state.open -= 1;
+            self.context.count_closed(self.node, CloseReason::NodeFull);
+        }
     }
 
     /// A backend of this pool is gone.
@@ -874,6 +1004,15 @@ pub struct UserPools {
     nodes: Box<[OnceLock<Arc<Pool>>]>,
     /// What a server reports at login, by startup parameters, and under which settings of logins.
     welcomes: Mutex<HashMap<Arc<StartupParameters>, (u64, Welcome)>>,
+    /// The latest of [`UserPools::with_application_name`].
+    named: Mutex<Option<Named>>,
+}
+
+/// What a server reported, and the same with an application's name.
+struct Named {
+    of: Arc<super::Parameters>,
+    application: Box<str>,
+    parameters: Arc<super::Parameters>,
 }
 
 /// What a login is told, and what holds for its session.
@@ -918,11 +1057,30 @@ impl UserPools {
         self.nodes.iter().filter_map(OnceLock::get)
     }
 
-    /// What a server reported to an earlier login with these startup parameters.
-    pub fn welcome(&self, startup: &StartupParameters) -> Option<Welcome> {
+    /// What a server reported to an earlier login with these startup parameters, and they themselves: sessions that
+    /// ask for the same hold one copy.
+    pub fn welcome(&self, startup: &StartupParameters) -> Option<(Arc<StartupParameters>, Welcome)> {
         let generation = self.context.login_settings.generation();
         let welcomes = self.welcomes.lock().unwrap_or_else(|p| p.into_inner());
-        welcomes.get(startup).filter(|(valid, _)| *valid == generation).map(|(_, told)| told.clone())
+        let (startup, (valid, told)) = welcomes.get_key_value(startup)?;
+        (*valid == generation).then(|| (startup.clone(), told.clone()))
+    }
+
+    /// The parameters with an application's name. Most connections of an application have one name, and so they hold
+    /// one copy.
+    pub fn with_application_name(&self, of: &Arc<super::Parameters>, name: &str) -> Arc<super::Parameters> {
+        let mut named = self.named.lock().unwrap_or_else(|p| p.into_inner());
+        if let Some(named) = &*named
+            && Arc::ptr_eq(&named.of, of)
+            && &*named.application == name
+        {
+            return named.parameters.clone();
+        }
+        let mut parameters = super::Parameters::clone(of);
+        parameters.insert(b"application_name", name.as_bytes());
+        let parameters = Arc::new(parameters);
+        *named = Some(Named { of: of.clone(), application: name.into(), parameters: parameters.clone() });
+        parameters
     }
 
     /// Remembers what a server reported to a login, if that is still what it would report.
@@ -968,6 +1126,7 @@ impl Pools {
             keys: Arc::new(Mutex::new(keys.clone())),
             nodes: (0..self.context.ways.0.len()).map(|_| OnceLock::new()).collect(),
             welcomes: Mutex::new(HashMap::new()),
+            named: Mutex::new(None),
         });
         users.insert(key, pools.clone());
         pools
@@ -995,6 +1154,7 @@ impl Pools {
     /// Logins to come are told anew what they find.
     pub fn follow(&self, config: &Config) {
         let now = Instant::now();
+        self.context.room.follow(config);
         for user in self.all() {
             user.welcomes.lock().unwrap_or_else(|p| p.into_inner()).clear();
             for pool in user.made() {
@@ -1013,6 +1173,33 @@ impl Pools {
                 user.made().for_each(Pool::close_left);
             }
         }
+    }
+
+    /// Sees to the pools that wait for a place on their node, for ever.
+    pub async fn help(&self) {
+        loop {
+            self.context.room.help.notified().await;
+            (0u16..).map(NodeId).zip(&self.context.room.nodes).for_each(|(node, places)| {
+                while places.is_wanted() {
+                    match places.next() {
+                        Next::Placed(pool, place) => pool.open_at(place),
+                        // When there is nothing to spare, what is given back next may be.
+                        Next::Full if self.make_room(node) => {}
+                        Next::Full | Next::Nobody => break,
+                    }
+                }
+            });
+        }
+    }
+
+    /// Closes the longest unused backend of a node, whose ever it is. `false`: all are in use.
+    fn make_room(&self, node: NodeId) -> bool {
+        let users = self.all();
+        let pools = users.iter().filter_map(|user| user.nodes[node.index()].get());
+        let oldest =
+            pools.filter_map(|pool| Some((pool.oldest_idle()?, pool))).min_by_key(|(since, _)| *since);
+        // Should it be lent just now, there is another round, with one idle backend less.
+        oldest.inspect(|(_, pool)| pool.make_room()).is_some()
     }
 
     /// Every pool's counts, for metrics.

@@ -18,7 +18,7 @@ use super::{Kind, scan};
 const MAX_BYTES: usize = 64 * 1024;
 
 /// Words, beside SELECT, VALUES and WITH, that may begin a statement of PL/pgSQL. Anything else is an assignment or
-/// not a read.
+/// not a read. OPEN is none: its cursor outlives the function, and is read by FETCH, which is not sent after it.
 const LEADS: &[&[u8]] = &[
     b"assert",
     b"case",
@@ -36,7 +36,6 @@ const LEADS: &[&[u8]] = &[
     b"loop",
     b"move",
     b"null",
-    b"open",
     b"perform",
     b"raise",
     b"return",
@@ -44,26 +43,106 @@ const LEADS: &[&[u8]] = &[
     b"while",
 ];
 
-/// Whether a body in this language does nothing but read, given what the catalog says of the names in it.
-pub fn only_reads(language: &str, text: &[u8], vocabulary: &Vocabulary, catalog: &Catalog) -> bool {
+/// Words of PL/pgSQL's own, beside those, that do not stand in what is scanned.
+const STRUCTURE: &[&[u8]] = &[b"begin", b"declare", b"else", b"exception", b"into", b"strict", b"then"];
+
+/// Words that begin the commands of SQL that are not queries, beside those that the scan refuses wherever they stand.
+const COMMANDS: &[&[u8]] = &[
+    b"abort",
+    b"alter",
+    b"analyse",
+    b"analyze",
+    b"checkpoint",
+    b"cluster",
+    b"comment",
+    b"copy",
+    b"create",
+    b"deallocate",
+    b"discard",
+    b"drop",
+    b"explain",
+    b"grant",
+    b"import",
+    b"insert",
+    b"listen",
+    b"load",
+    b"lock",
+    b"notify",
+    b"open",
+    b"prepare",
+    b"reassign",
+    b"refresh",
+    b"reindex",
+    b"release",
+    b"reset",
+    b"revoke",
+    b"savepoint",
+    b"security",
+    b"set",
+    b"show",
+    b"start",
+    b"truncate",
+    b"unlisten",
+    b"vacuum",
+];
+
+/// Whether a body in this language does nothing but read, given what the catalog says of the names in it. `utf8`: the
+/// server's encoding; in others names that are not ASCII may be folded, so they are not compared.
+pub fn only_reads(
+    language: &str,
+    text: &[u8],
+    utf8: bool,
+    vocabulary: &Vocabulary,
+    catalog: &Catalog,
+) -> bool {
     if text.len() > MAX_BYTES {
         return false;
     }
     match language {
         "sql" => statements(text).is_some_and(|statements| {
             !statements.is_empty()
-                && statements.iter().all(|statement| scans_as_read(statement, vocabulary, catalog))
+                && statements.iter().all(|statement| scans_as_read(statement, utf8, vocabulary, catalog))
         }),
-        "plpgsql" => as_one_query(text).is_some_and(|query| scans_as_read(&query, vocabulary, catalog)),
+        "plpgsql" => {
+            as_one_query(text, catalog).is_some_and(|query| scans_as_read(&query, utf8, vocabulary, catalog))
+        }
         _ => false,
     }
 }
 
-fn scans_as_read(text: &[u8], vocabulary: &Vocabulary, catalog: &Catalog) -> bool {
+fn scans_as_read(text: &[u8], utf8: bool, vocabulary: &Vocabulary, catalog: &Catalog) -> bool {
     // The skeleton is of no use here, so its key need not be secret.
     let mut prefix = SipHasher13::new();
     prefix.write(b"B");
-    scan::scan(text, prefix, vocabulary, catalog, false).class.kind == Kind::Read
+    scan::scan(text, prefix, vocabulary, catalog, !utf8).class.kind == Kind::Read
+}
+
+/// Whether a body, in whatever language, may define what makes other statements unsafe: it has ALTER, or CREATE of more than
+/// tables and indexes, or the name of such a function (`known`). Word by word, for it may stand in strings.
+pub fn defines(text: &[u8], known: impl Fn(&[u8]) -> bool) -> bool {
+    let is_word = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | 0x80..);
+    let mut after_create = false;
+    let mut name = [0; 63];
+    text.split(|byte| !is_word(byte)).filter(|word| !word.is_empty()).any(|word| {
+        let folded = &mut name[..word.len().min(63)];
+        folded.copy_from_slice(&word[..folded.len()]);
+        folded.make_ascii_lowercase();
+        let before = std::mem::replace(&mut after_create, &*folded == b"create");
+        match &*folded {
+            b"alter" => true,
+            b"or" | b"replace" => {
+                after_create = before;
+                false
+            }
+            b"aggregate" | b"cast" | b"domain" | b"extension" | b"foreign" | b"function" | b"operator"
+            | b"policy" | b"procedure" | b"rule" | b"type" | b"unlogged" | b"view"
+                if before =>
+            {
+                true
+            }
+            name => known(name),
+        }
+    })
 }
 
 /// A body in SQL, cut at its semicolons; nothing if it cannot be read. A cut inside parentheses leaves parts that do
@@ -100,8 +179,9 @@ enum At {
     Inside,
 }
 
-/// All expressions and queries of the body behind one SELECT; nothing if it holds a statement that does more.
-fn as_one_query(text: &[u8]) -> Option<Vec<u8>> {
+/// All expressions and queries of the body behind one SELECT; nothing if it holds a statement that does more, or if
+/// something unsafe bears the name of a word that is left out.
+fn as_one_query(text: &[u8], catalog: &Catalog) -> Option<Vec<u8>> {
     let mut lexer = Lexer::new(text);
     let mut query = b"select ".to_vec();
     let mut at = At::Start;
@@ -114,6 +194,13 @@ fn as_one_query(text: &[u8]) -> Option<Vec<u8>> {
         // `a.loop` is a column's name.
         let word = if token == Token::Word && !behind_dot { lexer.name() } else { b"" };
         behind_dot = token == Token::Punctuation(b'.');
+        if LEADS.contains(&word) || STRUCTURE.contains(&word) {
+            // Most of them are no reserved words of SQL: `RETURN strict(1)` is a call.
+            let flags = catalog.name(word);
+            if flags.called || flags.code || flags.elsewhere {
+                return None;
+            }
+        }
         match (token, word) {
             (Token::End, _) => return Some(query),
             (Token::Unclear, _) => return None,
@@ -132,6 +219,10 @@ fn as_one_query(text: &[u8]) -> Option<Vec<u8>> {
             (_, b"into" | b"strict") => continue,
             (_, b"then" | b"loop" | b"else") if at == At::Inside && cases == 0 => {
                 (at, part) = (At::Start, b"select");
+            }
+            // `SELECT 1 AS case` looks like an open CASE, so what follows may be a statement after all.
+            (_, b"then" | b"loop" | b"else") if at == At::Inside && begins_a_command(lexer.clone()) => {
+                return None;
             }
             // By themselves: the next word begins a statement (EXCEPTION's is WHEN).
             (_, b"else" | b"exception" | b"loop") if at == At::Start => part = b"select",
@@ -163,6 +254,15 @@ fn as_one_query(text: &[u8]) -> Option<Vec<u8>> {
     }
 }
 
+/// Whether a command that is no query, or a label, comes next.
+fn begins_a_command(mut lexer: Lexer<'_>) -> bool {
+    match lexer.next_token() {
+        Token::Word => COMMANDS.contains(&lexer.name()),
+        Token::Operator => lexer.raw().starts_with(b"<<"),
+        _ => false,
+    }
+}
+
 /// Whether behind a statement's first name an assignment follows: `a := ..`, `a.b[1] = ..`.
 fn assigns(mut lexer: Lexer<'_>) -> bool {
     let mut brackets = 0u32;
@@ -187,11 +287,11 @@ fn assigns(mut lexer: Lexer<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::classify::catalog::CatalogRows;
+    use crate::classify::catalog::{CatalogRows, FunctionRow};
 
     fn only_reads(language: &str, text: &str) -> bool {
         let catalog = Catalog::from_rows(1, CatalogRows { server_major: 15, ..CatalogRows::default() });
-        super::only_reads(language, text.as_bytes(), &Vocabulary::new(), &catalog)
+        super::only_reads(language, text.as_bytes(), true, &Vocabulary::new(), &catalog)
     }
 
     #[test]
@@ -221,6 +321,10 @@ mod tests {
             assert!(!only_reads("sql", text), "{text}");
         }
         assert!(!only_reads("plperl", "select 1"));
+        let catalog = Catalog::from_rows(1, CatalogRows { server_major: 15, ..CatalogRows::default() });
+        let read =
+            |utf8| super::only_reads("sql", "select É from t".as_bytes(), utf8, &Vocabulary::new(), &catalog);
+        assert!(read(true) && !read(false));
         assert!(!only_reads("sql", &format!("select 1{}", " ".repeat(MAX_BYTES))));
     }
 
@@ -285,8 +389,63 @@ mod tests {
             "begin (select 1); end",
             "begin return 'unclosed; end",
             "begin \"insert\" into t values (1); end",
+            "begin if (select 1 as case) = 1 then lock table t; end if; end",
+            "begin if (select 1 case) = 1 then truncate t; end if; end",
+            "begin if (select 1 case) = 1 then null; else set x = 1; end if; end",
+            "begin if (select 1 case) = 1 then <<l>> loop exit l; end loop; end if; end",
+            "begin while (select 1 case) = 1 loop notify x; end loop; end",
+            "begin if (select 1 case) = 1 then if true then drop table t; end if; end if; end",
+            "declare c refcursor; begin open c for select 1; return c; end",
         ] {
             assert!(!only_reads("plpgsql", text), "{text}");
+        }
+    }
+
+    #[test]
+    fn words_that_are_left_out_may_be_names() {
+        let row = |name: &str| FunctionRow {
+            name: name.into(),
+            language: "plperl".into(),
+            kind: "f".into(),
+            ..FunctionRow::default()
+        };
+        let catalog = Catalog::from_rows(
+            1,
+            CatalogRows {
+                functions: vec![row("strict"), row("move"), row("begin")],
+                ..CatalogRows::default()
+            },
+        );
+        for text in [
+            "begin return strict(1); end",
+            "declare x int; begin x := case when (select 1 as end) = 1 then move(1) end; return x; end",
+            "begin perform 1 from begin; return 1; end",
+        ] {
+            assert!(only_reads("plpgsql", text), "{text}");
+            let read = super::only_reads("plpgsql", text.as_bytes(), true, &Vocabulary::new(), &catalog);
+            assert!(!read, "{text}");
+        }
+    }
+
+    #[test]
+    fn definitions_in_bodies() {
+        let found = |text: &str| super::defines(text.as_bytes(), |name| name == b"migrate");
+        for text in [
+            "begin create view v as select 1; end",
+            "begin execute 'CREATE OR REPLACE FUNCTION f() returns'; end",
+            "begin execute format('alter table %I', x); end",
+            "begin create unlogged table t (); end",
+            "select Migrate(1)",
+        ] {
+            assert!(found(text), "{text}");
+        }
+        for text in [
+            "begin create temp table t (x int); end",
+            "begin create table p partition of t; end",
+            "select view, type",
+            "",
+        ] {
+            assert!(!found(text), "{text}");
         }
     }
 

@@ -11,7 +11,8 @@
 //!
 //! Deliberately absent: whatever reads a server's own state (activity, locks, sizes, replication,
 //! files, settings), takes locks, assigns transaction ids, runs a text as SQL (`query_to_xml`,
-//! `ts_stat`, `ts_rewrite`), or is of no use outside the server (selectivity, input and receive
+//! `ts_stat`, `ts_rewrite`), runs the code of an object that a text names (`satisfies_hash_partition` hashes as a
+//! table's operator class does), or is of no use outside the server (selectivity, input and receive
 //! functions).
 
 use hashbrown::HashMap;
@@ -575,7 +576,7 @@ const IMMUTABLE_FUNCTIONS: &str = "\
     regexp_like regexp_match regexp_matches regexp_replace regexp_split_to_array regexp_split_to_table \
     regexp_substr regnamespacesend regoperatorsend regopersend regproceduresend regprocsend regr_avgx \
     regr_avgy regr_count regr_intercept regr_r2 regr_slope regr_sxx regr_sxy regr_syy regrolesend \
-    regtypesend repeat replace reverse right round row_number rpad rtrim satisfies_hash_partition scale \
+    regtypesend repeat replace reverse right round row_number rpad rtrim scale \
     set_bit set_byte set_masklen setweight sha224 sha256 sha384 sha512 sign similar_escape \
     similar_to_escape sin sind sinh slope split_part sqrt starts_with stddev stddev_pop stddev_samp \
     string_agg string_to_array string_to_table strip strpos substr substring sum tan tand tanh text \
@@ -749,6 +750,8 @@ mod tests {
             "pg_current_snapshot",
             "pg_xact_status",
             "pg_sequence_last_value",
+            "satisfies_hash_partition",
+            "pg_input_is_valid",
         ] {
             assert!(!vocabulary.get(name.as_bytes()).is_some_and(|word| word.safe_function), "{name}");
         }

@@ -1,4 +1,4 @@
-//! The verdicts, by the hash of the whole text and by the hash of the skeleton: two tables of fixed size
+//! The verdicts, by the hash of the whole text, of its shape and of its skeleton: tables of fixed size
 //! in which a hit costs one short lock and nothing is ever allocated.
 //!
 //! Set-associative: a hash names one small set, whose entries displace each other in turn. What is
@@ -14,18 +14,34 @@ const WAYS: usize = 4;
 #[derive(Debug)]
 pub(super) struct Cache {
     whole: Table<(StatementClass, u128)>,
+    shapes: Table<(StatementClass, u128)>,
     skeletons: Table<StatementClass>,
 }
 
 impl Cache {
     /// Of at least `entries` entries in each table.
     pub(super) fn new(entries: usize) -> Cache {
-        Cache { whole: Table::new(entries), skeletons: Table::new(entries) }
+        Cache { whole: Table::new(entries), shapes: Table::new(entries), skeletons: Table::new(entries) }
     }
 
     /// The class and the skeleton of a whole text.
     pub(super) fn whole(&self, key: u128) -> Option<(StatementClass, u128)> {
         self.whole.get(key)
+    }
+
+    /// The class and the skeleton of a shape's texts. A read is one as long as its skeleton's is: a replica may have
+    /// refused it since.
+    pub(super) fn shape(&self, key: u128) -> Option<(StatementClass, u128)> {
+        let (class, skeleton) = self.shapes.get(key)?;
+        if class.is_read() {
+            Some((self.skeletons.get(skeleton)?, skeleton))
+        } else {
+            Some((class, skeleton))
+        }
+    }
+
+    pub(super) fn put_shape(&self, key: u128, class: StatementClass, skeleton: u128) {
+        self.shapes.put(key, (class, skeleton));
     }
 
     pub(super) fn skeleton(&self, key: u128) -> Option<StatementClass> {

@@ -65,6 +65,8 @@ pub struct Flags {
     pub sets: bool,
     /// A relation of which a change may fire a trigger that changes settings.
     pub fires: bool,
+    /// A user's function whose body may define what makes other statements unsafe.
+    pub defines: bool,
     /// All functions of this name are harmless.
     pub proven: bool,
     /// A relation or function that asks for the time of its transaction, or whose code may.
@@ -76,6 +78,8 @@ pub struct Flags {
 pub struct CatalogRows {
     /// The server's major version, for example 15.
     pub server_major: u16,
+    /// The database's encoding is UTF-8.
+    pub utf8: bool,
     /// What the operator says of functions.
     pub overrides: FunctionOverrides,
     /// [`SAFE_FUNCTIONS_SQL`]
@@ -86,6 +90,8 @@ pub struct CatalogRows {
     pub unsafe_relations: HashSet<u32>,
     /// [`FUNCTIONS_SQL`]
     pub functions: Vec<FunctionRow>,
+    /// Those of them that are written in SQL.
+    pub in_sql: HashSet<u32>,
     /// [`SETTERS_SQL`]
     pub setters: Vec<String>,
     /// [`FIRING_SQL`]
@@ -212,7 +218,7 @@ impl Mark {
 impl CatalogRows {
     /// A stored expression of `owner`: what it mentions makes the owner unsafe. Needs the system's rows.
     pub fn tree(&mut self, owner: Object, tree: &str, used: Use) {
-        let CatalogRows { safe_functions, unsafe_relations, marks, edges, moments, .. } = self;
+        let CatalogRows { safe_functions, unsafe_relations, in_sql, marks, edges, moments, .. } = self;
         if used == Use::Evaluated && tree::names_the_clock(tree) {
             moments.push(owner);
         }
@@ -236,6 +242,8 @@ impl CatalogRows {
                     return;
                 }
                 Reference::Operator(oid) | Reference::Type(oid) if oid < FIRST_USER_OID => return,
+                Reference::Inlined(oid) if !in_sql.contains(&oid) => return,
+                Reference::Inlined(oid) => Object::Function(oid),
                 Reference::Function(oid) => Object::Function(oid),
                 Reference::Relation(oid) => Object::Relation(oid),
                 Reference::Operator(oid) => Object::Operator(oid),
@@ -407,6 +415,27 @@ impl CatalogRows {
         }
     }
 
+    /// Marks the functions that define objects, be it through others.
+    fn mark_definers(&self, catalog: &mut Catalog) {
+        let written = |row: &&FunctionRow| !matches!(&*row.language, "internal" | "c");
+        let mut others: Vec<&FunctionRow> = self.functions.iter().filter(written).collect();
+        loop {
+            let before = others.len();
+            let (found, rest): (Vec<_>, Vec<_>) = others
+                .into_iter()
+                .partition(|row| body::defines(row.source.as_bytes(), |name| catalog.name(name).defines));
+            others = rest;
+            if let Some(facts) = &mut catalog.facts {
+                for row in found {
+                    facts.names.entry(row.name.as_bytes().into()).or_default().defines = true;
+                }
+            }
+            if others.len() == before {
+                return;
+            }
+        }
+    }
+
     /// The users' types to which a value of a built-in type is cast without a word.
     fn implicitly_reached(&self) -> HashSet<u32> {
         let mut reached = HashSet::new();
@@ -543,7 +572,9 @@ impl Catalog {
             let proven: HashSet<u32> = texts.iter().map(|row| row.oid).collect();
             let catalog = Catalog { identity, facts: Some(rows.facts(&proven, &implicit)) };
             let before = texts.len();
-            texts.retain(|row| body::only_reads(&row.language, row.source.as_bytes(), &vocabulary, &catalog));
+            texts.retain(|row| {
+                body::only_reads(&row.language, row.source.as_bytes(), rows.utf8, &vocabulary, &catalog)
+            });
             if texts.len() == before {
                 break catalog.facts;
             }
@@ -553,11 +584,25 @@ impl Catalog {
             }
         };
         let mut catalog = Catalog { identity, facts };
+        rows.mark_definers(&mut catalog);
         rows.mark_moments(&mut catalog);
         if let Some(facts) = &mut catalog.facts {
             facts.names.shrink_to_fit();
         }
         catalog
+    }
+
+    /// Whether something is safe by these facts that is not by those of `before`: a replica that has not replayed what made
+    /// it so still runs it as it was. Rows that are not the primary's do not count, as a late replica's never are.
+    pub fn allows_more_than(&self, before: &Catalog) -> bool {
+        let (Some(now), Some(then)) = (&self.facts, &before.facts) else { return false };
+        let safer = |name: &[u8], then: &Flags| {
+            let now = self.name(name);
+            then.code && !now.code || then.called && !now.called || then.attribute && !now.attribute
+        };
+        then.anywhere && !now.anywhere
+            || then.names.iter().any(|(name, flags)| safer(name, flags))
+            || then.operators.iter().any(|token| !now.operators.contains(token))
     }
 
     /// A number that no other catalog of this process has: it keys caches.
@@ -604,6 +649,9 @@ impl Catalog {
         oid < FIRST_USER_OID || self.facts.as_ref().is_some_and(|facts| facts.safe_types.contains(&oid))
     }
 }
+
+/// One row: whether the database's encoding is UTF-8.
+pub const ENCODING_SQL: &str = "SELECT pg_catalog.current_setting('server_encoding') = 'UTF8'";
 
 /// Rows (oid): the built-in functions on the allow-list, `$1`.
 pub const SAFE_FUNCTIONS_SQL: &str = "\
@@ -732,6 +780,11 @@ SELECT 't', t.oid, 'c' FROM pg_catalog.pg_type t WHERE t.oid >= 16384 AND NOT t.
 
 /// Rows (letter, oid, letter, oid), each for [`CatalogRows::edge`]: what is unsafe on the left makes the right unsafe.
 /// A built-in function is on the left only where its being immutable, or its place, does not speak for it.
+///
+/// The code of an operator class runs where its index or partition key is used, and where one of its family's operators
+/// is: sorting and joining by it compare and hash by the family's functions. The planner finds B-tree and hash families by
+/// their operators, so one that has a built-in operator may be found by any statement. It also puts an operator's negator
+/// or commutator in its place.
 pub const EDGES_SQL: &str = "\
 WITH member AS MATERIALIZED ( \
   SELECT 'f' AS kind, a.amproc::pg_catalog.oid AS oid, a.amprocfamily AS family, a.amproclefttype AS lefttype, \
@@ -744,7 +797,11 @@ used AS MATERIALIZED ( \
   SELECT DISTINCT i.indrelid AS rel, k.opcfamily AS family \
     FROM pg_catalog.pg_index i, LATERAL pg_catalog.unnest(i.indclass::pg_catalog.oid[]) c (oid) \
     JOIN pg_catalog.pg_opclass k ON k.oid = c.oid \
-   WHERE i.indrelid >= 16384 AND c.oid >= 16384) \
+   WHERE i.indrelid >= 16384 AND c.oid >= 16384 \
+  UNION \
+  SELECT p.partrelid, k.opcfamily \
+    FROM pg_catalog.pg_partitioned_table p, LATERAL pg_catalog.unnest(p.partclass::pg_catalog.oid[]) c (oid) \
+    JOIN pg_catalog.pg_opclass k ON k.oid = c.oid WHERE c.oid >= 16384) \
 SELECT 'r', i.inhrelid, 'r', i.inhparent FROM pg_catalog.pg_inherits i \
 UNION ALL \
 SELECT DISTINCT 't', a.atttypid, 'r', a.attrelid \
@@ -768,6 +825,10 @@ SELECT 'f', f, 't', t FROM pg_catalog.pg_range r, \
        LATERAL (VALUES (r.rngcanonical::pg_catalog.oid), (r.rngsubdiff)) v (f), \
        LATERAL (VALUES (r.rngtypid), (r.rngmultitypid)) w (t) WHERE f >= 16384 \
 UNION ALL \
+SELECT DISTINCT m.kind, m.oid, 't', t FROM pg_catalog.pg_range r JOIN pg_catalog.pg_opclass k ON k.oid = r.rngsubopc \
+  JOIN member m ON m.family = k.opcfamily, LATERAL (VALUES (r.rngtypid), (r.rngmultitypid)) w (t) \
+ WHERE r.rngtypid >= 16384 \
+UNION ALL \
 SELECT 't', r.rngsubtype, 't', t FROM pg_catalog.pg_range r, \
        LATERAL (VALUES (r.rngtypid), (r.rngmultitypid)) w (t) WHERE r.rngsubtype >= 16384 \
 UNION ALL \
@@ -789,6 +850,9 @@ SELECT 'o', a.aggsortop, 'f', a.aggfnoid::pg_catalog.oid FROM pg_catalog.pg_aggr
 UNION ALL \
 SELECT 'f', o.oprcode::pg_catalog.oid, 'o', o.oid FROM pg_catalog.pg_operator o WHERE o.oid >= 16384 \
 UNION ALL \
+SELECT 'o', other, CASE WHEN o.oid >= 16384 THEN 'o' ELSE '*' END, o.oid FROM pg_catalog.pg_operator o, \
+       LATERAL (VALUES (o.oprnegate), (o.oprcom)) v (other) WHERE other >= 16384 AND other <> o.oid \
+UNION ALL \
 SELECT 'f', f, 'o', o.oid FROM pg_catalog.pg_operator o, \
        LATERAL (VALUES (o.oprrest::pg_catalog.oid), (o.oprjoin)) v (f) WHERE o.oid >= 16384 AND f >= 16384 \
 UNION ALL \
@@ -807,7 +871,15 @@ SELECT DISTINCT m.kind, m.oid, 't', k.opcintype FROM member m JOIN pg_catalog.pg
 UNION ALL \
 SELECT DISTINCT m.kind, m.oid, '*', 0::pg_catalog.oid FROM member m \
  WHERE m.lefttype < 16384 AND m.righttype < 16384 AND (m.family < 16384 \
-    OR m.family IN (SELECT k.opcfamily FROM pg_catalog.pg_opclass k WHERE k.opcdefault AND k.opcintype < 16384)) \
+    OR m.family IN (SELECT k.opcfamily FROM pg_catalog.pg_opclass k WHERE k.opcdefault AND k.opcintype < 16384) \
+    OR m.family IN (SELECT f.oid FROM pg_catalog.pg_opfamily f JOIN pg_catalog.pg_amop a ON a.amopfamily = f.oid \
+         WHERE f.oid >= 16384 AND f.opfmethod IN (403, 405) AND a.amopopr < 16384)) \
+UNION ALL \
+SELECT DISTINCT m.kind, m.oid, 'o', a.amopopr FROM member m JOIN pg_catalog.pg_amop a ON a.amopfamily = m.family \
+ WHERE a.amopopr >= 16384 AND a.amopopr <> m.oid \
+UNION ALL \
+SELECT 'f', c.conproc::pg_catalog.oid, '*', 0::pg_catalog.oid FROM pg_catalog.pg_conversion c \
+ WHERE c.oid >= 16384 AND c.conproc::pg_catalog.oid >= 16384 \
 UNION ALL \
 SELECT m.kind, m.oid, 'r', u.rel FROM member m JOIN used u ON u.family = m.family \
 UNION ALL \
@@ -815,7 +887,7 @@ SELECT 'f', a.amhandler::pg_catalog.oid, 'r', r FROM pg_catalog.pg_am a JOIN pg_
   LEFT JOIN pg_catalog.pg_index i ON i.indexrelid = c.oid, LATERAL (VALUES (coalesce(i.indrelid, c.oid))) v (r) \
  WHERE a.amhandler::pg_catalog.oid >= 16384";
 
-/// Rows (letter, oid, stored expression, is folded): views, policies for reading, domains' checks; and of tables
+/// Rows (letter, oid, stored expression, is folded): views, policies for reading, domains' checks, virtual columns; and of tables
 /// what the planner folds: see [`Use::Folded`].
 pub const TREES_SQL: &str = "\
 SELECT 'r', r.ev_class, r.ev_action::text, false FROM pg_catalog.pg_rewrite r WHERE r.oid >= 16384 AND r.ev_type = '1' \
@@ -830,6 +902,10 @@ SELECT 'r', k.conrelid, k.conbin::text, true FROM pg_catalog.pg_constraint k WHE
 UNION ALL \
 SELECT 'r', i.indrelid, e::text, true FROM pg_catalog.pg_index i, LATERAL (VALUES (i.indexprs), (i.indpred)) v (e) \
  WHERE e IS NOT NULL AND i.indrelid >= 16384 \
+UNION ALL \
+SELECT 'r', d.adrelid, d.adbin::text, false FROM pg_catalog.pg_attribute a \
+  JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum \
+ WHERE a.attrelid >= 16384 AND a.attgenerated = 'v' \
 UNION ALL \
 SELECT 'r', p.partrelid, p.partexprs::text, true FROM pg_catalog.pg_partitioned_table p WHERE p.partexprs IS NOT NULL \
 UNION ALL \
@@ -858,10 +934,12 @@ SELECT c.oid, a.typname::text FROM pg_catalog.pg_class c \
  WHERE c.oid = ANY ($1::pg_catalog.oid[])";
 
 /// One row (sum, server version, hash of what logins are given): the sum moves with every change of a catalog that the facts are made of; the counts of another
-/// session's transaction arrive within about a second of its commit. DML on users' tables does not move it.
+/// session's transaction arrive within about a second of its commit. DML on users' tables does not move it. Where
+/// nothing is counted there is no sum.
 pub const CHANGES_SQL: &str = "\
-SELECT pg_catalog.sum(pg_catalog.pg_stat_get_tuples_inserted(c.oid) + pg_catalog.pg_stat_get_tuples_updated(c.oid) \
-         + pg_catalog.pg_stat_get_tuples_deleted(c.oid))::pg_catalog.int8, \
+SELECT CASE WHEN pg_catalog.current_setting('track_counts') = 'on' THEN \
+       pg_catalog.sum(pg_catalog.pg_stat_get_tuples_inserted(c.oid) + pg_catalog.pg_stat_get_tuples_updated(c.oid) \
+         + pg_catalog.pg_stat_get_tuples_deleted(c.oid))::pg_catalog.int8 END, \
        pg_catalog.current_setting('server_version_num')::pg_catalog.int4, \
        (SELECT pg_catalog.hashtextextended(coalesce(pg_catalog.string_agg( \
                  s.setdatabase || ' ' || s.setrole || ' ' || s.setconfig::text, ';' ORDER BY s.setdatabase, s.setrole), ''), 0) \
@@ -874,7 +952,8 @@ SELECT pg_catalog.sum(pg_catalog.pg_stat_get_tuples_inserted(c.oid) + pg_catalog
    'pg_catalog.pg_inherits'::pg_catalog.regclass, 'pg_catalog.pg_aggregate'::pg_catalog.regclass, \
    'pg_catalog.pg_attribute'::pg_catalog.regclass, 'pg_catalog.pg_opclass'::pg_catalog.regclass, \
    'pg_catalog.pg_index'::pg_catalog.regclass, 'pg_catalog.pg_partitioned_table'::pg_catalog.regclass, \
-   'pg_catalog.pg_statistic_ext'::pg_catalog.regclass)";
+   'pg_catalog.pg_statistic_ext'::pg_catalog.regclass, 'pg_catalog.pg_amop'::pg_catalog.regclass, \
+   'pg_catalog.pg_amproc'::pg_catalog.regclass, 'pg_catalog.pg_conversion'::pg_catalog.regclass)";
 
 #[cfg(test)]
 mod tests {
@@ -1040,18 +1119,46 @@ mod tests {
         let mut rows = rows();
         rows.safe_functions.insert(870);
         rows.unsafe_relations.insert(12_000);
+        rows.in_sql.insert(30_004);
         for (relation, tree, used) in [
             (5, "{F :funcid 870 :args ({VAR :x 1})}", Use::Evaluated),
             (6, "{F :funcid 871 :args ({VAR :x 1})}", Use::Evaluated),
             (7, "{R :relid 12000}", Use::Evaluated),
             (8, "{F :funcid 30003 :args ({VAR :x 1})}", Use::Folded),
+            (4, "{F :funcid 30004 :args ({VAR :x 1})}", Use::Folded),
         ] {
             rows.edges.retain(|(_, to)| *to != Object::Relation(relation));
             rows.tree(Object::Relation(relation), tree, used);
         }
         let catalog = Catalog::from_rows(1, rows);
-        assert!(catalog.name(b"r6").code && catalog.name(b"r7").code);
+        assert!(catalog.name(b"r6").code && catalog.name(b"r7").code && catalog.name(b"r4").code);
         assert_eq!((catalog.name(b"r5"), catalog.name(b"r8")), (Flags::default(), Flags::default()));
+    }
+
+    #[test]
+    fn what_has_become_safe_is_noticed() {
+        let then = Catalog::from_rows(1, rows());
+        assert!(!Catalog::from_rows(2, rows()).allows_more_than(&then));
+        assert!(!then.allows_more_than(&Catalog::unknown(3)));
+        let mut fewer = rows();
+        fewer.functions.retain(|row| row.name != "perl");
+        assert!(Catalog::from_rows(4, fewer).allows_more_than(&then));
+        let mut other = rows();
+        other.functions[2].source = "select 1".into();
+        assert!(Catalog::from_rows(5, other).allows_more_than(&then));
+        let mut logged = rows();
+        logged.marks.retain(|(_, mark)| *mark == Mark::Code);
+        assert!(!Catalog::from_rows(6, logged).allows_more_than(&then));
+    }
+
+    #[test]
+    fn functions_that_define_are_found_through_others() {
+        let mut rows = rows();
+        rows.functions.push(function(30_020, "defines", "plpgsql", "begin create view v as select 1; end"));
+        rows.functions.push(function(30_021, "through", "sql", "select defines()"));
+        let catalog = Catalog::from_rows(1, rows);
+        assert!(catalog.name(b"defines").defines && catalog.name(b"through").defines);
+        assert!(!catalog.name(b"locks").defines);
     }
 
     #[test]

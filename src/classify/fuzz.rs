@@ -16,6 +16,7 @@ use super::builtin::Vocabulary;
 use super::catalog::{Catalog, CatalogRows};
 use super::lexer::{Lexer, Token, work};
 use super::scan::{self, Scanned};
+use super::shape;
 use super::{Classifier, Kind, Lexing, Lookup, Statement};
 
 /// Bytes looked at and tokens made for each byte of a text, at most. A byte is lexed once; once more when a list is
@@ -374,6 +375,47 @@ fn texts_share_a_verdict_only_where_they_must_not_differ() {
     ] {
         assert_eq!(skeleton(a), skeleton(b), "{a} | {b}");
     }
+}
+
+/// Texts of one shape have one class, whatever the values are, unless one of them was looked at.
+#[test]
+fn texts_of_one_shape_share_their_class() {
+    let bench = Bench::new();
+    let mut rng = StdRng::seed_from_u64(23);
+    let (mut compared, mut by_value) = (0, 0);
+    for n in 0..40_000 {
+        let text = if n < SEEDS.len() { SEEDS[n].as_bytes().to_vec() } else { mutated(&mut rng) };
+        let mut other = Vec::new();
+        let mut folded = false;
+        let pieces = shape::fold(&text, |piece| {
+            let strings: [&[u8]; 5] = [b"''", b"'a'", b"'it''s -- ; /* ('", b"'work_mem'", b"'app.x'"];
+            let numbers: [&[u8]; 3] = [b"0", b"7", b"123456789012345678901234567890"];
+            folded |= !matches!(piece, shape::Piece::Raw(_));
+            match piece {
+                shape::Piece::Raw(raw) => other.extend_from_slice(raw),
+                shape::Piece::Number(_) => other.extend_from_slice(numbers.choose(&mut rng).unwrap()),
+                shape::Piece::Text(_) => other.extend_from_slice(strings.choose(&mut rng).unwrap()),
+                shape::Piece::List(1) => other.extend_from_slice(b"1,2, 3"),
+                shape::Piece::List(2) => other.extend_from_slice(b"'a' ,'b'"),
+                shape::Piece::List(_) => other.extend_from_slice(b"1, 'b', 2"),
+                shape::Piece::Comment => other.extend_from_slice(b"/* ' \" ; */"),
+            }
+        });
+        if pieces.is_none() || !folded {
+            continue;
+        }
+        let (one, two) = (bench.scan(&text), bench.scan(&other));
+        let shown = || format!("{} | {}", String::from_utf8_lossy(&text), String::from_utf8_lossy(&other));
+        assert_eq!(one.by_value, two.by_value, "{}", shown());
+        by_value += usize::from(one.by_value);
+        if !one.by_value {
+            assert_eq!(one.class, two.class, "{}", shown());
+        }
+        let key = SipHasher13::new_with_key(&[7; 16]);
+        assert_eq!(shape::shape(&text, key), shape::shape(&other, key), "{}", shown());
+        compared += 1;
+    }
+    assert!(compared > 500 && by_value > 0, "{compared} {by_value}");
 }
 
 /// What `set_config` sets is not in the skeleton, so its class must not depend on it: the session reads it from the text.

@@ -3,7 +3,8 @@
 //! The stages: a token scan of the text (`scan`, over `lexer`), built-in functions by allow-list
 //! (`builtin`), the database's unsafe names and proven functions (`catalog`, with `tree` for stored expressions, `body`
 //! for functions' texts and `extension` for compiled code), the second opinion of `sqlparser` on a thread of its own
-//! (`opinion`), and a cache of verdicts (`cache`), once by the whole text and once by the scan's skeleton.
+//! (`opinion`), and a cache of verdicts (`cache`): by the whole text, by its bytes without its values (`shape`), and by the
+//! scan's skeleton.
 //! `refusal` reads what a replica's error says about all of that.
 //!
 //! Promised: a text that is not accounted for word by word is not a read; the verdict depends on nothing
@@ -29,6 +30,7 @@ mod opinion;
 pub mod refusal;
 mod scan;
 pub mod setting;
+mod shape;
 mod skeleton;
 mod target;
 mod trace;
@@ -43,9 +45,9 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 
 pub use catalog::Catalog;
 pub use lexer::{Lexer as Words, Token};
-pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare};
+pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare, words};
 pub use skeleton::skeleton_text;
-pub use target::{Target, keeps_uncommitted, listen_target, target};
+pub use target::{Target, is_code, keeps_uncommitted, listen_target, target};
 pub use trace::traceparent;
 pub use transaction::{
     Isolation, TransactionCommand, asks_for_time, depends_on_transaction, parameters_name_the_clock,
@@ -279,18 +281,37 @@ impl Classifier {
             self.hits.fetch_add(1, Ordering::Relaxed);
             return Lookup::Known(class, ClassKey { whole, skeleton });
         }
+        let shape = self.shape(statement, prefix);
+        if let Some(shape) = shape
+            && let Some((class, skeleton)) = self.cache.shape(shape.hash)
+        {
+            self.hits.fetch_add(1, Ordering::Relaxed);
+            let key = ClassKey { whole, skeleton };
+            // With values in it, it is not likely to come again as it is.
+            if !shape.folded {
+                self.cache.put_whole(key, class);
+            }
+            return Lookup::Known(class, key);
+        }
         let scanned = self.scan(statement, prefix);
         let key = ClassKey { whole, skeleton: scanned.skeleton };
         let hints = scanned.class.hints;
         let class = StatementClass { hints, ..self.with_facts(statement, scanned.class) };
+        let shape = shape.filter(|_| !scanned.by_value && !class.settings);
+        let remember = |class| {
+            self.cache.put_whole(key, class);
+            if let Some(shape) = shape {
+                self.cache.put_shape(shape.hash, class, key.skeleton);
+            }
+        };
         if class.kind != Kind::Read {
             self.misses.fetch_add(1, Ordering::Relaxed);
-            self.cache.put_whole(key, class);
+            remember(class);
             return Lookup::Known(class, key);
         }
         if let Some(class) = self.cache.skeleton(key.skeleton) {
             self.hits.fetch_add(1, Ordering::Relaxed);
-            self.cache.put_whole(key, class);
+            remember(class);
             return Lookup::Known(class, key);
         }
         self.misses.fetch_add(1, Ordering::Relaxed);
@@ -319,6 +340,16 @@ impl Classifier {
         prefix.write(b"K");
         let ascii_names = statement.lexing != Lexing::Utf8;
         scan::scan(statement.text, prefix, &self.vocabulary, statement.catalog, ascii_names)
+    }
+
+    /// The text's shape, where its values do not matter.
+    fn shape(&self, statement: &Statement<'_>, mut prefix: SipHasher13) -> Option<shape::Shape> {
+        // Where a string ends is known, then.
+        if statement.lexing == Lexing::Unsafe {
+            return None;
+        }
+        prefix.write(b"F");
+        shape::shape(statement.text, prefix)
     }
 
     /// A hasher fed with all that the class depends on beside the text.

@@ -1,6 +1,7 @@
 //! SQL's PREPARE and EXECUTE, as far as a session must understand them to keep track of names.
 //! Anything but exactly one such statement is `None`.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
 use super::lexer::{Lexer, Token};
@@ -23,6 +24,23 @@ pub struct SqlExecute {
     pub name: Vec<u8>,
     /// A query of the arguments, which is a read if they are harmless.
     pub arguments: Option<Vec<u8>>,
+}
+
+/// The words of a text, names among them, as the server folds them. `None`: it is not clear, or has a string, in which
+/// there may be others.
+pub fn words(text: &[u8]) -> Option<HashSet<Vec<u8>>> {
+    let mut lexer = Lexer::new(text);
+    let mut words = HashSet::new();
+    loop {
+        match lexer.next_token() {
+            Token::End => return Some(words),
+            Token::Unclear | Token::Text(_) => return None,
+            Token::Word | Token::Quoted => {
+                words.insert(lexer.name().to_vec());
+            }
+            Token::Number | Token::Parameter | Token::Operator | Token::Punctuation(_) => {}
+        }
+    }
 }
 
 /// Reads a PREPARE.

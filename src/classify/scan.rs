@@ -14,7 +14,7 @@ use super::builtin::{Keyword, Special, Vocabulary, Word};
 use super::catalog::{Catalog, Flags};
 use super::hint::Hints;
 use super::lexer::{Lexer, TextKind, Token};
-use super::{ClassReason, Kind, Leaves, PinReason, StatementClass};
+use super::{ClassReason, Kind, Leaves, PinReason, StatementClass, body};
 use crate::consistency::Route;
 
 /// Parentheses that a read candidate may nest: the second parser recurses, and some of its attempts double
@@ -31,6 +31,8 @@ pub struct Scanned {
     pub class: StatementClass,
     /// The hash of the text with its harmless literals folded.
     pub skeleton: u128,
+    /// What it says rests on a value in the text, too.
+    pub by_value: bool,
 }
 
 /// Scans a text. `prefix` is a hasher that has been fed whatever else the skeleton depends on;
@@ -51,6 +53,7 @@ pub fn scan(
         statement: Current::default(),
         total: None,
         hints: Hints::default(),
+        by_value: false,
     }
     .run()
 }
@@ -218,6 +221,7 @@ struct Scan<'a> {
     statement: Current,
     total: Option<StatementClass>,
     hints: Hints,
+    by_value: bool,
 }
 
 impl Scan<'_> {
@@ -264,7 +268,7 @@ impl Scan<'_> {
             hints: Hints::default(),
         });
         let class = StatementClass { hints: self.hints, ..class };
-        Scanned { class, skeleton: self.hash.finish128().into() }
+        Scanned { class, skeleton: self.hash.finish128().into(), by_value: self.by_value }
     }
 
     fn token(&mut self, token: Token) {
@@ -432,6 +436,9 @@ impl Scan<'_> {
         }
         if pending.flags.called {
             statement.refuse(Kind::Write, ClassReason::UnsafeName);
+            if pending.flags.defines && !pending.after_into {
+                statement.refuse(Kind::Ddl, ClassReason::UnsafeName);
+            }
             if pending.flags.sets && !pending.after_into {
                 statement.leave(Leaves::Pins(PinReason::Setting));
             }
@@ -479,6 +486,7 @@ impl Scan<'_> {
     /// Follows the argument of current_setting; called before the token takes effect.
     fn argument(&mut self, token: Token) {
         let statement = &mut self.statement;
+        self.by_value |= statement.current_setting != CurrentSetting::No;
         match (statement.current_setting, token) {
             (CurrentSetting::No, _) => {}
             (CurrentSetting::Name, Token::Punctuation(b'(')) => {}
@@ -568,8 +576,13 @@ impl Scan<'_> {
 
     fn literal(&mut self, kind: TextKind) {
         let raw = self.lexer.raw();
-        if self.statement.lead == Some(Lead::Opaque) && body_may_set(raw, self.catalog) {
-            self.statement.leave(Leaves::Pins(PinReason::Setting));
+        if self.statement.lead == Some(Lead::Opaque) {
+            if body_may_set(raw, self.catalog) {
+                self.statement.leave(Leaves::Pins(PinReason::Setting));
+            }
+            if body::defines(raw, |name| self.catalog.name(name).defines) {
+                self.statement.refuse(Kind::Ddl, ClassReason::Command);
+            }
         }
         let tag = match kind {
             TextKind::Plain | TextKind::Escaped | TextKind::Dollar => b's',
@@ -947,8 +960,18 @@ pub(super) fn names_the_clock(raw: &[u8]) -> bool {
     if raw.len() < 5 || raw.len() > 256 {
         return false;
     }
-    let has = |word: &[u8]| raw.windows(word.len()).any(|window| window.eq_ignore_ascii_case(word));
-    has(b"now") || has(b"today") || has(b"tomorrow") || has(b"yesterday") || raw.contains(&b'\\')
+    raw.iter().enumerate().any(|(at, byte)| {
+        let begins =
+            |word: &[u8]| raw.get(at..at + word.len()).is_some_and(|found| found.eq_ignore_ascii_case(word));
+        match byte {
+            b'n' | b'N' => begins(b"now"),
+            b't' | b'T' => begins(b"today") || begins(b"tomorrow"),
+            b'y' | b'Y' => begins(b"yesterday"),
+            // It may be written with escapes, or in several pieces.
+            b'\\' | b'\n' | b'\r' => true,
+            _ => false,
+        }
+    })
 }
 
 /// A setting of an application's own: its name has a dot, as no setting of the server has.

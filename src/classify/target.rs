@@ -50,6 +50,12 @@ pub fn keeps_uncommitted(text: &[u8]) -> bool {
     lexer.next_token() == Token::Word && words.contains(&lexer.name())
 }
 
+/// Whether `text` is code that may end transactions of its own: DO and CALL.
+pub fn is_code(text: &[u8]) -> bool {
+    let mut lexer = Lexer::new(text);
+    lexer.next_token() == Token::Word && matches!(lexer.name(), b"do" | b"call")
+}
+
 /// The channel that a LISTEN names, as the server folds it. `None`: it is something else, or more.
 pub fn listen_target(text: &[u8]) -> Option<Vec<u8>> {
     let mut lexer = Lexer::new(text);

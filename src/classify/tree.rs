@@ -16,6 +16,9 @@ pub enum Reference {
     Type(u32),
     /// A relation.
     Relation(u32),
+    /// A function over a column, where only what is folded counts: if it is written in SQL its body is put in its
+    /// place, and there may be something to fold in that.
+    Inlined(u32),
     /// `current_setting` of a constant name with a dot in it: a setting of an application's own.
     OwnSetting,
     /// FOR UPDATE and kin, a command other than SELECT, or a utility command.
@@ -28,7 +31,7 @@ pub enum Use {
     /// It is evaluated: all of them.
     Evaluated,
     /// An index, check, partition or statistics expression: a SELECT evaluates only what the planner folds, calls
-    /// whose first argument is no column (measured: an index on `((f(1)))` took f's advisory lock on a standby
+    /// whose first argument is no column, be it in the body of a function in SQL (measured: an index on `((f(1)))` took f's advisory lock on a standby
     /// at `SELECT count(*)`).
     Folded,
 }
@@ -69,11 +72,8 @@ pub fn references(tree: &str, used: Use, mut found: impl FnMut(Reference)) {
                 }
             }
             b"opno" | b"eqop" | b"sortop" => {
-                if let Some(oid) = tokens.peek_oid()
-                    && (used == Use::Evaluated || !tokens.first_argument_is_a_column())
-                {
-                    found(Reference::Operator(oid));
-                }
+                // Over a column too: its function may be one in SQL.
+                tokens.peek_oid().into_iter().for_each(|oid| found(Reference::Operator(oid)));
             }
             b"relid" => tokens.peek_oid().into_iter().for_each(|oid| found(Reference::Relation(oid))),
             b"hasForUpdate" if tokens.clone().next() == Some(b"true") => found(Reference::Writes),
@@ -85,6 +85,18 @@ pub fn references(tree: &str, used: Use, mut found: impl FnMut(Reference)) {
                     found(Reference::OwnSetting);
                 } else if used == Use::Evaluated || !tokens.first_argument_is_a_column() {
                     found(Reference::Function(oid));
+                } else {
+                    found(Reference::Inlined(oid));
+                }
+            }
+            // The columns of XMLTABLE, of a function's records, of a WITH: `(o 23 20001)`. They are made whether or not
+            // anything reads them.
+            _ if is_list_of_types(field) => {
+                let mut ahead = tokens.clone();
+                if ahead.next() == Some(b"o") {
+                    while let Some(oid) = ahead.next().and_then(oid) {
+                        found(Reference::Type(oid));
+                    }
                 }
             }
             _ if is_type_field(field) => {
@@ -99,6 +111,10 @@ fn is_function_field(field: &[u8]) -> bool {
     // opfuncid is not filled in everywhere, and where it is, it is opno's.
     (field.ends_with(b"funcid") || field.ends_with(b"fnoid") || field == b"tsmhandler")
         && field != b"opfuncid"
+}
+
+fn is_list_of_types(field: &[u8]) -> bool {
+    field.ends_with(b"types") || field.ends_with(b"Types")
 }
 
 fn is_type_field(field: &[u8]) -> bool {
@@ -232,6 +248,13 @@ mod tests {
                 Reference::Function(9)
             ]
         );
+        assert_eq!(
+            all(
+                "{TF :coltypes (o 23 20001) :coltypmods (i -1 -1) :funccoltypes <> :colTypes (o 5)}",
+                Use::Evaluated
+            ),
+            [Reference::Type(23), Reference::Type(20001), Reference::Type(5)]
+        );
         assert_eq!(all("{QUERY :hasForUpdate true :relid 0}", Use::Evaluated), [Reference::Writes]);
         for written in
             ["{QUERY :commandType 3}", "{QUERY :commandType 1 :utilityStmt {X}}", "{QUERY :commandType"]
@@ -268,8 +291,9 @@ mod tests {
     fn only_what_is_folded() {
         let call =
             |argument: &str| format!("{{FUNCEXPR :funcid 20000 :funcresulttype 23 :args ({argument})}}");
-        assert_eq!(all(&call("{VAR :varno 1}"), Use::Folded), [Reference::Type(23)]);
-        assert_eq!(all(&call("{RELABELTYPE :arg {VAR :varno 1}}"), Use::Folded), [Reference::Type(23)]);
+        let inlined = [Reference::Inlined(20000), Reference::Type(23)];
+        assert_eq!(all(&call("{VAR :varno 1}"), Use::Folded), inlined);
+        assert_eq!(all(&call("{RELABELTYPE :arg {VAR :varno 1}}"), Use::Folded), inlined);
         for argument in ["{CONST :x 1}", "{FUNCEXPR :funcid 9 :args ({VAR :varno 1})}", ""] {
             assert!(all(&call(argument), Use::Folded).contains(&Reference::Function(20000)), "{argument}");
         }

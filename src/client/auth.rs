@@ -33,6 +33,8 @@ const LAST_WORD: Duration = Duration::from_secs(1);
 pub enum AuthFailure {
     /// Refused with this report.
     Refused(ErrorReport),
+    /// The password of this user is wrong; why none could have been right, which the client is not told.
+    Password(String, Option<&'static str>),
     /// Nobody could say who may log in; the client was told 57P03.
     NoVerifier(VerifierError),
     /// The deadline passed.
@@ -47,6 +49,10 @@ impl fmt::Display for AuthFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             AuthFailure::Refused(report) => write!(f, "{report}"),
+            AuthFailure::Password(user, why) => {
+                write!(f, "{}", wrong_password(user))?;
+                why.map_or(Ok(()), |why| write!(f, ": {why}"))
+            }
             AuthFailure::NoVerifier(error) => write!(f, "{error}"),
             AuthFailure::Timeout => f.write_str("not logged in before the deadline"),
             AuthFailure::Gone => f.write_str("the client left during the login"),
@@ -71,6 +77,7 @@ impl AuthFailure {
     /// One word for a metric label.
     pub fn label(&self) -> &'static str {
         match self {
+            AuthFailure::Password(..) => "password",
             AuthFailure::Refused(report) if report.sqlstate == "28P01" => "password",
             AuthFailure::Refused(report) if report.sqlstate == "28000" => "not_permitted",
             AuthFailure::Refused(report) if report.sqlstate == "3D000" => "no_database",
@@ -126,7 +133,7 @@ pub async fn authenticate(
     purpose: Purpose<'_>,
     deadline: Instant,
 ) -> Result<LoginKeys, AuthFailure> {
-    let outcome = tokio::time::timeout_at(deadline, log_in(client, verifiers, purpose)).await;
+    let outcome = tokio::time::timeout_at(deadline, log_in(client, verifiers, purpose, deadline)).await;
     let failure = match outcome {
         Ok(Ok(keys)) => return Ok(keys),
         Ok(Err(failure)) => failure,
@@ -145,6 +152,7 @@ pub async fn authenticate(
 fn last_word(failure: &AuthFailure) -> Option<ErrorReport> {
     match failure {
         AuthFailure::Refused(report) => Some(report.clone()),
+        AuthFailure::Password(user, _) => Some(wrong_password(user)),
         AuthFailure::NoVerifier(_) => Some(
             ErrorReport::fatal("57P03", "cannot look up who may log in")
                 .detail("No node can be asked for password verifiers now."),
@@ -154,10 +162,15 @@ fn last_word(failure: &AuthFailure) -> Option<ErrorReport> {
     }
 }
 
+fn wrong_password(user: &str) -> ErrorReport {
+    ErrorReport::fatal("28P01", format!("password authentication failed for user \"{user}\""))
+}
+
 async fn log_in(
     client: &mut ClientConnection,
     verifiers: &Verifiers,
     purpose: Purpose<'_>,
+    deadline: Instant,
 ) -> Result<LoginKeys, AuthFailure> {
     check_encryption(client)?;
     let (user, database) = (client.startup.user.clone(), client.startup.database.clone());
@@ -166,13 +179,12 @@ async fn log_in(
             verifiers.look_up_admin(&user, database).await
         }
         Purpose::Console { database, .. } => verifiers.look_up(&user, database).await,
-        Purpose::Nodes => verifiers.look_up(&user, &database).await,
+        Purpose::Nodes => verifiers.look_up_in_time(&user, &database, deadline).await,
     };
     let account = account.map_err(AuthFailure::NoVerifier)?;
     let proved = match exchange(client, &account).await {
         Err(AuthFailure::Refused(report)) if report.sqlstate == "28P01" => {
-            let words = format!("password authentication failed for user \"{user}\"");
-            return Err(AuthFailure::Refused(ErrorReport::fatal("28P01", words)));
+            return Err(AuthFailure::Password(user, account.unusable));
         }
         outcome => outcome?,
     };

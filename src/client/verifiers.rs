@@ -18,6 +18,7 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::sync::OnceCell;
+use tokio::time::{Instant, timeout_at};
 use tokio_postgres::types::Type;
 
 use crate::config::{AuthSource, Config, Secret, UserConfig};
@@ -29,6 +30,10 @@ use crate::topology::{NodeId, Standing, TopologyHandle};
 const ANSWER: Duration = Duration::from_secs(5);
 /// How long an administrator waits for it before what is known is taken.
 const ADMIN_ANSWER: Duration = Duration::from_secs(3);
+/// How often nodes are asked again while none answers, at least.
+const AGAIN: Duration = Duration::from_millis(250);
+/// What is left of a login's time for telling the client that nobody could be asked.
+const FOR_THE_ANSWER: Duration = Duration::from_secs(1);
 /// Nodes asked for one login, at most.
 const ASKED: usize = 3;
 
@@ -49,6 +54,8 @@ enum Source {
         topology: Arc<TopologyHandle>,
         /// The control user, whose password is known here.
         control: Option<(String, Arc<Listed>)>,
+        /// `failover.pause_timeout`: how long a login waits for a node that can be asked.
+        patience: Duration,
     },
 }
 
@@ -70,6 +77,8 @@ impl Listed {
 pub struct Account {
     /// What the client must prove itself against; a mock when nothing could let it in.
     pub verifier: Verifier,
+    /// Why it is a mock, for the log: a client is told no more than that its password is wrong.
+    pub unusable: Option<&'static str>,
     /// What logs in to the nodes, where it is known beforehand; else the exchange yields it.
     pub known_keys: Option<LoginKeys>,
     /// `rolcanlogin`.
@@ -140,6 +149,7 @@ impl Verifiers {
                     let name = config.control.user.clone();
                     (name.clone(), Listed::new(&UserConfig { name, password }))
                 }),
+                patience: config.failover.pause_timeout,
             },
             AuthSource::List => {
                 let before = self.source.load();
@@ -182,6 +192,38 @@ impl Verifiers {
         }
     }
 
+    /// The same for a login that is to be over at `deadline`: while no node can be asked (the primary restarts, or a
+    /// failover is underway), it waits for one as long as a statement waits for a primary.
+    pub async fn look_up_in_time(
+        &self,
+        user: &str,
+        database: &str,
+        deadline: Instant,
+    ) -> Result<Account, VerifierError> {
+        let (topology, patience) = match &*self.source.load_full() {
+            Source::Listed(_) => return self.look_up(user, database).await,
+            Source::Asked { topology, patience, .. } => (Arc::clone(topology), *patience),
+        };
+        let begun = Instant::now();
+        let last = deadline.checked_sub(FOR_THE_ANSWER).unwrap_or(begun);
+        loop {
+            let changed = topology.changed();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            let failed = match timeout_at(last, self.look_up(user, database)).await {
+                Ok(Err(error @ VerifierError::NoNode(_))) => error,
+                Ok(outcome) => return outcome,
+                Err(_) => return Err(VerifierError::NoNode("no answer in time".to_owned())),
+            };
+            let now = Instant::now();
+            let until = (begun + patience).min(last);
+            if now >= until {
+                return Err(failed);
+            }
+            let _ = timeout_at(until.min(now + AGAIN), changed).await;
+        }
+    }
+
     fn admins(&self) -> MutexGuard<'_, HashMap<String, AuthRow>> {
         self.admins.lock().unwrap_or_else(|p| p.into_inner())
     }
@@ -189,7 +231,7 @@ impl Verifiers {
     /// What is known of an administrator who wants to log in to the console. While no node can be asked: what one
     /// said at the last login, or the password of the control user.
     pub async fn look_up_admin(&self, user: &str, database: &str) -> Result<Account, VerifierError> {
-        let Source::Asked { query, nodes, topology, control } = &*self.source.load_full() else {
+        let Source::Asked { query, nodes, topology, control, .. } = &*self.source.load_full() else {
             return self.look_up(user, database).await;
         };
         let asked = ask_nodes(query, nodes, topology, user, database);
@@ -222,6 +264,7 @@ impl Verifiers {
         };
         Ok(Account {
             verifier: listed.verifier.get_or_try_init(derive).await?.clone(),
+            unusable: None,
             // The keys of this exchange belong to our own salt; only the password fits the nodes'.
             known_keys: Some(listed.keys.clone()),
             may_log_in: true,
@@ -232,6 +275,7 @@ impl Verifiers {
     fn nobody(&self, user: &str) -> Account {
         Account {
             verifier: Verifier::mock(user, &self.secret),
+            unusable: Some("there is no such role, or auth leaves it out"),
             known_keys: None,
             may_log_in: true,
             database: DatabaseAccess::Granted,
@@ -241,8 +285,17 @@ impl Verifiers {
     fn account(&self, user: &str, row: AuthRow, now: SystemTime) -> Account {
         let expired = row.valid_until.is_some_and(|until| until < now);
         let verifier = row.verifier.as_deref().filter(|_| !expired).and_then(Verifier::parse);
+        let unusable = match &row.verifier {
+            _ if verifier.is_some() => None,
+            None => Some("the role has no password"),
+            Some(_) if expired => Some("the password has expired"),
+            Some(_) => Some(
+                "the password is not stored as a SCRAM verifier: set it anew with password_encryption = 'scram-sha-256'",
+            ),
+        };
         Account {
             verifier: verifier.unwrap_or_else(|| Verifier::mock(user, &self.secret)),
+            unusable,
             known_keys: None,
             // A null says neither yes nor no: closed.
             may_log_in: row.may_log_in.unwrap_or(false),

@@ -90,6 +90,7 @@ table! {
     "node_tls.ca" Live node_tls.ca;
     "pool.mode" NewSessions pool.mode;
     "pool.size" Live pool.size;
+    "pool.max_backends_per_node" Live pool.max_backends_per_node;
     "pool.users" Live pool.users;
     "pool.databases" Live pool.databases;
     "pool.query_wait_timeout" Live pool.query_wait_timeout;
@@ -97,6 +98,7 @@ table! {
     "pool.server_idle_timeout" Live pool.server_idle_timeout;
     "pool.server_lifetime" Live pool.server_lifetime;
     "pool.max_prepared" Live pool.max_prepared;
+    "pool.share_unnamed" Live pool.share_unnamed;
     "consistency.level" Live consistency.promise.level;
     "consistency.on_stale" Live consistency.promise.on_stale;
     "consistency.rules" Live consistency.rules;
@@ -150,6 +152,7 @@ table! {
     "failover.max_lost_bytes" Live failover.max_lost_bytes;
     "failover.min_failover_interval" Live failover.min_failover_interval;
     "failover.allow_minority" Live failover.allow_minority;
+    "failover.lost_write" Live failover.lost_write;
     "failover.check_interval" Live failover.check_interval;
     "failover.check_timeout" Live failover.check_timeout;
     "failover.failure_threshold" Live failover.failure_threshold;

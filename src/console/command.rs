@@ -5,6 +5,7 @@
 //! as it makes sense here. Anything else is a syntax error with its place, and with the nearest command as a hint.
 
 use crate::classify::{Token, Words};
+use crate::config::near::{distance, nearest};
 use crate::wire::ErrorReport;
 
 /// What an administrator asks for.
@@ -829,6 +830,16 @@ impl<'a> Reader<'a> {
 fn hint(given: &str) -> String {
     let words: Vec<String> =
         given.split_whitespace().take(2).map(|w| w.trim_end_matches(';').to_ascii_lowercase()).collect();
+    if let [show, table] = &words[..]
+        && show == "show"
+    {
+        let tables = Table::ALL.map(Table::name);
+        let known = tables.into_iter().find(|known| known == table);
+        return match known.or_else(|| nearest(table, tables)) {
+            Some(table) => format!("Perhaps SHOW {}. HELP lists all commands.", table.to_uppercase()),
+            None => format!("There are {}. HELP lists all commands.", tables.join(", ").to_uppercase()),
+        };
+    }
     let given = words.join(" ");
     let near = |form: &str| {
         let form: Vec<&str> = form.split_whitespace().take(words.len().max(1)).collect();
@@ -841,22 +852,6 @@ fn hint(given: &str) -> String {
         }
         _ => "This is Highwater's admin console, not a database. HELP lists all commands.".to_owned(),
     }
-}
-
-/// Insertions, deletions and replacements between two short texts.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().take(100).enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 /// Settings of a server that drivers ask for.

@@ -219,7 +219,9 @@ impl Asker<'_> {
         };
         match answer {
             Ok(said) => Ok(done(tag, vec![said])),
-            Err(why) => Err(ErrorReport::error("55000", why)),
+            Err(why) => Err(ErrorReport::error("55000", why).hint(
+                "SHOW FAILOVER and SHOW NODES show how things stand; docs/FAILOVER.md has each reason.",
+            )),
         }
     }
 

@@ -82,10 +82,10 @@ impl From<usize> for Value {
     }
 }
 
-/// In seconds.
+/// In seconds, to the microsecond.
 impl From<Duration> for Value {
     fn from(time: Duration) -> Value {
-        Value::Float(time.as_secs_f64())
+        Value::Float(time.as_micros() as f64 / 1e6)
     }
 }
 

@@ -356,14 +356,14 @@ impl Asker<'_> {
         let entries = self.console.shared.ledger.entries();
         Box::new(entries.into_iter().map(|entry| {
             let runs = entry.on_primary + entry.on_replicas;
-            let mean = entry.total.as_secs_f64() / runs.max(1) as f64;
+            let mean = Duration::from_secs_f64(entry.total.as_secs_f64() / runs.max(1) as f64);
             vec![
                 (&*entry.database).into(),
                 ClassLabel::LABELS[ClassLabel::of(entry.class.kind) as usize].into(),
                 entry.class.reason.explained().0.into(),
                 entry.on_replicas.into(),
                 entry.on_primary.into(),
-                Value::Float(mean),
+                mean.into(),
                 entry.longest.into(),
                 entry.total.into(),
                 (&*entry.text).into(),
@@ -524,7 +524,7 @@ fn items(items: Vec<(&'static str, Value)>) -> Rows {
 }
 
 /// Where failover stands, item by item.
-fn failover_standing(status: &Status) -> [(&'static str, Value); 12] {
+fn failover_standing(status: &Status) -> Vec<(&'static str, Value)> {
     let since = status.since.elapsed().unwrap_or_default();
     let kept_out: Vec<String> =
         status.quarantined.iter().map(|(node, why)| format!("{node} ({})", why.label())).collect();
@@ -532,10 +532,12 @@ fn failover_standing(status: &Status) -> [(&'static str, Value); 12] {
         Some(bytes) => format!("{bytes} bytes"),
         None => format!("{} bytes at least", loss.acked_bytes_min),
     });
-    [
-        ("mode", status.mode.into()),
-        ("durability", status.durability.into()),
-        ("promises", status.promises.clone().into()),
+    // A sentence a line: a terminal is only so wide.
+    let promises = status.promises.split("; ").enumerate();
+    let promises = promises.map(|(at, text)| (if at == 0 { "promises" } else { "" }, text.into()));
+    let mut rows = vec![("mode", status.mode.into()), ("durability", status.durability.into())];
+    rows.extend(promises);
+    rows.extend([
         ("state", status.state.into()),
         ("state_for", shown(format_args!("{}s", since.as_secs()))),
         ("state_about", status.node.clone().into()),
@@ -545,7 +547,8 @@ fn failover_standing(status: &Status) -> [(&'static str, Value); 12] {
         ("writes_covered", yes_or_no(status.covered)),
         ("quarantined", Some(kept_out.join(", ")).filter(|names| !names.is_empty()).into()),
         ("last_loss", lost.into()),
-    ]
+    ]);
+    rows
 }
 
 fn yes_or_no(is: bool) -> Value {

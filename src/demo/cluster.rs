@@ -594,6 +594,23 @@ impl PrivateCluster {
         &self.home.path
     }
 
+    /// A further role that may log in, with a password of its own.
+    pub(super) async fn make_role(&self, name: &str) -> Result<Login, ClusterError> {
+        let login = Login { user: name.to_owned(), password: random_name() };
+        self.primary().execute(&format!("CREATE ROLE {name} LOGIN PASSWORD '{}'", login.password)).await?;
+        Ok(login)
+    }
+
+    /// A directory within this one that nobody else reads, and that goes with it whoever writes into it.
+    pub(super) fn private_directory(&self, name: &str) -> Result<PathBuf, ClusterError> {
+        let path = self.home.path.join(name);
+        let made = fs::DirBuilder::new().mode(0o700).create(&path);
+        // What is in it belongs to us, the janitor removes it: it must own the directory.
+        let given = made.and_then(|()| self.home.run_as.give(&path));
+        system(format_args!("cannot make {}", path.display()), given)?;
+        Ok(path)
+    }
+
     /// Waits until every replica that runs has replayed all that node `of` has written by now.
     pub async fn wait_caught_up(&self, of: usize) -> Result<(), ClusterError> {
         let wal = self.node(of).query_text("SELECT pg_current_wal_flush_lsn()").await?;

@@ -3,19 +3,23 @@
 //!
 //! Promises: needs nothing but PostgreSQL's programs on the machine; uses ports and files of its own
 //! only, and leaves none behind, on Ctrl-C, SIGTERM and SIGKILL alike. Everything it shows of the
-//! routing comes from the proxy's own /metrics, so that what is printed is what was counted.
+//! routing comes from the proxy's own /metrics, so that what is printed is what was counted. The primary
+//! can be exchanged on the admin console, or killed and replaced: the traffic goes on, and the old one comes back.
 //!
 //! Does not measure: the traffic is paced for reading along, not for load.
 
 pub mod cluster;
+mod comeback;
 pub mod port;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::future::Future;
 use std::io::{self, IsTerminal as _, Write};
 use std::path::Path;
-use std::sync::Arc;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -25,6 +29,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use self::cluster::{ClusterError, ClusterOptions, Identity, Login, PrivateCluster, connect};
+use self::comeback::Hosts;
 use self::port::ReservedPort;
 use crate::progress::Progress;
 
@@ -33,6 +38,9 @@ const STATEMENTS: &str = "highwater_statements_total";
 
 /// 1 for the role that a node has.
 const ROLE: &str = "highwater_node_role";
+
+/// 1 for the state that failover is in.
+const STATE: &str = "highwater_failover_state";
 
 /// A replica's distance behind the primary.
 const LAG_BYTES: &str = "highwater_replica_replay_lag_bytes";
@@ -51,6 +59,9 @@ const READERS: i32 = 5;
 
 /// Between two statements of a writer.
 const WRITE_PACE: Duration = Duration::from_millis(50);
+
+/// Before a session whose connection broke connects again.
+const RECONNECT_PACE: Duration = Duration::from_millis(200);
 
 /// Between two statements of a reader.
 const READ_PACE: Duration = Duration::from_millis(20);
@@ -158,12 +169,15 @@ where
     P: Send + 'static,
     F: FnOnce(&Path) -> Result<P, String> + Send + 'static,
 {
+    // pg_rewind asks for it where it reads from.
+    let settings = vec![("full_page_writes".to_owned(), "on".to_owned())];
     // An identity of its own, so that the template goes as soon as it has been copied.
     let cluster_options =
-        ClusterOptions { replicas: 2, identity: Identity::Own, ..ClusterOptions::default() };
+        ClusterOptions { replicas: 2, identity: Identity::Own, settings, ..ClusterOptions::default() };
     // A data directory, three servers, the proxy.
     let mut progress = Progress::new(io::stdout(), io::stdout().is_terminal(), 5);
     let cluster = PrivateCluster::start(&cluster_options, &mut |step| drop(progress.step(step))).await?;
+    let admin = cluster.make_role("admin").await?;
     let claim = || ReservedPort::claim().map_err(|error| DemoError::System("no free port", error));
     let (port, http) = (claim()?, claim()?);
     let proxy = Proxy { port: port.number(), http: http.number() };
@@ -172,9 +186,10 @@ where
         .step(&format!("starting the proxy on 127.0.0.1:{}", proxy.port))
         .map_err(|error| DemoError::System("cannot print", error))?;
     let config = cluster.directory().join("config.yaml");
-    let text = config_text(&cluster, &proxy);
+    let text = config_text(&cluster, &proxy, &admin, &cluster.private_directory("state")?);
     std::fs::write(&config, text)
         .map_err(|error| DemoError::System("cannot write the configuration", error))?;
+    let hosts = Hosts::new(cluster.nodes(), cluster.program(""), config.clone());
     // Dropped before the cluster, at whichever point this future ends.
     let _running = tokio::task::spawn_blocking(move || start_proxy(&config))
         .await
@@ -183,13 +198,13 @@ where
     proxy.wait_ready().await?;
     drop(progress);
 
-    introduce(&cluster, &proxy)?;
+    introduce(&cluster, &proxy, &admin)?;
     let app = cluster.roles().app.clone();
     show_samples(&proxy, &app).await?;
-    show_traffic(&proxy, &app, options.exit_after).await
+    show_traffic(&proxy, &app, hosts, options.exit_after).await
 }
 
-fn config_text(cluster: &PrivateCluster, proxy: &Proxy) -> String {
+fn config_text(cluster: &PrivateCluster, proxy: &Proxy, admin: &Login, state: &Path) -> String {
     let Login { user, password } = &cluster.roles().control;
     let mut text =
         format!("listen: 127.0.0.1:{}\nhttp: 127.0.0.1:{}\nworkers: 2\nnodes:\n", proxy.port, proxy.http);
@@ -198,24 +213,30 @@ fn config_text(cluster: &PrivateCluster, proxy: &Proxy) -> String {
     }
     text += &format!(
         "control: {{ user: {user}, password: '{password}', database: postgres }}\n\
-         auth: {{ source: query, admins: [ {user} ] }}\n\
+         auth: {{ source: query, admins: [ {admin} ] }}\n\
          node_tls: {{ mode: disable }}\n\
-         failover: {{ mode: follow }}\n\
-         log: {{ level: warn }}\n"
+         failover: {{ mode: manual, state_dir: '{state}', sever_timeout: 30s, pause_timeout: 30s }}\n\
+         log: {{ level: warn }}\n",
+        admin = admin.user,
+        state = state.display(),
     );
     text
 }
 
-fn introduce(cluster: &PrivateCluster, proxy: &Proxy) -> Result<(), DemoError> {
+fn introduce(cluster: &PrivateCluster, proxy: &Proxy, admin: &Login) -> Result<(), DemoError> {
     say(&format!("directory: {}", cluster.directory().display()))?;
     for (index, node) in cluster.nodes().iter().enumerate() {
         let role = if index == 0 { "primary" } else { "replica" };
-        say(&format!("node {}: {role}, 127.0.0.1:{}", node.name(), node.port()))?;
+        let pid = node.pid().map(|pid| format!(", pid {pid}")).unwrap_or_default();
+        say(&format!("node {}: {role}, 127.0.0.1:{}{pid}", node.name(), node.port()))?;
     }
     let Login { user, password } = &cluster.roles().app;
     say("")?;
     say("try it yourself, from another terminal:")?;
     say(&format!("  psql 'postgresql://{user}:{password}@127.0.0.1:{}/app'", proxy.port))?;
+    let Login { user, password } = admin;
+    say(&format!("  psql 'postgresql://{user}:{password}@127.0.0.1:{}/highwater'", proxy.port))?;
+    say("    the admin console: HELP, SHOW NODES, SWITCHOVER; or kill -9 the primary, then FAILOVER")?;
     say(&format!("  curl -s http://127.0.0.1:{}/metrics | grep ^highwater_", proxy.http))?;
     say(&format!("or look at http://127.0.0.1:{}/ in a browser", proxy.http))
 }
@@ -272,6 +293,8 @@ struct Scrape {
     lag: BTreeMap<String, (f64, f64)>,
     /// By node: `primary`, `replica` or `excluded`.
     roles: BTreeMap<String, String>,
+    /// What failover is doing, in a word.
+    state: String,
 }
 
 impl Scrape {
@@ -295,12 +318,19 @@ impl Scrape {
                 ROLE if value == 1.0 => {
                     scrape.roles.insert(label("node"), label("role"));
                 }
+                STATE if value == 1.0 => scrape.state = label("state"),
                 LAG_BYTES => scrape.lag.entry(label("node")).or_default().0 = value,
                 LAG_SECONDS => scrape.lag.entry(label("node")).or_default().1 = value,
                 _ => {}
             }
         }
         scrape
+    }
+
+    /// The primary, unless it is just being replaced.
+    fn settled_primary(&self) -> Option<&str> {
+        let mut primaries = self.roles.iter().filter(|(_, role)| *role == "primary");
+        primaries.next().map(|(node, _)| node.as_str()).filter(|_| self.state == "healthy")
     }
 
     fn role(&self, node: &str) -> &str {
@@ -404,9 +434,37 @@ struct Seen {
     own: AtomicU64,
     /// Of those, older than what was written: 0, or the product is broken.
     stale: AtomicU64,
+    /// What sessions were told when a statement failed, by SQLSTATE: none, until the primary is killed.
+    failed: Mutex<BTreeMap<String, u64>>,
 }
 
-async fn show_traffic(proxy: &Proxy, app: &Login, exit_after: Option<Duration>) -> Result<(), DemoError> {
+impl Seen {
+    fn fail(&self, error: &tokio_postgres::Error) {
+        let code = error.code().map_or("no answer", |code| code.code()).to_owned();
+        *self.failed.lock().unwrap_or_else(PoisonError::into_inner).entry(code).or_default() += 1;
+    }
+}
+
+type Work = Pin<Box<dyn Future<Output = Result<(), DemoError>>>>;
+
+/// The end of what is under way, if anything is.
+async fn end_of(work: &mut Option<Work>) -> Result<(), DemoError> {
+    match work {
+        Some(future) => {
+            let result = future.await;
+            *work = None;
+            result
+        }
+        None => std::future::pending().await,
+    }
+}
+
+async fn show_traffic(
+    proxy: &Proxy,
+    app: &Login,
+    mut hosts: Hosts,
+    exit_after: Option<Duration>,
+) -> Result<(), DemoError> {
     say("")?;
     say(&format!(
         "live traffic: {WRITERS} sessions write and read their own rows back, {READERS} only read; \
@@ -416,29 +474,34 @@ async fn show_traffic(proxy: &Proxy, app: &Login, exit_after: Option<Duration>) 
     // Its tasks end with it.
     let mut sessions = JoinSet::new();
     for id in 1..=WRITERS {
-        sessions.spawn(writer(proxy.port, app.clone(), id, seen.clone()));
+        sessions.spawn(goes_on(seen.clone(), proxy.port, app.clone(), move |client, seen| {
+            writer(client, id, seen)
+        }));
     }
     for id in 1..=READERS {
-        sessions.spawn(reader(proxy.port, app.clone(), id));
+        sessions.spawn(goes_on(seen.clone(), proxy.port, app.clone(), move |client, _| reader(client, id)));
     }
     let end = exit_after.map(|after| Instant::now() + after);
     let mut tick = tokio::time::interval(Duration::from_secs(1));
     tick.tick().await;
     let mut earlier = proxy.scrape().await?;
+    let mut comeback: Option<Work> = None;
     loop {
         tokio::select! {
             _ = tick.tick() => {}
             () = async { tokio::time::sleep_until(end.unwrap_or_else(Instant::now)).await }, if end.is_some() => return Ok(()),
-            ended = sessions.join_next() => {
-                // Sessions go on for ever: one that ends says why, and the demo with it.
-                return match ended {
-                    Some(Ok(Err(error))) => Err(error),
-                    _ => Ok(()),
-                };
+            result = end_of(&mut comeback), if comeback.is_some() => {
+                result?;
+                continue;
             }
         }
         let now = proxy.scrape().await?;
         say(&traffic_line(&now, &earlier, &seen))?;
+        if comeback.is_none()
+            && let Some(old) = now.settled_primary().and_then(|primary| hosts.replaced_by(primary))
+        {
+            comeback = Some(Box::pin(old.carry_out()));
+        }
         earlier = now;
     }
 }
@@ -463,6 +526,11 @@ fn traffic_line(now: &Scrape, earlier: &Scrape, seen: &Seen) -> String {
     }
     let (own, stale) = (seen.own.load(Ordering::Relaxed), seen.stale.load(Ordering::Relaxed));
     parts.push(format!("own rows read back {own}, stale {stale}"));
+    let failed = seen.failed.lock().unwrap_or_else(PoisonError::into_inner);
+    if !failed.is_empty() {
+        let codes: Vec<String> = failed.iter().map(|(code, count)| format!("{code} {count}")).collect();
+        parts.push(format!("failed: {}", codes.join(", ")));
+    }
     parts.join(" | ")
 }
 
@@ -475,20 +543,39 @@ fn kind(class: &str, reason: &str) -> String {
     }
 }
 
-/// Raises its own row's balance and reads it back, for ever.
-async fn writer(port: u16, app: Login, id: i32, seen: Arc<Seen>) -> Result<(), DemoError> {
-    const WRITE: &str = "UPDATE account SET balance = balance + 1 WHERE id = $1 RETURNING balance";
-    const READ: &str = "SELECT balance FROM account WHERE id = $1";
-    let failed = |sql: &str| {
-        let sql = sql.to_owned();
-        move |error| DemoError::Statement(sql, error)
-    };
-    let client = connect(port, "app", &app).await.map_err(failed("connecting through the proxy"))?;
-    let write = client.prepare(WRITE).await.map_err(failed(WRITE))?;
-    let read = client.prepare(READ).await.map_err(failed(READ))?;
+/// A session that does its work for ever, on a new connection where the one before broke.
+async fn goes_on<F>(
+    seen: Arc<Seen>,
+    port: u16,
+    app: Login,
+    work: impl Fn(tokio_postgres::Client, Arc<Seen>) -> F,
+) where
+    F: Future<Output = Result<(), tokio_postgres::Error>>,
+{
     loop {
-        let wrote: i64 = client.query_one(&write, &[&id]).await.map_err(failed(WRITE))?.get(0);
-        let found: i64 = client.query_one(&read, &[&id]).await.map_err(failed(READ))?.get(0);
+        let ended = match connect(port, "app", &app).await {
+            Ok(client) => work(client, seen.clone()).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
+            seen.fail(&error);
+        }
+        tokio::time::sleep(RECONNECT_PACE).await;
+    }
+}
+
+/// Raises its own row's balance and reads it back, until something fails.
+async fn writer(
+    client: tokio_postgres::Client,
+    id: i32,
+    seen: Arc<Seen>,
+) -> Result<(), tokio_postgres::Error> {
+    let write =
+        client.prepare("UPDATE account SET balance = balance + 1 WHERE id = $1 RETURNING balance").await?;
+    let read = client.prepare("SELECT balance FROM account WHERE id = $1").await?;
+    loop {
+        let wrote: i64 = client.query_one(&write, &[&id]).await?.get(0);
+        let found: i64 = client.query_one(&read, &[&id]).await?.get(0);
         seen.own.fetch_add(1, Ordering::Relaxed);
         if found < wrote {
             seen.stale.fetch_add(1, Ordering::Relaxed);
@@ -497,17 +584,12 @@ async fn writer(port: u16, app: Login, id: i32, seen: Arc<Seen>) -> Result<(), D
     }
 }
 
-/// Reads a sum over all rows or one row, in turns, for ever.
-async fn reader(port: u16, app: Login, id: i32) -> Result<(), DemoError> {
-    let failed = |sql: &str| {
-        let sql = sql.to_owned();
-        move |error| DemoError::Statement(sql, error)
-    };
-    let client = connect(port, "app", &app).await.map_err(failed("connecting through the proxy"))?;
+/// Reads a sum over all rows or one row, in turns, until something fails.
+async fn reader(client: tokio_postgres::Client, id: i32) -> Result<(), tokio_postgres::Error> {
     let one = format!("SELECT balance FROM account WHERE id = {}", id + 100);
     loop {
         for sql in ["SELECT sum(balance) FROM account", one.as_str()] {
-            client.simple_query(sql).await.map_err(failed(sql))?;
+            client.simple_query(sql).await?;
             tokio::time::sleep(READ_PACE).await;
         }
     }

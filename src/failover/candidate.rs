@@ -95,15 +95,6 @@ pub fn elect(cuts: &[Cut], election: &Election<'_>) -> Result<NodeId, BlockReaso
     Ok(chosen.node)
 }
 
-/// Whose confirmation commits on `candidate` wait for from its first one on (I11): the others that are cut off, hence
-/// at hand; with fewer than `num` of them nobody's, else no commit would ever end. Nothing is promised until it is
-/// shown to be in effect.
-pub fn sync_of_new_epoch<'a>(num: u32, candidate: NodeId, cuts: impl Iterator<Item = &'a Cut>) -> SyncState {
-    let members: Vec<NodeId> = cuts.map(|cut| cut.node).filter(|node| *node != candidate).collect();
-    let enough = members.len() >= usize::try_from(num).unwrap_or(usize::MAX);
-    SyncState { members: if enough { members } else { Vec::new() }, num, degraded: true }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -196,15 +187,6 @@ mod tests {
         assert_eq!(elect(&cuts, &barrier), Ok(NodeId(2)));
         let short = Election { barrier: Some(Lsn(1000)), allow_data_loss: true, ..barrier };
         assert_eq!(elect(&cuts, &short), Err(BlockReason::DataLoss { bytes: 10 }));
-    }
-
-    #[test]
-    fn the_new_epoch_waits_only_for_those_at_hand() {
-        let cuts = [cut(1, 5, 1), cut(2, 4, 1)];
-        for (num, members) in [(1, vec![NodeId(2)]), (2, vec![])] {
-            let next = sync_of_new_epoch(num, NodeId(1), cuts.iter());
-            assert_eq!(next, SyncState { members, num, degraded: true });
-        }
     }
 
     proptest! {

@@ -69,10 +69,11 @@ impl Machine {
         };
         if dry_run {
             let from = self.record.primary.map_or("?", |node| self.name(node)).to_owned();
-            let mut text =
-                format!("would replace {from} by {}; then cut off and re-point:", self.name(chosen));
-            for node in self.standbys().into_iter().filter(|node| *node != chosen) {
-                let _ = write!(text, " {}", self.name(node));
+            let mut text = format!("would replace {from} by {}", self.name(chosen));
+            let others: Vec<&str> =
+                self.standbys().into_iter().filter(|n| *n != chosen).map(|n| self.name(n)).collect();
+            if !others.is_empty() {
+                let _ = write!(text, "; then cut off and re-point: {}", others.join(", "));
             }
             return Some(Ok(text));
         }

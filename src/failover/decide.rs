@@ -17,6 +17,7 @@ use crate::failover::event::{
     Quarantine, Role, Seen, State, Target,
 };
 use crate::failover::record::{Entry, Forked, Intent, MAX_FORKS, MAX_HISTORY, Record, Stage, SyncState};
+use crate::failover::sync;
 use crate::topology::{Epoch, NodeId};
 use crate::wal::{Lsn, TimelineId};
 
@@ -29,6 +30,8 @@ const BLOCK_RETRY: Duration = Duration::from_secs(2);
 /// A standby that streams after a kick vouches for the primary for so many times `kick_timeout`: each further kick
 /// interrupts a stream that is well.
 const VOUCHED: u32 = 5;
+/// No standby is made to connect anew before so many failures in a row.
+const FAILURES_FOR_A_KICK: u32 = 2;
 
 /// Who begins a failover.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,8 +97,37 @@ pub struct Settings {
     pub fence_sql: bool,
     /// `Quorum`: how many standbys are to confirm a commit.
     pub sync_num: u32,
+    /// `Quorum`: with fewer at hand commits wait, instead of being confirmed by fewer.
+    pub sync_strict: bool,
     /// Whether orders may be given at all: they take a durable record (`state_dir`).
     pub hands: bool,
+}
+
+impl Settings {
+    /// The configuration's defaults for these nodes, with `mode: auto` and a record to lean on.
+    pub fn of_nodes(nodes: Vec<NodeRule>) -> Settings {
+        Settings {
+            mode: Mode::Auto,
+            durability: Durability::Async,
+            nodes,
+            failure_threshold: 3,
+            kick_timeout: Duration::from_secs(2),
+            restart_grace: Duration::from_secs(10),
+            crash_loop_restarts: 3,
+            crash_loop_window: Duration::from_secs(60),
+            startup_grace: Duration::from_secs(10),
+            sever_timeout: Duration::from_secs(3),
+            promote_timeout: Duration::from_secs(60),
+            max_lost_bytes: 1 << 20,
+            min_failover_interval: Duration::from_secs(300),
+            pause_timeout: Duration::from_secs(10),
+            allow_minority: false,
+            fence_sql: true,
+            sync_num: 1,
+            sync_strict: false,
+            hands: true,
+        }
+    }
 }
 
 /// What is known of one node in this process.
@@ -121,6 +153,8 @@ struct Suspicion {
     gone_since: Option<Instant>,
     heard: Vec<bool>,
     kicked: BTreeMap<NodeId, (Kick, Instant)>,
+    /// Kicks that ended without a result: the standby may still be connecting anew, which says nothing.
+    unsettled: BTreeMap<NodeId, Instant>,
     alarmed: Option<Alarm>,
 }
 
@@ -200,6 +234,10 @@ pub struct Machine {
     removed: BTreeSet<NodeId>,
     pub(super) watch: Watch,
     seen_well: bool,
+    /// By the last look the primary is gone, as far as this proxy can see.
+    gone: bool,
+    /// When standbys were made to connect anew on slight evidence.
+    kicked_early: Option<Instant>,
     suspicion: Option<Suspicion>,
     pub(super) attempt: Option<Attempt>,
     pub(super) orders: BTreeMap<OrderId, Pending>,
@@ -233,6 +271,8 @@ impl Machine {
             removed: BTreeSet::new(),
             watch: Watch::default(),
             seen_well: false,
+            gone: false,
+            kicked_early: None,
             suspicion: None,
             attempt: None,
             orders: BTreeMap::new(),
@@ -453,9 +493,9 @@ impl Machine {
         self.record.system_identifier.is_none_or(|cluster| cluster == seen.system_identifier)
     }
 
-    /// The timeline that `node` writes, while it answers.
+    /// The timeline of this cluster that `node` writes, while it answers.
     fn writes(&self, node: NodeId) -> Option<TimelineId> {
-        match self.seen(node)?.role {
+        match self.seen(node).filter(|seen| self.ours(seen))?.role {
             Role::Primary { timeline, .. } => Some(timeline),
             Role::Standby { .. } => None,
         }
@@ -682,6 +722,7 @@ impl Machine {
     fn watch_primary(&mut self, tick: bool, now: Now) {
         let Some(primary) = self.record.primary else { return };
         let verdict = self.verdict(now.at);
+        self.gone = verdict == Verdict::Gone;
         match verdict {
             Verdict::Unknown => return,
             Verdict::Well => {
@@ -700,6 +741,7 @@ impl Machine {
                 gone_since: None,
                 heard: vec![false; self.known.len()],
                 kicked: BTreeMap::new(),
+                unsettled: BTreeMap::new(),
                 alarmed: None,
             });
             self.probe_standbys(primary);
@@ -714,6 +756,35 @@ impl Machine {
             _ => {
                 self.blocked = None;
                 self.enter(State::Suspect);
+                if verdict == Verdict::Doubtful {
+                    self.kick_early(primary, now.at);
+                }
+            }
+        }
+    }
+
+    /// One failure short of being gone: whether the standbys still reach the primary takes up to `kick_timeout` to learn, and
+    /// may be known by the time it counts. A stream that is well is interrupted by it for a moment, so not often.
+    fn kick_early(&mut self, primary: NodeId, now: Instant) {
+        let failures = self.watch.failures();
+        let ripe = failures >= FAILURES_FOR_A_KICK && failures + 1 >= self.settings.failure_threshold;
+        let pause = self.settings.kick_timeout * VOUCHED;
+        let lately = self.kicked_early.is_some_and(|at| now.saturating_duration_since(at) < pause);
+        let acts = self.settings.mode == Mode::Auto && !self.record.paused && self.unprepared.is_none();
+        if !ripe || lately || !acts {
+            return;
+        }
+        let Some(since) = self.suspicion.as_ref().map(|suspicion| suspicion.since) else { return };
+        if let Testimony::Kick(nodes) = self.testimony(primary, since, now) {
+            self.kicked_early = Some(now);
+            self.kick(nodes, now);
+        }
+    }
+
+    fn kick(&mut self, nodes: Vec<NodeId>, now: Instant) {
+        for node in nodes {
+            if self.is_free(node, now) {
+                self.give(node, Order::Kick { wait: self.settings.kick_timeout }, None);
             }
         }
     }
@@ -734,32 +805,10 @@ impl Machine {
     }
 
     fn confirm(&mut self, primary: NodeId, tick: bool, now: Now) {
-        let vouched = self.settings.kick_timeout * VOUCHED;
         let Some(suspicion) = &mut self.suspicion else { return };
         let gone_since = *suspicion.gone_since.get_or_insert(now.at);
-        suspicion.kicked.retain(|_, (kick, at)| {
-            let valid = if *kick == Kick::Streams { vouched } else { vouched / 2 };
-            now.at.saturating_duration_since(*at) < valid
-        });
-        let Some(suspicion) = &self.suspicion else { return };
-        let witnesses: Vec<(NodeId, Witness, Option<Kick>)> = (0u16..)
-            .map(NodeId)
-            .zip(&self.known)
-            .filter(|(node, _)| *node != primary && !self.removed.contains(node))
-            .filter(|(node, _)| self.quarantine(*node).is_none())
-            .map(|(node, known)| {
-                let kicking =
-                    self.orders.values().any(|p| p.node == node && matches!(p.order, Order::Kick { .. }));
-                // One that connects anew just now is alone for a moment, which says nothing.
-                let heard = !kicking && suspicion.heard.get(node.index()).copied().unwrap_or(false);
-                let fact = known.fact.as_ref().filter(|_| heard);
-                let kicked = suspicion.kicked.get(&node).map(|(kick, _)| *kick);
-                (node, detect::witness(fact, primary, self.record.system_identifier), kicked)
-            })
-            .collect();
-        let testimony = detect::testimony(&witnesses, now.at.saturating_duration_since(gone_since));
-        match testimony {
-            Testimony::Gone => return self.begin_or_block(now),
+        match self.testimony(primary, gone_since, now.at) {
+            Testimony::Gone => self.begin_or_block(now),
             Testimony::Alive => {
                 self.blocked = None;
                 self.enter(State::Suspect);
@@ -770,22 +819,53 @@ impl Machine {
                 self.enter(State::Suspect);
                 self.alarm_once(Alarm::Isolated);
             }
-            Testimony::Wait | Testimony::Kick(_) => {
-                if self.blocked.is_none() {
-                    self.enter(State::Confirming);
-                }
-                if tick {
-                    self.probe_standbys(primary);
-                }
+            Testimony::Wait => self.keep_confirming(primary, tick),
+            Testimony::Kick(nodes) => {
+                self.keep_confirming(primary, tick);
+                self.kick(nodes, now.at);
             }
         }
-        if let Testimony::Kick(nodes) = testimony {
-            for node in nodes {
-                if self.is_free(node, now.at) {
-                    self.give(node, Order::Kick { wait: self.settings.kick_timeout }, None);
-                }
-            }
+    }
+
+    fn keep_confirming(&mut self, primary: NodeId, tick: bool) {
+        if self.blocked.is_none() {
+            self.enter(State::Confirming);
         }
+        if tick {
+            self.probe_standbys(primary);
+        }
+    }
+
+    /// What the standbys say together of a primary that has been suspected since then.
+    fn testimony(&mut self, primary: NodeId, since: Instant, now: Instant) -> Testimony {
+        let vouched = self.settings.kick_timeout * VOUCHED;
+        let Some(suspicion) = &mut self.suspicion else { return Testimony::Wait };
+        suspicion.kicked.retain(|_, (kick, at)| {
+            let valid = if *kick == Kick::Streams { vouched } else { vouched / 2 };
+            now.saturating_duration_since(*at) < valid
+        });
+        let settles = self.settings.kick_timeout;
+        suspicion.unsettled.retain(|_, at| now.saturating_duration_since(*at) < settles);
+        let Some(suspicion) = &self.suspicion else { return Testimony::Wait };
+        let witnesses: Vec<(NodeId, Witness, Option<Kick>)> = (0u16..)
+            .map(NodeId)
+            .zip(&self.known)
+            .filter(|(node, _)| *node != primary && !self.removed.contains(node))
+            .filter(|(node, _)| self.quarantine(*node).is_none())
+            .map(|(node, known)| {
+                let kicking =
+                    self.orders.values().any(|p| p.node == node && matches!(p.order, Order::Kick { .. }));
+                // One that connects anew just now is alone for a moment, which says nothing.
+                let heard = !kicking && suspicion.heard.get(node.index()).copied().unwrap_or(false);
+                let fact = known
+                    .fact
+                    .as_ref()
+                    .filter(|fact| heard && !(is_alone(fact) && suspicion.unsettled.contains_key(&node)));
+                let kicked = suspicion.kicked.get(&node).map(|(kick, _)| *kick);
+                (node, detect::witness(fact, primary, self.record.system_identifier), kicked)
+            })
+            .collect();
+        detect::testimony(&witnesses, now.saturating_duration_since(since))
     }
 
     /// The primary is gone for everybody: whether it may be replaced without being asked.
@@ -1001,8 +1081,11 @@ impl Machine {
                 && self.writes(*node).is_some_and(|timeline| Some(timeline) == self.record.timeline)
                 && !(intent.planned && *node == intent.from)
         });
-        if writer.is_some() || !self.is_free(chosen, now) {
-            return;
+        match writer {
+            // It does not go away: nobody stays cut off for it.
+            Some(node) if late => return self.block(BlockReason::SecondWriter { node }, now),
+            None if self.is_free(chosen, now) => {}
+            _ => return,
         }
         if let Some(attempt) = &mut self.attempt {
             attempt.promoting_since = Some(now);
@@ -1016,9 +1099,23 @@ impl Machine {
         self.order_promotion(chosen, intent.epoch);
     }
 
+    /// Whose confirmation commits on `chosen` wait for from its first one on (I11). Nothing is promised until that is
+    /// shown to be in effect.
     fn next_sync(&self, chosen: NodeId) -> SyncState {
-        let cuts = self.attempt.iter().flat_map(|attempt| attempt.cuts.values());
-        candidate::sync_of_new_epoch(self.settings.sync_num, chosen, cuts)
+        let cuts = self.attempt.iter().flat_map(|attempt| attempt.cuts.keys().copied());
+        let mut standbys: Vec<NodeId> = cuts.filter(|node| *node != chosen).collect();
+        let others: Vec<NodeId> = (0u16..)
+            .map(NodeId)
+            .take(self.known.len())
+            .filter(|node| *node != chosen && !self.removed.contains(node) && !standbys.contains(node))
+            .collect();
+        let num = usize::try_from(self.settings.sync_num).unwrap_or(usize::MAX);
+        if standbys.len() < num && !self.settings.sync_strict {
+            // I11: nobody's, until it is known who is well.
+            standbys.clear();
+        }
+        let rule = sync::for_new_primary(num, self.settings.sync_strict, &standbys, &others);
+        SyncState { degraded: true, ..rule.to_record() }
     }
 
     fn order_promotion(&mut self, node: NodeId, epoch: Epoch) {
@@ -1183,6 +1280,9 @@ impl Machine {
                 Order::Sever | Order::SetSync { .. } | Order::Promote { .. } | Order::Kick { .. }
             );
             self.retry_after(node, if quick { RETRY } else { MEND_RETRY }, now.at);
+            if let (Order::Kick { .. }, Some(suspicion)) = (&order, &mut self.suspicion) {
+                suspicion.unsettled.insert(node, now.at);
+            }
             self.alarm(Alarm::OrderFailed { node, order: order.label(), why: why.clone() });
         }
         if let Some(command) = command {
@@ -1240,6 +1340,7 @@ impl Machine {
 
     fn kicked(&mut self, node: NodeId, kick: Kick, now: Instant) {
         if let Some(suspicion) = &mut self.suspicion {
+            suspicion.unsettled.remove(&node);
             suspicion.kicked.insert(node, (kick, now));
         }
     }
@@ -1397,6 +1498,8 @@ impl Machine {
             (Some(_), _) => Gate::Closed,
             // Not before the primary takes writes again: clients would be told that it is read-only.
             (None, _) if fenced => Gate::Closed,
+            // What is sent to a primary that does not answer has an unknown outcome; what waits has not.
+            (None, _) if self.gone => Gate::Paused,
             (None, _) => Gate::Open,
         };
         if self.gate != Some(wanted) {
@@ -1437,6 +1540,10 @@ impl Machine {
             }
         }
     }
+}
+
+fn is_alone(fact: &Fact) -> bool {
+    matches!(fact, Fact::Answered(Seen { role: Role::Standby { walreceiver: None, .. }, .. }))
 }
 
 pub(super) fn add(list: &mut Vec<NodeId>, node: NodeId) {

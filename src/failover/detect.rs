@@ -117,6 +117,11 @@ impl Watch {
         }
     }
 
+    /// Failures in a row.
+    pub fn failures(&self) -> u32 {
+        self.failures
+    }
+
     /// What to make of it at `now`.
     pub fn verdict(&self, patience: &Patience, now: Instant) -> Verdict {
         if self.well {

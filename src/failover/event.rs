@@ -548,6 +548,11 @@ pub enum BlockReason {
         /// Which.
         node: NodeId,
     },
+    /// Another node takes writes on the same timeline: promoted by somebody, or a copy of the primary.
+    SecondWriter {
+        /// Which.
+        node: NodeId,
+    },
     /// The sessions' sockets could not be closed.
     SocketsOpen,
     /// The record could not be written.
@@ -556,7 +561,7 @@ pub enum BlockReason {
 
 impl BlockReason {
     /// All labels, for the metric.
-    pub const LABELS: [&'static str; 15] = [
+    pub const LABELS: [&'static str; 16] = [
         "manual",
         "paused",
         "unprepared",
@@ -570,6 +575,7 @@ impl BlockReason {
         "no_candidate",
         "candidate_refused",
         "candidate_unreachable",
+        "second_writer",
         "sockets_open",
         "not_durable",
     ];
@@ -590,6 +596,7 @@ impl BlockReason {
             BlockReason::NoCandidate => "no_candidate",
             BlockReason::CandidateRefused { .. } => "candidate_refused",
             BlockReason::CandidateUnreachable { .. } => "candidate_unreachable",
+            BlockReason::SecondWriter { .. } => "second_writer",
             BlockReason::SocketsOpen => "sockets_open",
             BlockReason::NotDurable(_) => "not_durable",
         }
@@ -632,6 +639,9 @@ impl fmt::Display for BlockReason {
             BlockReason::CandidateUnreachable { .. } => f.write_str(
                 "the node that was told to promote does not answer, and no other may be promoted; \
                  if it is gone for good, FORGET it",
+            ),
+            BlockReason::SecondWriter { .. } => f.write_str(
+                "another node takes writes on the primary's own timeline; end one of the two, which have diverged",
             ),
             BlockReason::SocketsOpen => f.write_str("connections to the old primary could not be closed"),
             BlockReason::NotDurable(cause) => write!(f, "the record could not be written: {cause}"),

@@ -155,6 +155,17 @@ impl Hands {
         }
     }
 
+    /// Takes the control session of a node that is to get an order soon: a login less while clients wait.
+    pub async fn warm(&self, node: NodeId) {
+        let Some((hand, _)) = self.hands.get(node.index()) else { return };
+        // One that is at work has it.
+        let Ok(mut hand) = hand.try_lock() else { return };
+        if hand.session.as_ref().is_none_or(ControlSession::is_closed) {
+            let until = Instant::now() + hand.limits.connect;
+            hand.session = hand.take_over(until).await.ok();
+        }
+    }
+
     /// The node's hand, when the order before has ended; one that only waits for something ends for this.
     async fn hand(&self, node: NodeId) -> Option<MutexGuard<'_, Hand>> {
         let (hand, behind) = self.hands.get(node.index())?;
@@ -311,8 +322,19 @@ impl Hand {
         self.reload(until).await?;
         let started = Instant::now();
         let mut last = None;
+        // A new session, until one shows the settings; what that one sees later is as good.
+        let mut looks: Option<ControlSession> = None;
         loop {
-            let seen = self.fresh_standby(until).await?;
+            let look = match looks.take() {
+                Some(session) => session,
+                None => self.look_session(self.node, until).await?,
+            };
+            let rows = look
+                .ask(STANDBY, self.left(until, self.limits.statement))
+                .await
+                .map_err(|error| Trouble::Unknown(error.to_string()))?;
+            let seen = read_standby(&rows).ok_or_else(|| self.unreadable())?;
+            looks = Some(look).filter(|_| seen.severed);
             let end = seen.final_end();
             if let Some(end) = end
                 && last == Some(end)
@@ -369,7 +391,8 @@ impl Hand {
         let started = Instant::now();
         let until = started + wait;
         loop {
-            let now = self.walreceiver(until).await?;
+            // Each look in its own time: the last one is not to fail for want of it, and the kick to be given again.
+            let now = self.walreceiver(until + self.limits.statement).await?;
             match now {
                 Some(Walreceiver { pid, streaming: true, .. }) if Some(pid) != old => {
                     return Ok(Kick::Streams);
@@ -391,7 +414,7 @@ impl Hand {
     async fn barrier(&mut self, lsn: Lsn, wait: Duration) -> Result<Lsn, Trouble> {
         let until = Instant::now() + wait;
         loop {
-            let seen = self.standby(until).await?;
+            let seen = self.standby(until + self.limits.statement).await?;
             self.require_standby(&seen)?;
             match seen.replay {
                 Some(replay) if replay >= lsn => return Ok(replay),
@@ -420,7 +443,7 @@ impl Hand {
             failpoint("promote_sent");
         }
         loop {
-            let seen = self.fresh_standby(until).await?;
+            let seen = self.standby(until).await?;
             if !seen.in_recovery {
                 break;
             }
@@ -492,6 +515,10 @@ impl Hand {
             let seen = self.standby(until).await?;
             self.clear_replay(&seen, Instant::now(), until).await?;
             self.wait(until, || format!("it does not stream on timeline {timeline} yet ({seen})")).await?;
+        }
+        if kept.is_some_and(|kept| kept.paused) {
+            // Whoever paused it has not resumed it.
+            self.run("SELECT pg_wal_replay_pause()", until).await?;
         }
         Ok(self.upstreams.forget(&self.name())?)
     }
@@ -754,24 +781,20 @@ impl Hand {
         read_standby(&rows).ok_or_else(|| self.unreadable())
     }
 
-    async fn fresh_standby(&mut self, until: Instant) -> Result<Standby, Trouble> {
-        let rows = self.look(STANDBY, until).await?;
-        read_standby(&rows).ok_or_else(|| self.unreadable())
-    }
-
     /// One question by a session of its own.
     async fn look(&self, question: &str, until: Instant) -> Result<Rows, Trouble> {
         self.look_at(self.node, question, until).await
     }
 
     async fn look_at(&self, node: NodeId, question: &str, until: Instant) -> Result<Rows, Trouble> {
-        let session = self
-            .nodes
-            .session(node, "highwater look", self.left(until, self.limits.connect))
-            .await
-            .map_err(|error| Trouble::Unknown(error.to_string()))?;
+        let session = self.look_session(node, until).await?;
         let answer = session.ask(question, self.left(until, self.limits.statement)).await;
         answer.map_err(|error| Trouble::Unknown(error.to_string()))
+    }
+
+    async fn look_session(&self, node: NodeId, until: Instant) -> Result<ControlSession, Trouble> {
+        let connecting = self.nodes.session(node, "highwater look", self.left(until, self.limits.connect));
+        connecting.await.map_err(|error| Trouble::Unknown(error.to_string()))
     }
 
     /// One statement in the session that holds the lock.

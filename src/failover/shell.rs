@@ -118,6 +118,15 @@ pub enum Outcome {
     Left(&'static str, Duration),
     /// It is blocked, by this.
     Blocked(&'static str),
+    /// A failover has begun, so long after the first sign.
+    Begun(Duration),
+    /// One that had begun is over, a switchover if it was planned; it was done in that time, or given up.
+    Ended {
+        /// Whether it was a switchover.
+        planned: bool,
+        /// How long nothing could be written, if it was done.
+        took: Option<Duration>,
+    },
 }
 
 /// The machine with its hands. One per proxy.
@@ -137,6 +146,7 @@ pub struct Shell {
     tasks: JoinSet<()>,
     drain: Option<AbortHandle>,
     replies: HashMap<CommandId, oneshot::Sender<Answer>>,
+    answered: Vec<(oneshot::Sender<Answer>, Answer)>,
     next_command: u64,
     label: &'static str,
     entered: Instant,
@@ -234,6 +244,7 @@ impl Shell {
             tasks: JoinSet::new(),
             drain: None,
             replies: HashMap::new(),
+            answered: Vec::new(),
             next_command: 0,
             label: State::Starting.label(),
             entered: Instant::now(),
@@ -299,13 +310,36 @@ impl Shell {
     pub fn step(&mut self, event: Event) -> Vec<Outcome> {
         let mut outcomes = Vec::new();
         if self.acts() {
+            let before = self.under_way();
             let actions = self.machine.step(event, now());
             self.carry_out(actions, &mut outcomes);
+            self.tell_of_ends(before, &mut outcomes);
         }
         while self.tasks.try_join_next().is_some() {}
         self.look();
         self.examine();
         outcomes
+    }
+
+    /// Whether the primary is being replaced, and if so, whether as planned.
+    fn under_way(&self) -> Option<bool> {
+        self.machine.record().intent.as_ref().map(|intent| intent.planned)
+    }
+
+    /// What has begun and what is over, by what was under way before.
+    fn tell_of_ends(&self, before: Option<bool>, outcomes: &mut Vec<Outcome>) {
+        let published = outcomes.iter().any(|outcome| matches!(outcome, Outcome::Publish(_)));
+        match (before, self.under_way()) {
+            (None, Some(false)) => {
+                outcomes.extend(self.machine.suspected_for(Instant::now()).map(Outcome::Begun));
+            }
+            (Some(planned), None) if !published => outcomes.push(Outcome::Ended { planned, took: None }),
+            (Some(planned), _) if published => {
+                let took = self.machine.record().history.last().map(|entry| entry.took_ms);
+                outcomes.push(Outcome::Ended { planned, took: took.map(Duration::from_millis) });
+            }
+            _ => {}
+        }
     }
 
     /// Takes what has come back.
@@ -430,7 +464,8 @@ impl Shell {
     }
 
     fn carry_out(&mut self, actions: Vec<Action>, outcomes: &mut Vec<Outcome>) {
-        if actions.is_empty() {
+        // Whether commits are covered changes by what probes alone have shown, too.
+        if actions.is_empty() && self.machine.covered() == self.status.load().covered {
             return;
         }
         let mut failed: Option<String> = None;
@@ -481,6 +516,7 @@ impl Shell {
                 self.entered = Instant::now();
                 self.since = SystemTime::now();
                 self.log_state(&state, time);
+                self.warm(&state);
                 if let State::Blocked(why) = &state {
                     outcomes.push(Outcome::Blocked(why.label()));
                 }
@@ -490,12 +526,38 @@ impl Shell {
         }
     }
 
+    /// Orders are likely: their sessions are opened while something else is waited for.
+    fn warm(&mut self, state: &State) {
+        let Some(hands) = &self.hands else { return };
+        let planned = match state {
+            State::Suspect | State::Confirming if self.mode == FailoverMode::Auto => false,
+            State::Draining(_) => true,
+            _ => return,
+        };
+        let lost = self.machine.record().primary.filter(|_| !planned);
+        for (index, node) in self.config.nodes.iter().enumerate() {
+            let id = NodeId(index as u16);
+            if node.removed || lost == Some(id) || self.machine.quarantine(id).is_some() {
+                continue;
+            }
+            let hands = Arc::clone(hands);
+            self.tasks.spawn(async move { hands.warm(id).await });
+        }
+    }
+
     fn answer(&mut self, id: CommandId, answer: Answer) {
         match &answer {
             Ok(text) => tracing::info!(answer = text, "command done"),
             Err(text) => tracing::warn!(answer = text, "command refused"),
         }
         if let Some(reply) = self.replies.remove(&id) {
+            self.answered.push((reply, answer));
+        }
+    }
+
+    /// Sends the answers to commands. Only once what they tell of can be seen, by whoever looks next.
+    pub fn send_answers(&mut self) {
+        for (reply, answer) in self.answered.drain(..) {
             // Who asked may have gone.
             let _ = reply.send(answer);
         }
@@ -728,6 +790,7 @@ fn settings(config: &Config, hands: bool) -> Settings {
         allow_minority: failover.allow_minority,
         fence_sql: failover.fence_sql,
         sync_num: failover.sync.num,
+        sync_strict: failover.sync.strict,
         hands,
     }
 }

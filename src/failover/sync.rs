@@ -303,12 +303,12 @@ pub struct SyncSettings {
     pub strict: bool,
 }
 
-/// The rule for the next primary, set before it is promoted (I11). `standbys` are those that shall
-/// follow it, `others` the rest of the candidates, which count only where `strict` leaves no choice.
-pub fn for_new_primary(settings: &SyncSettings, standbys: &[NodeId], others: &[NodeId]) -> Quorum {
-    let short = standbys.len() < settings.num;
-    let fill = others.iter().filter(|_| settings.strict && short);
-    Quorum::any(settings.num, standbys.iter().chain(fill).copied())
+/// The rule for the next primary, set before it is promoted (I11): `num` are to confirm. `standbys` are those that
+/// shall follow it, `others` the rest of the nodes, which count only where `strict` leaves no choice.
+pub fn for_new_primary(num: usize, strict: bool, standbys: &[NodeId], others: &[NodeId]) -> Quorum {
+    let short = standbys.len() < num;
+    let fill = others.iter().filter(|_| strict && short);
+    Quorum::any(num, standbys.iter().chain(fill).copied())
 }
 
 /// A connection that the primary streams to.
@@ -1139,8 +1139,7 @@ mod tests {
             (1, true, &[], &[A], any(1, &[A])),
             (1, true, &[C], &[A], any(1, &[C])),
         ] {
-            let settings = SyncSettings { num, strict, ..SETTINGS };
-            assert_eq!(for_new_primary(&settings, standbys, others), rule);
+            assert_eq!(for_new_primary(num, strict, standbys, others), rule);
         }
     }
 }

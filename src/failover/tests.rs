@@ -18,26 +18,7 @@ const T2: TimelineId = TimelineId(2);
 
 fn settings() -> Settings {
     let rule = |name: &str| NodeRule { name: name.to_owned(), priority: 100 };
-    Settings {
-        mode: Mode::Auto,
-        durability: Durability::Async,
-        nodes: ["a", "b", "c"].map(rule).to_vec(),
-        failure_threshold: 3,
-        kick_timeout: Duration::from_secs(2),
-        restart_grace: Duration::from_secs(10),
-        crash_loop_restarts: 3,
-        crash_loop_window: Duration::from_secs(60),
-        startup_grace: Duration::from_secs(10),
-        sever_timeout: Duration::from_secs(3),
-        promote_timeout: Duration::from_secs(60),
-        max_lost_bytes: 1000,
-        min_failover_interval: Duration::from_secs(300),
-        pause_timeout: Duration::from_secs(10),
-        allow_minority: false,
-        fence_sql: true,
-        sync_num: 1,
-        hands: true,
-    }
+    Settings { max_lost_bytes: 1000, ..Settings::of_nodes(["a", "b", "c"].map(rule).to_vec()) }
 }
 
 fn standby(timeline: TimelineId, from: Option<NodeId>, at: u64) -> Fact {
@@ -138,6 +119,14 @@ impl Play {
         self.sees(A, Fact::Refused);
         self.sees(B, standby(T1, None, 100));
         self.sees(C, standby(T1, None, 100));
+    }
+
+    /// The primary dies, the standbys are found to end there, and nothing of the old epoch is left open.
+    fn falls_to(&mut self, b: u64, c: u64) {
+        self.dies();
+        self.cut(B, b);
+        self.cut(C, c);
+        self.closed();
     }
 
     fn published(&self) -> Option<Target> {
@@ -250,10 +239,7 @@ fn an_isolated_proxy_replaces_nobody() {
 #[test]
 fn a_promotion_without_an_answer_is_given_to_the_same_node_again() {
     let mut play = Play::well(settings());
-    play.dies();
-    play.cut(B, 95);
-    play.cut(C, 90);
-    play.closed();
+    play.falls_to(95, 90);
     play.ends("promote", B, OrderResult::Unknown("lost".to_owned()));
     play.sees(B, Fact::Refused);
     for _ in 0..100 {
@@ -272,10 +258,7 @@ fn a_promotion_without_an_answer_is_given_to_the_same_node_again() {
 #[test]
 fn a_candidate_is_replaced_once_the_operator_forgets_it() {
     let mut play = Play::well(settings());
-    play.dies();
-    play.cut(B, 95);
-    play.cut(C, 90);
-    play.closed();
+    play.falls_to(95, 90);
     play.ends("promote", B, OrderResult::Unknown("lost".to_owned()));
     play.sees(B, Fact::Refused);
     play.command(Command::Forget(B));
@@ -365,10 +348,7 @@ fn a_primary_that_comes_back_before_the_promotion_goes_on() {
 #[test]
 fn a_second_failover_so_soon_waits_for_the_operator() {
     let mut play = Play::well(settings());
-    play.dies();
-    play.cut(B, 90);
-    play.cut(C, 95);
-    play.closed();
+    play.falls_to(90, 95);
     play.ends("promote", C, OrderResult::Promoted { timeline: T2, fork: Lsn(95) });
     play.ends("repoint", B, OrderResult::Done);
     play.sees(B, standby(T2, Some(C), 100));
@@ -523,10 +503,7 @@ fn what_cannot_be_recorded_is_not_done() {
 #[test]
 fn an_old_primary_that_comes_back_is_fenced_and_its_loss_known() {
     let mut play = Play::well(settings());
-    play.dies();
-    play.cut(B, 100);
-    play.cut(C, 100);
-    play.closed();
+    play.falls_to(100, 100);
     play.ends("promote", B, OrderResult::Promoted { timeline: T2, fork: Lsn(100) });
     play.sees(A, writer(T1, 130));
     assert!(play.actions.contains(&Action::Alarm(Alarm::OldPrimaryBack(A))));

@@ -14,6 +14,7 @@ pub mod probe;
 mod received;
 pub mod replay;
 pub mod sample;
+pub mod stream;
 pub mod watch;
 
 pub use received::ReceivedTimeline;

@@ -49,6 +49,7 @@ mod tests {
             received_timeline: timeline.map(TimelineId),
             archive,
             newest_history: None,
+            receiver: None,
         }
     }
 

@@ -24,6 +24,7 @@ use crate::monitor::floor::Floor;
 use crate::monitor::gap::Gap;
 use crate::monitor::lag::{PrimaryHistory, ReplayLag};
 use crate::monitor::replay::ReplayRate;
+use crate::monitor::stream::{Alive, PrimarySeen, Stream, Streamed};
 use crate::node::{NodeClient, NodeError, Nodes, NotCommitted, PrimarySample, SampleAnswer};
 use crate::positions::{Incarnation, Late, NodePositions, Positions, Sample, SampleBody};
 use crate::topology::{Epoch, NodeId, Standing, Topology, TopologyHandle};
@@ -85,6 +86,7 @@ struct Track {
     epoch: Epoch,
     history: PrimaryHistory,
     last_sample: Option<(u64, Lsn)>,
+    alive: Option<Alive>,
 }
 
 /// Whether a sample is the first of its connection.
@@ -99,7 +101,8 @@ pub enum FirstSample {
 impl PrimaryTrack {
     /// Remembers the primary's positions for `keep`.
     pub fn new(keep: Duration) -> PrimaryTrack {
-        let track = Track { epoch: Epoch(0), history: PrimaryHistory::new(keep), last_sample: None };
+        let track =
+            Track { epoch: Epoch(0), history: PrimaryHistory::new(keep), last_sample: None, alive: None };
         PrimaryTrack { state: Mutex::new(track) }
     }
 
@@ -118,10 +121,11 @@ impl PrimaryTrack {
         &self,
         epoch: Epoch,
         number: u64,
-        insert: Lsn,
+        sample: &PrimarySample,
         asked_at: Instant,
         first: FirstSample,
     ) {
+        let insert = sample.insert;
         let mut track = self.lock();
         if track.epoch == epoch {
             match first {
@@ -129,6 +133,7 @@ impl PrimaryTrack {
                 FirstSample::No => track.history.record(insert, asked_at),
             }
             track.last_sample = Some((number, insert));
+            track.alive = Some(Alive { asked_at, flush: sample.flush });
         }
     }
 
@@ -137,13 +142,18 @@ impl PrimaryTrack {
         self.lock().last_sample
     }
 
+    /// The same sample: when it was asked for, and what was flushed.
+    pub fn alive(&self) -> Option<Alive> {
+        self.lock().alive
+    }
+
     /// A new epoch begins: positions of the old one are of another history.
     pub fn begin(&self, epoch: Epoch) {
         let mut track = self.lock();
         if track.epoch != epoch {
             track.epoch = epoch;
             track.history.clear();
-            track.last_sample = None;
+            (track.last_sample, track.alive) = (None, None);
         }
     }
 
@@ -189,11 +199,12 @@ impl Sampler {
     /// Samples for ever.
     pub async fn run(self) {
         let mut backoff = Duration::ZERO;
+        let mut stream = Stream::default();
         loop {
             sleep(backoff).await;
             match self.nodes.open(self.node, self.settings().deadline).await {
                 Ok(client) => {
-                    let (samples, error) = self.sample_on(client).await;
+                    let (samples, error) = self.sample_on(client, &mut stream).await;
                     // One that accepts connections but answers nothing must not be hammered.
                     backoff = if samples > 0 { Duration::ZERO } else { next_backoff(backoff) };
                     let positions = self.positions.node(self.node);
@@ -215,11 +226,11 @@ impl Sampler {
     }
 
     /// One incarnation: how many samples were answered, and what ended it.
-    async fn sample_on(&self, mut client: NodeClient) -> (u64, String) {
+    async fn sample_on(&self, mut client: NodeClient, stream: &mut Stream) -> (u64, String) {
         let mut answered = 0;
         let positions = self.positions.node(self.node);
         let start = client.start().map(|start| Arc::clone(&start.id));
-        let mut state = Known::new(positions.connected(), start);
+        let mut state = Known::new(positions.connected(), start, stream);
         let mut pace = Pace { sent: None, active_until: Instant::now(), gap: Gap::default() };
         loop {
             let settings = self.settings();
@@ -251,7 +262,7 @@ impl Sampler {
 
     fn read(
         &self,
-        state: &mut Known,
+        state: &mut Known<'_>,
         answer: SampleAnswer,
         number: u64,
         epoch: Epoch,
@@ -272,7 +283,7 @@ impl Sampler {
                     }
                     let first = if state.tracked { FirstSample::No } else { FirstSample::OfConnection };
                     state.tracked = true;
-                    self.track.record_sample(epoch, number, primary.insert, asked_at, first);
+                    self.track.record_sample(epoch, number, &primary, asked_at, first);
                 }
                 let floor = state.raise_floor(&primary, epoch, asked_at);
                 (primary.timeline, SampleBody::Primary { insert: primary.insert, floor })
@@ -282,6 +293,10 @@ impl Sampler {
                 self.notice(state, Role::Replays(timeline));
                 // A node that has replayed nothing yet has no position.
                 let (receive, replay) = (replica.receive, replica.replay?);
+                let streamed = Streamed { receiver: replica.receiver, receive, replay };
+                if !self.is_of_this_log(state.stream, streamed) {
+                    return None;
+                }
                 let rate = state.rate.observe(receive, replay, asked_at);
                 let late = Late { by: self.track.past_for(replay, asked_at), rate, asked_at };
                 (timeline, SampleBody::Replica { receive, replay, late })
@@ -290,8 +305,26 @@ impl Sampler {
         Some(Sample { number, incarnation, epoch, timeline, body })
     }
 
+    /// Whether what a replica has replayed is of the log that the epoch's marks are of.
+    fn is_of_this_log(&self, stream: &mut Stream, streamed: Streamed) -> bool {
+        let topology = self.topology.load();
+        let primary = topology.primary.filter(|_| topology.start.is_some()).map(|id| self.positions.node(id));
+        let seen = primary.map(|primary| PrimarySeen {
+            epoch: topology.epoch,
+            answered: primary.latest().filter(|last| last.epoch == topology.epoch).map(|last| last.number),
+            sent: primary.counter(),
+        });
+        let is = stream.observe(streamed, seen);
+        if stream.is_in_doubt()
+            && let Some(primary) = primary
+        {
+            primary.want();
+        }
+        is
+    }
+
     /// Asks the control loop, once, to look at a start that it does not know; then samples go on.
-    fn probe_start(&self, state: &mut Known, other: bool) {
+    fn probe_start(&self, state: &mut Known<'_>, other: bool) {
         if other && !std::mem::replace(&mut state.start_told, true) {
             self.probe.notify_one();
         } else if !other {
@@ -300,7 +333,7 @@ impl Sampler {
     }
 
     /// A promotion or another timeline does not break a connection: the control loop shall hear of it now.
-    fn notice(&self, state: &mut Known, role: Role) {
+    fn notice(&self, state: &mut Known<'_>, role: Role) {
         if state.role.replace(role).is_some_and(|before| before != role) {
             self.probe.notify_one();
         }
@@ -308,7 +341,7 @@ impl Sampler {
 
     /// Asks the freshest replica about transactions that have held the floor for long, one question at
     /// a time; its answer is taken with the next sample, which it asks for.
-    fn clear_suspects(&self, state: &mut Known, epoch: Epoch) {
+    fn clear_suspects(&self, state: &mut Known<'_>, epoch: Epoch) {
         let topology = self.topology.load();
         if state.clearing.is_some() || topology.primary != Some(self.node) || topology.epoch != epoch {
             return;
@@ -349,7 +382,7 @@ fn next_backoff(last: Duration) -> Duration {
 }
 
 /// What one incarnation has learned.
-struct Known {
+struct Known<'a> {
     incarnation: Incarnation,
     /// The server's start that the connection is to.
     start: Option<Arc<str>>,
@@ -362,6 +395,7 @@ struct Known {
     floor: Floor,
     received: ReceivedTimeline,
     rate: ReplayRate,
+    stream: &'a mut Stream,
     clearing: Option<Clearing>,
 }
 
@@ -376,8 +410,8 @@ struct Clearing {
     answer: oneshot::Receiver<Result<NotCommitted, NodeError>>,
 }
 
-impl Known {
-    fn new(incarnation: Incarnation, start: Option<Arc<str>>) -> Known {
+impl<'a> Known<'a> {
+    fn new(incarnation: Incarnation, start: Option<Arc<str>>, stream: &'a mut Stream) -> Known<'a> {
         Known {
             incarnation,
             start,
@@ -389,6 +423,7 @@ impl Known {
             floor: Floor::default(),
             received: ReceivedTimeline::default(),
             rate: ReplayRate::default(),
+            stream,
             clearing: None,
         }
     }
@@ -513,18 +548,25 @@ mod tests {
         assert_eq!(pace.due(sent, sent, true, &slow), (sent + ms(5), false));
     }
 
+    fn at(insert: u64) -> PrimarySample {
+        let (insert, flush) = (Lsn(insert), Lsn(insert - 10));
+        PrimarySample { snapshot: Default::default(), insert, flush, next_xid: 3, timeline: TimelineId(1) }
+    }
+
     #[test]
     fn the_last_sample_of_a_primary_outlives_all_but_its_epoch() {
         let track = PrimaryTrack::new(Duration::from_secs(60));
         let now = Instant::now();
         track.begin(Epoch(1));
-        track.record_sample(Epoch(1), 7, Lsn(100), now, FirstSample::OfConnection);
-        track.record_sample(Epoch(0), 8, Lsn(200), now, FirstSample::No);
+        track.record_sample(Epoch(1), 7, &at(100), now, FirstSample::OfConnection);
+        track.record_sample(Epoch(0), 8, &at(200), now, FirstSample::No);
         assert_eq!(track.last_sample(), Some((7, Lsn(100))));
         track.begin(Epoch(1));
         assert_eq!(track.last_sample(), Some((7, Lsn(100))));
+        assert_eq!(track.alive().map(|alive| alive.flush), Some(Lsn(90)));
         assert_eq!(track.lag(Lsn(90), now).map(|l| l.bytes), Some(10));
         track.begin(Epoch(2));
         assert_eq!((track.last_sample(), track.lag(Lsn(90), now)), (None, None));
+        assert!(track.alive().is_none());
     }
 }

@@ -1,5 +1,6 @@
 //! From the node to the client: what each answer is to, and which of them the client is to see.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -67,27 +68,61 @@ impl Exchange<'_> {
         n > 0
     }
 
-    /// The hot loop: rows and copy data go on in one piece, by their headers alone.
+    /// The hot loop: rows, copy data and the answers around them go on in one piece, by their headers alone.
     fn forward_run(&mut self) -> bool {
         if self.unit.discard.is_some() || self.unit.node_rest > 0 || self.unit.ahead > 0 {
             return false;
         }
         let mut end = 0;
         while let Ok(Some(header)) = wire::header(&self.backend.input[end..]) {
-            if !matches!(header.tag, b'D' | b'd') {
+            let behind = end + header.len;
+            if matches!(header.tag, b'D' | b'd') {
+                self.commit();
+            } else if behind > self.backend.input.len() || !self.passes(header.tag, end, header.len) {
                 break;
             }
-            end += header.len;
-            if end > self.backend.input.len() {
+            end = behind;
+            if end > self.backend.input.len() || self.is_our_turn() {
                 break;
             }
         }
         if end == 0 {
             return false;
         }
-        self.commit();
         self.forward(end);
+        self.answer_ourselves();
         true
+    }
+
+    /// Whether the message of `len` bytes that begins at `at` of the node's input is the client's, and all that is to be
+    /// done about it is to pass it on: an answer to what the client itself has asked. Anything else is looked at by
+    /// itself ([`digest_message`](Self::digest_message)).
+    fn passes(&mut self, tag: u8, at: usize, len: usize) -> bool {
+        if self.unit.unreplicated || self.unit.held_back.is_some() {
+            return false;
+        }
+        match (tag, self.unit.expects.front()) {
+            (b'T', Some(Expect::Query)) => {}
+            (b'2', Some(Expect::Bind(_))) | (b'T' | b'n', Some(Expect::Describe(None))) => _ = self.settle(),
+            (b'C', Some(Expect::Query | Expect::Execute)) if !self.backend.socket.is_closed() => {
+                let executed = matches!(self.unit.expects.front(), Some(Expect::Execute));
+                self.completed(tag, at, len);
+                self.commit();
+                if executed {
+                    self.settle();
+                }
+            }
+            _ => return false,
+        }
+        true
+    }
+
+    /// Whether what is awaited next is an answer of ours.
+    fn is_our_turn(&self) -> bool {
+        matches!(
+            self.unit.expects.front(),
+            Some(Expect::OwnParseComplete | Expect::OwnCloseComplete | Expect::CopyEnd)
+        )
     }
 
     fn digest_message(&mut self) -> Result<Step, End> {
@@ -171,7 +206,7 @@ impl Exchange<'_> {
             tag => {
                 let ours = matches!(self.unit.expects.front(), Some(Expect::InjectedExecute(_)));
                 if matches!(tag, b'C' | b'I' | b's') && !ours {
-                    self.completed(tag, header.len);
+                    self.completed(tag, 0, header.len);
                 }
                 if !matches!(tag, b'1' | b'2' | b'3' | b't' | b'T' | b'n') && !ours {
                     self.commit();
@@ -316,10 +351,11 @@ impl Exchange<'_> {
 
     /// A command has run. Two of them take all named statements from the server at this very moment,
     /// whatever becomes of the rest of the unit.
-    fn completed(&mut self, tag: u8, len: usize) {
-        let at = self.unit.completed;
+    fn completed(&mut self, tag: u8, at: usize, len: usize) {
+        let body = at + HEADER..at + len;
+        let number = self.unit.completed;
         self.unit.completed += 1;
-        if let Some((_, changes)) = self.unit.settings.pop_front_if(|(command, _)| *command <= at) {
+        if let Some((_, changes)) = self.unit.settings.pop_front_if(|(command, _)| *command <= number) {
             if tag == b'C' {
                 self.session.settings.completed(changes);
             } else {
@@ -328,21 +364,22 @@ impl Exchange<'_> {
             }
         }
         if tag == b'C' && self.session.settings.is_pending() {
-            self.session.settings.command(&self.backend.input[HEADER..len - 1]);
+            self.session.settings.command(&self.backend.input[body.start..body.end - 1]);
         }
         if tag == b'C' {
-            let tag = &self.backend.input[HEADER..len];
+            let tag = &self.backend.input[body.clone()];
             self.unit.commands += 1;
             self.unit.rollback = tag == b"ROLLBACK\0";
             if self.session.pins.hold() {
                 self.unit.ends |= pins::ended_by(tag, self.unit.writes);
             }
             if self.session.sql.is_some() {
-                self.completed_by_name(len);
+                self.completed_by_name(body.clone());
             }
         }
-        self.unit.discarded |= &self.backend.input[HEADER..len] == b"DISCARD ALL\0";
-        if matches!(&self.backend.input[HEADER..len], b"DEALLOCATE ALL\0" | b"DISCARD ALL\0") {
+        let tag = &self.backend.input[body];
+        self.unit.discarded |= tag == b"DISCARD ALL\0";
+        if matches!(tag, b"DEALLOCATE ALL\0" | b"DISCARD ALL\0") {
             self.session.statements.clear();
             self.backend.forget_statements();
             // What is parsed behind it comes after it.
@@ -359,8 +396,8 @@ impl Exchange<'_> {
 
     /// A Query that is about one name has run: from now on the name is there, or gone, whatever becomes of
     /// the transaction.
-    fn completed_by_name(&mut self, len: usize) {
-        match (&self.backend.input[HEADER..len], self.session.sql.take()) {
+    fn completed_by_name(&mut self, tag: Range<usize>) {
+        match (&self.backend.input[tag], self.session.sql.take()) {
             (b"PREPARE\0", Some(SqlCommand::Prepare(name, statement))) => {
                 self.backend.own_names.insert(name.clone());
                 self.session.statements.add(name, statement);
@@ -419,7 +456,12 @@ impl Exchange<'_> {
     /// what Parse and Close would have done to the backend has not happened. Undone from the last to the
     /// first.
     fn skip_expected(&mut self) {
-        let parsing_unnamed = matches!(self.unit.expects.front(), Some(Expect::Parse(NameOnServer::Unnamed)));
+        let parsing_unnamed = match self.unit.expects.front() {
+            Some(Expect::Parse(NameOnServer::Unnamed)) => true,
+            // It may be what stands for the unnamed one.
+            Some(Expect::Parse(NameOnServer::Shared(_))) => self.session.statements.awaits_unnamed(),
+            _ => false,
+        };
         // What was sent behind a Sync of ours is not skipped with what was put in ahead of it.
         if !self.is_ours() {
             self.session.statements.failed(parsing_unnamed);
@@ -557,9 +599,9 @@ impl Exchange<'_> {
     fn is_stale_statement(&mut self, len: usize) -> bool {
         let statement = match self.unit.expects.front() {
             // All that was sent before it is answered: the name stands for what it did then.
-            Some(Expect::Bind(name)) if !name.is_empty() => match self.session.statements.answered(name) {
-                Found::Statement(statement) => statement,
-                Found::OnBackend | Found::Nothing => return false,
+            Some(Expect::Bind(name)) => match self.session.statements.answered(name) {
+                Found::Statement(statement) if !name.is_empty() || statement.is_shared_unnamed() => statement,
+                Found::Statement(_) | Found::OnBackend | Found::Nothing => return false,
             },
             Some(Expect::Describe(Some(asked))) if asked.on != NameOnServer::Unnamed => {
                 asked.statement.clone()
@@ -571,6 +613,13 @@ impl Exchange<'_> {
             return false;
         }
         let fields = wire::error_fields(&self.backend.input[HEADER..len]);
+        if statement.is_shared_unnamed()
+            && matches!(fields.sqlstate.get(..2), Some(b"0A" | b"22" | b"26" | b"42"))
+        {
+            // The client has had it parsed just now, and knows nothing of an older one: if this comes of what has
+            // changed since that was parsed, a statement parsed anew does better; if not, it fails alike.
+            return unseen && !self.unit.anew;
+        }
         match (fields.sqlstate, fields.routine) {
             (b"0A000", b"RevalidateCachedQuery") => {
                 if let Some(there) = self.backend.prepared.peek_mut(&statement.shared) {

@@ -172,8 +172,12 @@ impl Session {
     /// What the unit at the start of the client's input asks for. The session holds no backend.
     pub(super) async fn demand(&mut self) -> Result<Demand, End> {
         {
-            let topology = self.shared.topology.load_full();
-            self.bring_mark_forward(&topology);
+            // An epoch that was lost is to be told of before anything is answered. What samples say is looked at where
+            // the unit is placed.
+            let topology = self.shared.topology.load();
+            if topology.epoch != self.mark.epoch() {
+                self.bring_mark_forward(&topology);
+            }
             self.take_shared_mark(&topology);
         }
         if let Some(fork) = self.lost.take() {
@@ -350,13 +354,13 @@ impl Session {
             Lookup::Ask(question) => {
                 if question.hints() != Hints::default() {
                     let text = text.to_vec();
-                    self.bad_hint = self.take_hints(&text, question.hints());
+                    self.bad_hint = self.take_hints(&text, question.hints()).map(Box::new);
                 }
                 return Some(Demand::not_a_read(ClassLabel::Unit));
             }
         };
         let text = text.to_vec();
-        self.bad_hint = self.take_hints(&text, class.hints);
+        self.bad_hint = self.take_hints(&text, class.hints).map(Box::new);
         if self.deallocated(&text, class, header.len) {
             return Some(Demand::Ours);
         }

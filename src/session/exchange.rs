@@ -14,6 +14,7 @@
 //! client's query does not hold one for hours: a read is cancelled; what may write runs to its end
 //! on the node, just as if that had lost its client. Unless more units are waiting: they are to run.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -27,8 +28,8 @@ use super::prepared::Statement;
 use super::timeouts::Measure;
 use super::{End, Session};
 use crate::backend::{Applied, Backend, Prepared, SharedName, poll_drain, poll_fill};
-use crate::classify::Leaves;
 use crate::classify::setting::{Change, Effects};
+use crate::classify::{self, Leaves, PinReason};
 use crate::wire::{ErrorReport, TransactionStatus};
 
 /// Bytes waiting for a socket above which no more are taken from the other side.
@@ -232,6 +233,8 @@ pub struct Unit {
     pub pins: PinSet,
     /// Code runs in it that is not understood.
     pub unproven: bool,
+    /// Code runs in it that sets something and may commit that, whatever becomes of the rest.
+    pub commits_settings: bool,
     /// What its commands may have ended.
     pub ends: PinSet,
     /// Commands that were completed.
@@ -312,7 +315,48 @@ pub enum Outcome {
     Cancelled,
 }
 
+/// Room for awaited answers that units of this thread have left, for the next ones.
+struct Spare;
+
+thread_local! {
+    static SPARE: RefCell<Vec<VecDeque<Expect>>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Spare {
+    /// So many are kept a thread...
+    const MOST: usize = 64;
+    /// ...each for so many answers at most.
+    const ANSWERS: usize = 32;
+
+    fn take() -> VecDeque<Expect> {
+        SPARE.with_borrow_mut(Vec::pop).unwrap_or_default()
+    }
+
+    fn keep(room: VecDeque<Expect>) {
+        if room.is_empty() && (1..=Spare::ANSWERS).contains(&room.capacity()) {
+            SPARE.with_borrow_mut(|spare| {
+                if spare.len() < Spare::MOST {
+                    spare.push(room);
+                }
+            });
+        }
+    }
+}
+
 impl Unit {
+    /// The next unit of its session. Where it keeps what is awaited, another of its thread has done so before: most
+    /// statements then need no allocation for that, and a session that waits holds none.
+    pub fn begins(redoable: bool, vetted: usize) -> Unit {
+        Unit { expects: Spare::take(), ..Unit::new(redoable, vetted) }
+    }
+
+    /// It is over, and its session waits for the client.
+    pub fn rests(&mut self) {
+        if self.over {
+            Spare::keep(std::mem::take(&mut self.expects));
+        }
+    }
+
     /// A unit of which nothing was sent. `redoable`: it is all there and can be run again.
     pub fn new(redoable: bool, vetted: usize) -> Unit {
         Unit {
@@ -353,6 +397,7 @@ impl Unit {
             leaves: Leaves::Nothing,
             pins: PinSet::NONE,
             unproven: false,
+            commits_settings: false,
             ends: PinSet::NONE,
             commands: 0,
             rollback: false,
@@ -377,6 +422,12 @@ impl Unit {
             Leaves::Unproven => self.unproven = true,
             Leaves::Nothing | Leaves::ShowsStatements | Leaves::DiscardsAll | Leaves::DeallocatesAll => {}
         }
+    }
+
+    /// `text`, which may leave `leaves`, is to run in it.
+    pub fn count_code(&mut self, leaves: Leaves, text: Option<&[u8]>) {
+        self.commits_settings |=
+            leaves == Leaves::Pins(PinReason::Setting) && text.is_none_or(classify::is_code);
     }
 
     /// A unit that is over: what a session has between two.
@@ -494,32 +545,39 @@ impl Exchange<'_> {
             return Poll::Ready(self.told_to_close());
         }
         loop {
-            let mut moved = match self.translate() {
+            // Whether something has happened that lets an earlier step go on: bytes that came, answers that were awaited,
+            // room where there was none. What only goes through ends here, so that no stream is asked twice in vain.
+            let mut again = match self.translate() {
                 Ok(Step::Over(outcome)) => return Poll::Ready(Ok(outcome)),
-                Ok(Step::On) => true,
-                Ok(Step::Wait) => false,
+                Ok(Step::On | Step::Wait) => false,
                 Err(end) => return Poll::Ready(Err(end)),
             };
-            moved |= self.write_to_node(cx);
+            let full = self.backend.output.len() >= HIGH_WATER;
+            again |= self.write_to_node(cx) && full;
             match self.read_from_node(cx) {
-                Poll::Ready(true) => moved = true,
+                Poll::Ready(true) => again = true,
                 Poll::Ready(false) => return Poll::Ready(self.node_closed()),
                 Poll::Pending => {}
             }
             match self.digest() {
                 Ok(Step::Over(outcome)) => return Poll::Ready(Ok(outcome)),
-                Ok(Step::On) => moved = true,
+                Ok(Step::On) => again = true,
                 Ok(Step::Wait) => {}
                 Err(end) => return Poll::Ready(Err(end)),
             }
             if self.unit.is_over() && self.backend.output.is_empty() {
                 return Poll::Ready(Ok(Outcome::Done));
             }
-            match self.write_to_client(cx).and_then(|wrote| Ok(wrote | self.read_from_client(cx)?)) {
-                Ok(some) => moved |= some,
+            let full = self.session.client.output.len() >= HIGH_WATER;
+            match self.write_to_client(cx) {
+                Ok(wrote) => again |= wrote && full,
                 Err(end) => return Poll::Ready(Err(end)),
             }
-            if !moved {
+            match self.read_from_client(cx) {
+                Ok(came) => again |= came,
+                Err(end) => return Poll::Ready(Err(end)),
+            }
+            if !again {
                 match self.session.timeouts.poll_running(cx) {
                     Poll::Ready(Measure::Stop) => self.session.stop_statement(&self.backend.cancel),
                     Poll::Ready(Measure::End) => return Poll::Ready(Err(self.session.overdue())),

@@ -3,7 +3,7 @@
 //! Promises: who waits has sent nothing, so waiting is safe, and an error afterwards says so; the wait is bounded in time
 //! and in number; a cancel ends it. What is underway on the primary (a unit, a transaction) does not come here.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use prometheus::IntGauge;
 
@@ -62,11 +62,7 @@ impl Session {
         }
         if Instant::now() >= until && shared.gate.posture() != Posture::Open {
             shared.metrics.gate_refused.inc(TIMEOUT);
-            let pause = self.config.failover.pause_timeout;
-            let report = ErrorReport::error("57P03", "the primary is being changed").detail(format!(
-                "Waited {pause:?} (failover.pause_timeout). The statement was not sent to any node."
-            ));
-            return Ok(Err(report));
+            return Ok(Err(still_shut(shared.gate.posture(), self.config.failover.pause_timeout)));
         }
         Ok(Ok(()))
     }
@@ -81,6 +77,15 @@ impl Session {
             None => std::future::pending().await,
         }
     }
+}
+
+fn still_shut(posture: Posture, pause: Duration) -> ErrorReport {
+    let what = match posture {
+        Posture::Paused => "the primary cannot be reached",
+        _ => "the primary is being changed",
+    };
+    ErrorReport::error("57P03", what)
+        .detail(format!("Waited {pause:?} (failover.pause_timeout). The statement was not sent to any node."))
 }
 
 fn full(most: usize) -> ErrorReport {

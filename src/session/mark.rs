@@ -621,7 +621,7 @@ impl Mark {
     /// be gone: a mark, and what was shown after it, may stand for no more than others' work that never came to an end.
     fn past(&self, switch: &Switch, open: bool) -> Survival {
         let fork = Fork { epoch: switch.from, fork: switch.fork, mark: self.position, open };
-        let gone = self.wrote != Lsn::ZERO && switch.fork.is_some_and(|fork| self.wrote >= fork);
+        let gone = self.wrote != Lsn::ZERO && switch.gone_from.is_some_and(|from| self.wrote >= from);
         if gone { Survival::Lost(fork) } else { Survival::Unknown(fork) }
     }
 

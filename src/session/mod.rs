@@ -31,6 +31,7 @@ mod slow;
 pub mod timeouts;
 mod transaction;
 mod translate;
+mod welcome;
 
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -59,13 +60,14 @@ use self::settings::{AtReady, Settings};
 use self::shared_mark::{GlobalMark, NamedMarks, SharedMark};
 use self::timeouts::{Overdue, Timeouts};
 use self::transaction::{Lazy, Splits};
-use crate::backend::pool::{Lease, Pools, UserPools, Welcome};
+pub use self::translate::UNNAMED_LABELS;
+use crate::backend::pool::{Lease, Pools, UserPools};
 use crate::backend::{Backend, Dirt, Parameters, StartupParameters, clean, poll_drain, poll_fill};
 use crate::catalogs::{Catalogs, DatabaseCatalog};
 use crate::classify::setting::{self, Change};
 use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
 use crate::config::live::LiveConfig;
-use crate::config::{Config, PoolMode, Transactions};
+use crate::config::{Config, LostWrite, PoolMode};
 use crate::consistency::{Level, Promise};
 use crate::gate::{Gate, Presence};
 use crate::log;
@@ -382,7 +384,7 @@ pub struct Session {
     /// It asks for the time; none: nobody has looked.
     asks_for_time: Option<bool>,
     /// A comment in it has a value that is none: the error that is to be its answer.
-    bad_hint: Option<ErrorReport>,
+    bad_hint: Option<Box<ErrorReport>>,
     /// The unit is a Query that is about one name.
     sql: Option<SqlCommand>,
     /// The unit is to run again because a shared statement was out of date.
@@ -412,14 +414,14 @@ struct Beginning {
 
 impl Session {
     /// Serves a client from its login to its end.
-    pub async fn run(shared: Arc<Shared>, arrival: Arrival, worker: usize) {
+    pub async fn run(shared: Arc<Shared>, arrival: Box<Arrival>, worker: usize) {
         // 3.2 allows long keys; 3.0 has four bytes.
         let kind = if arrival.read_only { Kind::ReadOnly } else { Kind::Client };
         let handle =
             shared.sessions.register(if arrival.minor >= 2 { 32 } else { 4 }, arrival.identity(kind));
         let _registered = Registered { sessions: shared.sessions.clone(), pid: handle.pid };
         // What is needed at the beginning and at the end alone takes no room in between: most sessions wait.
-        let (mut session, beginning) = Session::new(&shared, arrival, worker, handle);
+        let (mut session, beginning) = Session::new(&shared, *arrival, worker, handle);
         let end = match Box::pin(session.begin(beginning)).await {
             Ok(()) => session.serve().await,
             Err(end) => end,
@@ -530,6 +532,9 @@ impl Session {
         }
         self.take_startup_settings().await?;
         self.welcome(beginning.application_name.as_deref()).await?;
+        // Longer than most answers: its buffer is not kept for them.
+        self.flush_client().await?;
+        self.client.output = BytesMut::new();
         self.show_rest();
         Ok(())
     }
@@ -546,37 +551,17 @@ impl Session {
     /// with the same startup parameters, which also lets the node refuse the client in its own words.
     async fn welcome(&mut self, application_name: Option<&str>) -> Result<(), End> {
         let welcome = match self.pools.welcome(&self.startup) {
-            Some(welcome) => welcome,
-            None => {
-                let broken = || End::fatal(ErrorReport::fatal("08006", "the connection to the node broke"));
-                let mut lease = self.lease_for_login().await?;
-                if !lease.applied.entries().is_empty() {
-                    // What another session has set could change the answers, or keep them away.
-                    lease.dirt = lease.dirt.max(Dirt::State);
-                }
-                clean::clean(&mut lease).await.map_err(|_| broken())?;
-                let idle_session_timeout =
-                    clean::idle_session_timeout(&mut lease).await.map_err(|_| broken())?;
-                let routing = &self.config.routing;
-                let isolation =
-                    if routing.transactions == Transactions::Split || routing.read_only_on_replicas {
-                        clean::default_isolation(&mut lease).await.map_err(|_| broken())?
-                    } else {
-                        Arc::default()
-                    };
-                let parameters = lease.login_parameters.clone();
-                let welcome = Welcome { parameters, idle_session_timeout, isolation };
-                self.pools.remember_welcome(&lease, &welcome);
-                // A server that crashes or stops just then has said so behind its answer.
-                lease.give_back();
+            Some((startup, welcome)) => {
+                self.startup = startup;
                 welcome
             }
+            None => self.find_welcome().await?,
         };
         self.timeouts.also_idle_session(welcome.idle_session_timeout);
         self.splits = self.splits_transactions(&welcome.isolation);
         let mut parameters = welcome.parameters;
         if let Some(name) = application_name {
-            Arc::make_mut(&mut parameters).insert(b"application_name", name.as_bytes());
+            parameters = self.pools.with_application_name(&parameters, name);
         }
         let mut out = Vec::with_capacity(512);
         for (name, value) in parameters.iter() {
@@ -859,6 +844,7 @@ impl Session {
         }
         self.follow_own();
         self.settle_durability();
+        self.unit.rests();
         self.show_rest();
         self.timeouts.unit_ended(self.status);
         if self.timeouts.take_stopped() && result.is_ok() {
@@ -904,12 +890,14 @@ impl Session {
                 Ok(placed) => placed,
                 Err(report) => return self.fail_unit(report),
             };
-            let left = placed.lease.socket.closed();
-            tokio::select! {
-                biased;
-                flushed = self.flush_client() => flushed?,
-                // The client may take its time; whoever waits for the connection to be closed does not.
-                () = left => continue,
+            if !self.client.output.is_empty() {
+                let left = placed.lease.socket.closed();
+                tokio::select! {
+                    biased;
+                    flushed = self.flush_client() => flushed?,
+                    // The client may take its time; whoever waits for the connection to be closed does not.
+                    () = left => continue,
+                }
             }
             let (node, reason) = (placed.node, placed.reason);
             let told_before = self.reported.clone();
@@ -974,7 +962,8 @@ impl Session {
     fn begin_on(&mut self, placed: Placed, demand: &Demand) {
         // In a transaction nothing runs twice on its one node.
         let opens = self.lazy.is_some() && placed.role == Role::Primary;
-        self.unit = if opens { Unit::new(false, 0) } else { Unit::new(demand.is_read(), demand.vetted()) };
+        self.unit =
+            if opens { Unit::begins(false, 0) } else { Unit::begins(demand.is_read(), demand.vetted()) };
         self.unit.before = self.status;
         self.keep_text();
         self.count_demand(demand);
@@ -993,12 +982,14 @@ impl Session {
         }
         self.give_own(&mut lease);
         self.forget_sequences(&mut lease);
-        let mut unit = std::mem::replace(&mut self.unit, Unit::none());
-        self.give_listens(&mut unit, &mut lease);
-        if opens {
-            self.open_transaction(&mut unit, &mut lease);
+        if opens || self.listening.is_deaf() {
+            let mut unit = std::mem::replace(&mut self.unit, Unit::none());
+            self.give_listens(&mut unit, &mut lease);
+            if opens {
+                self.open_transaction(&mut unit, &mut lease);
+            }
+            self.unit = unit;
         }
-        self.unit = unit;
         self.lease = Some(lease);
     }
 
@@ -1032,7 +1023,7 @@ impl Session {
     fn give_settings(&mut self, backend: &mut Backend) -> bool {
         let durable = if self.durable.is_some() { self.wanted_for_unit() } else { None };
         let wanted = durable.as_ref().unwrap_or_else(|| self.settings.wanted());
-        if backend.applied == *wanted {
+        if Arc::ptr_eq(&backend.applied, wanted) || backend.applied == *wanted {
             return false;
         }
         let Some(sql) = settings::replay(&backend.applied, wanted) else {
@@ -1073,6 +1064,11 @@ impl Session {
         self.unit.ddl = demand.is_ddl();
         self.unit.control = demand.label() == ClassLabel::TransactionControl;
         self.unit.may_commit = demand.may_commit();
+        if demand.leaves() == Leaves::Pins(PinReason::Setting) {
+            let header = wire::header(&self.client.input).ok().flatten();
+            let body = header.and_then(|header| self.client.input.get(HEADER..header.len));
+            self.unit.count_code(demand.leaves(), body.and_then(wire::cstr).map(|(text, _)| text));
+        }
         if demand.leaves() == Leaves::Pins(PinReason::Listen)
             && let Ok(Some(header)) = wire::header(&self.client.input)
             && let Some((text, _)) = self.client.input.get(HEADER..header.len).and_then(wire::cstr)
@@ -1137,7 +1133,7 @@ impl Session {
             self.look_for_own(&text, class).await?;
         }
         let reason = if self.pins.hold() { RouteReason::Pinned } else { RouteReason::InTransaction };
-        self.unit = Unit::new(false, 0);
+        self.unit = Unit::begins(false, 0);
         self.unit.before = self.status;
         self.keep_text();
         if let Some(demand) = &demand {
@@ -1472,6 +1468,7 @@ impl Session {
         Done {
             leaves: self.unit.pins,
             unproven: self.unit.unproven,
+            commits_settings: self.unit.commits_settings,
             discards_all: self.unit.leaves == Leaves::DiscardsAll && self.unit.discarded,
             ends: self.unit.ends,
             commands: self.unit.commands,
@@ -1703,6 +1700,12 @@ impl Session {
         }
     }
 
+    fn note_loss(&mut self, what: &str, fork: &mark::Fork) {
+        let mut notice = Vec::new();
+        ErrorReport::error("HW001", what).detail(fork.to_string()).put_notice(&mut notice);
+        self.client.output.put_slice(&notice);
+    }
+
     /// Follows the topology into its epoch, and brings the mark up to the samples.
     fn bring_mark_forward(&mut self, topology: &crate::topology::Topology) {
         let before = self.mark.epoch();
@@ -1717,15 +1720,16 @@ impl Session {
             Survival::Kept => {}
             Survival::Unknown(fork) => {
                 self.shared.metrics.lost_write.inc();
-                let mut notice = Vec::new();
-                ErrorReport::error("HW001", "what this session has seen may have been lost in a failover")
-                    .detail(fork.to_string())
-                    .put_notice(&mut notice);
-                self.client.output.put_slice(&notice);
+                self.note_loss("what this session has seen may have been lost in a failover", &fork);
             }
             Survival::Lost(fork) => {
                 self.shared.metrics.lost_write.inc();
-                self.lost = Some(fork);
+                match self.config.failover.lost_write {
+                    LostWrite::Error => self.lost = Some(fork),
+                    LostWrite::Notice => {
+                        self.note_loss("what this session has written was lost in a failover", &fork);
+                    }
+                }
             }
         }
         self.mark.absorb(&*self.shared.positions, topology);

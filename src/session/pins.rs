@@ -122,6 +122,8 @@ pub struct Done {
     pub leaves: PinSet,
     /// Code ran in it that is not understood.
     pub unproven: bool,
+    /// Code ran in it that sets something and may have committed that, also if it has failed then.
+    pub commits_settings: bool,
     /// It was DISCARD ALL.
     pub discards_all: bool,
     /// What its commands may have ended.
@@ -145,7 +147,7 @@ impl Done {
     /// transactions: then nothing is sure.
     fn is_rolled_back(&self) -> bool {
         match self.before {
-            TransactionStatus::Idle => self.failed && self.commands <= 1,
+            TransactionStatus::Idle => self.failed && self.commands <= 1 && !self.commits_settings,
             TransactionStatus::InTransaction => {
                 self.failed && self.commands == 0 || !self.failed && self.rollback
             }
@@ -224,9 +226,10 @@ impl Pins {
     fn transaction_over(&mut self, done: &Done) -> Next {
         let Pins { fresh, doubted, unproven, .. } = *self;
         *self = Pins { now: self.now, ..Pins::default() };
-        if done.is_rolled_back() {
-            self.now = self.now.without(fresh.common(PinSet::UNDONE));
-        }
+        let undone = if done.is_rolled_back() { fresh.common(PinSet::UNDONE) } else { PinSet::NONE };
+        self.now = self.now.without(undone);
+        // It was code that has set it, and what else that has done may not be undone: a session's advisory lock.
+        let unproven = unproven || !undone.is_empty();
         if !done.large_statements {
             self.now = self.now.without(PinSet::of(PinReason::LargeStatement));
         }
@@ -265,6 +268,7 @@ mod tests {
         Done {
             leaves,
             unproven: false,
+            commits_settings: false,
             discards_all: false,
             ends: PinSet::NONE,
             commands: 1,
@@ -359,7 +363,15 @@ mod tests {
         assert_eq!(pins.after(&failed(TEMP)), Next::Look);
         pins.seen(PinSet::NONE);
         assert!(!pins.hold());
-        assert_eq!(pins.after(&failed(SETTING)), Next::Free);
+        // The setting is gone; a lock that the same code has taken is not.
+        assert_eq!(pins.after(&failed(SETTING)), Next::Look);
+        pins.seen(LOCK);
+        assert_eq!(pins.now(), LOCK);
+        pins.seen(PinSet::NONE);
+        // Code that commits by itself has set it for good, perhaps.
+        let mut sets = pins;
+        assert_eq!(sets.after(&Done { commits_settings: true, ..failed(SETTING) }), Next::Stay);
+        assert_eq!(sets.now(), SETTING);
         // Of these nobody can tell.
         assert_eq!(pins.after(&failed(PROCESS)), Next::Stay);
     }

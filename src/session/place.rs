@@ -1,6 +1,7 @@
 //! Finding the backend for a unit: which node may serve this session now, and waiting for one that
 //! soon may. The rule itself is in `mark`, the choice among equals in `route`; here is the waiting.
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::task::Poll;
@@ -14,9 +15,8 @@ use super::mark::{self, Freshness, PrimaryVerdict, ReplicaVerdict};
 use super::{End, Role, Session, canceled};
 use crate::backend::pool::{AcquireError, Asker, Lease, Wish};
 use crate::consistency::{LagLimit, Level, OnStale, Route};
-use crate::gate::Posture;
 use crate::metrics::WaitFor;
-use crate::positions::{Incarnation, SampleBody};
+use crate::positions::{Incarnation, Sample, SampleBody};
 use crate::route::RouteReason;
 use crate::route::balance::{self, Candidate};
 use crate::topology::{Exclusion, NodeId, Standing, Topology};
@@ -36,7 +36,12 @@ pub struct Placed {
 }
 
 /// How often a primary that cannot be connected to is tried again while a statement waits for it.
-const RETRY: Duration = Duration::from_millis(100);
+pub(super) const RETRY: Duration = Duration::from_millis(100);
+
+thread_local! {
+    /// Room for the candidates of one choice, for the next one.
+    static CANDIDATES: Cell<Vec<Candidate>> = const { Cell::new(Vec::new()) };
+}
 
 /// What a try at a replica came to.
 enum Tried {
@@ -92,7 +97,7 @@ impl Session {
                 self.shared.metrics.shadow_reads.inc(reason.label());
                 RouteReason::Shadow
             }
-            Demand::Read { .. } => match self.place_on_replica(avoid).await? {
+            Demand::Read { .. } => match self.try_replicas(avoid).await? {
                 Tried::Placed(placed) => {
                     self.count_read(false);
                     return Ok(Ok(placed));
@@ -109,6 +114,39 @@ impl Session {
         self.place_on_primary(reason).await
     }
 
+    async fn try_replicas(&mut self, avoid: &[NodeId]) -> Result<Tried, End> {
+        match self.place_at_once(avoid) {
+            Some(placed) => Ok(Tried::Placed(placed)),
+            None => self.place_on_replica(avoid).await,
+        }
+    }
+
+    /// A backend of a replica that may serve now, where there is one for which nothing is to be waited: most of the time.
+    fn place_at_once(&mut self, avoid: &[NodeId]) -> Option<Placed> {
+        let topology = self.shared.topology.load();
+        self.bring_mark_forward(&topology);
+        let (candidates, _) = self.candidates(&topology, avoid, Duration::ZERO);
+        let node = balance::pick(&candidates, rand::random());
+        CANDIDATES.set(candidates);
+        let node = node?;
+        let mut lease = self.pools.node(node).acquire_now(&self.startup, self.asker())?;
+        lease.last_user = self.affinity;
+        // No time has passed since the topology was read and the mark brought forward. Only samples sent after the
+        // backend was connected speak for it.
+        match self.verdict(&topology, node) {
+            ReplicaVerdict::Serves { sample, incarnation }
+                if sample > lease.connected_at && lease.epoch == topology.epoch && lease.is_current() =>
+            {
+                self.incarnation = incarnation;
+                Some(Placed { lease, node, role: Role::Replica, reason: RouteReason::Read })
+            }
+            _ => {
+                lease.give_back();
+                None
+            }
+        }
+    }
+
     async fn place_on_replica(&mut self, avoid: &[NodeId]) -> Result<Tried, End> {
         let begun = Instant::now();
         let patience = self.replica_patience();
@@ -119,7 +157,7 @@ impl Session {
         loop {
             let shared = self.shared.clone();
             let changed = shared.positions.changed();
-            let (candidates, hope) = self.candidates(&avoid, patience);
+            let (candidates, hope) = self.candidates_now(&avoid, patience);
             if let Some(node) = balance::pick(&candidates, rand::random()) {
                 if waited {
                     self.waited(WaitFor::Mark, begun);
@@ -199,7 +237,7 @@ impl Session {
     /// Where a read would go now, were `routing.shadow` off; that it might wait for a replica is not tried.
     fn would_be(&mut self) -> RouteReason {
         let patience = self.replica_patience();
-        let (candidates, hope) = self.candidates(&[], patience);
+        let (candidates, hope) = self.candidates_now(&[], patience);
         match hope {
             _ if !candidates.is_empty() => RouteReason::Read,
             Hope::NobodyServes => RouteReason::NoReplica,
@@ -262,6 +300,14 @@ impl Session {
     /// Whether a replica may serve this session now, by its level.
     fn verdict(&self, topology: &Topology, node: NodeId) -> ReplicaVerdict {
         let samples = &*self.shared.positions;
+        // What has been made safe since may not be so there. A session that may ask replicas for anything does.
+        let safe_from = self.catalog.safe_from();
+        let has_replayed =
+            |sample: Sample| matches!(sample.body, SampleBody::Replica { replay, .. } if replay >= safe_from);
+        if safe_from > Lsn::ZERO && !self.read_only && !samples.node(node).latest().is_some_and(has_replayed)
+        {
+            return ReplicaVerdict::Behind;
+        }
         let level = self.level();
         if level == Level::Eventual && self.asked_for.max_lag.is_none() {
             // Any replica in service. The sample that is named is of no consequence: nothing is noted.
@@ -309,7 +355,7 @@ impl Session {
         loop {
             let shared = self.shared.clone();
             let changed = shared.positions.changed();
-            match self.place_on_replica(avoid).await? {
+            match self.try_replicas(avoid).await? {
                 Tried::Placed(placed) => return Ok(Ok(Placed { role: Role::Standby, ..placed })),
                 Tried::Failed(report) => return Ok(Err(report)),
                 Tried::Primary(_) if Instant::now() >= until => {
@@ -331,26 +377,36 @@ impl Session {
         }
     }
 
-    fn is_drained(&self, node: NodeId) -> bool {
+    pub(super) fn is_drained(&self, node: NodeId) -> bool {
         self.shared.topology.is_drained(node)
     }
 
-    /// The replicas that may serve this session now; when there is none, whether one soon may.
-    fn candidates(&mut self, avoid: &[NodeId], patience: Duration) -> (Vec<Candidate>, Hope) {
+    /// The same as of now.
+    fn candidates_now(&mut self, avoid: &[NodeId], patience: Duration) -> (Vec<Candidate>, Hope) {
         let topology = self.shared.topology.load_full();
         self.bring_mark_forward(&topology);
-        let keeps_off = self.keeps_off_late_clocks(&topology);
+        self.candidates(&topology, avoid, patience)
+    }
+
+    /// The replicas that may serve this session now; when there is none, whether one soon may. The mark was brought
+    /// forward to `topology`.
+    fn candidates(
+        &mut self,
+        topology: &Topology,
+        avoid: &[NodeId],
+        patience: Duration,
+    ) -> (Vec<Candidate>, Hope) {
+        let keeps_off = self.keeps_off_late_clocks(topology);
         let mut kept_off = false;
-        let mut candidates = Vec::new();
-        let late = Standing::Excluded(Exclusion::TooFarBehind);
-        let mut hope =
-            if topology.nodes.iter().any(|v| v.standing == late) { Hope::TooFar } else { Hope::NobodyServes };
+        let mut candidates = CANDIDATES.take();
+        candidates.clear();
+        let mut hope = Hope::NobodyServes;
         for view in topology.serving_replicas().filter(|v| !avoid.contains(&v.id) && !self.is_drained(v.id)) {
             if keeps_off && self.shared.positions.node(view.id).has_late_clock() {
                 kept_off = true;
                 continue;
             }
-            match self.verdict(&topology, view.id) {
+            match self.verdict(topology, view.id) {
                 ReplicaVerdict::Serves { .. } => candidates.push(Candidate {
                     node: view.id,
                     weight: view.weight,
@@ -366,8 +422,13 @@ impl Session {
                 }
             }
         }
-        if kept_off && hope == Hope::NobodyServes {
-            hope = Hope::LateClocks;
+        if candidates.is_empty() && hope == Hope::NobodyServes {
+            let late = Standing::Excluded(Exclusion::TooFarBehind);
+            if topology.nodes.iter().any(|v| v.standing == late) {
+                hope = Hope::TooFar;
+            } else if kept_off {
+                hope = Hope::LateClocks;
+            }
         }
         (candidates, hope)
     }
@@ -690,18 +751,17 @@ impl Session {
     }
 
     /// No backend was had: the client has cancelled, or time is up.
-    fn timed_out(&self) -> ErrorReport {
+    pub(super) fn timed_out(&self) -> ErrorReport {
         if self.handle.is_cancelled() {
             return canceled();
         }
         ErrorReport::error("53300", "no backend became free in time")
             .detail(format!("Waited {:?} (pool.query_wait_timeout).", self.patience()))
-            .hint("Raise pool.size, or shorten transactions.")
+            .hint("Raise pool.size (or pool.max_backends_per_node), or shorten transactions.")
     }
 
-    async fn lease_from(&self, node: NodeId) -> Result<Result<Lease, AcquireError>, End> {
-        let patience = self.patience();
-        let session = self.affinity;
+    /// As whom the pools know the session, and what the running unit would rather have.
+    fn asker(&self) -> Asker {
         let wish = if self.asks_sequences {
             Wish::Writer(self.handle.pid)
         } else if self.asks_process {
@@ -709,9 +769,18 @@ impl Session {
         } else {
             Wish::Recent
         };
-        let asker = Asker { session, worker: self.worker, wish };
+        Asker { session: self.affinity, worker: self.worker, wish, now: self.started }
+    }
+
+    pub(super) async fn lease_from(&self, node: NodeId) -> Result<Result<Lease, AcquireError>, End> {
+        let session = self.affinity;
+        let asker = Asker { now: Instant::now(), ..self.asker() };
         let pool = self.pools.node(node);
-        let mut acquire = pin!(pool.acquire(&self.startup, asker, patience));
+        if let Some(mut lease) = pool.acquire_now(&self.startup, asker) {
+            lease.last_user = session;
+            return Ok(Ok(lease));
+        }
+        let mut acquire = pin!(pool.acquire(&self.startup, asker, self.patience()));
         // Most of the time there is one, and nothing needs to be shown or measured.
         if let Poll::Ready(mut lease) = poll_fn(|cx| Poll::Ready(acquire.as_mut().poll(cx))).await {
             if let Ok(lease) = &mut lease {
@@ -737,39 +806,6 @@ impl Session {
         // The pool has measured it.
         self.handle.facts.waited(Wait::For(WaitFor::Backend), begun.elapsed());
         Ok(lease)
-    }
-
-    /// A backend for a login: the primary's, or while there is none, a replica's.
-    pub(super) async fn lease_for_login(&mut self) -> Result<Lease, End> {
-        let topology = self.shared.topology.load_full();
-        let replicas: Vec<NodeId> =
-            topology.serving_replicas().map(|v| v.id).filter(|node| !self.is_drained(*node)).collect();
-        let mut last = None;
-        let closed = self.shared.gate.posture() == Posture::Closed;
-        let primary = topology.primary.filter(|_| !self.read_only && !closed);
-        for node in primary.into_iter().chain(replicas) {
-            match self.lease_from(node).await? {
-                Ok(lease) => return Ok(lease),
-                Err(AcquireError::Refused { message, sqlstate }) if sqlstate != *b"57P03" => {
-                    self.client.output.put_slice(&message);
-                    return Err(End::NodeSaidFatal);
-                }
-                Err(error) => {
-                    if let AcquireError::Unreachable { failure, .. } = &error {
-                        self.shared.reports.report_failure(node, *failure);
-                    }
-                    last = Some(error);
-                }
-            }
-        }
-        let mut report = match last {
-            Some(AcquireError::Unfit(why)) => unfit(&why),
-            Some(AcquireError::Timeout) => self.timed_out(),
-            _ => ErrorReport::error("57P03", "no node is available for this login")
-                .hint("Look at the log for the state of the nodes."),
-        };
-        report.severity = crate::wire::Severity::Fatal;
-        Err(End::fatal(report))
     }
 }
 

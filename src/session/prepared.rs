@@ -20,6 +20,9 @@ use super::messages::Parse;
 use crate::backend::{Shape, SharedName};
 use crate::classify::{self, SqlPrepare, StatementClass};
 
+/// Of a PREPARE: where its text has the statement proper, and a query about the parameters' types.
+type OfSql = (Range<usize>, Option<Vec<u8>>);
+
 /// A prepared statement of a client.
 #[derive(Debug)]
 pub struct Statement {
@@ -33,7 +36,7 @@ pub struct Statement {
     pub settings: Box<[u8]>,
     /// It was prepared by SQL: where its text has the statement proper, and a query that tells whether the
     /// parameters' types are harmless.
-    sql: Option<(Range<usize>, Option<Vec<u8>>)>,
+    sql: Option<Box<OfSql>>,
     class: Mutex<Option<(u64, StatementClass)>>,
     /// What it is entered in the ledger under, with the class it had then.
     entry: OnceLock<(u64, StatementClass)>,
@@ -42,6 +45,8 @@ pub struct Statement {
     /// The unit in which it was given: until that has succeeded it can be taken back.
     given_in: AtomicU64,
     changed: AtomicBool,
+    /// It is the client's unnamed statement, and stands under its shared name where that is allowed.
+    stands_in: AtomicBool,
     /// The client's statement, for which this one stands on backends that parse it under other settings.
     stands_for: Option<Arc<Statement>>,
 }
@@ -90,7 +95,7 @@ impl Statement {
     pub fn text(&self) -> &[u8] {
         let text = crate::wire::cstr(&self.tail).map_or(&[][..], |(text, _)| text);
         match &self.sql {
-            Some((inner, _)) => text.get(inner.clone()).unwrap_or_default(),
+            Some(sql) => text.get(sql.0.clone()).unwrap_or_default(),
             None => text,
         }
     }
@@ -102,6 +107,16 @@ impl Statement {
         starts(b"begin") || starts(b"start") || starts(b"/*") || starts(b"--")
     }
 
+    /// It is an unnamed statement that is given to backends under its shared name.
+    pub fn share_unnamed(&self) {
+        self.stands_in.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is one.
+    pub fn is_shared_unnamed(&self) -> bool {
+        self.stands_in.load(Ordering::Relaxed)
+    }
+
     /// Whether it was prepared by SQL: then what `tail` has is a PREPARE.
     pub fn is_sql(&self) -> bool {
         self.sql.is_some()
@@ -109,7 +124,7 @@ impl Statement {
 
     /// A query that must be a read, too, for the statement to be one.
     pub fn types_query(&self) -> Option<&[u8]> {
-        self.sql.as_ref()?.1.as_deref()
+        self.sql.as_deref()?.1.as_deref()
     }
 
     /// The parameter types that the client stated.
@@ -154,12 +169,18 @@ impl Statement {
 pub struct Names {
     key: [u8; 16],
     next: AtomicU64,
+    /// Unnamed statements seen lately, by a part of their names: a place each, which the next one that falls there
+    /// takes. Made when it is needed.
+    seen: OnceLock<Box<[AtomicU64]>>,
 }
+
+/// Places for unnamed statements seen lately: 64 KiB.
+const SEEN: usize = 8192;
 
 impl Names {
     /// `key` must be random: nobody may craft two texts with one name.
     pub fn new(key: [u8; 16]) -> Names {
-        Names { key, next: AtomicU64::new(1) }
+        Names { key, next: AtomicU64::new(1), seen: OnceLock::new() }
     }
 
     /// A statement for a Parse under the settings that `settings` stands for: what a literal means is
@@ -184,29 +205,33 @@ impl Names {
         Names::made(u128::from(serial), tail, serial, &[], Some((prepare.statement, prepare.types)))
     }
 
+    /// Whether this unnamed statement has been seen lately; from now on it has.
+    pub fn see_unnamed(&self, name: SharedName) -> bool {
+        let seen = self.seen.get_or_init(|| (0..SEEN).map(|_| AtomicU64::new(0)).collect());
+        // Of a keyed hash any bits do. Zero is what empty places hold.
+        let [place, mark] = [name.0 as usize, (name.0 >> 64) as usize];
+        let mark = mark as u64 | 1;
+        seen[place % SEEN].swap(mark, Ordering::Relaxed) == mark
+    }
+
     /// A number that nothing else of the process has.
     pub fn number(&self) -> u64 {
         self.next.fetch_add(1, Ordering::Relaxed)
     }
 
-    fn made(
-        hash: u128,
-        tail: Bytes,
-        serial: u64,
-        settings: &[u8],
-        sql: Option<(Range<usize>, Option<Vec<u8>>)>,
-    ) -> Arc<Statement> {
+    fn made(hash: u128, tail: Bytes, serial: u64, settings: &[u8], sql: Option<OfSql>) -> Arc<Statement> {
         Arc::new(Statement {
             shared: SharedName(hash),
             tail,
             serial,
             settings: settings.into(),
-            sql,
+            sql: sql.map(Box::new),
             class: Mutex::new(None),
             entry: OnceLock::new(),
             shape: AtomicU64::new(0),
             given_in: AtomicU64::new(0),
             changed: AtomicBool::new(false),
+            stands_in: AtomicBool::new(false),
             stands_for: None,
         })
     }
@@ -255,7 +280,7 @@ pub struct Statements {
     /// answered yet; the latest last.
     unanswered: VecDeque<(Vec<u8>, Found)>,
     /// For each name in `unanswered`: how often it is there, and what it was made last. A unit of ten
-    /// thousand statements looks up each of them.
+    /// thousand statements looks up each of them; while there are few (`FEW`), it is empty.
     latest: HashMap<Vec<u8>, (usize, Found)>,
     /// How many of `unanswered` make a name.
     making: usize,
@@ -318,10 +343,18 @@ impl Statements {
 
     /// What `name` (empty: unnamed) stands for.
     pub fn find(&self, name: &[u8]) -> Found {
-        if let Some((_, found)) = self.latest.get(name) {
-            return found.clone();
+        match self.sent_last(name) {
+            Some(found) => found.clone(),
+            None => self.answered(name),
         }
-        self.answered(name)
+    }
+
+    /// What unanswered messages have made of a name.
+    fn sent_last(&self, name: &[u8]) -> Option<&Found> {
+        if self.latest.is_empty() {
+            return self.unanswered.iter().rev().find(|(sent, _)| sent == name).map(|(_, found)| found);
+        }
+        self.latest.get(name).map(|(_, found)| found)
     }
 
     /// What `name` stands for as far as the server has answered.
@@ -354,9 +387,14 @@ impl Statements {
 
     /// The named statements whose text is known, as the messages sent so far leave them.
     pub fn named(&self) -> impl Iterator<Item = (&Vec<u8>, &Arc<Statement>)> {
-        let answered = self.named.iter().filter(|(name, _)| !self.latest.contains_key(*name));
-        let sent = self.latest.iter().filter(|(name, _)| !name.is_empty());
-        answered.chain(sent.map(|(name, (_, found))| (name, found))).filter_map(|(name, found)| match found {
+        let answered = self.named.iter().filter(|(name, _)| self.sent_last(name).is_none());
+        let last =
+            |name: &[u8], found: &Found| self.sent_last(name).is_some_and(|last| std::ptr::eq(last, found));
+        let few =
+            self.unanswered.iter().filter(move |(name, found)| self.latest.is_empty() && last(name, found));
+        let many = self.latest.iter().map(|(name, (_, found))| (name, found));
+        let sent = few.map(|(name, found)| (name, found)).chain(many).filter(|(name, _)| !name.is_empty());
+        answered.chain(sent).filter_map(|(name, found)| match found {
             Found::Statement(statement) => Some((name, statement)),
             Found::OnBackend | Found::Nothing => None,
         })
@@ -392,11 +430,19 @@ impl Statements {
     /// A Parse or Close (`Nothing`) was sent (or will be answered by us in its turn).
     pub fn sent(&mut self, name: &[u8], found: Found) {
         self.begins |= matches!(&found, Found::Statement(statement) if statement.may_begin());
-        let (times, latest) = self.latest.entry(name.to_vec()).or_insert((0, Found::Nothing));
-        *times += 1;
-        *latest = found.clone();
         self.making += usize::from(makes_a_name(name, &found));
         self.unanswered.push_back((name.to_vec(), found));
+        if !self.latest.is_empty() {
+            let newest = self.unanswered.back();
+            newest.into_iter().for_each(|(name, found)| add_latest(&mut self.latest, name, found));
+        } else if self.unanswered.len() > FEW {
+            self.unanswered.iter().for_each(|(name, found)| add_latest(&mut self.latest, name, found));
+        }
+    }
+
+    /// Whether the oldest unanswered message is about the unnamed statement.
+    pub fn awaits_unnamed(&self) -> bool {
+        self.unanswered.front().is_some_and(|(name, _)| name.is_empty())
     }
 
     /// The oldest unanswered Parse or Close has succeeded.
@@ -407,6 +453,10 @@ impl Statements {
             *times -= 1;
             if *times == 0 {
                 self.latest.remove(&name);
+            }
+            if self.latest.is_empty() {
+                // Most units have few: a session that waits keeps no room for many.
+                self.latest = HashMap::new();
             }
         }
         if self.before.is_some() {
@@ -470,6 +520,19 @@ impl SqlCommand {
         match self {
             SqlCommand::Prepare(name, _) | SqlCommand::Execute(name) | SqlCommand::Deallocate(name) => name,
         }
+    }
+}
+
+/// Unanswered messages up to which they are searched rather than kept by name.
+const FEW: usize = 8;
+
+fn add_latest(latest: &mut HashMap<Vec<u8>, (usize, Found)>, name: &[u8], found: &Found) {
+    match latest.get_mut(name) {
+        Some((times, latest)) => {
+            *times += 1;
+            *latest = found.clone();
+        }
+        None => _ = latest.insert(name.to_vec(), (1, found.clone())),
     }
 }
 
@@ -571,6 +634,45 @@ mod tests {
         assert!(matches!(statements.find(b"new"), Found::Nothing));
         assert!(matches!(statements.find(b"later"), Found::Nothing));
         assert!(matches!(statements.find(b"kept"), Found::Statement(s) if s.serial == old.serial));
+    }
+
+    #[test]
+    fn an_unnamed_text_is_known_when_it_is_seen_again_unless_it_asks_for_a_moment() {
+        let names = Names::new([7; 16]);
+        let see = |body: &[u8]| names.see_unnamed(names.statement(&parse(body), b"").shared);
+        assert!(!see(b"\0select 1\0\0\0"));
+        assert!(see(b"\0select 1\0\0\0"));
+        assert!(!see(b"\0select 2\0\0\0"));
+        assert!(!see(b"\0select 1\0\0\x01\0\0\0\x17"));
+        assert!(!see(b"\0select date 'now'\0\0\0") && !see(b"\0select date 'now'\0\0\0"));
+    }
+
+    #[test]
+    fn names_are_the_same_however_many_messages_are_unanswered() {
+        let names = Names::new([7; 16]);
+        for count in [2, FEW, FEW + 1, 4 * FEW] {
+            let mut statements = Statements::default();
+            let mut last = 0;
+            for n in 0..count {
+                let statement = names.statement(&parse(format!("s\0select {n}\0\0\0").as_bytes()), b"");
+                last = statement.serial;
+                statements.sent(b"s", Found::Statement(statement));
+                statements.sent(format!("t{n}").as_bytes(), Found::Nothing);
+            }
+            let found = |statements: &Statements| match statements.find(b"s") {
+                Found::Statement(statement) => statement.serial,
+                other => panic!("s is {other:?}"),
+            };
+            assert_eq!(found(&statements), last);
+            let listed: Vec<u64> = statements.named().map(|(_, statement)| statement.serial).collect();
+            assert_eq!(listed, [last]);
+            for _ in 0..2 * count - 3 {
+                statements.succeeded();
+                assert_eq!(found(&statements), last);
+            }
+            (0..3).for_each(|_| statements.succeeded());
+            assert_eq!((found(&statements), statements.latest.capacity()), (last, 0));
+        }
     }
 
     #[test]

@@ -22,6 +22,16 @@ const NO_PORTAL: &[u8] = b"__hw_refused";
 /// A statement, and a portal, that no client has: by it a client's PREPARE is repeated.
 const NO_STATEMENT: &[u8] = b"__hw_prepare";
 
+/// What becomes of unnamed Parses where they may be shared, as the metric labels it.
+pub const UNNAMED_LABELS: [&str; 3] = [UNNAMED_SHARED, UNNAMED_PREPARED, UNNAMED_PASSED];
+
+/// The backend has it under its shared name.
+const UNNAMED_SHARED: &str = "shared";
+/// The backend is given it under its shared name.
+const UNNAMED_PREPARED: &str = "prepared";
+/// It goes on as it is.
+const UNNAMED_PASSED: &str = "passed";
+
 /// What a statement's name is wanted for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Use {
@@ -275,7 +285,7 @@ impl Exchange<'_> {
         {
             return Ok(stopped);
         }
-        let bad_hint = self.session.bad_hint.take();
+        let bad_hint = self.session.bad_hint.take().map(|report| *report);
         if let Some(report) = bad_hint
             .or_else(|| self.session.refused_own(self.unit.settings.iter().flat_map(|(_, changes)| changes)))
         {
@@ -296,7 +306,7 @@ impl Exchange<'_> {
         self.backend.unnamed = None;
         self.backend.dirt = self.backend.dirt.max(dirt_of(self.unit.leaves));
         let earlier = self.unit.expects.len();
-        self.materialize(self.unit.leaves);
+        self.materialize(self.unit.leaves, Some(len));
         if !self.unit.begun {
             self.give_what_may_be_named();
         }
@@ -388,7 +398,9 @@ impl Exchange<'_> {
                     self.unit.count_settings(&setting::effects(text, self.session.lexing));
                 }
                 let body = self.body(len);
-                self.unit.may_commit |= class.may_commit(body.strip_suffix(b"\0").unwrap_or_default());
+                let text = body.strip_suffix(b"\0").unwrap_or_default();
+                self.unit.may_commit |= class.may_commit(text);
+                self.unit.count_code(class.leaves, Some(text));
                 self.count_in(class);
             }
             // Only what may be a read is worth a second opinion, and a read leaves nothing.
@@ -428,7 +440,7 @@ impl Exchange<'_> {
         }
         self.unit.leave(leaves);
         self.backend.dirt = self.backend.dirt.max(dirt_of(leaves));
-        self.materialize(leaves);
+        self.materialize(leaves, None);
     }
 
     /// Counts in what a statement of the unit does, as it is bound.
@@ -510,6 +522,10 @@ impl Exchange<'_> {
             self.prepare_for(class.leaves);
         }
         if parse.name.is_empty() {
+            if self.shares_unnamed(&statement, class) {
+                self.prepare(b"", statement, class, len);
+                return Ok(Step::On);
+            }
             self.backend.unnamed = Some(statement.serial);
             self.session.statements.sent(b"", Found::Statement(statement));
             self.pass(len);
@@ -544,6 +560,35 @@ impl Exchange<'_> {
         }
         self.prepare(parse.name, statement, class, len);
         Ok(Step::On)
+    }
+
+    /// Whether an unnamed Parse is to be served by the statement that sessions share (`pool.share_unnamed`): of a text
+    /// seen before, in a unit of reads that can be run again. Should what is shared be out of date, that is done with a
+    /// statement that is parsed anew, and the client sees nothing of it (see `is_stale_statement`).
+    fn shares_unnamed(&mut self, statement: &Statement, class: Option<StatementClass>) -> bool {
+        if !self.session.config.pool.share_unnamed {
+            return false;
+        }
+        let may = self.may_share_unnamed(class) && !self.is_refused_here(statement);
+        let shares = may && self.session.shared.names.see_unnamed(statement.shared);
+        if shares {
+            statement.share_unnamed();
+        }
+        let how = match shares {
+            true if self.is_up_to_date(statement.shared) => UNNAMED_SHARED,
+            true => UNNAMED_PREPARED,
+            false => UNNAMED_PASSED,
+        };
+        self.session.shared.metrics.unnamed_parses.inc(how);
+        shares
+    }
+
+    /// Whether an unnamed statement may stand under its shared name in this unit and on this backend.
+    fn may_share_unnamed(&self, class: Option<StatementClass>) -> bool {
+        self.session.config.pool.share_unnamed
+            && self.unit.redoable
+            && !self.session.uses_own_names()
+            && class.is_some_and(|class| is_read(class) && class.leaves == Leaves::Nothing)
     }
 
     /// A Parse of a new name.
@@ -774,6 +819,7 @@ impl Exchange<'_> {
                 self.unit.login_settings |=
                     class.kind == Kind::Ddl && classify::alters_login(statement.text());
                 self.unit.may_commit |= class.may_commit(statement.text());
+                self.unit.count_code(class.leaves, Some(statement.text()));
                 self.count_in(class);
             }
             None => (self.unit.writes, self.unit.may_commit) = (true, true),
@@ -782,14 +828,15 @@ impl Exchange<'_> {
             self.own_error(changed_result_type());
             return Resolved::Stopped(Step::On);
         }
-        let on_server = if name.is_empty() {
+        let by_shared_name = statement.is_shared_unnamed() && self.may_share_unnamed(class);
+        let on_server = if name.is_empty() && !by_shared_name {
             if self.backend.unnamed != Some(statement.serial) {
                 put_parse(&mut self.backend.output, b"", &statement.tail);
                 self.backend.unnamed = Some(statement.serial);
                 self.prepared_again(NameOnServer::Unnamed, &statement);
             }
             Vec::new()
-        } else if self.session.uses_own_names() || statement.is_sql() || shows {
+        } else if !by_shared_name && (self.session.uses_own_names() || statement.is_sql() || shows) {
             self.give(name, &statement);
             name.to_vec()
         } else {
@@ -919,26 +966,35 @@ impl Exchange<'_> {
     }
 
     /// SQL's EXECUTE and DEALLOCATE see the protocol's names: before such a statement the backend is
-    /// given all of the session's. In a Query this is done ahead, closed by a Sync of its own.
-    fn materialize(&mut self, leaves: Leaves) {
+    /// given all of the session's. In a Query this is done ahead, closed by a Sync of its own. In a transaction,
+    /// which one that cannot be given would end, it is given those that the Query names.
+    fn materialize(&mut self, leaves: Leaves, query: Option<usize>) {
         if leaves != Leaves::Pins(PinReason::SqlPrepare) || self.session.role == Role::Replica {
             return;
         }
         self.session.pin_now(PinReason::SqlPrepare);
-        self.give_all(|_| true);
+        let in_transaction = self.session.status == TransactionStatus::InTransaction;
+        let query = query.filter(|len| in_transaction && *len <= self.there());
+        let text = query.map(|len| self.body(len));
+        let words = text.and_then(|body| classify::words(body.strip_suffix(b"\0").unwrap_or_default()));
+        self.give_all(|name, _| words.as_ref().is_none_or(|words| words.contains(name)));
     }
 
-    /// Gives the backend those of the session's statements that it lacks.
-    fn give_all(&mut self, which: impl Fn(&Statement) -> bool) {
+    /// Gives the backend those of the session's statements that it lacks, each for itself: one that cannot be prepared
+    /// any more, as what it is about was dropped, keeps no other away.
+    fn give_all(&mut self, which: impl Fn(&[u8], &Statement) -> bool) {
         let missing: Vec<(Vec<u8>, Arc<Statement>)> = self
             .session
             .statements
             .named()
-            .filter(|(name, statement)| !self.backend.own_names.contains(*name) && which(statement))
+            .filter(|(name, statement)| !self.backend.own_names.contains(*name) && which(name, statement))
             .map(|(name, statement)| (name.clone(), statement.clone()))
             .collect();
-        for (name, statement) in missing {
-            self.give(&name, &statement);
+        for (at, (name, statement)) in missing.iter().enumerate() {
+            if at > 0 && !self.unit.begun {
+                self.inject_sync();
+            }
+            self.give(name, statement);
         }
     }
 
@@ -950,9 +1006,11 @@ impl Exchange<'_> {
         }
         match self.unit.leaves {
             Leaves::ShowsStatements => self.show_statements(),
-            Leaves::Unproven if self.session.statements.any_of_sql() => self.give_all(Statement::is_sql),
+            Leaves::Unproven if self.session.statements.any_of_sql() => {
+                self.give_all(|_, statement| statement.is_sql())
+            }
             _ if self.unit.control && self.session.statements.any_of_sql() => {
-                self.give_all(Statement::is_sql);
+                self.give_all(|_, statement| statement.is_sql());
             }
             _ => {}
         }
@@ -983,7 +1041,7 @@ impl Exchange<'_> {
         while let Some((name, there)) = self.backend.prepared.pop_lru() {
             self.close_shared(name, there);
         }
-        self.give_all(|_| true);
+        self.give_all(|_, _| true);
     }
 
     /// Whether a statement shows what is prepared, and so is to be found there under its own name.
@@ -1014,15 +1072,15 @@ impl Exchange<'_> {
                 let name = &name.to_vec()[..];
                 let resolved = self.resolve(name, Use::Describe);
                 self.unit.binding = None;
-                let on_server = match resolved {
-                    Resolved::Name(on_server) => on_server,
-                    Resolved::Shared(on_server) => on_server.server_name().to_vec(),
+                let (on_server, shared) = match resolved {
+                    Resolved::Name(on_server) => (on_server, false),
+                    Resolved::Shared(on_server) => (on_server.server_name().to_vec(), true),
                     Resolved::Stopped(step) => return Ok(step),
                 };
                 put_target(&mut self.backend.output, b'D', &on_server);
                 self.take(len);
                 if let Found::Statement(statement) = self.session.statements.find(name) {
-                    let on = if name.is_empty() {
+                    let on = if name.is_empty() && !shared {
                         NameOnServer::Unnamed
                     } else if self.session.uses_own_names() {
                         NameOnServer::Own(name.to_vec())

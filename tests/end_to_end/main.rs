@@ -4,6 +4,7 @@
 
 mod allow_lists;
 mod browser;
+mod errors;
 mod fixture;
 mod fixture_holds;
 mod history;

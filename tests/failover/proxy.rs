@@ -70,22 +70,17 @@ pub fn settings(plan: &Plan) -> Settings {
     Settings {
         mode: plan.mode,
         durability: plan.durability,
-        nodes: (0..plan.nodes).map(rule).collect(),
-        failure_threshold: 3,
         kick_timeout: Duration::from_millis(500),
         restart_grace: Duration::from_secs(2),
-        crash_loop_restarts: 3,
         crash_loop_window: Duration::from_secs(20),
         startup_grace: Duration::from_millis(500),
-        sever_timeout: Duration::from_secs(3),
         promote_timeout: Duration::from_secs(2),
-        max_lost_bytes: 1 << 20,
         min_failover_interval: Duration::from_secs(3),
         pause_timeout: Duration::from_secs(3),
         allow_minority: true,
-        fence_sql: true,
-        hands: true,
         sync_num: plan.num as u32,
+        sync_strict: plan.strict,
+        ..Settings::of_nodes((0..plan.nodes).map(rule).collect())
     }
 }
 

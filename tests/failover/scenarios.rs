@@ -36,22 +36,10 @@ fn settings(words: &[&str]) -> Settings {
     Settings {
         mode: if has("manual") { Mode::Manual } else { Mode::Auto },
         durability: if has("quorum") { Durability::Quorum } else { Durability::Async },
-        nodes: NAMES.iter().take(count).map(rule).collect(),
-        failure_threshold: 3,
-        kick_timeout: Duration::from_secs(2),
-        restart_grace: Duration::from_secs(10),
-        crash_loop_restarts: 3,
-        crash_loop_window: Duration::from_secs(60),
-        startup_grace: Duration::from_secs(10),
-        sever_timeout: Duration::from_secs(3),
-        promote_timeout: Duration::from_secs(60),
         max_lost_bytes: 1000,
-        min_failover_interval: Duration::from_secs(300),
-        pause_timeout: Duration::from_secs(10),
         allow_minority: has("minority"),
-        fence_sql: true,
-        sync_num: 1,
-        hands: true,
+        sync_strict: has("strict"),
+        ..Settings::of_nodes(NAMES.iter().take(count).map(rule).collect())
     }
 }
 

@@ -89,6 +89,7 @@ impl Story {
             old_primary,
             old_timeline,
             fork,
+            gone_from: fork,
             last_sample,
             kept: false,
         });

@@ -148,7 +148,7 @@ async fn who_waits_too_long_or_finds_the_line_full_is_told_so_and_a_cancel_ends_
     assert_eq!(code(&two.read_ready().await).as_deref(), Some("57014"));
     let answer = one.read_ready().await;
     assert_eq!(code(&answer).as_deref(), Some("57P03"), "{answer:?}");
-    assert_eq!(answer[0].field(b'M').as_deref(), Some("the primary is being changed"));
+    assert_eq!(answer[0].field(b'M').as_deref(), Some("the primary cannot be reached"));
     proxy.waiting(0).await;
     proxy.server().gate.set(Posture::Open);
     for client in [&mut one, &mut two, &mut three] {
@@ -284,5 +284,34 @@ async fn a_read_on_a_primary_that_is_left_runs_elsewhere() {
     let answer = client.read_ready().await;
     assert_eq!(tags(&answer), "TDCZ", "{answer:?}");
     assert_eq!(answer[1].columns()[0].as_deref(), Some("7"));
+    proxy.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_backend_of_which_nothing_can_be_shown_does_not_hold_up_who_leaves_the_primary() {
+    let cluster = Cluster::start(0).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    let proxy = Gated::start(&cluster, "").await;
+    let (mut one, mut two) = (proxy.login().await, proxy.login().await);
+    succeed(&mut one, "BEGIN").await;
+    succeed(&mut one, "INSERT INTO t VALUES (1)").await;
+    // Nobody can say where the primary is any more, though sessions reach it: no sample vouches for a new backend.
+    let control = &cluster.roles().control.user;
+    cluster.set_up_as_superuser(&format!("ALTER ROLE {control} NOLOGIN")).await;
+    let sessions = format!("FROM pg_stat_activity WHERE usename = '{control}'");
+    cluster
+        .primary()
+        .query_text(&format!("SELECT count(pg_terminate_backend(pid)) {sessions}"))
+        .await
+        .unwrap();
+    cluster.primary().wait_for(&format!("SELECT count(*) {sessions}"), "0").await.unwrap();
+    two.send(&query("INSERT INTO t VALUES (2)")).await;
+    let backends = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app'";
+    cluster.primary().wait_for(backends, "2").await.unwrap();
+    proxy.leave_primary().await;
+    cluster.set_up_as_superuser(&format!("ALTER ROLE {control} LOGIN")).await;
+    proxy.server().gate.set(Posture::Open);
+    // It had not been sent, and is now.
+    assert_eq!(tags(&two.read_ready().await), "CZ");
     proxy.stop().await;
 }

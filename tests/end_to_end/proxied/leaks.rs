@@ -2,6 +2,8 @@
 //! kinds of session state at random, and each has a twin on a direct connection to another server, to
 //! which the same is done. Whatever one answers differently from the other is a leak or a loss.
 
+mod holes;
+
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -177,6 +179,10 @@ impl Twins {
                  WHERE locktype = 'advisory' AND objid BETWEEN {low} AND {high}), \
              (SELECT string_agg(c, ',' ORDER BY c) FROM pg_listening_channels() c), \
              (SELECT string_agg(name, ',' ORDER BY name) FROM pg_cursors WHERE is_holdable), \
+             (SELECT string_agg(proname, ',') FROM pg_proc WHERE pronamespace = pg_my_temp_schema()), \
+             session_user, current_setting('default_transaction_isolation'), \
+             current_setting('default_transaction_read_only'), current_setting('lock_timeout'), \
+             current_setting('statement_timeout'), current_setting('client_encoding'), \
              (SELECT n FROM public.own WHERE client = {})",
             self.number
         );
@@ -209,7 +215,7 @@ impl Twins {
         let (n, name) = (self.number, self.dice.of(&["p", "q"]));
         let megabytes = 2 + self.dice.below(6);
         let zone = self.dice.of(&["UTC", "Asia/Tokyo", "Europe/Berlin"]);
-        let sql = match self.dice.below(52) {
+        let sql = match self.dice.below(68) {
             0 | 1 => format!("SET work_mem = '{megabytes}MB'"),
             2 => format!("SET TimeZone = '{zone}'"),
             3 => format!("SET app.tenant = 'tenant {n}'"),
@@ -259,7 +265,8 @@ impl Twins {
             48 => "DO $$ BEGIN CREATE TEMP TABLE IF NOT EXISTS done (x int); END $$".to_owned(),
             49 => format!("DO $$ BEGIN PERFORM pg_advisory_lock({key}); END $$"),
             50 => format!("DO $$ BEGIN EXECUTE 'LISTEN {channel}'; RAISE EXCEPTION 'no'; END $$"),
-            _ => return self.by_the_protocol().await,
+            51 => return self.by_the_protocol().await,
+            _ => return self.hole().await,
         };
         self.sql(&sql).await;
     }
@@ -343,17 +350,22 @@ async fn sessions_keep_their_own_state_and_see_nobody_elses() {
     println!("HIGHWATER_LEAKS_SEED={seed}: {clients} clients over {backends} backends");
 
     let connections = ("max_connections".to_owned(), (clients + 100).to_string());
+    let prepared = ("max_prepared_transactions".to_owned(), clients.to_string());
     let options = |replicas| ClusterOptions {
         replicas,
-        settings: vec![connections.clone()],
+        settings: vec![connections.clone(), prepared.clone()],
         ..ClusterOptions::default()
     };
     let (cluster, twin) = tokio::join!(Cluster::start_with(options(1)), Cluster::start_with(options(0)));
     for each in [&cluster, &twin] {
         each.primary().execute(OBJECTS).await.unwrap();
+        each.primary().execute(holes::FUNCTIONS).await.unwrap();
         each.wait_caught_up(0).await.unwrap();
     }
-    let overrides = format!("pool: {{ size: {backends}, query_wait_timeout: 25s }}");
+    // Two hundred logins at once take their time on a busy machine.
+    let overrides = format!(
+        "{{ pool: {{ size: {backends}, query_wait_timeout: 60s }}, auth: {{ login_timeout: 120s }} }}"
+    );
     let proxy =
         Proxy::start_with(&cluster, ProxyOptions { overrides: &overrides, ..Default::default() }).await;
     let ways =

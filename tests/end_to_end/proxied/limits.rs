@@ -248,3 +248,95 @@ async fn sigint_and_a_second_sigterm_wait_for_nobody() {
         assert_eq!(cluster.primary().query_text("SELECT count(*) FROM t").await.unwrap(), "0");
     }
 }
+
+/// How many connections the users have to the first node, and in how many databases.
+const CONNECTED: &str = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app'";
+
+/// Databases `d0` and so on, as many pools.
+async fn databases(cluster: &Cluster, count: usize) -> Vec<String> {
+    let names: Vec<String> = (0..count).map(|n| format!("d{n}")).collect();
+    for name in &names {
+        cluster.primary().execute(&format!("CREATE DATABASE {name}")).await.unwrap();
+    }
+    names
+}
+
+#[tokio::test]
+async fn all_pools_of_a_node_together_keep_within_its_cap_and_each_has_its_turn() {
+    let cluster = Cluster::start(0).await;
+    let names = databases(&cluster, 5).await;
+    let proxy =
+        proxy_with(&cluster, "pool: { size: 4, max_backends_per_node: 3, query_wait_timeout: 60s }").await;
+    let app = cluster.roles().app.clone();
+    let sessions = names.iter().flat_map(|name| std::iter::repeat_n(name, 4)).map(|name| {
+        let (port, app) = (proxy.port(), app.clone());
+        async move {
+            let mut client = RawClient::connect(port).await;
+            client.login(name, &app).await.unwrap();
+            for _ in 0..8 {
+                assert_eq!(
+                    tags(&client.ask(&query("BEGIN; SELECT pg_sleep(0.005); COMMIT")).await),
+                    "CTDCCZ"
+                );
+            }
+        }
+    });
+    let mut all = std::pin::pin!(futures_util::future::join_all(sessions));
+    let mut most = 0;
+    let admin = cluster.primary().admin().await.unwrap();
+    loop {
+        tokio::select! {
+            _ = &mut all => break,
+            row = admin.query_one(CONNECTED, &[]) => most = most.max(row.unwrap().get::<_, i64>(0)),
+        }
+    }
+    // A server process that was told to go may still be seen beside the one in its place.
+    assert!((1..=6).contains(&most), "{most} at once");
+    let metrics = proxy.metrics().await;
+    assert!(metrics.sum("highwater_node_full_total", &[("node", "a")]) > 0.0);
+    assert!(metrics.sum("highwater_backends_closed_total", &[("reason", "node_full")]) > 0.0);
+    let open: f64 = ["idle", "active", "connecting"]
+        .iter()
+        .map(|state| metrics.sum("highwater_pool_backends", &[("state", state)]))
+        .sum();
+    assert!(open <= 3.0, "{open} are open");
+}
+
+#[tokio::test]
+async fn a_full_node_gives_what_is_idle_to_who_waits_and_who_waits_too_long_is_told() {
+    let cluster = Cluster::start(0).await;
+    let names = databases(&cluster, 3).await;
+    let overrides = "pool: { max_backends_per_node: 2, query_wait_timeout: 5s }";
+    let proxy = proxy_with(&cluster, overrides).await;
+    let app = cluster.roles().app.clone();
+    let mut clients = Vec::new();
+    for name in &names {
+        // The third login needs a backend, too: one of the idle ones goes.
+        let mut client = proxy.raw().await;
+        client.login(name, &app).await.unwrap();
+        assert_eq!(tags(&client.ask(&query("SELECT 1")).await), "TDCZ");
+        clients.push(client);
+    }
+    cluster.primary().wait_for(CONNECTED, "2").await.unwrap();
+    let [first, second, third] = &mut clients[..] else { unreachable!() };
+    first.ask(&query("BEGIN")).await;
+    second.ask(&query("BEGIN")).await;
+    assert_eq!(code(&third.ask(&query("SELECT 1")).await).as_deref(), Some("53300"));
+    third.send(&query("SELECT 1")).await;
+    second.ask(&query("COMMIT")).await;
+    assert_eq!(tags(&third.read_ready().await), "TDCZ");
+    assert_eq!(tags(&first.ask(&query("COMMIT")).await), "CZ");
+
+    // More, by a reload; and fewer.
+    proxy.configure(&cluster, "pool: { max_backends_per_node: 3, query_wait_timeout: 5s }");
+    assert!(proxy.reload().await);
+    for client in &mut clients {
+        assert_eq!(tags(&client.ask(&query("BEGIN; SELECT 1")).await), "CTDCZ");
+    }
+    proxy.configure(&cluster, "pool: { max_backends_per_node: 1, query_wait_timeout: 5s }");
+    assert!(proxy.reload().await);
+    for client in &mut clients {
+        assert_eq!(tags(&client.ask(&query("COMMIT")).await), "CZ");
+    }
+    cluster.primary().wait_for(CONNECTED, "1").await.unwrap();
+}

@@ -50,6 +50,34 @@ async fn a_refused_login_reads_as_on_the_server_itself() {
 }
 
 #[tokio::test]
+async fn the_log_says_why_a_password_that_may_be_right_was_refused_and_the_client_hears_nothing_of_it() {
+    let cluster = Cluster::start(0).await;
+    for sql in [
+        "CREATE ROLE expired LOGIN PASSWORD 'x' VALID UNTIL '2001-01-01'",
+        "CREATE ROLE no_password LOGIN",
+        "SET password_encryption = 'md5'; CREATE ROLE old_style LOGIN PASSWORD 'x'",
+    ] {
+        cluster.primary().execute(sql).await.unwrap();
+    }
+    let proxy = Proxy::start(&cluster).await;
+    for (user, why) in [
+        ("expired", "the password has expired"),
+        ("no_password", "the role has no password"),
+        ("old_style", "the password is not stored as a SCRAM verifier"),
+        ("nobody", "there is no such role"),
+    ] {
+        let words = format!("password authentication failed for user \"{user}\"");
+        assert_eq!(refusal(proxy.port(), "app", user, "x").await.2, words);
+        let said = |line: &str| line.contains(&words) && line.contains(why);
+        eventually(why, || async { proxy.log().lines().any(said) }).await;
+    }
+    // Where it is only wrong, nothing more is said.
+    refusal(proxy.port(), "app", "app", "wrong").await;
+    let said = |line: &str| line.ends_with("password authentication failed for user \"app\"");
+    eventually("it is told", || async { proxy.log().lines().any(said) }).await;
+}
+
+#[tokio::test]
 async fn a_changed_password_counts_at_once() {
     let cluster = Cluster::start(1).await;
     let proxy = Proxy::start(&cluster).await;
@@ -205,4 +233,50 @@ async fn without_tls_an_ssl_or_gss_request_is_answered_no_and_the_client_goes_on
         assert_eq!(client.read_byte().await, Some(b'N'));
     }
     client.login("app", &cluster.roles().app).await.unwrap();
+}
+
+#[tokio::test]
+async fn logins_while_the_primary_crashes_wait_for_it_and_succeed() {
+    let cluster = Cluster::start(0).await;
+    let overrides = "{ failover: { pause_timeout: 60s }, auth: { login_timeout: 80s } }";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    for round in 0..4 {
+        // Each with a setting that no login has had: the server is asked what it has to say to them.
+        let logins = (0..25).map(|number| {
+            let (port, app) = (proxy.port(), proxy.app());
+            let option = format!("-c geqo_threshold={}", 100 + round * 25 + number);
+            async move {
+                let mut client = RawClient::connect(port).await;
+                let parameters = [("user", &*app.user), ("database", "app"), ("options", &*option)];
+                client.login_with(&parameters, &app.password).await
+            }
+        });
+        let crash = async {
+            for _ in 0..2 {
+                cluster.primary().crash_backend().await.unwrap();
+            }
+        };
+        let (logins, ()) = tokio::join!(futures_util::future::join_all(logins), crash);
+        if let Some(refused) = logins.into_iter().find_map(Result::err) {
+            panic!("{:?} {:?}", refused.field(b'C'), refused.field(b'M'));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_login_waits_for_a_node_no_longer_than_it_may() {
+    let cluster = Cluster::start(0).await;
+    let overrides = "failover: { pause_timeout: 1s }";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    let app = proxy.app();
+    cluster.link(0).cut();
+    let told = refusal(proxy.port(), "app", &app.user, &app.password).await;
+    assert_eq!((&*told.0, &*told.1), ("FATAL", "57P03"), "{told:?}");
+    let mut waits = RawClient::connect(proxy.port()).await;
+    let (login, ()) = tokio::join!(waits.login("app", app), async {
+        // The login is on its way, and there is nobody to ask.
+        tokio::task::yield_now().await;
+        cluster.link(0).heal();
+    });
+    login.unwrap();
 }

@@ -201,3 +201,88 @@ async fn a_commit_that_no_synchronous_replica_has_is_no_success() {
     let answer = succeed(&mut client, "SELECT count(*) FROM t").await;
     assert_eq!(answer[1].columns()[0].as_deref(), Some("7"));
 }
+
+/// What a session is told of a commit that a crash took (nobody had waited for the disk), when the proxy could not
+/// look at the primary between that crash and `crashes - 1` more, and others have written past its place meanwhile.
+async fn told_of_a_crash_unseen(crashes: usize) {
+    let cluster = Cluster::start(1).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    let primary = cluster.primary();
+    primary.set("wal_writer_delay", "10s").await.unwrap();
+    let overrides = &format!("{QUICK}\nconsistency: {{ on_stale: error, catch_up_wait: 50ms }}");
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    let mut client = proxy.raw_login().await;
+    succeed(&mut client, "SET synchronous_commit = off").await;
+    let observer = proxy.connect().await;
+    eventually("reads reach the replica", || async {
+        observer.batch_execute("SELECT count(*) FROM t WHERE x = 1").await.unwrap();
+        let labels = [("node", cluster.node(1).name()), ("class", "read")];
+        proxy.metrics().await.sum("highwater_statements_total", &labels) > 0.0
+    })
+    .await;
+    let control = &cluster.roles().control.user;
+    primary.execute(&format!("ALTER ROLE {control} NOLOGIN")).await.unwrap();
+    succeed(&mut client, "INSERT INTO t VALUES (1)").await;
+    // Its place is known now, and is part of what the session asks for.
+    succeed(&mut client, "SHOW highwater.token").await;
+    for _ in 0..crashes {
+        primary.crash().await.unwrap();
+        primary.start().await.unwrap();
+        primary.execute("INSERT INTO t SELECT generate_series(2, 1000)").await.unwrap();
+    }
+    assert_eq!(
+        primary.query_text("SELECT count(*) FROM t WHERE x = 1").await.unwrap(),
+        "0",
+        "it was not lost"
+    );
+    cluster.wait_caught_up(0).await.unwrap();
+    let read = "SELECT count(*) FROM t WHERE x = 1";
+    if crashes == 1 {
+        // The replica is past that place, in another log.
+        let replica = [("node", cluster.node(1).name()), ("role", "replica")];
+        eventually("the replica is in use", || async {
+            proxy.metrics().await.sum("highwater_node_role", &replica) == 1.0
+        })
+        .await;
+        let answer = client.ask(&query(read)).await;
+        assert!(code(&answer).is_some(), "{answer:?}");
+    }
+    primary.execute(&format!("ALTER ROLE {control} LOGIN")).await.unwrap();
+    eventually("the crash has been seen", || async {
+        proxy.metrics().await.sum("highwater_epoch", &[]) > 1.0
+    })
+    .await;
+    let answer = client.ask(&query(read)).await;
+    let told = answer
+        .iter()
+        .any(|message| matches!(message.tag, b'E' | b'N') && message.field(b'C').as_deref() == Some("HW001"));
+    assert!(told, "{answer:?}");
+}
+
+#[tokio::test]
+async fn a_replica_that_follows_a_crashed_primary_shows_no_session_less_than_it_wrote_untold() {
+    told_of_a_crash_unseen(1).await;
+}
+
+#[tokio::test]
+async fn what_a_crash_took_is_told_also_if_another_crash_came_before_anybody_looked() {
+    told_of_a_crash_unseen(2).await;
+}
+
+#[tokio::test]
+async fn a_write_whose_backend_loses_its_server_in_the_middle_of_it_is_in_doubt() {
+    let cluster = Cluster::start(0).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    let proxy = quick(&cluster).await;
+    let mut client = proxy.raw_login().await;
+    succeed(&mut client, "BEGIN").await;
+    succeed(&mut client, "INSERT INTO t VALUES (1)").await;
+    // The backend waits for what comes behind the commit: it notices at once that its postmaster is dead, and says 57P01.
+    client.send(&[parse("", "COMMIT"), bind("", &[]), execute(), flush()].concat()).await;
+    for tag in *b"12C" {
+        assert_eq!(heard(&mut client).await.tag, tag);
+    }
+    cluster.primary().crash_postmaster().await.unwrap();
+    let error = heard(&mut client).await;
+    assert_eq!((error.tag, error.field(b'C').as_deref()), (b'E', Some("08007")), "{error:?}");
+}

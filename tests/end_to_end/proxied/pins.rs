@@ -437,3 +437,40 @@ async fn a_pool_held_by_pinned_sessions_is_said_to_be_full_in_time() {
     // It waits in line until the look is over.
     succeed(&mut three, "CREATE TABLE t (x int)").await;
 }
+
+#[tokio::test]
+async fn what_code_has_done_for_good_before_it_failed_is_still_there() {
+    let cluster = Cluster::start(0).await;
+    cluster
+        .set_up(
+            "CREATE FUNCTION lock_and_fail() RETURNS void LANGUAGE plpgsql AS $$ BEGIN \
+                PERFORM set_config('work_mem', '9MB', false); PERFORM pg_advisory_lock(77); RAISE 'no'; END $$; \
+             CREATE PROCEDURE set_and_fail() LANGUAGE plpgsql AS $$ BEGIN \
+                PERFORM set_config('work_mem', '7MB', false); COMMIT; \
+                PERFORM set_config('work_mem', '8MB', false); RAISE 'no'; END $$",
+        )
+        .await;
+    let proxy = Proxy::start(&cluster).await;
+    let code = |messages: &[Message]| messages.iter().find(|m| m.tag == b'E').and_then(|m| m.field(b'C'));
+    let of = |messages: &[Message]| {
+        messages.iter().find(|m| m.tag == b'D').map(|m| m.columns()[0].clone().unwrap())
+    };
+    let work_mem = query("SHOW work_mem");
+    let block = "DO $$ BEGIN PERFORM set_config('work_mem', '6MB', false); COMMIT; RAISE 'no'; END $$";
+    for (does, expected) in [(block, "6MB"), ("CALL set_and_fail()", "7MB")] {
+        // By Query, and by Parse.
+        for bytes in [query(does), [parse("", does), bind("", &[]), execute(), sync()].concat()] {
+            let mut client = proxy.raw_login().await;
+            assert_eq!(code(&client.ask(&bytes).await).as_deref(), Some("P0001"), "{does}");
+            assert_eq!(of(&client.ask(&work_mem).await).as_deref(), Some(expected), "{does}");
+            // Not somebody else's.
+            assert_eq!(of(&proxy.raw_login().await.ask(&work_mem).await).as_deref(), Some("4MB"), "{does}");
+        }
+    }
+    let mut client = proxy.raw_login().await;
+    let failed = client.ask(&query("SELECT lock_and_fail()")).await;
+    assert_eq!(code(&failed).as_deref(), Some("P0001"));
+    assert_eq!(of(&client.ask(&work_mem).await).as_deref(), Some("4MB"), "the setting was undone");
+    let unlocked = client.ask(&query("SELECT pg_advisory_unlock(77)")).await;
+    assert_eq!(of(&unlocked).as_deref(), Some("t"), "a session's lock is not: {unlocked:?}");
+}

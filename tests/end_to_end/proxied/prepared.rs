@@ -391,3 +391,32 @@ async fn statements_that_contain_execute_find_the_names() {
         client.ask(&query("SELECT statement, from_sql FROM pg_prepared_statements WHERE name = 's'")).await;
     assert_eq!(row(&shown), ["PREPARE s AS SELECT x FROM t", "t"].map(|s| Some(s.to_owned())));
 }
+
+#[tokio::test]
+async fn a_statement_that_cannot_be_prepared_any_more_keeps_no_other_away() {
+    let (_cluster, proxy) = start(0, "pool: { size: 3 }").await;
+    let mut client = proxy.raw_login().await;
+    client.ask(&query("CREATE TABLE stays AS SELECT 1 AS x")).await;
+    for n in 0..8 {
+        client.ask(&query(&format!("CREATE TABLE goes_{n} (x int)"))).await;
+        client.ask(&query(&format!("PREPARE of_goes_{n} AS SELECT x FROM goes_{n}"))).await;
+        client.ask(&query(&format!("DROP TABLE goes_{n}"))).await;
+    }
+    client.ask(&query("PREPARE of_stays AS SELECT x FROM stays")).await;
+    let explain = query("EXPLAIN (COSTS off) EXECUTE of_stays");
+    for round in 0..10 {
+        // The server process that it used last has other work now: it gets one that has none of its statements.
+        let mut other = proxy.raw_login().await;
+        other.ask(&query("CREATE TEMP TABLE mine ()")).await;
+        let answer = client.ask(&explain).await;
+        assert_eq!(tags(&answer), "TDCZ", "{round}: {answer:?}");
+        // In a transaction what cannot be prepared must not end it.
+        client.ask(&query("BEGIN")).await;
+        let answer = client.ask(&explain).await;
+        assert_eq!(tags(&answer), "TDCZ", "{round}: {answer:?}");
+        assert_eq!(tags(&client.ask(&query("COMMIT")).await), "CZ");
+        let gone = client.ask(&query("EXPLAIN EXECUTE of_goes_0")).await;
+        assert!(tags(&gone).contains('E'), "{gone:?}");
+        other.ask(&query("DISCARD ALL")).await;
+    }
+}

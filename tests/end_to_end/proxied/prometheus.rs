@@ -131,12 +131,8 @@ async fn promtool_finds_no_fault_with_metrics_rules_and_the_dashboards_questions
     let (_, metrics) = proxy.get("/metrics").await.unwrap();
     let (good, said) = run(&["check", "metrics"], &metrics);
     assert!(good && said.is_empty(), "promtool check metrics: {said}");
-    // The dashboard's questions as rules, with values in place of its variables.
-    let dashboard: Value = serde_json::from_str(&text("docs/grafana/highwater.json")).unwrap();
     let mut rules = "groups: [ { name: dashboard, rules: [\n".to_owned();
-    let panels = dashboard["panels"].as_array().unwrap().iter();
-    for (index, target) in panels.filter_map(|p| p["targets"].as_array()).flatten().enumerate() {
-        let expr = target["expr"].as_str().unwrap().replace("$job", ".*").replace("$instance", ".*");
+    for (index, expr) in dashboards_questions().into_iter().enumerate() {
         rules += &format!("{{ record: 'q{index}', expr: {} }},\n", Value::from(expr));
     }
     let directory = tempfile::tempdir().unwrap();
@@ -144,6 +140,16 @@ async fn promtool_finds_no_fault_with_metrics_rules_and_the_dashboards_questions
     std::fs::write(&path, rules + "] } ]\n").unwrap();
     let (good, said) = run(&["check", "rules", path.to_str().unwrap()], "");
     assert!(good, "{said}");
+}
+
+/// The dashboard's questions, with values in place of its variables.
+fn dashboards_questions() -> Vec<String> {
+    let dashboard: Value = serde_json::from_str(&text("docs/grafana/highwater.json")).unwrap();
+    let panels = dashboard["panels"].as_array().unwrap().iter();
+    let targets = panels.filter_map(|panel| panel["targets"].as_array()).flatten();
+    targets
+        .map(|target| target["expr"].as_str().unwrap().replace("$job", ".*").replace("$instance", ".*"))
+        .collect()
 }
 
 /// A real Prometheus on a port of its own.
@@ -235,6 +241,15 @@ async fn a_real_prometheus_scrapes_the_proxy_and_tells_of_a_replica_that_is_gone
     })
     .await;
     eventually("all is quiet", || async { prometheus.firing().await.is_empty() }).await;
+    // What Grafana would ask it, it answers.
+    let mut drawn = 0;
+    for expr in dashboards_questions() {
+        let encoded: String = expr.bytes().map(|byte| format!("%{byte:02X}")).collect();
+        let answer = prometheus.ask(&format!("/api/v1/query?query={encoded}")).await;
+        assert_eq!(answer["status"], "success", "{expr}: {answer}");
+        drawn += usize::from(answer["data"]["result"].as_array().is_some_and(|series| !series.is_empty()));
+    }
+    assert!(drawn >= 15, "only {drawn} of the dashboard's questions have an answer");
     let fires = |alert: &'static str, node: &'static str| async move {
         prometheus.firing().await.contains(&(alert.to_owned(), node.to_owned()))
     };
@@ -248,4 +263,43 @@ async fn a_real_prometheus_scrapes_the_proxy_and_tells_of_a_replica_that_is_gone
     eventually("all is quiet again", || async { prometheus.firing().await.is_empty() }).await;
     assert!(proxy.stop().await.success());
     eventually("the proxy's own end is told of", || fires("HighwaterDown", "")).await;
+}
+
+#[tokio::test]
+async fn a_real_prometheus_tells_of_a_failover_that_waits_for_somebody_of_the_new_primary_and_of_the_old_one()
+{
+    let Some(program) = program("prometheus") else { return };
+    let cluster = Cluster::start(2).await;
+    let directory = tempfile::tempdir().unwrap();
+    let overrides = format!(
+        "failover: {{ mode: manual, state_dir: '{}', startup_grace: 1s }}",
+        directory.path().join("state").display()
+    );
+    let proxy =
+        Proxy::start_with(&cluster, ProxyOptions { overrides: &overrides, ..ProxyOptions::default() }).await;
+    let prometheus = Prometheus::start(&program, proxy.http_port(), "none").await;
+    let prometheus = &prometheus;
+    let fires =
+        |alert: &'static str| async move { prometheus.firing().await.iter().any(|(name, _)| name == alert) };
+    eventually("the epoch has been scraped", || async {
+        let answer = prometheus.ask("/api/v1/query?query=highwater_epoch").await;
+        answer["data"]["result"][0]["value"][1] == "1"
+    })
+    .await;
+    for alert in ["HighwaterFailoverBlocked", "HighwaterNewPrimary", "HighwaterQuarantinedNode"] {
+        assert!(!fires(alert).await, "{alert}");
+    }
+    cluster.node(0).crash().await.unwrap();
+    eventually("that somebody must decide is told", || fires("HighwaterFailoverBlocked")).await;
+    super::console::console(&cluster, &proxy).await.batch_execute("FAILOVER TO c").await.unwrap();
+    eventually("the new primary is told of", || fires("HighwaterNewPrimary")).await;
+    eventually("nothing is left to decide", || async { !fires("HighwaterFailoverBlocked").await }).await;
+    // The old one comes back with what it was.
+    cluster.node(0).start().await.unwrap();
+    eventually("that it must not be used is told", || fires("HighwaterQuarantinedNode")).await;
+    eventually("it is no second primary once it is read-only", || async {
+        cluster.node(0).query_text("SHOW default_transaction_read_only").await.unwrap() == "on"
+            && !fires("HighwaterSplitBrain").await
+    })
+    .await;
 }

@@ -191,6 +191,17 @@ async fn random_batches_with_flushes_are_answered_as_by_one_server_when_nothing_
     compare("{ pool: { size: 2, max_prepared: 2 }, routing: { split: false } }", true, 1000..1200).await;
 }
 
+#[tokio::test]
+async fn random_batches_are_answered_as_by_one_server_where_unnamed_statements_are_shared() {
+    compare("{ pool: { size: 2, max_prepared: 2, share_unnamed: true } }", false, 2000..2150).await;
+}
+
+#[tokio::test]
+async fn random_batches_with_flushes_are_answered_alike_where_unnamed_statements_are_shared() {
+    let overrides = "{ pool: { size: 2, max_prepared: 4, share_unnamed: true }, routing: { split: false } }";
+    compare(overrides, true, 4000..4150).await;
+}
+
 async fn one_backend() -> (Cluster, Proxy) {
     let cluster = Cluster::start(0).await;
     cluster.set_up("CREATE TABLE t (x int)").await;

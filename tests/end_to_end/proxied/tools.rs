@@ -1,7 +1,5 @@
 //! The programs people use: psql and pgbench, as real processes.
 
-use std::time::Duration;
-
 use crate::fixture::*;
 
 #[tokio::test]
@@ -139,7 +137,7 @@ async fn the_demo_shows_the_main_job_and_cleans_up() {
     let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_highwater"));
     let scratch = tempfile::tempdir().unwrap();
     // Under the real temporary directory: the servers' user must get in.
-    let told = tokio::time::timeout(Duration::from_secs(90), async {
+    let told = tokio::time::timeout(PATIENCE * 8, async {
         command.args(["demo", "--exit-after", "4s"]).current_dir(scratch.path());
         run(command, "").await
     })
