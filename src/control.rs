@@ -259,6 +259,7 @@ impl Loop {
                     let topology = self.topology.load();
                     if topology.primary == Some(observation.node) && topology.timeline == Some(timeline) {
                         self.track.record(topology.epoch, insert, observation.asked_at);
+                        self.positions.node(observation.node).seen(observation.asked_at);
                     }
                 }
                 facts.seen = Some(seen);
@@ -386,12 +387,15 @@ impl Loop {
         let now = Instant::now();
         let before = self.topology.load_full();
         for (id, facts) in (0u16..).map(NodeId).zip(&mut self.facts) {
-            let sampled =
-                match self.positions.node(id).latest().filter(|s| s.epoch == before.epoch).map(|s| s.body) {
-                    Some(SampleBody::Replica { replay, .. }) => Some(replay),
-                    _ => None,
-                };
-            facts.replay = sampled.or_else(|| facts.seen.as_ref().and_then(probed_replay));
+            let sample = self.positions.node(id).latest().filter(|s| s.epoch == before.epoch);
+            let sampled = match sample.map(|s| s.body) {
+                Some(SampleBody::Replica { replay, .. }) => Some(replay),
+                _ => None,
+            };
+            let primary = self.track.last_sample().map(|(_, insert)| insert);
+            facts.pace = sample.zip(primary).and_then(|(sample, insert)| pace(&sample.body, insert));
+            // An idle sampler asks more seldom than the probe.
+            facts.replay = sampled.max(facts.seen.as_ref().and_then(probed_replay));
             facts.lag = facts.replay.and_then(|replay| self.track.lag(replay, now));
             facts.alive = self.track.alive().filter(|_| before.primary == Some(id));
             facts.quarantine = self.shell.machine().quarantine(id);
@@ -459,6 +463,13 @@ fn has_reachable_primary(topology: &Topology) -> bool {
     topology.nodes.iter().any(|view| view.standing == Standing::Primary { reachable: true })
 }
 
+/// How fast a replica replays, and how long it will take to where the primary was.
+fn pace(body: &SampleBody, primary: Lsn) -> Option<Pace> {
+    let SampleBody::Replica { replay, late, .. } = body else { return None };
+    let catch_up = if *replay >= primary { Duration::ZERO } else { body.catch_up(primary) };
+    Some(Pace { rate: late.rate, catch_up: (catch_up < Duration::MAX).then_some(catch_up) })
+}
+
 fn probed_replay(seen: &Seen) -> Option<Lsn> {
     match &seen.answer.role {
         ProbedRole::Replica { positions, .. } => positions.replay,
@@ -495,6 +506,8 @@ pub struct NodeFacts {
     pub replay: Option<Lsn>,
     /// How far behind that is.
     pub lag: Option<ReplayLag>,
+    /// How fast it replays, as far as that is known.
+    pub pace: Option<Pace>,
     /// Of the primary: its last sample.
     pub alive: Option<Alive>,
     /// Whether it may serve with a `recovery_min_apply_delay`.
@@ -505,6 +518,15 @@ pub struct NodeFacts {
     pub quarantine: Option<Quarantine>,
     /// Since when it has been the primary by failover's word, until a probe of after that is answered.
     pub promoted: Option<Instant>,
+}
+
+/// How fast a replica replays; see [`NodeView`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pace {
+    /// Bytes per second.
+    pub rate: Option<u64>,
+    /// Until it is where the primary was last seen.
+    pub catch_up: Option<Duration>,
 }
 
 impl NodeFacts {
@@ -750,11 +772,18 @@ fn view(
         replay_lag_bytes: lag.map(|l| l.bytes),
         replay_lag: lag.map(|l| l.time.duration()),
         server_major: seen.map(|s| s.answer.server_major),
+        replay_rate: known.pace.filter(|_| lag.is_some()).and_then(|pace| pace.rate),
+        catch_up: known.pace.filter(|_| lag.is_some() && !is_paused(seen)).and_then(|pace| pace.catch_up),
         recovery: seen.and_then(|s| match s.answer.role {
             ProbedRole::Replica { recovery, .. } => Some(recovery),
             ProbedRole::Primary { .. } => None,
         }),
     })
+}
+
+fn is_paused(seen: Option<&Seen>) -> bool {
+    let role = seen.map(|seen| &seen.answer.role);
+    matches!(role, Some(ProbedRole::Replica { recovery, .. }) if recovery.paused)
 }
 
 fn is_reachable_primary(next: &Topology, known: &NodeFacts) -> bool {
@@ -993,6 +1022,8 @@ mod tests {
             replay_lag: None,
             server_major: None,
             recovery: None,
+            replay_rate: None,
+            catch_up: None,
         };
         Topology {
             epoch: Epoch(0),

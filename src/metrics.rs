@@ -756,6 +756,9 @@ fn topology_metrics(now: &Registry, topology: &Topology) {
     let role = gauges("highwater_node_role", "1 at the role the node has.", &["node", "role"]);
     let bytes = gauges("highwater_replica_replay_lag_bytes", "WAL not yet replayed.", &["node"]);
     let seconds = gauges("highwater_replica_replay_lag_seconds", "Age of what is replayed.", &["node"]);
+    let rate =
+        gauges("highwater_replica_replay_bytes_per_second", "Pace of replay with a backlog.", &["node"]);
+    let catch_up = gauges("highwater_replica_catch_up_seconds", "Time to the primary's position.", &["node"]);
     let paused = gauges("highwater_replica_replay_paused", "1: replay is paused.", &["node"]);
     let delay = gauges("highwater_replica_apply_delay_seconds", "recovery_min_apply_delay.", &["node"]);
     let conflicts = gauges(
@@ -780,6 +783,12 @@ fn topology_metrics(now: &Registry, topology: &Topology) {
         }
         if let Some(lag) = node.replay_lag {
             seconds.with_label_values(&[name]).set(lag.as_secs_f64());
+        }
+        if let Some(bytes) = node.replay_rate {
+            rate.with_label_values(&[name]).set(bytes as f64);
+        }
+        if let Some(time) = node.catch_up {
+            catch_up.with_label_values(&[name]).set(time.as_secs_f64());
         }
     }
     let second = |node: &&crate::topology::NodeView| {
@@ -852,6 +861,8 @@ pub(crate) mod tests {
             timeline: Some(TimelineId(3)),
             server_major: Some(15),
             recovery: None,
+            replay_rate: None,
+            catch_up: None,
         };
         Topology {
             epoch: Epoch(2),

@@ -6,7 +6,7 @@
 //! greater number was asked after that ReadyForQuery.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -40,11 +40,32 @@ pub enum SampleBody {
     },
 }
 
+impl SampleBody {
+    /// How long it will take, as far as can be told, until a replica has replayed up to `target`. What it has received
+    /// takes as long as its pace says; what it has not, and a backlog that is too short to tell a pace by, as long as
+    /// it is late.
+    pub fn catch_up(&self, target: Lsn) -> Duration {
+        let SampleBody::Replica { receive, replay, late } = *self else { return Duration::ZERO };
+        let (Some(receive), Some(rate)) = (receive, late.rate) else { return late.by };
+        if target <= replay || receive.bytes_since(replay) < BACKLOG {
+            return late.by;
+        }
+        let bytes = target.min(receive).bytes_since(replay);
+        let time = Duration::try_from_secs_f64(bytes as f64 / rate as f64).unwrap_or(Duration::MAX);
+        if target <= receive { time } else { time.max(late.by) }
+    }
+}
+
+/// Bytes received and not replayed from which on a replica is at work as fast as it can be.
+pub const BACKLOG: u64 = 64 * 1024;
+
 /// How late a replica was: what a wait for it is judged by. Never part of the rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Late {
     /// So long at least the primary had been past the replay position.
     pub by: Duration,
+    /// Bytes per second that it replays while there is something to replay; `None`: there was nothing yet.
+    pub rate: Option<u64>,
     /// When this was asked.
     pub asked_at: Instant,
 }
@@ -102,6 +123,8 @@ pub struct NodePositions {
     /// When the last sample that was answered had been sent; for display only.
     seen_at: Mutex<Option<Instant>>,
     wanted: AtomicBool,
+    /// Who has begun to wait for a sample that has not been sent yet.
+    waiting: AtomicU32,
     wake_sampler: Notify,
     noted: AtomicBool,
     idle: AtomicBool,
@@ -139,14 +162,20 @@ impl NodePositions {
         *self.lock()
     }
 
-    /// When this node's position was last seen: when the last sample that was answered had been sent.
+    /// When this node's position was last seen: when the last sample or probe that was answered had been sent.
     pub fn seen_at(&self) -> Option<Instant> {
         *self.seen_at.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Asks the sampler for a sample at once (subject to its least gap). The flag stays set until a
-    /// sample is *sent*, so no request is lost while one is in flight.
+    /// Asks the sampler for a sample at once. The flag stays set until a sample is *sent*, so no request is lost
+    /// while one is in flight.
     pub fn want(&self) {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        self.want_another();
+    }
+
+    /// As [`want`](Self::want), by one who has had a sample, which did not do: the next comes after the least gap.
+    pub fn want_another(&self) {
         if !self.wanted.swap(true, Ordering::SeqCst) {
             self.wake_sampler.notify_one();
         }
@@ -198,20 +227,27 @@ impl NodePositions {
         self.connected();
     }
 
-    /// A sample sent at `at` has shown a position.
+    /// A sample, or a probe, sent at `at` has shown a position.
     pub fn seen(&self, at: Instant) {
-        *self.seen_at.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(at);
+        let mut seen_at = self.seen_at.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        *seen_at = (*seen_at).max(Some(at));
     }
 
     /// Counts a sample that is about to be sent; its number.
     pub fn begin(&self) -> u64 {
         self.wanted.store(false, Ordering::SeqCst);
+        self.waiting.store(0, Ordering::SeqCst);
         self.counter.fetch_add(1, Ordering::SeqCst) + 1
     }
 
     /// Whether somebody waits for a sample that has not been sent yet.
     pub fn is_wanted(&self) -> bool {
         self.wanted.load(Ordering::SeqCst)
+    }
+
+    /// How many have begun to wait since the last sample was sent.
+    pub fn waiting(&self) -> u32 {
+        self.waiting.load(Ordering::SeqCst)
     }
 
     /// Whether a session has leaned on this node since the last call.
@@ -277,5 +313,46 @@ impl Positions {
     /// Wakes all waiters: something that decides over a wait has changed (a node was lost).
     pub fn wake_all(&self) {
         self.changed.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_catch_up_is_foretold_by_the_pace_where_there_is_a_backlog_and_by_lateness_elsewhere() {
+        let ms = Duration::from_millis;
+        let check = |receive: u64, rate: Option<u64>, target: u64, expected: Duration| {
+            let late = Late { by: ms(30), rate, asked_at: Instant::now() };
+            let body = SampleBody::Replica { receive: Some(Lsn(receive)), replay: Lsn(1000), late };
+            assert_eq!(body.catch_up(Lsn(target)), expected, "{receive} {rate:?} {target}");
+        };
+        let (backlog, fast) = (1000 + 10 * BACKLOG, Some(1000 * BACKLOG));
+        check(backlog, fast, 1000 + BACKLOG, ms(1));
+        check(backlog, fast, backlog, ms(10));
+        check(backlog, fast, backlog + 1, ms(30));
+        check(backlog, Some(BACKLOG), backlog + 1, ms(10_000));
+        check(backlog, Some(0), 1001, Duration::MAX);
+        // Nothing is known of its pace, or its pace is not what holds it up.
+        check(backlog, None, backlog, ms(30));
+        check(1000, fast, 5000, ms(30));
+        check(1000 + BACKLOG - 1, Some(0), 1100, ms(30));
+        check(backlog, fast, 900, ms(30));
+    }
+
+    #[test]
+    fn who_waits_is_counted_until_a_sample_is_sent() {
+        let positions = NodePositions::default();
+        positions.want();
+        positions.want_another();
+        positions.want();
+        assert!(positions.is_wanted());
+        assert_eq!(positions.waiting(), 2);
+        positions.begin();
+        assert!(!positions.is_wanted());
+        positions.want_another();
+        assert!(positions.is_wanted());
+        assert_eq!(positions.waiting(), 0);
     }
 }

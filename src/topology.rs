@@ -184,6 +184,10 @@ pub struct NodeView {
     pub server_major: Option<u16>,
     /// Of a replica: what holds its replay up.
     pub recovery: Option<Recovery>,
+    /// Of a replica: bytes per second that it replays while it has a backlog; `None`: it has had none yet.
+    pub replay_rate: Option<u64>,
+    /// Of a replica: how long it will take to where the primary was last seen; `None`: not known, or for ever.
+    pub catch_up: Option<Duration>,
 }
 
 impl NodeView {
@@ -203,6 +207,8 @@ impl NodeView {
             replay_lag: None,
             server_major: None,
             recovery: None,
+            replay_rate: None,
+            catch_up: None,
         }
     }
 }

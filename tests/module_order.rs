@@ -83,6 +83,7 @@ const PURE: &[&str] = &[
     "monitor/health.rs",
     "monitor/lag.rs",
     "monitor/floor.rs",
+    "monitor/replay.rs",
     "failover/mod.rs",
     "failover/event.rs",
     "monitor/clock.rs",

@@ -331,6 +331,8 @@ fn topology_json(topology: &Topology, failover: &FailoverFigures) -> serde_json:
                 "timeline": node.timeline.map(|t| t.0),
                 "replay_lag_bytes": node.replay_lag_bytes,
                 "replay_lag_seconds": node.replay_lag.map(|l| l.as_secs_f64()),
+                "replay_bytes_per_second": node.replay_rate,
+                "catch_up_seconds": node.catch_up.map(|time| time.as_secs_f64()),
                 "replay_paused": node.recovery.map(|r| r.paused),
                 "apply_delay_seconds": node.recovery.map(|r| r.apply_delay.as_secs_f64()),
                 "conflicts": node.recovery.map(|r| r.conflicts),

@@ -355,6 +355,18 @@ struct State {
     open: usize,
     /// Of these: being opened.
     opening: usize,
+    /// With what each of those is being opened.
+    underway: Vec<Arc<StartupParameters>>,
+}
+
+impl State {
+    /// Whether a connection is being opened with `startup` that nobody counts on any more: who did has been lent one that
+    /// came back sooner.
+    fn is_one_spare(&self, startup: &StartupParameters) -> bool {
+        let underway = self.underway.iter().filter(|other| ***other == *startup).count();
+        let counted_on = self.waiters.iter().filter(|w| w.coming && *w.startup == *startup).count();
+        underway > counted_on
+    }
 }
 
 /// Backends of one node for one database and user.
@@ -504,6 +516,10 @@ impl Pool {
     fn open_with(self: &Arc<Pool>, state: &mut State, mut given: Option<Place>) {
         let size = self.size.load(Ordering::Relaxed);
         while let Some(next) = state.waiters.iter().position(|w| !w.coming && !w.grant.is_closed()) {
+            if !state.underway.is_empty() && state.is_one_spare(&state.waiters[next].startup) {
+                state.waiters[next].coming = true;
+                continue;
+            }
             if state.open >= size {
                 let Some(place) = self.replace(state) else { return };
                 given = given.or(place);
@@ -521,6 +537,7 @@ impl Pool {
             let (startup, worker) = (waiter.startup.clone(), waiter.worker);
             state.open += 1;
             state.opening += 1;
+            state.underway.push(startup.clone());
             let pool = self.clone();
             tokio::spawn(async move { pool.open(startup, worker, place).await });
         }
@@ -544,6 +561,9 @@ impl Pool {
         let result = self.connect(&startup, worker).await;
         let mut state = self.lock();
         state.opening -= 1;
+        if let Some(at) = state.underway.iter().position(|other| **other == *startup) {
+            state.underway.swap_remove(at);
+        }
         match result {
             Ok(mut backend) => {
                 backend.place = Some(place);
@@ -553,7 +573,11 @@ impl Pool {
                 state.open -= 1;
                 drop(place);
                 // The last in line of those who counted on it.
-                if let Some(waiter) = state.waiters.iter_mut().rfind(|w| w.coming && w.startup == startup) {
+                let counted_on = state.waiters.iter().filter(|w| w.coming && w.startup == startup).count();
+                let underway = state.underway.iter().filter(|other| **other == startup).count();
+                if counted_on > underway
+                    && let Some(waiter) = state.waiters.iter_mut().rfind(|w| w.coming && w.startup == startup)
+                {
                     waiter.coming = false;
                 }
                 // The node's answer concerns everybody who waits for a connection made like this one;

@@ -471,6 +471,8 @@ mod tests {
                     replay_lag: None,
                     server_major: None,
                     recovery: None,
+                    replay_rate: None,
+                    catch_up: None,
                 })
                 .collect();
             let topology = Topology {

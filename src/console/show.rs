@@ -49,6 +49,8 @@ const LAG: Columns = &[
     ("replay_lsn", Text),
     ("lag_bytes", Int),
     ("lag_seconds", Float),
+    ("replay_bytes_per_second", Int),
+    ("catch_up_seconds", Float),
     ("sample", Int),
     ("sample_age_seconds", Float),
     ("replay_paused", Bool),
@@ -306,6 +308,8 @@ impl Asker<'_> {
             row.extend([
                 node.replay_lag_bytes.into(),
                 node.replay_lag.into(),
+                node.replay_rate.into(),
+                node.catch_up.into(),
                 sample.map(|sample| sample.number).into(),
                 age.into(),
                 node.recovery.map(|r| r.paused).into(),

@@ -175,6 +175,8 @@ pub(super) fn removed(old: &NodeView) -> NodeView {
         replay_lag: None,
         server_major: None,
         recovery: None,
+        replay_rate: None,
+        catch_up: None,
     }
 }
 

@@ -7,10 +7,12 @@
 
 pub mod clock;
 pub mod floor;
+pub mod gap;
 pub mod health;
 pub mod lag;
 pub mod probe;
 mod received;
+pub mod replay;
 pub mod sample;
 pub mod stream;
 pub mod watch;

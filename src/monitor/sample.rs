@@ -3,7 +3,7 @@
 //! Promises: a sample counts before it is sent, and one is in flight at most; `consistency.sample_interval`
 //! apart while sessions lean on the node, an eighth of that once one has been shown something that only a
 //! sample can place (so that a session which rests for a few milliseconds between statements finds it done),
-//! at once (with the least gap) when one waits, rarely when idle;
+//! at once when one begins to wait, with the least gap where many do or the last sample did not do, rarely when idle;
 //! a question that is not answered in time, or a connection that breaks, voids what was known of the node
 //! before anything else happens. The cost does not grow with sessions or statements.
 //!
@@ -21,7 +21,9 @@ use crate::config::Config;
 use crate::config::live::LiveConfig;
 use crate::monitor::ReceivedTimeline;
 use crate::monitor::floor::Floor;
+use crate::monitor::gap::Gap;
 use crate::monitor::lag::{PrimaryHistory, ReplayLag};
+use crate::monitor::replay::ReplayRate;
 use crate::monitor::stream::{Alive, PrimarySeen, Stream, Streamed};
 use crate::node::{NodeClient, NodeError, Nodes, NotCommitted, PrimarySample, SampleAnswer};
 use crate::positions::{Incarnation, Late, NodePositions, Positions, Sample, SampleBody};
@@ -31,8 +33,9 @@ use crate::wal::{Lsn, TimelineId};
 /// The timeline of a sample whose real one cannot be known. PostgreSQL's begin at 1, so it equals none.
 pub const UNKNOWN_TIMELINE: TimelineId = TimelineId(0);
 
-/// Time between samples while no session leans on the node.
-const IDLE_INTERVAL: Duration = Duration::from_millis(500);
+/// Time between samples while no session leans on the node. Probes see where it is more often than that; and the first
+/// session that leans on it again wakes the sampler.
+const IDLE_INTERVAL: Duration = Duration::from_secs(5);
 /// Notes are resolved this many times as often as samples are taken without any.
 const BRISK: u32 = 8;
 /// How long a node stays busy after a session has leaned on it.
@@ -41,6 +44,9 @@ const STAYS_ACTIVE: Duration = Duration::from_millis(250);
 const MAX_BACKOFF: Duration = Duration::from_millis(500);
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const TIMER_GRAIN: Duration = Duration::from_millis(1);
+/// So many that begin to wait are given their sample at once. More would have the sampler do nothing else: they share
+/// one, after the least gap. (A session alone in a closed loop begins to wait once or twice for each sample.)
+const FEW: u32 = 4;
 /// A suspect of the floor that is older is looked for on a replica.
 const SUSPECT_AGE: Duration = Duration::from_millis(20);
 /// Transaction ids per such question, at most.
@@ -225,7 +231,7 @@ impl Sampler {
         let positions = self.positions.node(self.node);
         let start = client.start().map(|start| Arc::clone(&start.id));
         let mut state = Known::new(positions.connected(), start, stream);
-        let mut pace = Pace { sent: None, active_until: Instant::now() };
+        let mut pace = Pace { sent: None, active_until: Instant::now(), gap: Gap::default() };
         loop {
             let settings = self.settings();
             client.answer_within(settings.deadline);
@@ -291,7 +297,8 @@ impl Sampler {
                 if !self.is_of_this_log(state.stream, streamed) {
                     return None;
                 }
-                let late = Late { by: self.track.past_for(replay, asked_at), asked_at };
+                let rate = state.rate.observe(receive, replay, asked_at);
+                let late = Late { by: self.track.past_for(replay, asked_at), rate, asked_at };
                 (timeline, SampleBody::Replica { receive, replay, late })
             }
         };
@@ -387,6 +394,7 @@ struct Known<'a> {
     tracked: bool,
     floor: Floor,
     received: ReceivedTimeline,
+    rate: ReplayRate,
     stream: &'a mut Stream,
     clearing: Option<Clearing>,
 }
@@ -414,6 +422,7 @@ impl<'a> Known<'a> {
             tracked: false,
             floor: Floor::default(),
             received: ReceivedTimeline::default(),
+            rate: ReplayRate::default(),
             stream,
             clearing: None,
         }
@@ -455,6 +464,7 @@ enum Turn {
 struct Pace {
     sent: Option<Instant>,
     active_until: Instant,
+    gap: Gap,
 }
 
 impl Pace {
@@ -512,10 +522,8 @@ impl Pace {
         if positions.is_wanted() {
             self.active_until = Instant::now() + STAYS_ACTIVE;
         }
-        // The runtime's timers count milliseconds and round up: less than half of one is not slept.
-        let earliest = sent + settings.gap;
-        if earliest.saturating_duration_since(Instant::now()) >= TIMER_GRAIN / 2 {
-            sleep_until(earliest.into()).await;
+        if !(1..=FEW).contains(&positions.waiting()) {
+            self.gap.until(sent + settings.gap).await;
         }
         Turn::Send
     }
@@ -525,12 +533,12 @@ impl Pace {
 mod tests {
     use super::*;
 
-    #[test]
-    fn samples_come_soon_after_a_note_and_seldom_without_sessions() {
+    #[tokio::test]
+    async fn samples_come_soon_after_a_note_and_seldom_without_sessions() {
         let ms = Duration::from_millis;
         let settings = SampleSettings { interval: ms(20), gap: ms(1), deadline: ms(500) };
         let sent = Instant::now();
-        let pace = Pace { sent: Some(sent), active_until: sent + STAYS_ACTIVE };
+        let pace = Pace { sent: Some(sent), active_until: sent + STAYS_ACTIVE, gap: Gap::default() };
         let later = sent + STAYS_ACTIVE;
         assert_eq!(pace.due(sent, sent, true, &settings), (sent + ms(20) / BRISK, false));
         assert_eq!(pace.due(sent, sent, false, &settings), (sent + ms(20), false));

@@ -178,6 +178,7 @@ impl Session {
             if topology.epoch != self.mark.epoch() {
                 self.bring_mark_forward(&topology);
             }
+            self.take_shared_mark(&topology);
         }
         if let Some(fork) = self.lost.take() {
             self.fail_unit(super::place::lost(&fork))?;

@@ -58,8 +58,9 @@ enum PendingKind {
     /// The primary showed something. `replica_part`: it stands for something that a replica showed.
     Primary { replica_part: bool },
     /// A replica showed something. `first`: what the first sample that covers the note said, if that did
-    /// not resolve it.
-    Replica { first: Option<FirstCovering> },
+    /// not resolve it. `beside`: the primary's sample counter when the note was taken; the primary held all that the
+    /// replica had shown, so a later sample of it covers the note, too.
+    Replica { first: Option<FirstCovering>, beside: Option<u64> },
 }
 
 /// The first sample sent after a replica's note, in which something was being replayed.
@@ -214,13 +215,14 @@ impl Mark {
     /// A replica has shown something: call it after the ReadyForQuery was received, with a note taken then,
     /// and with the incarnation of the verdict that let the statement go there. The one at the time of the
     /// note may be a later one: of a server that has crashed since, and gone back behind what it showed.
-    pub fn replica_showed(&mut self, note: Note, incarnation: Incarnation) {
+    /// `beside`: the sample counter of the primary of the note's epoch, read when the note was taken.
+    pub fn replica_showed(&mut self, note: Note, incarnation: Incarnation, beside: Option<u64>) {
         debug_assert!(
             self.pending.is_none_or(|p| p.note.node == note.node),
             "a replica serves only when nothing is pending elsewhere"
         );
         let note = Note { incarnation, ..note };
-        self.pending = Some(Pending { note, kind: PendingKind::Replica { first: None } });
+        self.pending = Some(Pending { note, kind: PendingKind::Replica { first: None, beside } });
     }
 
     /// As [`primary_showed`](Self::primary_showed), for a mark that several sessions share: meanwhile another
@@ -236,11 +238,13 @@ impl Mark {
         &mut self,
         note: Note,
         incarnation: Incarnation,
+        beside: Option<u64>,
         samples: &impl Samples,
         topology: &Topology,
     ) {
         let note = Note { incarnation, ..note };
-        self.add(Pending { note, kind: PendingKind::Replica { first: None } }, samples, topology);
+        let kind = PendingKind::Replica { first: None, beside };
+        self.add(Pending { note, kind }, samples, topology);
     }
 
     /// Takes in all that another mark of the same epoch stands for: a session joins those that share this one.
@@ -274,9 +278,8 @@ impl Mark {
                 if old.note.node == new.note.node && old.note.incarnation == new.note.incarnation =>
             {
                 // What the first covering sample of the earlier note said does not cover the later.
-                let first =
-                    if later.counter == old.note.counter { old.kind } else { Replica { first: None } };
-                Some(Pending { note: later, kind: first })
+                let kind = if later.counter == old.note.counter { old.kind } else { new.kind };
+                Some(Pending { note: later, kind })
             }
             _ => match topology.primary {
                 Some(primary) => Some(Pending {
@@ -286,7 +289,7 @@ impl Mark {
                 // A note that no sample resolves, to be handed over once there is a primary.
                 None => Some(Pending {
                     note: Note { incarnation: Incarnation(u64::MAX), ..new.note },
-                    kind: Replica { first: None },
+                    kind: Replica { first: None, beside: None },
                 }),
             },
         };
@@ -325,7 +328,9 @@ impl Mark {
         match pending.kind {
             PendingKind::Inherited => self.absorb_primary(samples, pending.note, false),
             PendingKind::Primary { replica_part } => self.absorb_primary(samples, pending.note, replica_part),
-            PendingKind::Replica { first } => self.absorb_replica(samples, topology, pending.note, first),
+            PendingKind::Replica { first, beside } => {
+                self.absorb_replica(samples, topology, pending.note, first, beside);
+            }
         }
     }
 
@@ -348,11 +353,12 @@ impl Mark {
         topology: &Topology,
         note: Note,
         first: Option<FirstCovering>,
+        beside: Option<u64>,
     ) {
         let gone = samples.incarnation(note.node) != note.incarnation
             || topology.node(note.node).standing != Standing::Replica;
         if gone {
-            return self.hand_over(samples, topology);
+            return self.hand_over(samples, topology, beside.filter(|_| note.epoch == topology.epoch));
         }
         let Some(sample) = samples.latest(note.node) else { return };
         let SampleBody::Replica { receive, replay, .. } = sample.body else { return };
@@ -369,35 +375,74 @@ impl Mark {
             None => FirstCovering { number: sample.number, replay, stalled: false },
             Some(first) => FirstCovering { stalled: sample.number > first.number, ..first },
         };
-        self.pending = Some(Pending { note, kind: PendingKind::Replica { first: Some(first) } });
+        self.pending = Some(Pending { note, kind: PendingKind::Replica { first: Some(first), beside } });
     }
 
     /// A replica whose replay stands still (paused, delayed, held up by a long query) would resolve its
     /// note only when it moves on, and no statement could run elsewhere until then. Whoever wants the
-    /// primary turns such a note into one on the primary. Whether it was one.
+    /// primary places such a note by what the replica has received, or else turns it into one on the primary.
+    /// Whether it was one.
     pub fn leave_stalled(&mut self, samples: &impl Samples, topology: &Topology) -> bool {
-        let stalled = matches!(
-            self.pending,
-            Some(Pending {
-                kind: PendingKind::Replica { first: Some(FirstCovering { stalled: true, .. }) },
-                ..
-            })
-        );
-        let leaves = stalled && topology.primary.is_some();
-        if leaves {
-            self.hand_over(samples, topology);
+        if self.place_stalled(samples, topology) {
+            return true;
         }
-        leaves
+        let Some((note, beside)) = self.stalled().filter(|_| topology.primary.is_some()) else {
+            return false;
+        };
+        self.hand_over(samples, topology, beside.filter(|_| note.epoch == topology.epoch));
+        true
+    }
+
+    /// As [`leave_stalled`](Self::leave_stalled), without the primary: a replica shows nothing that it had not
+    /// received, and had on disk, before. A position past what it showed is as good as the very one. Whether the
+    /// note was placed so.
+    pub fn place_stalled(&mut self, samples: &impl Samples, topology: &Topology) -> bool {
+        let placed = self.stalled().and_then(|(note, _)| self.received_by(samples, topology, note));
+        if let Some(received) = placed {
+            self.position = self.position.max(received);
+            self.seen = self.seen.max(received);
+            self.pending = None;
+        }
+        placed.is_some()
+    }
+
+    /// The pending note, if it is of a replica that stands where it was.
+    fn stalled(&self) -> Option<(Note, Option<u64>)> {
+        match self.pending {
+            Some(Pending {
+                note,
+                kind: PendingKind::Replica { first: Some(FirstCovering { stalled: true, .. }), beside },
+            }) => Some((note, beside)),
+            _ => None,
+        }
+    }
+
+    /// What the node of a replica's note has received, by a sample that covers the note. It says something only
+    /// while the replica is fed by its walreceiver: what it takes from an archive it has not received. (Then the
+    /// timeline of the sample is not known.) Nor does it after a start: then the walreceiver begins anew behind what
+    /// was replayed.
+    fn received_by(&self, samples: &impl Samples, topology: &Topology, note: Note) -> Option<Lsn> {
+        let sample = samples.latest(note.node)?;
+        let covers = sample.number > note.counter
+            && sample.incarnation == note.incarnation
+            && sample.epoch == self.epoch
+            && Some(sample.timeline) == topology.timeline;
+        match sample.body {
+            SampleBody::Replica { receive: Some(receive), replay, .. } if covers && receive >= replay => {
+                Some(receive)
+            }
+            _ => None,
+        }
     }
 
     /// The node of a replica's note cannot be asked any more. The primary holds all that a replica
-    /// ever showed, so a note on the primary as of now covers it.
-    fn hand_over(&mut self, samples: &impl Samples, topology: &Topology) {
+    /// ever showed, so a note on the primary as of then (its counter was `beside`), or as of now, covers it.
+    fn hand_over(&mut self, samples: &impl Samples, topology: &Topology, beside: Option<u64>) {
         if let Some(primary) = topology.primary {
-            self.pending = Some(Pending {
-                note: samples.note(primary, topology.epoch),
-                kind: PendingKind::Primary { replica_part: true },
-            });
+            let now = samples.note(primary, topology.epoch);
+            let note = Note { counter: beside.map_or(now.counter, |then| then.min(now.counter)), ..now };
+            self.pending = Some(Pending { note, kind: PendingKind::Primary { replica_part: true } });
+            self.absorb_primary(samples, note, true);
         }
     }
 
@@ -501,10 +546,11 @@ impl Mark {
                 },
                 // What the promoted node showed as a replica is in its own history. The same holds for
                 // a replica that, on one unbroken sampler connection, now follows the new timeline.
-                PendingKind::Replica { first } => {
+                PendingKind::Replica { first, beside } => {
                     promoted_after(topology, switch) == Some(p.note.node)
                         || self.follows(samples, topology, p.note)
                         || self.resolves_behind(samples, switch, p.note, first)
+                        || self.covered_beside(switch, p.note, beside)
                 }
             },
         };
@@ -518,9 +564,20 @@ impl Mark {
         }
         if replica_note.is_some() {
             // Without a primary the caller would not be here: there is none only before the first epoch.
-            self.hand_over(samples, topology);
+            self.hand_over(samples, topology, None);
         }
         self.cross_position(samples, topology, switch)
+    }
+
+    /// Whether the old primary was sampled after a replica's note on its epoch was taken: all that the replica had
+    /// shown lies before that.
+    fn covered_beside(&mut self, switch: &Switch, note: Note, beside: Option<u64>) -> bool {
+        let (Some((number, insert)), Some(beside)) = (switch.last_sample, beside) else { return false };
+        let covered = note.epoch == switch.from && number > beside;
+        if covered {
+            self.position = self.position.max(insert);
+        }
+        covered
     }
 
     fn follows(&self, samples: &impl Samples, topology: &Topology, note: Note) -> bool {
@@ -633,6 +690,11 @@ impl Freshness {
         {
             self.reached = Some(insert);
         }
+    }
+
+    /// The position, once it is known.
+    pub fn reached(&self) -> Option<Lsn> {
+        self.reached
     }
 
     /// The node whose sample is awaited.

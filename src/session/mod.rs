@@ -1106,6 +1106,9 @@ impl Session {
                 || asks_by_comment && self.status == TransactionStatus::InTransaction)
         {
             // A pinned session's mark holds for its backend, too.
+            let topology = self.shared.topology.load_full();
+            self.bring_mark_forward(&topology);
+            self.take_shared_mark(&topology);
             self.ask_freshness();
             loop {
                 if let Err(report) = self.await_primary().await? {
@@ -1580,15 +1583,16 @@ impl Session {
             return;
         }
         let note = self.shared.positions.note(node, epoch);
+        let beside = self.beside(epoch);
         match self.role {
             Role::Primary => self.mark.primary_showed(note),
             // An epoch that was followed since the replica was chosen has left a note on the primary.
             Role::Replica | Role::Standby if self.mark.awaits().is_some_and(|other| other != node) => {
                 let topology = self.shared.topology.load_full();
                 let positions = &*self.shared.positions;
-                self.mark.replica_showed_one(note, self.incarnation, positions, &topology);
+                self.mark.replica_showed_one(note, self.incarnation, beside, positions, &topology);
             }
-            Role::Replica | Role::Standby => self.mark.replica_showed(note, self.incarnation),
+            Role::Replica | Role::Standby => self.mark.replica_showed(note, self.incarnation, beside),
         }
     }
 
@@ -1733,9 +1737,8 @@ impl Session {
             }
         }
         self.mark.absorb(&*self.shared.positions, topology);
-        if let Some(shared) = &self.shared_mark {
-            self.join_global(shared, topology);
-            self.mark = shared.bring_forward(&*self.shared.positions, topology);
+        if before != topology.epoch {
+            self.take_shared_mark(topology);
         }
         if let Some(quorum) = &mut self.quorum {
             quorum.absorb(&*self.shared.positions, topology);

@@ -195,6 +195,9 @@ impl Session {
                     }
                 }
             }
+            if self.mark.place_stalled(&*shared.positions, &shared.topology.load()) {
+                continue;
+            }
             match hope {
                 Hope::NobodyServes => return Ok(Tried::Primary(RouteReason::NoReplica)),
                 Hope::LateClocks => return Ok(Tried::Primary(RouteReason::Clock)),
@@ -211,9 +214,8 @@ impl Session {
                     }
                 }
             }
-            waited = true;
             self.handle.facts.waits_for(Wait::For(WaitFor::Mark));
-            self.want_samples(&avoid);
+            self.want_samples(&avoid, Asks::of(&mut waited));
             if !self.wait(changed, wait_until).await? {
                 return Ok(Tried::Failed(canceled()));
             }
@@ -241,7 +243,7 @@ impl Session {
             Hope::NobodyServes => RouteReason::NoReplica,
             Hope::LateClocks => RouteReason::Clock,
             Hope::Soon | Hope::TooFar => {
-                self.want_samples(&[]);
+                self.want_samples(&[], Asks::First);
                 RouteReason::Behind
             }
         }
@@ -368,7 +370,7 @@ impl Session {
                 }
                 Tried::Primary(_) => {}
             }
-            self.want_samples(avoid);
+            self.want_samples(avoid, Asks::Again);
             if !self.wait(changed, until.min(Instant::now() + RETRY)).await? {
                 return Ok(Err(canceled()));
             }
@@ -431,39 +433,54 @@ impl Session {
         (candidates, hope)
     }
 
-    /// Whether a replica may be expected to catch up within `patience`. That is foretold by how late it is,
-    /// in time; a replay rate would say nothing after a pause. What the topology says of it is as old as the
-    /// last probe; a sample that is old, too, is worth a newer one before the read goes to the primary.
+    /// Whether a replica may be expected to catch up within `patience`. What the topology says of it is as old as
+    /// the last probe; a sample that is old, too, is worth a newer one before the read goes to the primary.
     fn soon(&self, node: NodeId, patience: Duration) -> bool {
         match self.shared.positions.node(node).latest().map(|sample| sample.body) {
-            Some(SampleBody::Replica { late, .. }) => {
-                late.by <= patience || late.asked_at.elapsed() > patience
+            Some(body @ SampleBody::Replica { late, .. }) => {
+                late.asked_at.elapsed() > patience || body.catch_up(self.must_reach()) <= patience
             }
             _ => true,
         }
     }
 
+    /// The position that a replica must have reached to serve this statement, as far as it is known.
+    fn must_reach(&self) -> Lsn {
+        let fresh = self.freshness.and_then(|freshness| freshness.reached());
+        let of_transaction = self.lazy.as_ref().and_then(|lazy| lazy.freshness.reached());
+        let quorum = self.quorum.as_ref().and_then(|quorum| quorum.reached());
+        [fresh, of_transaction, quorum].into_iter().flatten().fold(self.mark.position(), Lsn::max)
+    }
+
     /// Asks for the samples that would let a replica serve.
-    fn want_samples(&self, avoid: &[NodeId]) {
+    fn want_samples(&self, avoid: &[NodeId], asks: Asks) {
         let topology = self.shared.topology.load();
-        self.want_own_samples();
+        self.want_own_samples(asks);
         if self.asked_for.max_lag.is_some()
             && let Some(primary) = topology.primary
         {
-            self.shared.positions.node(primary).want();
+            self.want(primary, asks);
         }
         for view in topology.serving_replicas().filter(|v| !avoid.contains(&v.id)) {
-            self.shared.positions.node(view.id).want();
+            self.want(view.id, asks);
+        }
+    }
+
+    fn want(&self, node: NodeId, asks: Asks) {
+        let positions = self.shared.positions.node(node);
+        match asks {
+            Asks::First => positions.want(),
+            Asks::Again => positions.want_another(),
         }
     }
 
     /// Asks for the samples that would resolve what the session has seen, or must be shown.
-    fn want_own_samples(&self) {
+    fn want_own_samples(&self, asks: Asks) {
         let fresh = self.freshness.and_then(|freshness| freshness.awaits());
         let of_transaction = self.lazy.as_ref().and_then(|lazy| lazy.freshness.awaits());
         let quorum = self.quorum.iter().flat_map(|quorum| quorum.awaits());
         for node in self.mark.awaits().into_iter().chain(fresh).chain(of_transaction).chain(quorum) {
-            self.shared.positions.node(node).want();
+            self.want(node, asks);
         }
     }
 
@@ -493,15 +510,16 @@ impl Session {
                 _ => {}
             }
             let now = Instant::now();
-            if !std::mem::replace(&mut waited, true) {
+            let asks = Asks::of(&mut waited);
+            if asks == Asks::First {
                 *until = (*until).max(now + patience);
             }
             if now >= *until {
                 return Ok(false);
             }
             drop(topology);
-            shared.positions.node(lease.node).want();
-            self.want_own_samples();
+            self.want(lease.node, asks);
+            self.want_own_samples(asks);
             if !self.wait(changed, *until).await? {
                 return Ok(false);
             }
@@ -631,10 +649,11 @@ impl Session {
     }
 
     pub(super) fn leave_stalled(&mut self, topology: &Topology) -> bool {
-        match &self.shared_mark {
-            Some(shared) => shared.leave_stalled(&*self.shared.positions, topology),
-            None => self.mark.leave_stalled(&*self.shared.positions, topology),
+        if let Some(shared) = &self.shared_mark {
+            // The next statements of those who share it need not wait for it.
+            shared.leave_stalled(&*self.shared.positions, topology);
         }
+        self.mark.leave_stalled(&*self.shared.positions, topology)
     }
 
     /// Waits until there is a primary and it shows all that replicas have shown this session.
@@ -642,6 +661,7 @@ impl Session {
         let begun = Instant::now();
         let pause_until = begun + self.config.failover.pause_timeout;
         let mut waited = None;
+        let mut asked = false;
         loop {
             if let Err(report) = self.pass_gate(pause_until).await? {
                 return Ok(Err(report));
@@ -665,12 +685,13 @@ impl Session {
                         continue;
                     }
                     PrimaryVerdict::Unresolved(node) => {
-                        shared.positions.node(node).want();
-                        shared.positions.node(primary).want();
+                        let asks = Asks::of(&mut asked);
+                        self.want(node, asks);
+                        self.want(primary, asks);
                         WaitFor::Floor
                     }
                     PrimaryVerdict::BelowFloor => {
-                        shared.positions.node(primary).want();
+                        self.want(primary, Asks::of(&mut asked));
                         WaitFor::Floor
                     }
                 },
@@ -785,6 +806,20 @@ impl Session {
         // The pool has measured it.
         self.handle.facts.waited(Wait::For(WaitFor::Backend), begun.elapsed());
         Ok(lease)
+    }
+}
+
+/// Whether a statement has asked for samples before: it gets the first at once, further ones no sooner than others do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asks {
+    First,
+    Again,
+}
+
+impl Asks {
+    /// From now on it has.
+    fn of(before: &mut bool) -> Asks {
+        if std::mem::replace(before, true) { Asks::Again } else { Asks::First }
     }
 }
 

@@ -443,7 +443,7 @@ impl Session {
             self.bring_mark_forward(&topology);
             global.join(&self.mark, &*positions, &topology);
             self.shared_mark = Some(global);
-            self.bring_mark_forward(&topology);
+            self.take_shared_mark(&topology);
         }
     }
 
@@ -457,8 +457,21 @@ impl Session {
         self.bring_mark_forward(&topology);
         named.join(&self.mark, &*positions, &topology);
         self.shared_mark = Some(named);
-        self.bring_mark_forward(&topology);
+        self.take_shared_mark(&topology);
         Ok(())
+    }
+
+    /// A statement has arrived: what it must be shown is what the shared mark stands for now, if there is one. What others are
+    /// shown while it waits need not be there; were it asked for, who waits among many that read would wait for ever.
+    pub(super) fn take_shared_mark(&mut self, topology: &Topology) {
+        if let Some(shared) = &self.shared_mark {
+            self.join_global(shared, topology);
+            let theirs = shared.bring_forward(&*self.shared.positions, topology);
+            // Others may have followed into an epoch of which this session has not been told yet.
+            if theirs.epoch() == self.mark.epoch() {
+                self.mark = theirs;
+            }
+        }
     }
 
     /// At level `global` a named session's mark has all that the mark of all has.
@@ -492,17 +505,29 @@ impl Session {
         let topology = self.shared.topology.load_full();
         let positions = self.shared.positions.clone();
         let note = positions.note(node, epoch);
+        let noted_beside = self.beside(epoch);
         for mark in beside.iter().chain(&self.shared_mark) {
             match self.role {
                 Role::Primary => mark.primary_showed(note, &*positions, &topology),
                 Role::Replica | Role::Standby => {
-                    mark.replica_showed(note, self.incarnation, &*positions, &topology)
+                    mark.replica_showed(note, self.incarnation, noted_beside, &*positions, &topology)
                 }
             }
         }
         let Some(own) = &self.shared_mark else { return false };
-        self.mark = own.bring_forward(&*positions, &topology);
+        let theirs = own.bring_forward(&*positions, &topology);
+        // Else there is an epoch of which this session has not been told yet: it follows before its next statement.
+        if theirs.epoch() == self.mark.epoch() {
+            self.mark = theirs;
+        }
         true
+    }
+
+    /// The primary's sample counter, for a note on a replica that is taken now.
+    pub(super) fn beside(&self, epoch: Epoch) -> Option<u64> {
+        let topology = self.shared.topology.load();
+        let primary = topology.primary.filter(|_| topology.epoch == epoch)?;
+        Some(self.shared.positions.node(primary).counter())
     }
 
     /// Bytes of an answer are about to go to the client, who may tell others of them: marks that others share

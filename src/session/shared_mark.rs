@@ -84,6 +84,10 @@ impl SharedMark {
         shared.follow(samples, topology);
         let mark = &mut shared.mark;
         if mark.epoch() == note.epoch {
+            // What is known of the earlier note need not be merged with this one.
+            if mark.epoch() == topology.epoch {
+                mark.absorb(samples, topology);
+            }
             mark.primary_showed_one(note, samples, topology);
         }
     }
@@ -93,6 +97,7 @@ impl SharedMark {
         &self,
         note: Note,
         incarnation: Incarnation,
+        beside: Option<u64>,
         samples: &impl Samples,
         topology: &Topology,
     ) {
@@ -100,7 +105,11 @@ impl SharedMark {
         shared.follow(samples, topology);
         let mark = &mut shared.mark;
         if mark.epoch() == note.epoch {
-            mark.replica_showed_one(note, incarnation, samples, topology);
+            // What is known of the earlier note need not be merged with this one.
+            if mark.epoch() == topology.epoch {
+                mark.absorb(samples, topology);
+            }
+            mark.replica_showed_one(note, incarnation, beside, samples, topology);
         }
     }
 

@@ -244,6 +244,7 @@ struct Happened {
     crashes: usize,
     below_floor: usize,
     stalled: usize,
+    placed: usize,
     violations: usize,
 }
 
@@ -277,6 +278,8 @@ fn topology() -> Topology {
         replay_lag: None,
         server_major: Some(15),
         recovery: None,
+        replay_rate: None,
+        catch_up: None,
     };
     Topology {
         epoch: Epoch(1),
@@ -487,7 +490,7 @@ impl World {
                 SampleBody::Primary { insert: sample.insert, floor }
             }
             Answer::Replica { receive, replay } => {
-                let late = Late { by: Duration::ZERO, asked_at: self.now };
+                let late = Late { by: Duration::ZERO, rate: None, asked_at: self.now };
                 SampleBody::Replica { receive, replay, late }
             }
         };
@@ -516,16 +519,16 @@ impl World {
     fn next_statement(&mut self, who: usize) {
         let positions = Arc::clone(&self.positions);
         let samples = Published { positions: &positions, without: self.without };
-        if self.promised == Promised::Shared {
-            self.shared.absorb(&samples, &self.topology);
-            self.clients[who].mark = self.shared.clone();
-        } else {
-            self.clients[who].mark.absorb(&samples, &self.topology);
-        }
         if self.chance.one_in(40) {
             self.clients[who].wants = self.choose();
             self.clients[who].arrived = None;
         }
+        if self.promised == Promised::Shared && self.clients[who].arrived.is_none() {
+            // What others are shown while the statement waits is not waited for.
+            self.shared.absorb(&samples, &self.topology);
+            self.clients[who].mark = self.shared.clone();
+        }
+        self.clients[who].mark.absorb(&samples, &self.topology);
         let must = self.must(who);
         let arriving = || match (self.promised, self.without) {
             // As if the newest sample there is had been asked for now.
@@ -608,8 +611,12 @@ impl World {
         if self.topology.node(node).standing != Standing::Replica {
             return;
         }
-        let mark = &self.clients[who].mark;
+        let mark = &mut self.clients[who].mark;
         let mut verdict = mark.replica(samples, &self.topology, node);
+        if verdict == ReplicaVerdict::Unresolved && mark.place_stalled(samples, &self.topology) {
+            self.happened.placed += 1;
+            verdict = mark.replica(samples, &self.topology, node);
+        }
         if verdict == ReplicaVerdict::Unresolved
             && self.without == Without::Sticky
             && let Some(sample) = samples.latest(node)
@@ -672,12 +679,13 @@ impl World {
     fn note(&mut self, who: usize, at: Place, early: Option<Note>) {
         let samples = Published { positions: &self.positions, without: self.without };
         let note = early.unwrap_or_else(|| samples.note(at.node, Epoch(1)));
+        let beside = Some(samples.note(PRIMARY, Epoch(1)).counter);
         if self.promised == Promised::Shared {
             let other = self.shared.awaits().is_some_and(|other| other != at.node);
             return match at.node {
                 _ if other && self.without == Without::Merging => {}
                 PRIMARY => self.shared.primary_showed_one(note, &samples, &self.topology),
-                _ => self.shared.replica_showed_one(note, at.incarnation, &samples, &self.topology),
+                _ => self.shared.replica_showed_one(note, at.incarnation, beside, &samples, &self.topology),
             };
         }
         let mark = &mut self.clients[who].mark;
@@ -685,8 +693,8 @@ impl World {
             (PRIMARY, _) => mark.primary_showed(note),
             // The mark insists on what the rule says.
             (node, Without::Sticky) if mark.awaits().is_some_and(|other| other != node) => {}
-            (_, Without::IncarnationOfVerdict) => mark.replica_showed(note, note.incarnation),
-            _ => mark.replica_showed(note, at.incarnation),
+            (_, Without::IncarnationOfVerdict) => mark.replica_showed(note, note.incarnation, beside),
+            _ => mark.replica_showed(note, at.incarnation, beside),
         }
     }
 }
@@ -701,6 +709,7 @@ fn runs(promised: Promised, without: Without, seeds: std::ops::Range<u64>) -> Ha
         total.crashes += run.crashes;
         total.below_floor += run.below_floor;
         total.stalled += run.stalled;
+        total.placed += run.placed;
         if run.violations > 0 && without == Without::Nothing {
             println!("{promised:?}, seed {seed}: {run:?}");
         }
@@ -725,6 +734,7 @@ fn no_session_sees_an_older_state() {
     assert!(happened.replica_reads > 20 * each && happened.primary_reads > 20 * each, "{happened:?}");
     assert!(happened.writes > 5 * each && happened.crashes > each, "{happened:?}");
     assert!(happened.below_floor > each && happened.stalled > each / 10, "{happened:?}");
+    assert!(happened.placed > each / 10, "{happened:?}");
 }
 
 #[test]

@@ -34,6 +34,8 @@ impl Story {
             replay_lag: None,
             server_major: Some(15),
             recovery: None,
+            replay_rate: None,
+            catch_up: None,
         };
         for id in 0..3 {
             positions.node(NodeId(id)).connected();
@@ -70,7 +72,7 @@ impl Story {
             SampleBody::Primary { insert: Lsn(upto), floor: Lsn(other.unwrap_or(upto)) }
         } else {
             assert!(word.is_none_or(|word| word == "received"));
-            let late = Late { by: Duration::ZERO, asked_at: Instant::now() };
+            let late = Late { by: Duration::ZERO, rate: None, asked_at: Instant::now() };
             SampleBody::Replica { receive: Some(Lsn(other.unwrap_or(upto))), replay: Lsn(upto), late }
         };
         let timeline = self.topology.node(at).timeline.unwrap();
@@ -193,7 +195,8 @@ impl Story {
         if self.topology.primary == Some(at) {
             self.mark().primary_showed(note);
         } else {
-            self.mark().replica_showed(note, incarnation);
+            let beside = self.topology.primary.map(|primary| self.positions.node(primary).counter());
+            self.mark().replica_showed(note, incarnation, beside);
         }
     }
 }
@@ -232,7 +235,7 @@ fn replicas_answer_for_the_primary_once_enough_of_them_have_been_asked() {
     (0..4).for_each(|id| _ = story.positions.node(NodeId(id)).connected());
     let sample = |story: &Story, id: u16, receive: Option<u64>, replay: u64, timeline: u32, epoch: u64| {
         let node = story.positions.node(NodeId(id));
-        let late = Late { by: Duration::ZERO, asked_at: Instant::now() };
+        let late = Late { by: Duration::ZERO, rate: None, asked_at: Instant::now() };
         let body = SampleBody::Replica { receive: receive.map(Lsn), replay: Lsn(replay), late };
         let number = node.begin();
         let (incarnation, epoch) = (node.incarnation(), Epoch(epoch));
@@ -271,7 +274,7 @@ fn replicas_answer_for_the_primary_once_enough_of_them_have_been_asked() {
     assert!(mark.awaits().is_none());
     // What a replica has shown is not: it may have been more than was acknowledged.
     let note = story.positions.note(NodeId(1), Epoch(1));
-    mark.replica_showed(note, note.incarnation);
+    mark.replica_showed(note, note.incarnation, None);
     mark.covered_by(Lsn(5000));
     assert_eq!((mark.position(), mark.awaits()), (Lsn(1100), Some(NodeId(1))));
     // In a new epoch they answer for nobody.

@@ -661,3 +661,128 @@ async fn in_shadow_all_runs_on_the_primary_and_what_replicas_would_get_is_counte
     assert_eq!(reads_on_replicas(&proxy).await, 0.0);
     cluster.node(1).resume_replay().await.unwrap();
 }
+
+async fn samples(proxy: &Proxy, node: &str) -> f64 {
+    proxy.metrics().await.sum("highwater_samples_total", &[("node", node)])
+}
+
+async fn waits(proxy: &Proxy) -> f64 {
+    let metrics = proxy.metrics().await;
+    let count = |what| metrics.sum("highwater_wait_seconds_count", &[("for", what)]);
+    count("mark") + count("floor")
+}
+
+#[tokio::test]
+async fn strong_reads_that_wait_at_the_same_time_share_a_sample_of_the_primary() {
+    const TOGETHER: usize = 16;
+    const READS: usize = 40;
+    let cluster = with_counter(1).await;
+    let proxy = start(&cluster, "level: strong, catch_up_wait: 5s").await;
+    let mut clients = Vec::new();
+    for _ in 0..TOGETHER {
+        clients.push(proxy.connect().await);
+    }
+    warm(&proxy, &clients[0]).await;
+    let read = async |client: &tokio_postgres::Client| {
+        for _ in 0..READS {
+            client.simple_query("SELECT n FROM counter").await.unwrap();
+        }
+    };
+    let before = samples(&proxy, "a").await;
+    read(&clients[0]).await;
+    let alone = (samples(&proxy, "a").await - before) / READS as f64;
+    let before = samples(&proxy, "a").await;
+    futures_util::future::join_all(clients.iter().map(read)).await;
+    let together = (samples(&proxy, "a").await - before) / (TOGETHER * READS) as f64;
+    println!("samples of the primary per read: {alone} alone, {together} of {TOGETHER} together");
+    assert!(alone >= 1.0, "each needs one that is sent after it came: {alone}");
+    assert!(together < alone / 2.0, "{together} together, {alone} alone");
+}
+
+/// What a session was shown last is placed while it rests, though nobody asks for it.
+#[tokio::test]
+async fn a_session_that_rests_between_statements_waits_for_no_sample() {
+    let cluster = with_counter(1).await;
+    let proxy = start(&cluster, "catch_up_wait: 5s").await;
+    let client = proxy.connect().await;
+    warm(&proxy, &client).await;
+    let rest = async || {
+        let (a, b) = (samples(&proxy, "a").await, samples(&proxy, "b").await);
+        // The one that is under way does not count; and replay may have to be seen to be over.
+        eventually("both have been sampled", async || {
+            samples(&proxy, "a").await > a + 2.0 && samples(&proxy, "b").await > b + 2.0
+        })
+        .await;
+    };
+    let before = waits(&proxy).await;
+    for _ in 0..10 {
+        client.execute("UPDATE counter SET n = n + 1", &[]).await.unwrap();
+        cluster.wait_caught_up(0).await.unwrap();
+        rest().await;
+        client.query_one("SELECT n FROM counter", &[]).await.unwrap();
+        rest().await;
+    }
+    let after = waits(&proxy).await;
+    assert!(after - before <= 1.0, "{} waits in 20 statements: the first has a past", after - before);
+    assert!(reads_on_replicas(&proxy).await >= 10.0);
+}
+
+/// How fast a replica replays is measured while it has much to replay, and shown.
+#[tokio::test]
+async fn the_pace_of_a_replica_that_has_fallen_behind_is_measured_and_shown() {
+    let cluster = with_counter(1).await;
+    let proxy = start(&cluster, "max_lag: 1h").await;
+    let client = proxy.connect().await;
+    warm(&proxy, &client).await;
+    let rate =
+        async || proxy.metrics().await.sum("highwater_replica_replay_bytes_per_second", &[("node", "b")]);
+    let direct = cluster.primary().connect("app", proxy.app()).await.unwrap();
+    direct.batch_execute("CREATE TABLE much (x text)").await.unwrap();
+    eventually("a pace is measured", async || {
+        cluster.node(1).pause_replay().await.unwrap();
+        direct
+            .batch_execute("INSERT INTO much SELECT repeat('x', 1000) FROM generate_series(1, 10000)")
+            .await
+            .unwrap();
+        cluster.node(1).resume_replay().await.unwrap();
+        for _ in 0..20 {
+            client.execute("UPDATE counter SET n = n + 1", &[]).await.unwrap();
+            client.query_one("SELECT n FROM counter", &[]).await.unwrap();
+        }
+        rate().await > 0.0
+    })
+    .await;
+    eventually("it has caught up, and says so", async || {
+        proxy.metrics().await.sum("highwater_replica_replay_lag_bytes", &[("node", "b")]) == 0.0
+    })
+    .await;
+    let metrics = proxy.metrics().await;
+    assert_eq!(metrics.sum("highwater_replica_catch_up_seconds", &[("node", "b")]), 0.0);
+    assert!(rate().await > 0.0, "a pace outlives the backlog");
+}
+
+/// Questions per second to a node that nobody uses.
+#[tokio::test]
+async fn an_idle_cluster_is_asked_no_more_than_twice_a_second() {
+    let cluster = with_counter(1).await;
+    let _proxy = Proxy::start(&cluster).await;
+    // What the servers count of it: each question is a transaction in the database of the control connections.
+    let sql = "SELECT coalesce(sum(xact_commit + xact_rollback), 0) FROM pg_stat_database WHERE datname = 'postgres'";
+    let count = async |node: usize| -> f64 {
+        cluster.node(node).query_text(sql).await.unwrap().parse::<f64>().unwrap()
+    };
+    // The start asks more, and sessions of other tests' clusters are no concern here.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let begun = std::time::Instant::now();
+    let before = [count(0).await, count(1).await];
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    let after = [count(0).await, count(1).await];
+    let seconds = begun.elapsed().as_secs_f64();
+    for (before, after) in before.into_iter().zip(after) {
+        // Two probes a second and a sample every five. Servers count up to a second late; the test's own connections and
+        // questions are transactions, too.
+        let most = 2.2 * (seconds + 1.5) + 6.0;
+        println!("{} questions in {seconds:.1} s", after - before);
+        assert!(after - before <= most, "{} questions in {seconds} s", after - before);
+    }
+}

@@ -94,3 +94,61 @@ async fn without_a_word_about_it_a_session_gives_its_backend_back() {
         assert_eq!(tags(&second.ask(&query("SELECT 1")).await), "TDCZ");
     }
 }
+
+/// Reads until one has run on the replica.
+async fn warm(proxy: &Proxy, client: &mut RawClient) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while proxy.metrics().await.sum("highwater_statements_total", &[("node", "b"), ("reason", "read")]) == 0.0
+    {
+        assert!(std::time::Instant::now() < deadline, "no read ran on a replica");
+        client.ask(&query("SELECT x FROM t")).await;
+    }
+}
+
+/// Whoever waits for a backend may be lent one that comes back before the new one is open: that one is for the next.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sessions_that_push_at_the_same_time_hold_no_more_backends_than_they_are() {
+    const SESSIONS: usize = 6;
+    let cluster = Cluster::start(1).await;
+    cluster.set_up("CREATE TABLE t (x int); INSERT INTO t VALUES (1)").await;
+    let proxy = Proxy::start(&cluster).await;
+    let mut clients = Vec::new();
+    for _ in 0..SESSIONS {
+        clients.push(proxy.raw_login().await);
+    }
+    warm(&proxy, &mut clients[0]).await;
+    let work = clients.into_iter().map(|mut client| async move {
+        for at in 0..60 {
+            client.ask(&query(if at % 3 == 0 { "UPDATE t SET x = x + 1" } else { "SELECT x FROM t" })).await;
+        }
+        client
+    });
+    let clients = futures_util::future::join_all(work).await;
+    let metrics = proxy.metrics().await;
+    for node in ["a", "b"] {
+        let opened = metrics.sum("highwater_backends_opened_total", &[("node", node)]);
+        assert!((1.0..=SESSIONS as f64).contains(&opened), "{node}: {opened}");
+    }
+    drop(clients);
+}
+
+#[tokio::test]
+async fn sessions_one_after_another_share_one_backend_of_each_node() {
+    let cluster = Cluster::start(1).await;
+    cluster.set_up("CREATE TABLE t (x int); INSERT INTO t VALUES (1)").await;
+    let proxy = Proxy::start(&cluster).await;
+    let mut client = proxy.raw_login().await;
+    warm(&proxy, &mut client).await;
+    for _ in 0..10 {
+        client.send(&message(b'X', b"")).await;
+        client.read_to_end().await;
+        client = proxy.raw_login().await;
+        client.ask(&query("SELECT x FROM t")).await;
+        client.ask(&query("UPDATE t SET x = x + 1")).await;
+        client.ask(&query("SELECT x FROM t")).await;
+    }
+    let metrics = proxy.metrics().await;
+    for node in ["a", "b"] {
+        assert_eq!(metrics.sum("highwater_backends_opened_total", &[("node", node)]), 1.0, "{node}");
+    }
+}

@@ -1,0 +1,85 @@
+//! Waiting for less than a millisecond.
+//!
+//! The runtime's timers count milliseconds and round up: a gap of one lasts up to two, and sessions wait for its end. A
+//! timer of the kernel's own keeps to it. Where none can be had, the runtime's is used.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use tokio::net::unix::pipe;
+
+/// Less is not worth two system calls.
+const LEAST: Duration = Duration::from_micros(50);
+
+/// One timer.
+pub struct Gap(Option<Timer>);
+
+/// A file descriptor that becomes readable when the time is over. The runtime is given it as what it knows that is read
+/// like one: the reading end of a pipe.
+struct Timer {
+    set: TimerFd,
+    over: pipe::Receiver,
+}
+
+impl Timer {
+    fn new() -> io::Result<Timer> {
+        let set = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
+        let over = pipe::Receiver::from_owned_fd_unchecked(set.as_fd().try_clone_to_owned()?)?;
+        Ok(Timer { set, over })
+    }
+
+    async fn wait(&self, time: Duration) -> io::Result<()> {
+        self.set.set(Expiration::OneShot(time.into()), TimerSetTimeFlags::empty())?;
+        loop {
+            self.over.readable().await?;
+            match self.over.try_read(&mut [0; 8]) {
+                // An expiry that nobody has waited for was undone by setting it anew.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                read => return read.map(|_| ()),
+            }
+        }
+    }
+}
+
+impl Default for Gap {
+    fn default() -> Gap {
+        Gap(Timer::new().ok())
+    }
+}
+
+impl Gap {
+    /// Resolves at `at`, a twentieth of a millisecond early at most.
+    pub async fn until(&self, at: Instant) {
+        let left = at.saturating_duration_since(Instant::now());
+        if left < LEAST {
+            return;
+        }
+        if let Some(timer) = &self.0
+            && timer.wait(left).await.is_ok()
+        {
+            return;
+        }
+        tokio::time::sleep_until(at.into()).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_gap_never_ends_early_and_can_be_waited_for_again() {
+        let gap = Gap::default();
+        assert!(gap.0.is_some());
+        for micros in [0, 40, 300, 1200, 300] {
+            let at = Instant::now() + Duration::from_micros(micros);
+            gap.until(at).await;
+            assert!(Instant::now() + LEAST >= at);
+            // One that is given up leaves nothing behind.
+            let long = gap.until(Instant::now() + Duration::from_secs(3600));
+            assert!(tokio::time::timeout(Duration::ZERO, long).await.is_err());
+        }
+    }
+}
