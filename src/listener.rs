@@ -613,7 +613,7 @@ mod tests {
             size_of::<Arrival>(),
         );
         assert!(
-            future <= 2304 && arrival <= 176,
+            future <= 2400 && arrival <= 176,
             "the future that serves a client takes {future} bytes, an arrival {arrival}"
         );
     }
