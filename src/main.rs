@@ -3,7 +3,7 @@
 //! Exit codes: 0 fine; 1 it failed while running, or `check` found problems; 2 the arguments or the
 //! configuration are wrong, and nothing was started.
 
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -216,7 +216,8 @@ fn route(question: impl Future<Output = Result<Explanation, String>>) -> ExitCod
     };
     match runtime.block_on(question) {
         Ok(explanation) => {
-            print!("{explanation}");
+            // Whoever reads may have seen enough (`| head`).
+            let _ = write!(std::io::stdout(), "{explanation}");
             ExitCode::SUCCESS
         }
         Err(e) => {
@@ -235,6 +236,9 @@ fn on_host(arguments: HostArguments, rejoins: bool) -> ExitCode {
         }
     };
     let HostArguments { file: _, node, data, bin, conninfo, slot, config_file, start, dry_run } = arguments;
+    // PostgreSQL's programs are run in a directory of their own.
+    let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+    let (data, bin, config_file) = (absolute(data), bin.map(absolute), config_file.map(absolute));
     let request = Request { node, data, bin, conninfo, slot, config_file, start, dry_run };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
