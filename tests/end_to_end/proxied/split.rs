@@ -692,7 +692,6 @@ async fn random_transactions_are_answered_as_by_one_server() {
         "FETCH 1 FROM c",
         "PREPARE p AS SELECT n FROM % WHERE id = 1",
         "EXECUTE p",
-        "DEALLOCATE p",
     ];
     let mut reads = 0;
     for step in 0..if std::env::var("SPLIT_STEPS").is_ok() { 20_000 } else { 1_500 } {
