@@ -1228,7 +1228,9 @@ mod tests {
             let switch = next.switches.first().unwrap();
             (switch.fork, switch.gone_from)
         };
-        let alive = |ago: Duration, flush: u64| Some(Alive { asked_at: began - ago, flush: Lsn(flush) });
+        let alive = |ago: Duration, flush: u64| {
+            Some(Alive { asked_at: began - ago, flush: Lsn(flush), in_order: false })
+        };
         let end = Some(Lsn(500));
         assert_eq!(crashed(None), (end, end));
         assert_eq!(
@@ -1237,6 +1239,9 @@ mod tests {
         );
         assert_eq!(crashed(alive(crate::monitor::stream::ONE_CRASH, 110)), (Some(Lsn(110)), end));
         assert_eq!(crashed(alive(Duration::from_secs(3), 900)), (end, end));
+        // It had said that it shuts down.
+        let orderly = alive(Duration::from_secs(3), 110).map(|alive| Alive { in_order: true, ..alive });
+        assert_eq!(crashed(orderly), (end, end));
     }
 
     #[test]

@@ -668,6 +668,11 @@ impl NodeClient {
         self.told_to_end.load(Ordering::SeqCst)
     }
 
+    /// Whether the server has ended it at an administrator's word, as it does when it is shut down in order.
+    pub fn was_told_to_end(&self) -> bool {
+        self.told_to_end.load(Ordering::SeqCst)
+    }
+
     async fn prepared(mut self) -> Result<NodeClient, NodeError> {
         let preparing = async {
             // Sent together.
@@ -695,10 +700,15 @@ impl NodeClient {
 
     async fn ask(&self, statement: Option<&Statement>) -> Result<Row, NodeError> {
         let statement = statement.ok_or_else(|| self.unreadable())?;
-        timeout(self.deadline, self.client.query_one(statement, &[]))
-            .await
-            .map_err(|_| self.late())?
-            .map_err(|error| describe(self.name.clone(), &error))
+        timeout(self.deadline, self.client.query_one(statement, &[])).await.map_err(|_| self.late())?.map_err(
+            |error| {
+                // What the server says to an idle connection answers the question that has just come.
+                if error.as_db_error().is_some_and(is_shutdown) {
+                    self.told_to_end.store(true, Ordering::SeqCst);
+                }
+                describe(self.name.clone(), &error)
+            },
+        )
     }
 
     fn late(&self) -> NodeError {
@@ -782,7 +792,7 @@ impl Dialer {
             let ended = connection.await;
             let ordered = ended.is_err_and(|error| error.as_db_error().is_some_and(is_shutdown));
             if let Some(told_to_end) = told_to_end {
-                told_to_end.store(ordered, Ordering::SeqCst);
+                told_to_end.fetch_or(ordered, Ordering::SeqCst);
             }
         });
         Ok((client, task))

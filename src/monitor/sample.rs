@@ -133,7 +133,7 @@ impl PrimaryTrack {
                 FirstSample::No => track.history.record(insert, asked_at),
             }
             track.last_sample = Some((number, insert));
-            track.alive = Some(Alive { asked_at, flush: sample.flush });
+            track.alive = Some(Alive { asked_at, flush: sample.flush, in_order: false });
         }
     }
 
@@ -145,6 +145,13 @@ impl PrimaryTrack {
     /// The same sample: when it was asked for, and what was flushed.
     pub fn alive(&self) -> Option<Alive> {
         self.lock().alive
+    }
+
+    /// The primary has said that it shuts down.
+    pub fn shuts_down(&self) {
+        if let Some(alive) = &mut self.lock().alive {
+            alive.in_order = true;
+        }
     }
 
     /// A new epoch begins: positions of the old one are of another history.
@@ -203,8 +210,11 @@ impl Sampler {
         loop {
             sleep(backoff).await;
             match self.nodes.open(self.node, self.settings().deadline).await {
-                Ok(client) => {
-                    let (samples, error) = self.sample_on(client, &mut stream).await;
+                Ok(mut client) => {
+                    let (samples, error) = self.sample_on(&mut client, &mut stream).await;
+                    if client.was_told_to_end() && self.topology.load().primary == Some(self.node) {
+                        self.track.shuts_down();
+                    }
                     // One that accepts connections but answers nothing must not be hammered.
                     backoff = if samples > 0 { Duration::ZERO } else { next_backoff(backoff) };
                     let positions = self.positions.node(self.node);
@@ -226,7 +236,7 @@ impl Sampler {
     }
 
     /// One incarnation: how many samples were answered, and what ended it.
-    async fn sample_on(&self, mut client: NodeClient, stream: &mut Stream) -> (u64, String) {
+    async fn sample_on(&self, client: &mut NodeClient, stream: &mut Stream) -> (u64, String) {
         let mut answered = 0;
         let positions = self.positions.node(self.node);
         let start = client.start().map(|start| Arc::clone(&start.id));
@@ -235,7 +245,7 @@ impl Sampler {
         loop {
             let settings = self.settings();
             client.answer_within(settings.deadline);
-            if let Turn::Ended = pace.wait(positions, &mut client, &settings).await {
+            if let Turn::Ended = pace.wait(positions, client, &settings).await {
                 return (answered, "the connection ended".to_owned());
             }
             let leaned_on = positions.is_wanted() || pace.is_active(Instant::now());

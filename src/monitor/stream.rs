@@ -22,6 +22,8 @@ pub struct Alive {
     pub asked_at: Instant,
     /// What it had flushed by then.
     pub flush: Lsn,
+    /// It has said since that it shuts down, which leaves all on disk.
+    pub in_order: bool,
 }
 
 impl Alive {
@@ -29,7 +31,8 @@ impl Alive {
     /// `end` when it recovered. If there may have been a start between the two, that has written, too, and `end`
     /// may be past what the first crash took.
     pub fn survived(&self, end: Lsn, began: Instant) -> Lsn {
-        if began.saturating_duration_since(self.asked_at) < ONE_CRASH { end } else { end.min(self.flush) }
+        let one = self.in_order || began.saturating_duration_since(self.asked_at) < ONE_CRASH;
+        if one { end } else { end.min(self.flush) }
     }
 }
 

@@ -98,7 +98,11 @@ async fn a_listener_whose_server_restarts_listens_again_also_by_its_next_stateme
         }
         // It has listened before it notified.
         assert_eq!((code(&answer), tags(&answer).matches('A').count()), (None, 1), "{answer:?}");
-        let warning = heard(&mut idle).await;
+        let mut warning = heard(&mut idle).await;
+        if warning.field(b'C').as_deref() == Some("HW001") {
+            // A restart within a second cannot be told from a crash.
+            warning = heard(&mut idle).await;
+        }
         assert_eq!((warning.tag, warning.field(b'C').as_deref()), (b'N', Some("HW003")), "{warning:?}");
         // From then on it misses nothing.
         succeed(&mut busy, "NOTIFY a, 'last'").await;
