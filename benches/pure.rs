@@ -26,6 +26,8 @@ fn topology() -> Topology {
         replay_lag: None,
         server_major: Some(15),
         recovery: None,
+        replay_rate: None,
+        catch_up: None,
     };
     Topology {
         epoch: Epoch(1),
@@ -41,7 +43,7 @@ fn topology() -> Topology {
 
 /// Publishes a sample of each node, all at one position.
 fn sample(positions: &Positions, at: u64) {
-    let late = Late { by: Duration::ZERO, asked_at: Instant::now() };
+    let late = Late { by: Duration::ZERO, rate: None, asked_at: Instant::now() };
     for id in 0..3 {
         let node = positions.node(NodeId(id));
         let body = match id {
@@ -97,7 +99,8 @@ fn mark(c: &mut Criterion) {
         b.iter(|| {
             mark.absorb(&positions, &topology);
             let verdict = mark.replica(&positions, black_box(&topology), replica);
-            mark.replica_showed(positions.note(replica, Epoch(1)), incarnation);
+            let beside = Some(positions.node(NodeId(0)).counter());
+            mark.replica_showed(positions.note(replica, Epoch(1)), incarnation, beside);
             verdict
         })
     });

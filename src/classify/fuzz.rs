@@ -384,7 +384,7 @@ fn texts_of_one_shape_share_their_class() {
     let mut rng = StdRng::seed_from_u64(23);
     let (mut compared, mut by_value) = (0, 0);
     for n in 0..40_000 {
-        let text = if n < SEEDS.len() { SEEDS[n].as_bytes().to_vec() } else { mutated(&mut rng) };
+        let text = SEEDS.get(n).map_or_else(|| mutated(&mut rng), |seed| seed.as_bytes().to_vec());
         let mut other = Vec::new();
         let mut folded = false;
         let pieces = shape::fold(&text, |piece| {
