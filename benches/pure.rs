@@ -3,43 +3,18 @@
 #![allow(missing_docs)]
 
 use std::hint::black_box;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use highwater::positions::{Late, Positions, Sample, SampleBody};
 use highwater::route::balance::{Candidate, pick};
 use highwater::session::mark::{Mark, ReplicaVerdict};
-use highwater::topology::{Epoch, NodeId, NodeView, Standing, Topology};
+use highwater::topology::{Epoch, NodeId};
 use highwater::wal::{Lsn, TimelineId};
 use highwater::wire;
 
-/// A primary and two replicas.
-fn topology() -> Topology {
-    let view = |id: u16| NodeView {
-        id: NodeId(id),
-        name: Arc::from(format!("n{id}")),
-        weight: 1,
-        standing: if id == 0 { Standing::Primary { reachable: true } } else { Standing::Replica },
-        timeline: Some(TimelineId(1)),
-        replay_lag_bytes: None,
-        replay_lag: None,
-        server_major: Some(15),
-        recovery: None,
-        replay_rate: None,
-        catch_up: None,
-    };
-    Topology {
-        epoch: Epoch(1),
-        system_identifier: Some(1),
-        primary: Some(NodeId(0)),
-        timeline: Some(TimelineId(1)),
-        nodes: (0..3).map(view).collect(),
-        start: None,
-        history: None,
-        switches: Vec::new(),
-    }
-}
+#[path = "../tests/mark/healthy.rs"]
+mod healthy;
 
 /// Publishes a sample of each node, all at one position.
 fn sample(positions: &Positions, at: u64) {
@@ -83,7 +58,7 @@ fn framing(c: &mut Criterion) {
 }
 
 fn mark(c: &mut Criterion) {
-    let (positions, topology) = (Positions::new(3), topology());
+    let (positions, topology) = (Positions::new(3), healthy::topology(&["n0", "n1", "n2"]));
     for id in 0..3 {
         positions.node(NodeId(id)).connected();
     }

@@ -665,7 +665,7 @@ impl NodeClient {
     pub async fn ended(&mut self) -> bool {
         // The task is never awaited again once it has ended: the owner then drops the connection.
         let _ = (&mut self.task.0).await;
-        self.told_to_end.load(Ordering::SeqCst)
+        self.was_told_to_end()
     }
 
     /// Whether the server has ended it at an administrator's word, as it does when it is shut down in order.

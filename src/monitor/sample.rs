@@ -85,8 +85,15 @@ pub struct PrimaryTrack {
 struct Track {
     epoch: Epoch,
     history: PrimaryHistory,
-    last_sample: Option<(u64, Lsn)>,
-    alive: Option<Alive>,
+    last: Option<Last>,
+}
+
+/// The epoch's last sample of its primary.
+#[derive(Clone, Copy, Debug)]
+struct Last {
+    number: u64,
+    insert: Lsn,
+    alive: Alive,
 }
 
 /// Whether a sample is the first of its connection.
@@ -101,8 +108,7 @@ pub enum FirstSample {
 impl PrimaryTrack {
     /// Remembers the primary's positions for `keep`.
     pub fn new(keep: Duration) -> PrimaryTrack {
-        let track =
-            Track { epoch: Epoch(0), history: PrimaryHistory::new(keep), last_sample: None, alive: None };
+        let track = Track { epoch: Epoch(0), history: PrimaryHistory::new(keep), last: None };
         PrimaryTrack { state: Mutex::new(track) }
     }
 
@@ -132,25 +138,25 @@ impl PrimaryTrack {
                 FirstSample::OfConnection => track.history.resume(insert, asked_at),
                 FirstSample::No => track.history.record(insert, asked_at),
             }
-            track.last_sample = Some((number, insert));
-            track.alive = Some(Alive { asked_at, flush: sample.flush, in_order: false });
+            let alive = Alive { asked_at, flush: sample.flush, in_order: false };
+            track.last = Some(Last { number, insert, alive });
         }
     }
 
     /// The number and insert position of the epoch's last sample. It outlives the connection it came by.
     pub fn last_sample(&self) -> Option<(u64, Lsn)> {
-        self.lock().last_sample
+        self.lock().last.map(|last| (last.number, last.insert))
     }
 
     /// The same sample: when it was asked for, and what was flushed.
     pub fn alive(&self) -> Option<Alive> {
-        self.lock().alive
+        self.lock().last.map(|last| last.alive)
     }
 
     /// The primary has said that it shuts down.
     pub fn shuts_down(&self) {
-        if let Some(alive) = &mut self.lock().alive {
-            alive.in_order = true;
+        if let Some(last) = &mut self.lock().last {
+            last.alive.in_order = true;
         }
     }
 
@@ -160,7 +166,7 @@ impl PrimaryTrack {
         if track.epoch != epoch {
             track.epoch = epoch;
             track.history.clear();
-            (track.last_sample, track.alive) = (None, None);
+            track.last = None;
         }
     }
 

@@ -2,9 +2,6 @@
 //! soon may. The rule itself is in `mark`, the choice among equals in `route`; here is the waiting.
 
 use std::cell::Cell;
-use std::future::poll_fn;
-use std::pin::pin;
-use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use bytes::BufMut;
@@ -773,24 +770,27 @@ impl Session {
     }
 
     pub(super) async fn lease_from(&self, node: NodeId) -> Result<Result<Lease, AcquireError>, End> {
-        let session = self.affinity;
-        let asker = Asker { now: Instant::now(), ..self.asker() };
-        let pool = self.pools.node(node);
-        if let Some(mut lease) = pool.acquire_now(&self.startup, asker) {
-            lease.last_user = session;
-            return Ok(Ok(lease));
-        }
-        let mut acquire = pin!(pool.acquire(&self.startup, asker, self.patience()));
-        // Most of the time there is one, and nothing needs to be shown or measured.
-        if let Poll::Ready(mut lease) = poll_fn(|cx| Poll::Ready(acquire.as_mut().poll(cx))).await {
-            if let Ok(lease) = &mut lease {
-                lease.last_user = session;
-            }
-            return Ok(lease);
-        }
         let begun = Instant::now();
+        let asker = Asker { now: begun, ..self.asker() };
+        let pool = self.pools.node(node);
+        let lease = match pool.acquire_now(&self.startup, asker) {
+            // Most of the time: nothing needs to be shown or measured.
+            Some(lease) => Ok(lease),
+            None => self.await_lease(pool.acquire(&self.startup, asker, self.patience()), begun).await?,
+        };
+        Ok(lease.map(|mut lease| {
+            lease.last_user = self.affinity;
+            lease
+        }))
+    }
+
+    async fn await_lease(
+        &self,
+        acquire: impl Future<Output = Result<Lease, AcquireError>>,
+        begun: Instant,
+    ) -> Result<Result<Lease, AcquireError>, End> {
         self.handle.facts.waits_for(Wait::For(WaitFor::Backend));
-        let mut lease = tokio::select! {
+        let lease = tokio::select! {
             biased;
             lease = acquire => lease,
             () = self.handle.interrupted() => {
@@ -800,9 +800,6 @@ impl Session {
                 Err(AcquireError::Timeout)
             }
         };
-        if let Ok(lease) = &mut lease {
-            lease.last_user = session;
-        }
         // The pool has measured it.
         self.handle.facts.waited(Wait::For(WaitFor::Backend), begun.elapsed());
         Ok(lease)

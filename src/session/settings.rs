@@ -123,8 +123,9 @@ impl Settings {
         self.completed(changes);
     }
 
-    /// Code that is not understood has run: what the session has set may have other values. (A setting that it had not
-    /// set is seen by a look at the backend; this one's name and its last value are the server's own to report.)
+    /// Code that is not understood has run: what the session has set may have other values, and is to be read back. A
+    /// setting that it had not set is found by a look at the backend; `application_name` is left out, because the server
+    /// reports it whenever it changes.
     pub fn doubt(&mut self) {
         let own = self.names().filter(|name| *name != APPLICATION_NAME);
         let touched = own.map(|name| Change::Touched(name.to_owned())).collect();

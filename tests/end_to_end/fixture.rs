@@ -27,6 +27,17 @@ pub async fn eventually<F: Future<Output = bool>>(description: &str, mut what: i
     }
 }
 
+/// Runs `read`, which is marked with the word `loaded`, until a replica of a cluster that logs statements has run it:
+/// from then on the proxy knows the database's facts.
+pub async fn reads_reach_replicas(cluster: &Cluster, client: &tokio_postgres::Client, read: &str) {
+    assert!(read.contains("loaded"), "{read} is not marked");
+    eventually("plain reads reach a replica", || async {
+        client.simple_query(read).await.unwrap();
+        cluster.ran("loaded")[1..].iter().any(|runs| *runs > 0)
+    })
+    .await;
+}
+
 /// A runtime of its own for the links: a test that blocks its thread must not hold up the traffic.
 fn background() -> &'static tokio::runtime::Handle {
     static RUNTIME: OnceLock<tokio::runtime::Runtime> = OnceLock::new();

@@ -2,5 +2,6 @@
 //! its verdicts (`model`).
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod healthy;
 mod model;
 mod scenarios;

@@ -13,8 +13,10 @@ use highwater::monitor::floor::Floor;
 use highwater::node::{PrimarySample, Snapshot};
 use highwater::positions::{Incarnation, Late, Note, Positions, Sample, SampleBody};
 use highwater::session::mark::{Freshness, Mark, PrimaryVerdict, ReplicaVerdict, Samples};
-use highwater::topology::{Epoch, Exclusion, NodeId, NodeView, Standing, Topology};
+use highwater::topology::{Epoch, Exclusion, NodeId, Standing, Topology};
 use highwater::wal::{Lsn, TimelineId};
+
+use crate::healthy::topology;
 
 /// A part of the rule that is left out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -267,39 +269,13 @@ struct World {
     happened: Happened,
 }
 
-fn topology() -> Topology {
-    let view = |id: u16| NodeView {
-        id: NodeId(id),
-        name: Arc::from(format!("n{id}")),
-        weight: 1,
-        standing: if id == 0 { Standing::Primary { reachable: true } } else { Standing::Replica },
-        timeline: Some(TimelineId(1)),
-        replay_lag_bytes: None,
-        replay_lag: None,
-        server_major: Some(15),
-        recovery: None,
-        replay_rate: None,
-        catch_up: None,
-    };
-    Topology {
-        epoch: Epoch(1),
-        system_identifier: Some(1),
-        primary: Some(PRIMARY),
-        timeline: Some(TimelineId(1)),
-        nodes: (0..NODES as u16).map(view).collect(),
-        start: None,
-        history: None,
-        switches: Vec::new(),
-    }
-}
-
 impl World {
     fn new(seed: u64, promised: Promised, without: Without) -> World {
         let positions = Arc::new(Positions::new(NODES));
         for id in 0..NODES as u16 {
             positions.node(NodeId(id)).connected();
         }
-        let topology = topology();
+        let topology = topology(&["n0", "n1", "n2"]);
         let mark = Mark::new(&*positions, &topology);
         World {
             chance: Chance(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1),

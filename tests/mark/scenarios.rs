@@ -1,12 +1,13 @@
 //! Plays tests/scenarios/mark.txt.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use highwater::positions::{Incarnation, Late, Note, Positions, Sample, SampleBody};
 use highwater::session::mark::{Mark, PrimaryVerdict, Quorum, ReplicaVerdict, Survival};
-use highwater::topology::{Epoch, Exclusion, NodeId, NodeView, Standing, Switch, Topology};
+use highwater::topology::{Epoch, Exclusion, NodeId, Standing, Switch, Topology};
 use highwater::wal::{Lsn, TimelineId};
+
+use crate::healthy::topology;
 
 struct Story {
     positions: Positions,
@@ -24,32 +25,10 @@ fn node(word: &str) -> Option<NodeId> {
 impl Story {
     fn new() -> Story {
         let positions = Positions::new(3);
-        let view = |id: u16| NodeView {
-            id: NodeId(id),
-            name: Arc::from(["a", "b", "c"][usize::from(id)]),
-            weight: 1,
-            standing: if id == 0 { Standing::Primary { reachable: true } } else { Standing::Replica },
-            timeline: Some(TimelineId(1)),
-            replay_lag_bytes: None,
-            replay_lag: None,
-            server_major: Some(15),
-            recovery: None,
-            replay_rate: None,
-            catch_up: None,
-        };
         for id in 0..3 {
             positions.node(NodeId(id)).connected();
         }
-        let topology = Topology {
-            epoch: Epoch(1),
-            system_identifier: Some(1),
-            primary: Some(NodeId(0)),
-            timeline: Some(TimelineId(1)),
-            nodes: (0..3).map(view).collect(),
-            start: None,
-            history: None,
-            switches: Vec::new(),
-        };
+        let topology = topology(&["a", "b", "c"]);
         Story { positions, topology, mark: None, last_sample: None, let_to: None }
     }
 

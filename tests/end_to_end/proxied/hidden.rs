@@ -117,11 +117,7 @@ async fn started(objects: &str, overrides: &str) -> (Cluster, Proxy) {
     cluster.set_up_as_superuser(objects).await;
     let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
     let client = proxy.connect().await;
-    eventually("plain reads reach the replica", || async {
-        client.simple_query("SELECT x AS loaded FROM plain").await.unwrap();
-        cluster.ran("loaded")[1] > 0
-    })
-    .await;
+    reads_reach_replicas(&cluster, &client, "SELECT x AS loaded FROM plain").await;
     (cluster, proxy)
 }
 

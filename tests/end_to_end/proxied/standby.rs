@@ -117,11 +117,7 @@ async fn started(overrides: &str) -> (Cluster, Proxy) {
     cluster.set_up(OBJECTS).await;
     let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
     let client = proxy.connect().await;
-    eventually("plain reads reach the replica", || async {
-        client.simple_query("SELECT x AS loaded FROM t").await.unwrap();
-        cluster.ran("loaded")[1] > 0
-    })
-    .await;
+    reads_reach_replicas(&cluster, &client, "SELECT x AS loaded FROM t").await;
     (cluster, proxy)
 }
 

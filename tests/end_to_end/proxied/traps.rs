@@ -126,12 +126,7 @@ async fn what_the_catalog_hides_starts_on_the_primary() {
     let proxy = Proxy::start(&cluster).await;
     let client = proxy.connect().await;
     // The facts are loaded once a read of plain things reaches a replica.
-    eventually("plain reads reach a replica", || async {
-        client.simple_query("SELECT x AS loaded FROM plain").await.unwrap();
-        let ran = cluster.ran("loaded");
-        ran[1] + ran[2] > 0
-    })
-    .await;
+    reads_reach_replicas(&cluster, &client, "SELECT x AS loaded FROM plain").await;
 
     let hidden = [
         "SELECT * FROM locking_view",
@@ -274,12 +269,7 @@ async fn a_users_own_functions_types_and_policies_that_only_read_run_on_replicas
     cluster.set_up(HARMLESS).await;
     let proxy = Proxy::start(&cluster).await;
     let client = proxy.connect().await;
-    eventually("plain reads reach a replica", || async {
-        client.simple_query("SELECT x AS loaded FROM plain").await.unwrap();
-        let ran = cluster.ran("loaded");
-        ran[1] + ran[2] > 0
-    })
-    .await;
+    reads_reach_replicas(&cluster, &client, "SELECT x AS loaded FROM plain").await;
     let harmless = [
         "SELECT in_sql(x) FROM plain",
         "SELECT in_plpgsql('one')",
@@ -333,11 +323,7 @@ async fn the_operator_may_know_better_and_a_comment_may_ask_for_the_primary() {
     let overrides = "routing: { functions: { safe: [public.dynamic], primary: [slow, initcap] } }";
     let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
     let client = proxy.connect().await;
-    eventually("plain reads reach the replica", || async {
-        client.simple_query("SELECT x AS loaded FROM plain").await.unwrap();
-        cluster.ran("loaded")[1] > 0
-    })
-    .await;
+    reads_reach_replicas(&cluster, &client, "SELECT x AS loaded FROM plain").await;
     for (marker, statement, ran) in [
         ("safe.", "/* safe. */ SELECT dynamic()", [0, 1]),
         ("listed.", "/* listed. */ SELECT slow()", [1, 0]),
@@ -379,11 +365,7 @@ async fn an_unsafe_operator_that_constants_reach_makes_its_token_unsafe() {
         .await;
     let proxy = Proxy::start(&cluster).await;
     let client = proxy.connect().await;
-    eventually("plain reads reach the replica", || async {
-        client.simple_query("SELECT x AS loaded FROM plain WHERE id = 1 AND x = 'a'").await.unwrap();
-        cluster.ran("loaded")[1] > 0
-    })
-    .await;
+    reads_reach_replicas(&cluster, &client, "SELECT x AS loaded FROM plain WHERE id = 1 AND x = 'a'").await;
     for (number, statement) in [
         "SELECT ROW(1, 'a') ~~ 'x'::text",
         "SELECT ROW(1, 'a') LIKE 'x'::text",
@@ -424,11 +406,7 @@ async fn what_any_statement_can_reach_sends_all_to_the_primary() {
         cluster.set_up("CREATE TABLE plain (id int, x text); INSERT INTO plain VALUES (1, 'a')").await;
         let proxy = Proxy::start(&cluster).await;
         let client = proxy.connect().await;
-        eventually("plain reads reach the replica", || async {
-            client.simple_query("SELECT x AS loaded FROM plain").await.unwrap();
-            cluster.ran("loaded")[1] > 0
-        })
-        .await;
+        reads_reach_replicas(&cluster, &client, "SELECT x AS loaded FROM plain").await;
         // Past the proxy, as these take a superuser; so it is noticed within moments.
         cluster.set_up_as_superuser(objects).await;
         eventually("the objects are known", || async {
@@ -489,12 +467,7 @@ async fn a_database_full_of_extensions_keeps_its_offload() {
         .await;
     let proxy = Proxy::start(&cluster).await;
     let client = proxy.connect().await;
-    eventually("plain reads reach a replica", || async {
-        client.simple_query("SELECT x AS loaded FROM plain").await.unwrap();
-        let ran = cluster.ran("loaded");
-        ran[1] + ran[2] > 0
-    })
-    .await;
+    reads_reach_replicas(&cluster, &client, "SELECT x AS loaded FROM plain").await;
     let harmless = [
         "SELECT id + 1, x LIKE 'o%', x = 'a', id BETWEEN 1 AND 2 FROM plain WHERE id IN (1, 2)",
         "SELECT h -> 'a', h ? 'a', h @> 'a=>1' FROM plain",
@@ -540,11 +513,7 @@ async fn a_parameters_type_can_hide_a_function_too() {
     cluster.set_up(&objects()).await;
     let proxy = Proxy::start(&cluster).await;
     let client = proxy.connect().await;
-    eventually("plain reads reach the replica", || async {
-        client.simple_query("SELECT x AS loaded FROM plain").await.unwrap();
-        cluster.ran("loaded")[1] > 0
-    })
-    .await;
+    reads_reach_replicas(&cluster, &client, "SELECT x AS loaded FROM plain").await;
     let oid: u32 = client.query_one("SELECT 'composite'::regtype::oid", &[]).await.unwrap().get(0);
     let mut raw = proxy.raw_login().await;
     let mut body = b"\0SELECT $1 = $2 /* typed. */\0\0\x02".to_vec();
@@ -562,11 +531,7 @@ async fn what_becomes_dangerous_later_is_noticed_however_it_was_made() {
     cluster.set_up("CREATE TABLE plain (id int, x text); INSERT INTO plain VALUES (1, 'a')").await;
     let proxy = Proxy::start(&cluster).await;
     let client = proxy.connect().await;
-    eventually("plain reads reach the replica", || async {
-        client.simple_query("SELECT lower(x) AS loaded FROM plain").await.unwrap();
-        cluster.ran("loaded")[1] > 0
-    })
-    .await;
+    reads_reach_replicas(&cluster, &client, "SELECT lower(x) AS loaded FROM plain").await;
 
     // Through the proxy: from the very next statement on.
     client
