@@ -2,6 +2,7 @@
 //! soon may. The rule itself is in `mark`, the choice among equals in `route`; here is the waiting.
 
 use std::cell::Cell;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use bytes::BufMut;
@@ -776,7 +777,10 @@ impl Session {
         let lease = match pool.acquire_now(&self.startup, asker) {
             // Most of the time: nothing needs to be shown or measured.
             Some(lease) => Ok(lease),
-            None => self.await_lease(pool.acquire(&self.startup, asker, self.patience()), begun).await?,
+            None => {
+                let acquire = pin!(pool.acquire(&self.startup, asker, self.patience()));
+                self.await_lease(acquire, begun).await?
+            }
         };
         Ok(lease.map(|mut lease| {
             lease.last_user = self.affinity;
