@@ -5,12 +5,15 @@
 //! sample, so a session that reads the counter after a ReadyForQuery knows that every sample with a
 //! greater number was asked after that ReadyForQuery.
 
+mod bells;
+
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
+use self::bells::Bells;
 use crate::topology::{Epoch, NodeId};
 use crate::wal::{Lsn, TimelineId};
 
@@ -270,13 +273,19 @@ impl NodePositions {
 /// The samples of all nodes.
 pub struct Positions {
     nodes: Box<[NodePositions]>,
-    changed: Notify,
+    bells: Bells,
 }
 
 impl Positions {
     /// For nodes `0..count`.
     pub fn new(count: usize) -> Positions {
-        Positions { nodes: (0..count).map(|_| NodePositions::default()).collect(), changed: Notify::new() }
+        Positions::for_workers(count, 0)
+    }
+
+    /// For nodes `0..count`, and sessions on so many workers.
+    pub fn for_workers(count: usize, workers: usize) -> Positions {
+        let nodes = (0..count).map(|_| NodePositions::default()).collect();
+        Positions { nodes, bells: Bells::new(workers) }
     }
 
     /// One node's samples.
@@ -301,18 +310,28 @@ impl Positions {
             }
             *latest = Some(sample);
         }
-        self.changed.notify_waiters();
+        self.bells.ring();
     }
 
     /// Resolves at the next change of any node's samples after the future was created: it need not have been polled,
     /// and takes no lock unless it is.
-    pub fn changed(&self) -> tokio::sync::futures::Notified<'_> {
-        self.changed.notified()
+    pub fn changed(&self) -> impl Future<Output = ()> + '_ {
+        self.bells.next(None)
+    }
+
+    /// The same, for a task of this worker's.
+    pub fn changed_on(&self, worker: usize) -> impl Future<Output = ()> + '_ {
+        self.bells.next(Some(worker))
+    }
+
+    /// Wakes the tasks of a worker's thread that wait for a change; runs on that thread, for ever.
+    pub async fn wake_on(&self, worker: usize) {
+        self.bells.pass_on(worker).await;
     }
 
     /// Wakes all waiters: something that decides over a wait has changed (a node was lost).
     pub fn wake_all(&self) {
-        self.changed.notify_waiters();
+        self.bells.ring();
     }
 }
 

@@ -296,7 +296,7 @@ async fn build(config: Config, reload: Reload) -> Result<Parts, StartError> {
     };
 
     let topology = Arc::new(TopologyHandle::new(Topology::initial(config)));
-    let positions = Arc::new(Positions::new(places));
+    let positions = Arc::new(Positions::for_workers(places, config.workers));
     let gate = Arc::new(Gate::new(places, config.workers, config.failover.max_paused));
     let names: Vec<String> = config.nodes.iter().map(|n| n.name.clone()).collect();
     let metrics = Arc::new(Metrics::new(&names, &labels()));
@@ -482,6 +482,8 @@ fn run_worker(
             let door = door.clone();
             runtime.block_on(async move {
                 tokio::spawn(pulse.beat(1 + worker));
+                let positions = door.shared.positions.clone();
+                tokio::spawn(async move { positions.wake_on(worker).await });
                 tokio::spawn(listener::work(door, handed, worker));
                 let _ = quitting.wait_for(|quit| *quit).await;
             });

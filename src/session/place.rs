@@ -154,7 +154,7 @@ impl Session {
         let mut waited = false;
         loop {
             let shared = self.shared.clone();
-            let changed = shared.positions.changed();
+            let changed = pin!(shared.positions.changed_on(self.worker));
             let (candidates, hope) = self.candidates_now(&avoid, patience);
             if let Some(node) = balance::pick(&candidates, rand::random()) {
                 if waited {
@@ -352,7 +352,7 @@ impl Session {
         let until = Instant::now() + pause;
         loop {
             let shared = self.shared.clone();
-            let changed = shared.positions.changed();
+            let changed = pin!(shared.positions.changed_on(self.worker));
             match self.try_replicas(avoid).await? {
                 Tried::Placed(placed) => return Ok(Ok(Placed { role: Role::Standby, ..placed })),
                 Tried::Failed(report) => return Ok(Err(report)),
@@ -493,7 +493,7 @@ impl Session {
         let mut waited = false;
         loop {
             let shared = self.shared.clone();
-            let changed = shared.positions.changed();
+            let changed = pin!(shared.positions.changed_on(self.worker));
             let topology = shared.topology.load_full();
             self.bring_mark_forward(&topology);
             let in_service = topology.node(lease.node).standing == Standing::Replica;
@@ -602,9 +602,7 @@ impl Session {
     async fn await_known_start(&mut self, lease: &mut Lease, until: Instant) -> Result<bool, End> {
         loop {
             let shared = self.shared.clone();
-            let changed = shared.positions.changed();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
+            let changed = pin!(shared.positions.changed_on(self.worker));
             let epoch = shared.topology.load().epoch;
             if lease.epoch != epoch || lease.socket.is_closed() || Instant::now() >= until {
                 return Ok(false);
@@ -665,7 +663,7 @@ impl Session {
                 return Ok(Err(report));
             }
             let shared = self.shared.clone();
-            let sampled = shared.positions.changed();
+            let sampled = pin!(shared.positions.changed_on(self.worker));
             let reorganised = shared.topology.changed();
             let topology = shared.topology.load_full();
             self.bring_mark_forward(&topology);

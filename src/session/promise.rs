@@ -1,6 +1,7 @@
 //! What a session is promised, and what follows from it: whose mark it shares, what counts for it, and how
 //! many of its reads may burden the primary.
 
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
@@ -235,7 +236,7 @@ impl Session {
         let Some(primary) = shared.topology.load().primary else { return Ok(()) };
         let before = shared.positions.node(primary).counter();
         loop {
-            let changed = shared.positions.changed();
+            let changed = pin!(shared.positions.changed_on(self.worker));
             if shared.positions.node(primary).latest().is_some_and(|sample| sample.number > before) {
                 self.own.asked = true;
                 return Ok(());
@@ -252,7 +253,7 @@ impl Session {
         let until = Instant::now() + own::TOKEN_WAIT;
         let shared = self.shared.clone();
         loop {
-            let changed = shared.positions.changed();
+            let changed = pin!(shared.positions.changed_on(self.worker));
             let topology = shared.topology.load_full();
             self.bring_mark_forward(&topology);
             if self.mark.is_resolved() {
