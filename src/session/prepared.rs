@@ -30,6 +30,8 @@ pub struct Statement {
     pub shared: SharedName,
     /// Text, zero byte, number of types, type OIDs: as Parse has them behind the name.
     pub tail: Bytes,
+    /// Where the text ends.
+    text_end: usize,
     /// A number that no other Parse of the process has.
     pub serial: u64,
     /// What its name says of the settings under which it was parsed.
@@ -93,7 +95,7 @@ impl Statement {
 
     /// The text; of one that was prepared by SQL, the statement proper.
     pub fn text(&self) -> &[u8] {
-        let text = crate::wire::cstr(&self.tail).map_or(&[][..], |(text, _)| text);
+        let text = &self.tail[..self.text_end];
         match &self.sql {
             Some(sql) => text.get(sql.0.clone()).unwrap_or_default(),
             None => text,
@@ -129,8 +131,8 @@ impl Statement {
 
     /// The parameter types that the client stated.
     pub fn types(&self) -> Vec<u32> {
-        let Some((_, rest)) = crate::wire::cstr(&self.tail) else { return Vec::new() };
-        rest.get(2..)
+        self.tail
+            .get(self.text_end + 3..)
             .unwrap_or_default()
             .chunks_exact(4)
             .map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]))
@@ -220,9 +222,11 @@ impl Names {
     }
 
     fn made(hash: u128, tail: Bytes, serial: u64, settings: &[u8], sql: Option<OfSql>) -> Arc<Statement> {
+        let text_end = crate::wire::cstr(&tail).map_or(0, |(text, _)| text.len());
         Arc::new(Statement {
             shared: SharedName(hash),
             tail,
+            text_end,
             serial,
             settings: settings.into(),
             sql: sql.map(Box::new),
