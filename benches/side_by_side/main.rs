@@ -26,6 +26,7 @@ use highwater::demo::cluster::{ClusterOptions, PrivateCluster};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use self::lab::{Contender, Failure, Lab, Run, Workload, find_program};
+use self::process::Counter;
 use self::report::{About, Findings};
 use self::wire::Wire;
 
@@ -343,26 +344,27 @@ fn bulk_once(lab: &Lab, contender: &Contender, name: &str, megabytes: u64) -> io
     Ok((size / took.as_secs_f64(), cost))
 }
 
-/// Statements counted under strace: enough that logging in does not show.
+/// Statements whose system calls are counted: enough that logging in does not show.
 const TRACED: u32 = 2000;
 
 fn system_calls(lab: &Lab, arguments: &Arguments, findings: &mut Findings) {
     if !arguments.wants("system calls") {
         return;
     }
-    if find_program("strace").is_none() {
-        findings.failures.push("strace is not installed: no system calls counted".to_owned());
+    let Some(counter) = Counter::find() else {
+        let failure = "neither perf nor strace works here: no system calls counted";
+        findings.failures.push(failure.to_owned());
         return;
-    }
+    };
     for mode in ["simple", "extended", "prepared"] {
-        eprintln!("system calls: {mode}");
+        eprintln!("system calls ({counter:?}): {mode}");
         for contender in &lab.contenders {
             let (port, Some(pid)) = contender.for_workload(mode) else { continue };
             let work = || {
                 let arguments = ["-n", "-S", "-M", mode, "-c", "1", "-t", &TRACED.to_string()];
                 lab.pgbench(port, &arguments.map(str::to_owned), 120).map(drop).map_err(io::Error::other)
             };
-            match process::system_calls(pid, &lab.directory.join("strace.txt"), work) {
+            match counter.count(pid, &lab.directory.join("calls.txt"), work) {
                 Ok(calls) => {
                     let each = calls / f64::from(TRACED);
                     findings.add("system calls per statement, 1 client", contender.name, mode, each);
