@@ -363,6 +363,8 @@ pub struct Session {
     durable: Option<Box<Durable>>,
     /// Its transaction may have written.
     wrote: bool,
+    /// A statement of its transaction, which a node knows of, has run: it has its snapshot.
+    queried: bool,
     role: Role,
     /// The sampler connection of the replica that `lease` is on when the session was let there.
     incarnation: Incarnation,
@@ -493,6 +495,7 @@ impl Session {
             listening: Listening::default(),
             durable,
             wrote: false,
+            queried: false,
             role: Role::Primary,
             incarnation: Incarnation::default(),
             pins: Pins::default(),
@@ -1341,6 +1344,9 @@ impl Session {
             self.note();
         }
         self.ddl |= self.unit.ddl;
+        let queries = self.unit.commands > 0 && !self.unit.control && !self.unit.is_quiet();
+        self.queried = self.status == TransactionStatus::InTransaction
+            && (self.queried || queries && self.unit.before == TransactionStatus::InTransaction);
         if self.unit.writes
             && let Some(lease) = &mut self.lease
         {
