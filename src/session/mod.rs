@@ -868,7 +868,9 @@ impl Session {
         self.flush_client().await?;
         let Some(lease) = &mut self.lease else { return Ok(()) };
         let node = lease.node;
-        clean::fence(lease).await.map_err(|_| End::StateLost { node })
+        clean::fence(lease).await.map_err(|_| End::StateLost { node })?;
+        self.hear_what_came();
+        Ok(())
     }
 
     /// The session's transaction has taken too long.
@@ -1470,7 +1472,10 @@ impl Session {
         let Some(lease) = &mut self.lease else { return Ok(Vec::new()) };
         let node = lease.node;
         // The client has its answer; what it has set is gone with the backend.
-        clean::read_settings(lease, names).await.map_err(|clean::Broken| End::StateLost { node })
+        let values =
+            clean::read_settings(lease, names).await.map_err(|clean::Broken| End::StateLost { node })?;
+        self.hear_what_came();
+        Ok(values)
     }
 
     /// What the unit has done, as far as it concerns pins.
@@ -1514,9 +1519,7 @@ impl Session {
             }
         }
         self.listening.seen(look.shown.is_some().then(|| look.listens.unwrap_or_default()));
-        for message in look.notifications {
-            self.notification_heard(message);
-        }
+        self.hear_what_came();
         match look.shown {
             Some(shown) => self.pins.seen(reasons(shown, self.pins.now())),
             // Whatever is there, the session keeps it.
@@ -1527,12 +1530,13 @@ impl Session {
         Ok(())
     }
 
-    /// A notification that came while the backend was asked something.
-    fn notification_heard(&mut self, message: BytesMut) {
-        if let Some(lease) = self.lease.take() {
+    /// Notifications that came while the backend was asked something.
+    fn hear_what_came(&mut self) {
+        let Some(mut lease) = self.lease.take() else { return };
+        for message in std::mem::take(&mut lease.heard) {
             self.notification(&lease, message);
-            self.lease = Some(lease);
         }
+        self.lease = Some(lease);
     }
 
     /// Nothing of the session's is on the backend any more.
