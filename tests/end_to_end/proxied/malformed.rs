@@ -1,7 +1,7 @@
 //! Messages whose frame is right and whose body nobody can read: PostgreSQL answers them with an error, and the session
 //! goes on behind the next Sync. So it does here, byte for byte, in whatever state it is.
 
-use super::protocol::{beside, close, named_bind};
+use super::protocol::{answers, beside, close, named_bind};
 use crate::fixture::*;
 
 /// Bodies that end early, lack their terminators, count wrong, say too much or ask for what does not exist.
@@ -49,11 +49,19 @@ pub(super) const MALFORMED: [(u8, &[u8]); 40] = [
     (b'F', b"\0\0\0\x01\0"),
 ];
 
-/// What the session is in the middle of when it comes, and what comes before it in its unit.
-fn states() -> Vec<(&'static str, Vec<Vec<u8>>, Vec<u8>)> {
+/// What the session is in the middle of when it comes.
+struct State {
+    name: &'static str,
+    /// Units before its own.
+    before: Vec<Vec<u8>>,
+    /// What its own unit begins with.
+    begun: Vec<u8>,
+}
+
+fn states() -> Vec<State> {
     let run = |sql: &str| [parse("", sql), bind("", &[]), execute()].concat();
     let known = [named_bind("", "good"), bind("takes", &["x"]), sync()].concat();
-    vec![
+    let all = [
         ("idle", vec![], vec![]),
         ("behind reads", vec![], run("SELECT 1")),
         ("behind a name", vec![], [parse("new", "SELECT 3"), named_bind("", "new"), execute()].concat()),
@@ -64,19 +72,15 @@ fn states() -> Vec<(&'static str, Vec<Vec<u8>>, Vec<u8>)> {
         // The server process has the statements, or their Bind would be refused before it is read to its end.
         ("in a failed transaction", vec![query("BEGIN"), known, query("SELECT 1/0")], vec![]),
         ("with a temporary table", vec![query("CREATE TEMP TABLE own (x int)")], run("SELECT 1")),
-    ]
-}
-
-/// All that is answered, up to the answer of a batch that changes nothing and works in every state.
-async fn answers(who: &str, client: &mut RawClient, unit: &[u8]) -> Vec<Message> {
-    super::protocol::answers(who, client, unit).await
+    ];
+    all.map(|(name, before, begun)| State { name, before, begun }).into()
 }
 
 #[tokio::test]
 async fn what_nobody_can_read_fails_its_unit_alone_in_the_words_of_the_server() {
     let table = "CREATE TABLE t (x int)";
     let (_cluster, proxy, direct) = beside("{ pool: { size: 2, max_prepared: 3 } }", table).await;
-    for (state, before, unit) in states() {
+    for State { name: state, before, begun } in states() {
         for (tag, body) in MALFORMED {
             let (mut proxied, mut direct) = (proxy.raw_login().await, direct.raw_login().await);
             let prepared = [parse("good", "SELECT 2"), parse("takes", "SELECT $1::text"), sync()].concat();
@@ -93,7 +97,7 @@ async fn what_nobody_can_read_fails_its_unit_alone_in_the_words_of_the_server() 
                 query("SELECT count(*) FROM t"),
             ];
             let units = [prepared, unnamed].into_iter().chain(before.clone());
-            let units = units.chain([[&unit[..], &message(tag, body), &skipped].concat()]).chain(left);
+            let units = units.chain([[&begun[..], &message(tag, body), &skipped].concat()]).chain(left);
             for (number, unit) in units.enumerate() {
                 let what = format!("{state}, {:?} {}, unit {number}", char::from(tag), body.escape_ascii());
                 let expected = answers(&format!("one server ({what})"), &mut direct, &unit).await;
