@@ -21,8 +21,6 @@ pub struct Answer {
     pub rows: Vec<Vec<Option<Vec<u8>>>>,
     /// One tag per statement.
     pub tags: Vec<Vec<u8>>,
-    /// Notifications that came meanwhile.
-    notifications: Vec<BytesMut>,
     /// The server has reported an error.
     failed: bool,
 }
@@ -44,10 +42,10 @@ pub async fn ask(backend: &mut Backend, sql: &str) -> Result<Answer, Broken> {
     }
 }
 
-/// A command of our own; the notifications that came meanwhile, each a whole message.
-pub async fn command(backend: &mut Backend, sql: &str) -> Result<Vec<BytesMut>, Broken> {
+/// A command of our own.
+pub async fn command(backend: &mut Backend, sql: &str) -> Result<(), Broken> {
     fence(backend).await?;
-    Ok(ask(backend, sql).await?.notifications)
+    ask(backend, sql).await.map(|_| ())
 }
 
 /// The same, but that an error is an answer.
@@ -103,7 +101,7 @@ async fn answer(backend: &mut Backend) -> Result<Answer, Broken> {
                     if heard > MOST_HEARD {
                         return Err(Broken);
                     }
-                    answer.notifications.push(message);
+                    backend.heard.push(message);
                 }
                 // A fatal one is followed by the end of the connection.
                 b'E' => answer.failed = true,
@@ -168,6 +166,13 @@ pub async fn fence(backend: &mut Backend) -> Result<(), Broken> {
 
 /// Makes a backend that is idle (or was sent a cancel) fit for anybody. `Err`: close it.
 pub async fn clean(backend: &mut Backend) -> Result<(), Broken> {
+    let cleaned = clean_state(backend).await;
+    // Whoever listened is gone.
+    backend.heard = Vec::new();
+    cleaned
+}
+
+async fn clean_state(backend: &mut Backend) -> Result<(), Broken> {
     fence(backend).await?;
     match backend.dirt {
         Dirt::Clean => Ok(()),
@@ -245,8 +250,6 @@ pub struct Look {
     pub shown: Option<Shown>,
     /// What makes another backend listen to the same channels.
     pub listens: Option<Vec<u8>>,
-    /// Notifications that came meanwhile, each a whole message.
-    pub notifications: Vec<BytesMut>,
 }
 
 /// A condition that `what` is none of `literals`, to stand behind another one; no text if there are none.
@@ -290,7 +293,7 @@ pub async fn look(backend: &mut Backend) -> Result<Look, Broken> {
     let mut answer = ask_even_in_vain(backend, &question).await?;
     let shown = if answer.failed { None } else { Some(shown(&answer.rows).ok_or(Broken)?) };
     let listens = answer.rows.pop().and_then(|mut row| row.pop().flatten());
-    Ok(Look { shown, listens, notifications: answer.notifications })
+    Ok(Look { shown, listens })
 }
 
 fn shown(rows: &[Vec<Option<Vec<u8>>>]) -> Option<Shown> {

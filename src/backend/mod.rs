@@ -112,6 +112,8 @@ pub struct Backend {
     pub output: BytesMut,
     /// Where a cancel request for it goes.
     pub cancel: Arc<CancelTarget>,
+    /// Notifications that came during round trips of ours, each a whole message: its session's, before anything else.
+    pub heard: Vec<BytesMut>,
     /// What it has reported.
     pub parameters: Arc<Parameters>,
     /// The startup parameters it was opened with: it serves sessions that ask for the same.
@@ -303,6 +305,7 @@ impl Backend {
             dirt: Dirt::Clean,
             applied: Arc::default(),
             last_writer: None,
+            heard: Vec::new(),
             last_user: 0,
             worker,
             place: None,

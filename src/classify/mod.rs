@@ -45,7 +45,7 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 
 pub use catalog::Catalog;
 pub use lexer::{Lexer as Words, Token};
-pub use named::{SqlExecute, SqlPrepare, sql_execute, sql_prepare, words};
+pub use named::{SqlExecute, SqlPrepare, may_name_statements, sql_execute, sql_prepare, words};
 pub use skeleton::skeleton_text;
 pub use target::{Target, is_code, keeps_uncommitted, listen_target, target};
 pub use trace::traceparent;

@@ -43,6 +43,19 @@ pub fn words(text: &[u8]) -> Option<HashSet<Vec<u8>>> {
     }
 }
 
+/// Whether a text may execute or deallocate what SQL can name, alone or beside something else.
+pub fn may_name_statements(text: &[u8]) -> bool {
+    let mut lexer = Lexer::new(text);
+    loop {
+        match lexer.next_token() {
+            Token::End => return false,
+            Token::Unclear => return true,
+            Token::Word if matches!(lexer.name(), b"execute" | b"deallocate") => return true,
+            _ => {}
+        }
+    }
+}
+
 /// Reads a PREPARE.
 pub fn sql_prepare(text: &[u8]) -> Option<SqlPrepare> {
     let mut lexer = Lexer::new(text);

@@ -285,8 +285,16 @@ impl Exchange<'_> {
         {
             there.shape = Some(shape);
         }
+        if let Some(told) = asked.told.take() {
+            self.session.client.output.put_slice(&told);
+            self.backend.input.advance(len);
+            self.settle();
+            self.answer_ourselves();
+            return Ok(Some(Step::On));
+        }
         if !asked.compare {
             asked.statement.give_shape(shape, self.unit.number);
+            asked.statement.keep_description(&self.backend.input[..len]);
             return Ok(None);
         }
         if asked.statement.compare_shape(shape) || std::mem::take(&mut self.unit.awaits_shape) {

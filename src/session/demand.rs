@@ -168,6 +168,11 @@ fn too_long() -> Demand {
     }
 }
 
+/// A message that only a server can answer: with the error that it is none.
+fn malformed() -> Demand {
+    Demand::not_a_read(ClassLabel::Unit)
+}
+
 impl Session {
     /// What the unit at the start of the client's input asks for. The session holds no backend.
     pub(super) async fn demand(&mut self) -> Result<Demand, End> {
@@ -216,7 +221,7 @@ impl Session {
                 b'P' => {
                     needs_backend = true;
                     let body = &self.client.input[at + HEADER..at + header.len];
-                    let parse = Parse::read(body).ok_or_else(|| End::protocol("invalid message format"))?;
+                    let Some(parse) = Parse::read(body) else { return Ok(malformed()) };
                     let statement = self.shared.names.statement(&parse, self.settings.parse_fingerprint());
                     names.insert(parse.name.to_vec(), Some(statement.clone()));
                     let class = self.class_of(&statement).await;
@@ -233,8 +238,7 @@ impl Session {
                 b'B' => {
                     needs_backend = true;
                     let body = &self.client.input[at + HEADER..at + header.len];
-                    let (_, name, _) =
-                        messages::bind_names(body).ok_or_else(|| End::protocol("invalid message format"))?;
+                    let Some((_, name, _)) = messages::bind_names(body) else { return Ok(malformed()) };
                     let found = match names.get(name) {
                         Some(found) => found.clone(),
                         None => match self.statements.find(name) {
@@ -259,16 +263,21 @@ impl Session {
                 }
                 b'C' => {
                     let body = &self.client.input[at + HEADER..at + header.len];
-                    match messages::target(body).ok_or_else(|| End::protocol("invalid message format"))? {
-                        Target::Statement(name) => {
+                    match messages::target(body) {
+                        Some(Target::Statement(name)) => {
                             names.insert(name.to_vec(), None);
                         }
-                        Target::Portal(_) => {}
+                        Some(Target::Portal(_)) => {}
+                        None => return Ok(malformed()),
                     }
                 }
+                b'S' | b'H' if header.len > HEADER => return Ok(malformed()),
                 b'S' | b'H' => {
                     at += header.len;
                     break;
+                }
+                b'D' if self.describes_another(&self.client.input[at + HEADER..at + header.len]) => {
+                    return Ok(Demand::not_a_read(ClassLabel::Unit));
                 }
                 b'D' | b'E' => needs_backend = true,
                 b'X' => return Err(End::ClientGone),
@@ -284,6 +293,13 @@ impl Session {
         Ok(Demand::Read { vetted: at, redone: false })
     }
 
+    /// Whether a Describe is of what shows the rows of another statement: that must be there, too.
+    fn describes_another(&self, body: &[u8]) -> bool {
+        let Some(Target::Statement(name)) = messages::target(body) else { return false };
+        matches!(self.statements.find(name), Found::Statement(statement)
+            if classify::shows_rows_of_another(statement.text()))
+    }
+
     /// What a statement asks for may depend on what the session did before on its backend.
     fn ask_for_own(&mut self, class: StatementClass) {
         self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
@@ -291,8 +307,9 @@ impl Session {
     }
 
     async fn demand_query(&mut self, at: usize, len: usize) -> Result<Demand, End> {
-        let text = query_text(&self.client.input[at + HEADER..at + len])
-            .ok_or_else(|| End::protocol("invalid message format"))?;
+        let Some(text) = messages::query(&self.client.input[at + HEADER..at + len]) else {
+            return Ok(malformed());
+        };
         let (class, key) = self.classify_keyed(text, &[]).await;
         if class.hints.invalid
             && let Some(report) = super::own::refused_hint(text)
@@ -340,7 +357,7 @@ impl Session {
             // It is passed on as it comes, so nothing of it is known.
             return Some(too_long());
         }
-        let text = query_text(&self.client.input[HEADER..header.len])?;
+        let text = messages::query(&self.client.input[HEADER..header.len])?;
         let class = match self.lookup(text, &[]) {
             Lookup::Known(class, key) => {
                 self.entered = self.enter_query(text, class, key);
@@ -445,12 +462,13 @@ impl Session {
     }
 
     /// DEALLOCATE of a name that was prepared through the protocol: on an unpinned session only we
-    /// know the name.
+    /// know the name. In a transaction that a server knows of it is a query, for which that takes its snapshot.
     fn deallocated(&mut self, text: &[u8], class: StatementClass, len: usize) -> bool {
         if class.kind != Kind::Session
             || self.pins.hold()
             || self.statements.is_empty()
             || self.status == TransactionStatus::Failed
+            || self.status == TransactionStatus::InTransaction && self.lazy.is_none()
         {
             return false;
         }
@@ -458,6 +476,7 @@ impl Session {
         if !self.statements.remove(&name) {
             return false;
         }
+        self.has_run_a_query();
         self.statements.drop_unnamed();
         self.client.input.advance(len);
         let mut out = Vec::new();
@@ -648,7 +667,7 @@ impl Session {
     pub(super) fn learn(&self) {
         let Ok(Some(header)) = wire::header(&self.client.input) else { return };
         if header.tag == b'Q'
-            && let Some(text) = self.client.input.get(HEADER..header.len).and_then(query_text)
+            && let Some(text) = self.client.input.get(HEADER..header.len).and_then(messages::query)
             && let Lookup::Known(_, key) = self.lookup(text, &[])
         {
             self.shared.classifier.learn(key);
@@ -679,9 +698,4 @@ impl Session {
             at += header.len;
         }
     }
-}
-
-fn query_text(body: &[u8]) -> Option<&[u8]> {
-    let (text, rest) = wire::cstr(body)?;
-    rest.is_empty().then_some(text)
 }

@@ -75,6 +75,8 @@ pub enum Expect {
     OwnCloseComplete,
     /// An error that we give, in its turn; all up to the next Sync is skipped.
     OwnError(Box<ErrorReport>),
+    /// An error that the server gives: the message's body is not laid out as the protocol says.
+    Malformed,
     /// BindComplete. The client's name of the statement, for an error that names it.
     Bind(Vec<u8>),
     /// RowDescription or NoData, after ParameterDescription if it is of a statement: what the client is told
@@ -103,6 +105,8 @@ pub struct Asked {
     pub(super) on: NameOnServer,
     /// What the client goes by must be what is answered.
     pub(super) compare: bool,
+    /// What the client is told in place of the last answer.
+    pub(super) told: Option<Box<[u8]>>,
     pub(super) reader: ShapeReader,
 }
 

@@ -324,13 +324,11 @@ impl Session {
             sql.push_str("; ");
         }
         sql.push_str(std::str::from_utf8(listens).map_err(|_| clean::Broken)?);
-        let notifications = clean::command(lease, &sql).await?;
+        clean::command(lease, &sql).await?;
         lease.applied = self.settings.wanted().clone();
         let parameters = lease.parameters.clone();
         self.tell_differences(&parameters);
-        for message in notifications {
-            self.notification_heard(message);
-        }
+        self.hear_what_came();
         Ok(())
     }
 

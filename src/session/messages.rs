@@ -1,7 +1,7 @@
 //! What the session reads out of a client's extended-protocol messages. Pure.
 //!
 //! All take a message's *body*, without tag and length. `None` means that the body is not laid out as
-//! the protocol says; PostgreSQL answers that with a protocol error, and so do we.
+//! the protocol says, by PostgreSQL's reading: it answers that with an error, and so is sent it as it is.
 
 use std::hash::Hasher;
 use std::num::NonZeroU64;
@@ -10,6 +10,12 @@ use siphasher::sip::SipHasher13;
 
 use crate::backend::Shape;
 use crate::wire::cstr;
+
+/// The text of a Query.
+pub fn query(body: &[u8]) -> Option<&[u8]> {
+    let (text, rest) = cstr(body)?;
+    rest.is_empty().then_some(text)
+}
 
 /// Parse.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

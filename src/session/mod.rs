@@ -363,6 +363,8 @@ pub struct Session {
     durable: Option<Box<Durable>>,
     /// Its transaction may have written.
     wrote: bool,
+    /// A statement of its transaction, which a node knows of, has run: it has its snapshot.
+    queried: bool,
     role: Role,
     /// The sampler connection of the replica that `lease` is on when the session was let there.
     incarnation: Incarnation,
@@ -493,6 +495,7 @@ impl Session {
             listening: Listening::default(),
             durable,
             wrote: false,
+            queried: false,
             role: Role::Primary,
             incarnation: Incarnation::default(),
             pins: Pins::default(),
@@ -865,7 +868,9 @@ impl Session {
         self.flush_client().await?;
         let Some(lease) = &mut self.lease else { return Ok(()) };
         let node = lease.node;
-        clean::fence(lease).await.map_err(|_| End::StateLost { node })
+        clean::fence(lease).await.map_err(|_| End::StateLost { node })?;
+        self.hear_what_came();
+        Ok(())
     }
 
     /// The session's transaction has taken too long.
@@ -1341,6 +1346,9 @@ impl Session {
             self.note();
         }
         self.ddl |= self.unit.ddl;
+        let queries = self.unit.commands > 0 && !self.unit.control && !self.unit.is_quiet();
+        self.queried = self.status == TransactionStatus::InTransaction
+            && (self.queried || queries && self.unit.before == TransactionStatus::InTransaction);
         if self.unit.writes
             && let Some(lease) = &mut self.lease
         {
@@ -1464,7 +1472,10 @@ impl Session {
         let Some(lease) = &mut self.lease else { return Ok(Vec::new()) };
         let node = lease.node;
         // The client has its answer; what it has set is gone with the backend.
-        clean::read_settings(lease, names).await.map_err(|clean::Broken| End::StateLost { node })
+        let values =
+            clean::read_settings(lease, names).await.map_err(|clean::Broken| End::StateLost { node })?;
+        self.hear_what_came();
+        Ok(values)
     }
 
     /// What the unit has done, as far as it concerns pins.
@@ -1508,9 +1519,7 @@ impl Session {
             }
         }
         self.listening.seen(look.shown.is_some().then(|| look.listens.unwrap_or_default()));
-        for message in look.notifications {
-            self.notification_heard(message);
-        }
+        self.hear_what_came();
         match look.shown {
             Some(shown) => self.pins.seen(reasons(shown, self.pins.now())),
             // Whatever is there, the session keeps it.
@@ -1521,12 +1530,13 @@ impl Session {
         Ok(())
     }
 
-    /// A notification that came while the backend was asked something.
-    fn notification_heard(&mut self, message: BytesMut) {
-        if let Some(lease) = self.lease.take() {
+    /// Notifications that came while the backend was asked something.
+    fn hear_what_came(&mut self) {
+        let Some(mut lease) = self.lease.take() else { return };
+        for message in std::mem::take(&mut lease.heard) {
             self.notification(&lease, message);
-            self.lease = Some(lease);
         }
+        self.lease = Some(lease);
     }
 
     /// Nothing of the session's is on the backend any more.

@@ -51,7 +51,14 @@ pub struct Statement {
     stands_in: AtomicBool,
     /// The client's statement, for which this one stands on backends that parse it under other settings.
     stands_for: Option<Arc<Statement>>,
+    /// Of an EXECUTE: the server's answer to a Describe, which is decided when it is parsed.
+    description: OnceLock<Box<[u8]>>,
+    /// We have had it parsed again.
+    again: AtomicBool,
 }
+
+/// Bytes that a description may have to be kept.
+const LONGEST_DESCRIPTION: usize = 16 * 1024;
 
 impl Statement {
     /// What the client goes by: its description of the statement, or what its rows looked like.
@@ -91,6 +98,25 @@ impl Statement {
             }
         }
         same
+    }
+
+    /// The server has described it so (a RowDescription, or NoData). Kept of what shows the rows of another statement: what
+    /// that is when the client prepares this one decides how it is described from then on.
+    pub fn keep_description(&self, answer: &[u8]) {
+        if answer.len() <= LONGEST_DESCRIPTION && classify::shows_rows_of_another(self.text()) {
+            self.description.get_or_init(|| answer.into());
+        }
+    }
+
+    /// A Parse of ours is sent.
+    pub fn parse_again(&self) {
+        self.again.store(true, Ordering::Relaxed);
+    }
+
+    /// How it was described when the client had it parsed, if the server may describe it otherwise since a Parse of ours.
+    pub fn description(&self) -> Option<&[u8]> {
+        let may_differ = self.again.load(Ordering::Relaxed);
+        self.description.get().filter(|_| may_differ).map(|answer| &answer[..])
     }
 
     /// The text; of one that was prepared by SQL, the statement proper.
@@ -237,6 +263,8 @@ impl Names {
             changed: AtomicBool::new(false),
             stands_in: AtomicBool::new(false),
             stands_for: None,
+            description: OnceLock::new(),
+            again: AtomicBool::new(false),
         })
     }
 }

@@ -414,8 +414,15 @@ impl Session {
 
     /// A read of it has run apart. Nothing but empty queries: they count for none.
     pub(super) fn has_queried(&mut self, unit: &Unit) {
+        if unit.commands > 0 || unit.completed == 0 {
+            self.has_run_a_query();
+        }
+    }
+
+    /// On one server it would have its snapshot now.
+    pub(super) fn has_run_a_query(&mut self) {
         if let Some(lazy) = &mut self.lazy {
-            lazy.queried |= unit.commands > 0 || unit.completed == 0;
+            lazy.queried = true;
         }
     }
 

@@ -16,6 +16,8 @@ use crate::classify::setting::{self, Change};
 use crate::classify::{self, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
+const SQL_PREPARE: Leaves = Leaves::Pins(PinReason::SqlPrepare);
+
 /// A portal that no client has: an Execute of it fails.
 const NO_PORTAL: &[u8] = b"__hw_refused";
 
@@ -224,6 +226,7 @@ impl Exchange<'_> {
                 self.unit.intake = Intake::Closed;
                 Ok(Step::On)
             }
+            b'H' if header.len > HEADER => self.translate_malformed(header.len),
             b'H' => {
                 self.pass(header.len);
                 Ok(Step::On)
@@ -258,6 +261,15 @@ impl Exchange<'_> {
         Ok(Step::On)
     }
 
+    /// A message of the extended protocol whose body nobody can read. The server reads bodies as strictly, and before it
+    /// does anything: it fails, and skips all up to Sync.
+    fn translate_malformed(&mut self, len: usize) -> Result<Step, End> {
+        self.pass(len);
+        self.unit.expects.push_back(Expect::Malformed);
+        self.unit.skip_to_sync = true;
+        Ok(Step::On)
+    }
+
     fn translate_copy(&mut self, header: wire::Header, whole: bool) -> Result<Step, End> {
         match header.tag {
             b'd' => self.pass(header.len),
@@ -279,6 +291,13 @@ impl Exchange<'_> {
     }
 
     fn translate_query(&mut self, len: usize) -> Result<Step, End> {
+        if self.there() >= len && messages::query(self.peek(len)).is_none() {
+            self.pass(len);
+            // It fails before it is one: the unnamed statement outlives it, as it does a function call.
+            self.unit.expects.push_back(Expect::FunctionCall);
+            self.unit.intake = Intake::Closed;
+            return Ok(Step::On);
+        }
         // The first message of a unit was looked at when the unit was routed.
         if self.unit.begun
             && let Some(stopped) = self.count_query(len)?
@@ -306,7 +325,12 @@ impl Exchange<'_> {
         self.backend.unnamed = None;
         self.backend.dirt = self.backend.dirt.max(dirt_of(self.unit.leaves));
         let earlier = self.unit.expects.len();
-        self.materialize(self.unit.leaves, Some(len));
+        let names_statements =
+            self.there() >= len && self.may_name_statements(self.unit.leaves, self.peek(len));
+        if names_statements {
+            self.unit.leave(SQL_PREPARE);
+        }
+        self.materialize(if names_statements { SQL_PREPARE } else { self.unit.leaves }, Some(len));
         if !self.unit.begun {
             self.give_what_may_be_named();
         }
@@ -323,7 +347,9 @@ impl Exchange<'_> {
     /// What a Query that is about one name needs the backend to know. `Some`: the Query waits, or has failed.
     fn give_ahead(&mut self, len: usize) -> Result<Option<Step>, End> {
         let Some(command) = &self.session.sql else { return Ok(None) };
-        let (name, executes) = (command.name().to_vec(), matches!(command, SqlCommand::Execute(_)));
+        let name = command.name().to_vec();
+        let executes = matches!(command, SqlCommand::Execute(_));
+        let deallocates = matches!(command, SqlCommand::Deallocate(_));
         if let Found::Statement(statement) = self.session.statements.find(&name)
             && self.session.status != TransactionStatus::Failed
         {
@@ -336,7 +362,11 @@ impl Exchange<'_> {
                 return Ok(Some(Step::On));
             }
             if !std::mem::replace(&mut self.unit.given, true) && !self.backend.own_names.contains(&name) {
-                self.give(&name, &statement);
+                if deallocates {
+                    self.give_nothing(&name);
+                } else {
+                    self.give(&name, &statement);
+                }
                 // An error in it must not take the Query with it.
                 self.inject_sync();
             }
@@ -402,6 +432,9 @@ impl Exchange<'_> {
                 self.unit.may_commit |= class.may_commit(text);
                 self.unit.count_code(class.leaves, Some(text));
                 self.count_in(class);
+                if self.may_name_statements(class.leaves, text) {
+                    self.leave(SQL_PREPARE);
+                }
             }
             // Only what may be a read is worth a second opinion, and a read leaves nothing.
             Some(Lookup::Ask(_)) => self.unit.writes = true,
@@ -502,7 +535,7 @@ impl Exchange<'_> {
             return self.wait_for(len);
         }
         let body = self.body(len);
-        let parse = Parse::read(&body).ok_or_else(|| End::protocol("invalid message format"))?;
+        let Some(parse) = Parse::read(&body) else { return self.translate_malformed(len) };
         let statement =
             self.session.shared.names.statement(&parse, self.session.settings.parse_fingerprint());
         // Units are classified before they are placed; what is parsed later in an open unit is
@@ -519,7 +552,7 @@ impl Exchange<'_> {
             return self.drop_message(len);
         }
         if let Some(class) = class {
-            self.prepare_for(class.leaves);
+            self.prepare_for(class.leaves, statement.text());
         }
         if parse.name.is_empty() {
             if self.shares_unnamed(&statement, class) {
@@ -527,9 +560,12 @@ impl Exchange<'_> {
                 return Ok(Step::On);
             }
             self.backend.unnamed = Some(statement.serial);
-            self.session.statements.sent(b"", Found::Statement(statement));
+            self.session.statements.sent(b"", Found::Statement(statement.clone()));
             self.pass(len);
             self.unit.expects.push_back(Expect::Parse(NameOnServer::Unnamed));
+            if class.is_none_or(leaves_names) && classify::shows_rows_of_another(parse.text) {
+                self.ask_shape(NameOnServer::Unnamed, statement, false);
+            }
             return Ok(Step::On);
         }
         match self.session.statements.find(parse.name) {
@@ -600,7 +636,10 @@ impl Exchange<'_> {
                 self.pass(len);
                 self.unit.expects.push_back(Expect::Parse(NameOnServer::Own(name.to_vec())));
                 return self.ask_shape(NameOnServer::Own(name.to_vec()), statement, false);
-            } else if self.is_up_to_date(statement.shared) && !self.is_refused_here(&statement) {
+            } else if self.is_up_to_date(statement.shared)
+                && !self.is_refused_here(&statement)
+                && !self.takes_snapshot()
+            {
                 self.take(len);
                 Expect::OwnParseComplete
             } else {
@@ -616,6 +655,15 @@ impl Exchange<'_> {
     /// Whether the server refuses to parse the statement because the transaction has failed.
     fn is_refused_here(&self, statement: &Statement) -> bool {
         self.session.status == TransactionStatus::Failed && classify::stays_in_transaction(statement.text())
+    }
+
+    /// Whether a Parse may be the first statement of a transaction: on the server it takes the snapshot, behind which
+    /// nothing may be said of the isolation level any more.
+    fn takes_snapshot(&self) -> bool {
+        self.session.status == TransactionStatus::InTransaction
+            && !self.session.queried
+            && !self.session.is_apart()
+            && !self.unit.bound
     }
 
     /// Whether a client that prepares the text now may be given the shared statement that is there (or
@@ -670,7 +718,7 @@ impl Exchange<'_> {
             self.backend.output.put_slice(&[b'H', 0, 0, 0, 4]);
             self.unit.awaits_shape = true;
         }
-        let asked = Asked { statement, on, compare, reader: ShapeReader::default() };
+        let asked = Asked { statement, on, compare, told: None, reader: ShapeReader::default() };
         self.unit.expects.push_back(Expect::InjectedDescribe(Box::new(asked)));
     }
 
@@ -683,7 +731,9 @@ impl Exchange<'_> {
         let there = self.there().min(len);
         let head = &self.session.client.input[self.unit.taken + HEADER..self.unit.taken + there];
         let Some((name, _)) = wire::cstr(head) else {
-            return if there > SMALL_MESSAGE {
+            return if there == len {
+                self.translate_malformed(len)
+            } else if there > SMALL_MESSAGE {
                 Err(End::protocol("invalid message format"))
             } else {
                 self.wait_for(2 * SMALL_MESSAGE)
@@ -730,7 +780,9 @@ impl Exchange<'_> {
         let there = len.min(self.there());
         let head = &self.session.client.input[self.unit.taken + HEADER..self.unit.taken + there];
         let Some((portal, name, names_len)) = messages::bind_names(head) else {
-            return if there == len || there > 2 * SMALL_MESSAGE {
+            return if there == len {
+                self.translate_malformed(len)
+            } else if there > 2 * SMALL_MESSAGE {
                 Err(End::protocol("invalid message format"))
             } else {
                 self.wait_for(len.min(3 * SMALL_MESSAGE))
@@ -814,7 +866,7 @@ impl Exchange<'_> {
         let shows = class.is_some_and(|class| self.shows_statements(class));
         match class {
             Some(class) => {
-                self.prepare_for(class.leaves);
+                self.prepare_for(class.leaves, statement.text());
                 self.unit.binding = class.settings.then(|| statement.clone());
                 self.unit.login_settings |=
                     class.kind == Kind::Ddl && classify::alters_login(statement.text());
@@ -904,6 +956,7 @@ impl Exchange<'_> {
 
     /// A Parse of ours was sent.
     fn prepared_again(&mut self, on: NameOnServer, statement: &Arc<Statement>) {
+        statement.parse_again();
         self.unit.expects.push_back(Expect::InjectedParse(on.clone()));
         // Of a statement that is prepared and executed once only the client itself asks for the shape.
         if on != NameOnServer::Unnamed || statement.shape().is_some() {
@@ -965,11 +1018,19 @@ impl Exchange<'_> {
         self.ask_shape(NameOnServer::Own(name.to_vec()), statement.clone(), compare);
     }
 
+    /// Gives a backend a name that is to be deallocated at once, of which so only the name counts: what it stands for might
+    /// not be prepared any more, and a transaction end with that.
+    fn give_nothing(&mut self, name: &[u8]) {
+        put_parse(&mut self.backend.output, name, &[0; 3]);
+        self.backend.own_names.insert(name.to_vec());
+        self.unit.expects.push_back(Expect::InjectedParse(NameOnServer::Own(name.to_vec())));
+    }
+
     /// SQL's EXECUTE and DEALLOCATE see the protocol's names: before such a statement the backend is
     /// given all of the session's. In a Query this is done ahead, closed by a Sync of its own. In a transaction,
     /// which one that cannot be given would end, it is given those that the Query names.
     fn materialize(&mut self, leaves: Leaves, query: Option<usize>) {
-        if leaves != Leaves::Pins(PinReason::SqlPrepare) || self.session.role == Role::Replica {
+        if leaves != SQL_PREPARE || self.session.role == Role::Replica {
             return;
         }
         self.session.pin_now(PinReason::SqlPrepare);
@@ -978,6 +1039,15 @@ impl Exchange<'_> {
         let text = query.map(|len| self.body(len));
         let words = text.and_then(|body| classify::words(body.strip_suffix(b"\0").unwrap_or_default()));
         self.give_all(|name, _| words.as_ref().is_none_or(|words| words.contains(name)));
+    }
+
+    /// Whether a text that keeps the backend for another reason (`CREATE TEMP TABLE .. AS EXECUTE`), which is all that its
+    /// class says, is about prepared statements, too.
+    fn may_name_statements(&self, leaves: Leaves, text: &[u8]) -> bool {
+        matches!(leaves, Leaves::Pins(_))
+            && leaves != SQL_PREPARE
+            && !self.session.statements.is_empty()
+            && classify::may_name_statements(text.strip_suffix(b"\0").unwrap_or(text))
     }
 
     /// Gives the backend those of the session's statements that it lacks, each for itself: one that cannot be prepared
@@ -1018,10 +1088,11 @@ impl Exchange<'_> {
 
     /// The same ahead of a unit of the extended protocol; and what is prepared there of EXECUTE is described by
     /// what it names when it is parsed.
-    fn prepare_for(&mut self, leaves: Leaves) {
+    fn prepare_for(&mut self, leaves: Leaves, text: &[u8]) {
         let earlier = self.unit.expects.len();
         match leaves {
-            Leaves::Pins(PinReason::SqlPrepare) => self.leave(leaves),
+            SQL_PREPARE => self.leave(leaves),
+            Leaves::Pins(_) if self.may_name_statements(leaves, text) => self.leave(SQL_PREPARE),
             Leaves::ShowsStatements
                 if !self.unit.begun
                     && self.session.role == Role::Primary
@@ -1065,8 +1136,9 @@ impl Exchange<'_> {
     }
 
     fn translate_describe(&mut self, len: usize) -> Result<Step, End> {
-        let mut told = None;
-        match messages::target(self.peek(len)).ok_or_else(|| End::protocol("invalid message format"))? {
+        let mut asked = None;
+        let Some(target) = messages::target(self.peek(len)) else { return self.translate_malformed(len) };
+        match target {
             Target::Portal(_) => self.pass(len),
             Target::Statement(name) => {
                 let name = &name.to_vec()[..];
@@ -1088,17 +1160,24 @@ impl Exchange<'_> {
                         NameOnServer::Shared(statement.shared)
                     };
                     let reader = ShapeReader::default();
-                    told = Some(Box::new(Asked { statement, on, compare: false, reader }));
+                    let told = statement.description().map(Box::from);
+                    asked = Some(Box::new(Asked { statement, on, compare: false, told, reader }));
                 }
             }
         }
-        self.unit.expects.push_back(Expect::Describe(told));
+        let named = asked.as_mut().and_then(|asked| rows_of_another(asked));
+        self.unit.expects.push_back(Expect::Describe(asked));
+        if let Some((name, asked)) = named {
+            put_target(&mut self.backend.output, b'D', &name);
+            self.unit.expects.push_back(Expect::InjectedDescribe(Box::new(asked)));
+        }
         Ok(Step::On)
     }
 
     fn translate_close(&mut self, len: usize) -> Result<Step, End> {
         let body = self.body(len);
-        let expect = match messages::target(&body).ok_or_else(|| End::protocol("invalid message format"))? {
+        let Some(target) = messages::target(&body) else { return self.translate_malformed(len) };
+        let expect = match target {
             Target::Portal(_) => {
                 self.pass(len);
                 Expect::ClosePortal
@@ -1133,8 +1212,9 @@ impl Exchange<'_> {
     }
 
     fn translate_execute(&mut self, len: usize) -> Result<Step, End> {
-        let (portal, _) =
-            messages::execute(self.peek(len)).ok_or_else(|| End::protocol("invalid message format"))?;
+        let Some((portal, _)) = messages::execute(self.peek(len)) else {
+            return self.translate_malformed(len);
+        };
         if let Some(changes) = self.session.portal_changes(portal) {
             self.unit.settings.push_back((self.unit.executes, changes));
         }
@@ -1150,6 +1230,17 @@ impl Exchange<'_> {
     }
 }
 
+/// An EXECUTE that had rows when the client prepared it has the same description as long as there is what it names, and else
+/// fails after its parameters are described. Where it was parsed since, it may have another or none: then the server is
+/// asked for what it names, and that decides.
+fn rows_of_another(asked: &mut Asked) -> Option<(Vec<u8>, Asked)> {
+    asked.told.as_ref().filter(|told| told.first() == Some(&b'T'))?;
+    let name = classify::sql_execute(asked.statement.text())?.name;
+    let told = asked.told.replace(Box::default());
+    let (statement, reader) = (asked.statement.clone(), ShapeReader::default());
+    Some((name, Asked { statement, on: NameOnServer::Unknown, compare: false, told, reader }))
+}
+
 /// The server's own words. Drivers prepare anew when they see this code together with this routine.
 fn changed_result_type() -> ErrorReport {
     ErrorReport::error("0A000", "cached plan must not change result type").routine("RevalidateCachedQuery")
@@ -1162,6 +1253,11 @@ fn dirt_of(leaves: Leaves) -> Dirt {
         Leaves::Unproven => Dirt::Hidden,
         Leaves::Pins(_) | Leaves::DiscardsAll | Leaves::DeallocatesAll => Dirt::State,
     }
+}
+
+/// Whether it is SQL about prepared statements.
+fn leaves_names(class: StatementClass) -> bool {
+    class.leaves == SQL_PREPARE
 }
 
 fn is_read(class: StatementClass) -> bool {

@@ -161,6 +161,31 @@ async fn an_execute_is_described_by_what_it_names_on_any_backend() {
 }
 
 #[tokio::test]
+async fn what_keeps_the_backend_for_another_reason_finds_the_prepared_statements_there_too() {
+    let (_cluster, proxy) = start(12).await;
+    for text in [
+        "CREATE TEMP TABLE a AS EXECUTE s (1)",
+        "CREATE TEMP TABLE a AS EXECUTE p",
+        "CREATE TEMP TABLE a (x text); EXECUTE p",
+        "SELECT pg_backend_pid(), 'x'; EXECUTE s (2)",
+    ] {
+        let (mut client, _holders) = prepared_elsewhere(&proxy).await;
+        done(&mut client, text).await;
+        if !text.contains(';') {
+            let (mut client, _holders) = prepared_elsewhere(&proxy).await;
+            let answer = client.ask(&[parse("", text), bind("", &[]), execute(), sync()].concat()).await;
+            assert_eq!(tags(&answer), "12CZ", "{text}: {answer:?}");
+        }
+    }
+    // What one says of the other by a name alone is no reason to look for it.
+    let (mut client, _holders) = prepared_elsewhere(&proxy).await;
+    let before = proxy.metrics().await.sum("highwater_pins_total", &[("reason", "sql_prepare")]);
+    done(&mut client, "CREATE TEMP TABLE a AS SELECT 'execute' AS \"execute\"").await;
+    let after = proxy.metrics().await.sum("highwater_pins_total", &[("reason", "sql_prepare")]);
+    assert_eq!(after, before);
+}
+
+#[tokio::test]
 async fn a_session_is_shown_its_own_prepared_statements_wherever_it_is() {
     let (_cluster, proxy) = start(3).await;
     let mut sharer = proxy.raw_login().await;

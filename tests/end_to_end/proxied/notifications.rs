@@ -126,15 +126,26 @@ async fn nothing_is_lost_while_the_backend_is_looked_at() {
     let proxy = Proxy::start(&cluster).await;
     let (mut listener, mut other) = (proxy.raw_login().await, proxy.raw_login().await);
     succeed(&mut listener, "LISTEN a").await;
+    let named = [parse("named", "SELECT 1"), bind("named", &[]), execute(), sync()].concat();
+    assert_eq!(tags(&listener.ask(&named).await), "12DCZ");
     let notifier = tokio::spawn(async move {
         for number in 0..300 {
             succeed(&mut other, &format!("NOTIFY a, '{number}'")).await;
         }
     });
-    // Each of these is followed by a look.
+    // Each of these is followed by a look, which then asks for the names, too; or by one at what it has set.
     let mut heard = Vec::new();
+    let mut rounds = 0;
     while heard.len() < 300 {
-        for sql in ["SELECT pg_advisory_lock(1)", "SELECT pg_advisory_unlock(1)", "LISTEN b", "UNLISTEN b"] {
+        rounds += 1;
+        assert!(rounds < 500, "{heard:?}");
+        for sql in [
+            "SELECT pg_advisory_lock(1)",
+            "SELECT pg_advisory_unlock(1)",
+            "LISTEN b",
+            "UNLISTEN b",
+            "BEGIN; SAVEPOINT s; SET work_mem = '5MB'; ROLLBACK TO s; COMMIT",
+        ] {
             let answer = succeed(&mut listener, sql).await;
             heard.extend(answer.iter().filter(|message| message.tag == b'A').map(|m| notification(m).2));
         }

@@ -420,3 +420,50 @@ async fn a_statement_that_cannot_be_prepared_any_more_keeps_no_other_away() {
         other.ask(&query("DISCARD ALL")).await;
     }
 }
+
+#[tokio::test]
+async fn an_execute_that_outlives_what_it_names_is_described_as_by_one_server() {
+    let (_cluster, proxy, direct) = super::protocol::beside("{ pool: { size: 1 } }", "SELECT").await;
+    let extended = |sql: &str| [parse("run", sql), run("run"), close("run"), sync()].concat();
+    let (one, two) = ("PREPARE b AS SELECT 8 AS eight, 'b' AS b", "PREPARE b AS SELECT 1.5 AS other");
+    let prepared = [parse("x", "EXECUTE b"), parse("", "EXECUTE b"), sync()].concat();
+    // What the name stands for when it is prepared, and what after that: Queries take the unnamed statement away.
+    for (before, after) in [
+        (vec![query(one)], vec![extended("DEALLOCATE b")]),
+        (vec![query(one)], vec![query("DEALLOCATE b")]),
+        (vec![query(one)], vec![extended("DEALLOCATE b"), extended(two)]),
+        (vec![query(one)], vec![query("DEALLOCATE b"), query(two)]),
+        (vec![], vec![extended(one)]),
+        (vec![], vec![query(one)]),
+        (vec![query(one)], vec![]),
+        (vec![query("PREPARE b AS DELETE FROM missing")], vec![query("DEALLOCATE b")]),
+        (vec![query("PREPARE b AS SET work_mem = '5MB'")], vec![query("DEALLOCATE b")]),
+    ] {
+        let (mut proxied, mut direct) = (proxy.raw_login().await, direct.raw_login().await);
+        let uses = [
+            [describe(b'S', ""), sync()].concat(),
+            [describe(b'S', "x"), sync()].concat(),
+            [bind("x", &[]), describe(b'P', ""), execute(), sync()].concat(),
+            [describe(b'S', "x"), bind("x", &[]), execute(), sync()].concat(),
+            [bind("", &[]), execute(), sync()].concat(),
+        ];
+        let what = format!("{before:?} {after:?}").replace(", ", " ");
+        let units = before.into_iter().chain([prepared.clone()]).chain(after).chain(uses);
+        for (number, unit) in units.enumerate() {
+            let expected = super::protocol::answers("one server", &mut direct, &unit).await;
+            let got = super::protocol::answers("the proxy", &mut proxied, &unit).await;
+            assert_eq!(got, expected, "{what}: unit {number}, {}", unit.escape_ascii());
+            let pinned = proxy.metrics().await.sum("highwater_pinned_sessions", &[]);
+            if pinned == 0.0 {
+                // Nothing of it stays on the only backend.
+                let mut other = proxy.raw_login().await;
+                assert_eq!(tags(&other.ask(&[parse("x", "SELECT 1"), run("x")].concat()).await), "12DCZ");
+            }
+        }
+        drop(proxied);
+        eventually("the session has ended", || async {
+            proxy.metrics().await.sum("highwater_pinned_sessions", &[]) == 0.0
+        })
+        .await;
+    }
+}

@@ -645,6 +645,56 @@ async fn an_idle_transaction_without_a_backend_is_ended_in_time() {
 }
 
 #[tokio::test]
+async fn what_takes_the_snapshot_on_one_server_takes_it_whoever_answers_it() {
+    let cluster = Cluster::start(1).await;
+    cluster.set_up(ROWS).await;
+    let unsplit = Proxy::start(&cluster).await;
+    for proxy in [start(&cluster).await, unsplit] {
+        let (mut proxied, mut direct) = beside(&cluster, &proxy).await;
+        let close = |name: &str| message(b'C', &[b"S", name.as_bytes(), b"\0"].concat());
+        // Its name is only in the proxy; and the first of these is on the backend already.
+        let named = [parse("named", "SELECT 1"), parse("other", "SELECT 2"), sync()].concat();
+        for first in [
+            query("DEALLOCATE named"),
+            query("DEALLOCATE PREPARE other"),
+            query("DEALLOCATE q"),
+            query("DEALLOCATE ALL"),
+            query("DEALLOCATE missing"),
+            query("PREPARE z AS SELECT 1"),
+            query("EXECUTE q"),
+            query("DISCARD PLANS"),
+            query("SHOW work_mem"),
+            query("SET work_mem = '5MB'"),
+            query("RESET work_mem"),
+            query("SAVEPOINT a"),
+            query("LISTEN somewhere"),
+            query(""),
+            [parse("fresh", "SELECT 1"), sync()].concat(),
+            [parse("fresh", "SELECT 1"), close("fresh"), sync()].concat(),
+            [parse("", "SELECT 1"), sync()].concat(),
+            [parse("fresh", "SHOW work_mem"), sync()].concat(),
+            [close("named"), sync()].concat(),
+            sync(),
+        ] {
+            let units = [
+                named.clone(),
+                query("PREPARE q AS SELECT 1"),
+                query("BEGIN"),
+                first.clone(),
+                query("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE"),
+                query("SHOW transaction_isolation"),
+                query("ROLLBACK"),
+                query("DISCARD ALL"),
+            ];
+            for unit in units {
+                let what = format!("{}: {}", first.escape_ascii(), unit.escape_ascii());
+                assert_eq!(seen(&proxied.ask(&unit).await), seen(&direct.ask(&unit).await), "{what}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn random_transactions_are_answered_as_by_one_server() {
     let cluster = Cluster::start(1).await;
     cluster.set_up(ROWS).await;
@@ -692,6 +742,9 @@ async fn random_transactions_are_answered_as_by_one_server() {
         "FETCH 1 FROM c",
         "PREPARE p AS SELECT n FROM % WHERE id = 1",
         "EXECUTE p",
+        "DEALLOCATE p",
+        "DEALLOCATE ALL",
+        "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE",
     ];
     let mut reads = 0;
     for step in 0..if std::env::var("SPLIT_STEPS").is_ok() { 20_000 } else { 1_500 } {
