@@ -52,7 +52,9 @@ mod tests {
             assert_eq!(nearest(given, words), expected, "{given}");
         }
         assert_eq!(nearest(&"x".repeat(1000), words), None);
-        for (a, b, far) in [("prot", "port", 1), ("", "ab", 2), ("ab", "", 2), ("shwo", "show", 1), ("abc", "cab", 2)] {
+        for (a, b, far) in
+            [("prot", "port", 1), ("", "ab", 2), ("ab", "", 2), ("shwo", "show", 1), ("abc", "cab", 2)]
+        {
             assert_eq!(distance(a, b), far, "{a} {b}");
         }
     }
