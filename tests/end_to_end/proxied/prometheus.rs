@@ -226,7 +226,22 @@ async fn a_real_prometheus_scrapes_the_proxy_and_tells_of_a_replica_that_is_gone
     )
     .await;
     let client = proxy.connect().await;
-    client.simple_query("SELECT 1").await.unwrap();
+    client.simple_query("CREATE TABLE t (x int)").await.unwrap();
+    // Where reads run, and why some do not run there, is asked of statements that have run; right after DDL there
+    // are no reads.
+    eventually("reads have run on a replica and on the primary", || async {
+        let asked = "SET highwater.route = 'primary'";
+        for statement in ["SELECT x FROM t", asked, "SELECT x FROM t", "RESET highwater.route"] {
+            client.simple_query(statement).await.unwrap();
+        }
+        let (_, metrics) = proxy.get_with("/metrics", "Authorization: Bearer scrape-me\r\n").await.unwrap();
+        let metrics = Metrics::parse(&metrics);
+        ["read", "asked"].iter().all(|reason| {
+            let labels = [("class", "read"), ("reason", *reason)];
+            metrics.sum("highwater_statements_total", &labels) > 0.0
+        })
+    })
+    .await;
     let prometheus = Prometheus::start(&program, proxy.http_port(), "scrape-me").await;
     let prometheus = &prometheus;
     eventually("the target is up", || async {
