@@ -31,7 +31,7 @@ PAGE_SECONDS ?= 90
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test matrix sizes consistency soak-consistency failover soak-failover leaks drivers suites regress corpus fuzz
-.PHONY: page metrics-check man deb images lint fmt clippy doc bench bench-levels audit
+.PHONY: page metrics-check man deb systemd images lint fmt clippy doc bench bench-levels audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -104,7 +104,10 @@ deb: ## a Debian package, with a release build (installs cargo-deb: minutes)
 	@command -v cargo-deb >/dev/null || $(CARGO) install --locked cargo-deb
 	$(CARGO) build --locked --release
 	target/release/highwater manual --to target/package
-	$(CARGO) deb --no-build
+	$(CARGO) deb --no-build --strip
+
+systemd: deb ## the package under a systemd that runs: started, asked, reloaded, hung, stopped (root, Debian; minutes)
+	@packaging/try-under-systemd target/debian/highwater_*.deb
 
 images: ## the images of docker/, without an engine: Debian's buildah on a base made by debootstrap (root; long)
 	@docker/build-without-engine

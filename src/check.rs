@@ -232,11 +232,17 @@ fn primaries(nodes: &Answers) -> Vec<&str> {
     answered(nodes).filter(|(_, f)| !f.in_recovery).map(|(name, _)| name).collect()
 }
 
+/// Where a node is looked for.
+fn address(config: &Config, name: &str) -> String {
+    let node = config.nodes.iter().find(|node| node.name == name);
+    node.map_or_else(String::new, |node| format!("{}:{}", node.host, node.port))
+}
+
 fn problems(config: &Config, nodes: &Answers) -> Vec<String> {
     let mut found = Vec::new();
     for (name, answer) in nodes {
         match answer {
-            Err(why) => found.push(format!("node {name} cannot be used: {why}")),
+            Err(why) => found.push(format!("node {name} ({}) cannot be used: {why}", address(config, name))),
             Ok(facts) => node_problems(config, name, facts, &mut found),
         }
     }
@@ -432,7 +438,7 @@ mod tests {
         let says = |r: Report, what: &str| assert!(r.problems.iter().any(|p| p.contains(what)), "{r}");
         says(report(Ok(facts(true)), Ok(facts(true))), "no node that answers is a primary");
         says(report(Ok(facts(false)), Ok(facts(false))), "several nodes accept writes: a, b");
-        says(report(Ok(facts(false)), Err("refused".to_owned())), "node b cannot be used: refused");
+        says(report(Ok(facts(false)), Err("refused".to_owned())), "node b (b:5432) cannot be used: refused");
         let odd = NodeFacts {
             system_identifier: "8".to_owned(),
             server_major: 16,

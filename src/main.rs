@@ -13,7 +13,7 @@ use highwater::config::Config;
 use highwater::demo::DemoOptions;
 use highwater::explain::Explanation;
 use highwater::progress::Progress;
-use highwater::rejoin::{self, Request};
+use highwater::rejoin::{self, Request, Told};
 
 /// A transparent PostgreSQL replication proxy.
 #[derive(Parser)]
@@ -247,13 +247,19 @@ fn on_host(arguments: HostArguments, rejoins: bool) -> ExitCode {
             return ExitCode::from(1);
         }
     };
-    let mut say = |line: &str| println!("{line}");
+    let mut progress = Progress::new(std::io::stdout(), std::io::stdout().is_terminal(), 1);
+    // Nobody may be there to see it; what is done counts.
+    let mut tell = |told: Told<'_>| match told {
+        Told::Line(line) => drop(progress.line(line)),
+        Told::Copied(percent) => drop(progress.percent(percent)),
+    };
     let done = runtime.block_on(async {
         match rejoins {
-            true => rejoin::rejoin(&config, &request, &mut say).await,
-            false => rejoin::clone(&config, &request, &mut say).await,
+            true => rejoin::rejoin(&config, &request, &mut tell).await,
+            false => rejoin::clone(&config, &request, &mut tell).await,
         }
     });
+    drop(progress);
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

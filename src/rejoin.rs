@@ -17,6 +17,7 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
 
 use crate::config::Config;
@@ -91,13 +92,25 @@ fn refused<T>(why: impl Into<String>) -> Result<T, RejoinError> {
     Err(RejoinError::Refused(why.into()))
 }
 
-/// Makes the data directory of a former member a replica of the current primary. `say` gets a line before each step.
-pub async fn rejoin(
-    config: &Config,
-    request: &Request,
-    say: &mut dyn FnMut(&str),
-) -> Result<(), RejoinError> {
-    let mut job = Job::look(config, request, say).await?;
+/// What is told while it is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told<'a> {
+    /// A step begins, or there is something to know.
+    Line(&'a str),
+    /// So much of what is being copied is there, in percent.
+    Copied(u8),
+}
+
+/// Who is told.
+pub type Tell<'a> = dyn FnMut(Told<'_>) + 'a;
+
+fn say(tell: &mut Tell<'_>, line: &str) {
+    tell(Told::Line(line));
+}
+
+/// Makes the data directory of a former member a replica of the current primary. `tell` gets a line before each step.
+pub async fn rejoin(config: &Config, request: &Request, tell: &mut Tell<'_>) -> Result<(), RejoinError> {
+    let mut job = Job::look(config, request, tell).await?;
     let facts = job.control_data().await?;
     if facts.system_identifier != job.source.system_identifier {
         return refused(format!(
@@ -110,40 +123,46 @@ pub async fn rejoin(
     }
     job.refuse_running().await?;
     job.settle_conninfo().await?;
-    say(&format!(
-        "{} is a {} on timeline {}; the primary is {}, on timeline {}",
-        request.data.display(),
-        facts.state,
-        facts.timeline,
-        job.source.name,
-        job.source.timeline
-    ));
+    say(
+        tell,
+        &format!(
+            "{}: {}, on timeline {}; the primary is {}, on timeline {}",
+            request.data.display(),
+            facts.state,
+            facts.timeline,
+            job.source.name,
+            job.source.timeline
+        ),
+    );
     let can_rewind = facts.checksums || facts.wal_log_hints;
     if request.dry_run {
-        say(match can_rewind {
-            true => "pg_rewind would take back what the primary does not have",
-            false => {
-                "it has neither data checksums nor wal_log_hints: it would be moved aside and copied anew"
-            }
-        });
+        say(
+            tell,
+            match can_rewind {
+                true => "pg_rewind would take back what the primary does not have",
+                false => {
+                    "it has neither data checksums nor wal_log_hints: it would be moved aside and copied anew"
+                }
+            },
+        );
         return Ok(());
     }
-    let kept = job.keep_own_files(say)?;
-    if can_rewind && job.rewind(say).await? {
+    let kept = job.keep_own_files(tell)?;
+    if can_rewind && job.rewind(tell).await? {
         job.put_back(&kept)?;
     } else {
-        let aside = job.move_aside(say)?;
-        job.base_backup(say).await?;
+        let aside = job.move_aside(tell)?;
+        job.base_backup(tell).await?;
         job.put_back(&kept)?;
-        say(&format!("what was there before is in {}; delete it when all is well", aside.display()));
+        say(tell, &format!("what was there before is in {}; delete it when all is well", aside.display()));
     }
-    job.become_replica(say, &[])?;
-    job.finish(&kept, say).await
+    job.become_replica(tell, &[])?;
+    job.finish(&kept, tell).await
 }
 
 /// Makes a new replica in an empty directory.
-pub async fn clone(config: &Config, request: &Request, say: &mut dyn FnMut(&str)) -> Result<(), RejoinError> {
-    let mut job = Job::look(config, request, say).await?;
+pub async fn clone(config: &Config, request: &Request, tell: &mut Tell<'_>) -> Result<(), RejoinError> {
+    let mut job = Job::look(config, request, tell).await?;
     let empty = match fs::read_dir(&request.data) {
         Ok(mut entries) => entries.next().is_none(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => true,
@@ -157,19 +176,19 @@ pub async fn clone(config: &Config, request: &Request, say: &mut dyn FnMut(&str)
     }
     job.settle_conninfo().await?;
     if request.dry_run {
-        say(&format!("pg_basebackup would copy {} into {}", job.source.name, request.data.display()));
+        say(tell, &format!("pg_basebackup would copy {} into {}", job.source.name, request.data.display()));
         return Ok(());
     }
-    job.base_backup(say).await?;
+    job.base_backup(tell).await?;
     // The copy carries the configuration of the node that it was made from.
     let port = job.target_port.to_string();
     let own: &[(&str, &str)] = match request.data.join("postgresql.conf").exists() {
         true => &[("port", &port), ("cluster_name", &request.node)],
         false => &[],
     };
-    job.become_replica(say, own)?;
+    job.become_replica(tell, own)?;
     let none = Kept { directory: PathBuf::new(), files: Vec::new() };
-    job.finish(&none, say).await
+    job.finish(&none, tell).await
 }
 
 /// The primary, as it is found.
@@ -225,7 +244,7 @@ impl<'a> Job<'a> {
     async fn look(
         config: &'a Config,
         request: &'a Request,
-        say: &mut dyn FnMut(&str),
+        tell: &mut Tell<'_>,
     ) -> Result<Job<'a>, RejoinError> {
         let Some(index) = config.nodes.iter().position(|node| node.name == request.node) else {
             return refused(format!("the configuration has no node `{}`", request.node));
@@ -242,7 +261,10 @@ impl<'a> Job<'a> {
             let session = match nodes.session(id, "highwater rejoin", deadline).await {
                 Ok(session) => session,
                 Err(error) => {
-                    say(&format!("{error}"));
+                    // That this one does not answer is as it should be.
+                    if id != target {
+                        say(tell, &format!("{error}"));
+                    }
                     continue;
                 }
             };
@@ -362,11 +384,11 @@ impl<'a> Job<'a> {
 
     /// Copies of the node's own configuration, beside the directory. Those of an interrupted attempt are the true
     /// ones: what is in the directory may be the primary's by now.
-    fn keep_own_files(&self, say: &mut dyn FnMut(&str)) -> Result<Kept, RejoinError> {
+    fn keep_own_files(&self, tell: &mut Tell<'_>) -> Result<Kept, RejoinError> {
         let directory = beside(&self.request.data, "highwater-rejoin");
         let complete = directory.join("complete");
         if !complete.exists() {
-            say(&format!("keeping the node's own configuration in {}", directory.display()));
+            say(tell, &format!("keeping the node's own configuration in {}", directory.display()));
             fs::create_dir_all(&directory).map_err(|e| RejoinError::System("make", directory.clone(), e))?;
             for name in OWN_FILES {
                 match fs::read(self.request.data.join(name)) {
@@ -393,9 +415,9 @@ impl<'a> Job<'a> {
     }
 
     /// `false`: it cannot be rewound; the directory may be half changed and is good for nothing else then.
-    async fn rewind(&self, say: &mut dyn FnMut(&str)) -> Result<bool, RejoinError> {
-        self.checkpoint(say).await?;
-        say(&format!("pg_rewind: taking back what {} does not have", self.source.name));
+    async fn rewind(&self, tell: &mut Tell<'_>) -> Result<bool, RejoinError> {
+        self.checkpoint(tell).await?;
+        say(tell, &format!("pg_rewind: taking back what {} does not have", self.source.name));
         let mut command = self.program("pg_rewind");
         let source = format!(
             "host={} port={} user={} dbname={} application_name=highwater_rejoin",
@@ -409,16 +431,16 @@ impl<'a> Job<'a> {
         if let Some(password) = &self.config.control.password {
             command.env("PGPASSWORD", &password.0);
         }
-        let status = command.status().await.map_err(|e| self.cannot_run("pg_rewind", e))?;
+        let status = self.copies("pg_rewind", command, tell).await?;
         if !status.success() {
-            say("pg_rewind cannot do it (see above): the node is copied anew");
+            say(tell, "pg_rewind cannot do it (see above): the node is copied anew");
         }
         Ok(status.success())
     }
 
     /// Up to PostgreSQL 15 pg_rewind reads the primary's timeline from its last checkpoint, which after a promotion
     /// is one of the old timeline for minutes: it would find nothing to take back, and say that all is well.
-    async fn checkpoint(&self, say: &mut dyn FnMut(&str)) -> Result<(), RejoinError> {
+    async fn checkpoint(&self, tell: &mut Tell<'_>) -> Result<(), RejoinError> {
         let deadline = self.config.pool.connect_timeout;
         let session = self.nodes.session(self.source.id, "highwater rejoin", deadline).await?;
         let timeline = "SELECT timeline_id FROM pg_control_checkpoint()";
@@ -426,7 +448,7 @@ impl<'a> Job<'a> {
         if shown.as_ref() == Some(&self.source.timeline) {
             return Ok(());
         }
-        say(&format!("a checkpoint on {}, whose last one is of the timeline before", self.source.name));
+        say(tell, &format!("a checkpoint on {}, whose last one is of the timeline before", self.source.name));
         match session.ask("CHECKPOINT", CHECKPOINT).await {
             Ok(_) => Ok(()),
             Err(error) => refused(format!(
@@ -435,18 +457,18 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn move_aside(&self, say: &mut dyn FnMut(&str)) -> Result<PathBuf, RejoinError> {
+    fn move_aside(&self, tell: &mut Tell<'_>) -> Result<PathBuf, RejoinError> {
         let data = &self.request.data;
         let aside = beside(data, "before-rejoin");
         if aside.exists() {
             return refused(format!("{} is there already: move or delete it first", aside.display()));
         }
-        say(&format!("moving {} aside, to {}", data.display(), aside.display()));
+        say(tell, &format!("moving {} aside, to {}", data.display(), aside.display()));
         fs::rename(data, &aside).map_err(|error| RejoinError::System("move", data.clone(), error))?;
         Ok(aside)
     }
 
-    async fn base_backup(&self, say: &mut dyn FnMut(&str)) -> Result<(), RejoinError> {
+    async fn base_backup(&self, tell: &mut Tell<'_>) -> Result<(), RejoinError> {
         let data = &self.request.data;
         if !data.exists() {
             // By us: its parent need not be its owner's.
@@ -455,7 +477,7 @@ impl<'a> Job<'a> {
             builder.create(data).map_err(|e| RejoinError::System("make", data.clone(), e))?;
             self.owner.give(data)?;
         }
-        say(&format!("pg_basebackup: copying {} into {}", self.source.name, data.display()));
+        say(tell, &format!("pg_basebackup: copying {} into {}", self.source.name, data.display()));
         let mut command = self.program("pg_basebackup");
         let mut conninfo = self.conninfo()?;
         if let Some(password) = conninfo.get("password").map(str::to_owned) {
@@ -464,14 +486,17 @@ impl<'a> Job<'a> {
         }
         command.arg("--dbname").arg(conninfo.text()).arg("--pgdata").arg(data);
         command.args(["--wal-method=stream", "--checkpoint=fast", "--progress"]);
-        let status = command.status().await.map_err(|e| self.cannot_run("pg_basebackup", e))?;
+        let status = self.copies("pg_basebackup", command, tell).await?;
         if status.success() { Ok(()) } else { Err(RejoinError::Program("pg_basebackup", status)) }
     }
 
     /// The files that make a server a standby of the primary.
-    fn become_replica(&self, say: &mut dyn FnMut(&str), own: &[(&str, &str)]) -> Result<(), RejoinError> {
+    fn become_replica(&self, tell: &mut Tell<'_>, own: &[(&str, &str)]) -> Result<(), RejoinError> {
         let data = &self.request.data;
-        say(&format!("writing postgresql.auto.conf and standby.signal: it follows {}", self.source.name));
+        say(
+            tell,
+            &format!("writing postgresql.auto.conf and standby.signal: it follows {}", self.source.name),
+        );
         let path = data.join("postgresql.auto.conf");
         let before = fs::read_to_string(&path).unwrap_or_default();
         let conninfo = self.conninfo()?.text();
@@ -490,9 +515,9 @@ impl<'a> Job<'a> {
         }
     }
 
-    async fn finish(&self, kept: &Kept, say: &mut dyn FnMut(&str)) -> Result<(), RejoinError> {
+    async fn finish(&self, kept: &Kept, tell: &mut Tell<'_>) -> Result<(), RejoinError> {
         if let Some(slot) = &self.request.slot {
-            self.make_slot(slot, say).await?;
+            self.make_slot(slot, tell).await?;
         }
         if !kept.files.is_empty() {
             fs::remove_dir_all(&kept.directory)
@@ -500,13 +525,16 @@ impl<'a> Job<'a> {
         }
         let data = &self.request.data;
         if !self.request.start {
-            say(&format!(
-                "done; start the server by its service, or with: pg_ctl -D {} start",
-                data.display()
-            ));
+            say(
+                tell,
+                &format!(
+                    "done; start the server by its service, or with: pg_ctl -D {} start",
+                    data.display()
+                ),
+            );
             return Ok(());
         }
-        say("starting the server");
+        say(tell, "starting the server");
         let mut command = self.program("pg_ctl");
         command.arg("start").arg("-D").arg(data).arg("-w").arg("-l").arg(data.join("start.log"));
         if let Some(file) = &self.request.config_file {
@@ -516,11 +544,11 @@ impl<'a> Job<'a> {
         if !status.success() {
             return Err(RejoinError::Program("pg_ctl start", status));
         }
-        self.wait_streaming(say).await
+        self.wait_streaming(tell).await
     }
 
-    async fn make_slot(&self, slot: &str, say: &mut dyn FnMut(&str)) -> Result<(), RejoinError> {
-        say(&format!("the slot {slot} on {}", self.source.name));
+    async fn make_slot(&self, slot: &str, tell: &mut Tell<'_>) -> Result<(), RejoinError> {
+        say(tell, &format!("the slot {slot} on {}", self.source.name));
         let deadline = self.config.pool.connect_timeout;
         let session = self.nodes.session(self.source.id, "highwater rejoin", deadline).await?;
         let name = slot.replace('\'', "''");
@@ -532,7 +560,7 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
-    async fn wait_streaming(&self, say: &mut dyn FnMut(&str)) -> Result<(), RejoinError> {
+    async fn wait_streaming(&self, tell: &mut Tell<'_>) -> Result<(), RejoinError> {
         let until = Instant::now() + STREAMING;
         let deadline = self.config.pool.connect_timeout;
         let question =
@@ -547,7 +575,7 @@ impl<'a> Job<'a> {
             };
             match answer {
                 Ok(streams) if streams == "t" => {
-                    say(&format!("{} streams from {}", self.request.node, self.source.name));
+                    say(tell, &format!("{} streams from {}", self.request.node, self.source.name));
                     return Ok(());
                 }
                 Ok(_) if Instant::now() >= until => {
@@ -573,9 +601,72 @@ impl<'a> Job<'a> {
         command
     }
 
+    /// Runs a program that copies, and tells what it says and how far it is.
+    async fn copies(
+        &self,
+        name: &'static str,
+        mut command: Command,
+        tell: &mut Tell<'_>,
+    ) -> Result<ExitStatus, RejoinError> {
+        let failed = |error| self.cannot_run(name, error);
+        let mut child = command.stderr(Stdio::piped()).kill_on_drop(true).spawn().map_err(failed)?;
+        if let Some(mut said) = child.stderr.take() {
+            let (mut lines, mut chunk) = (Lines::default(), [0; 4096]);
+            loop {
+                match said.read(&mut chunk).await.map_err(failed)? {
+                    0 => break,
+                    read => lines.take(&chunk[..read], tell),
+                }
+            }
+            lines.end(tell);
+        }
+        child.wait().await.map_err(failed)
+    }
+
     fn cannot_run(&self, name: &'static str, error: io::Error) -> RejoinError {
         RejoinError::System("run", PathBuf::from(name), error)
     }
+}
+
+/// What a program of PostgreSQL's says on its standard error, cut into lines. A line is kept up to this length.
+const LINE: usize = 4096;
+
+#[derive(Default)]
+struct Lines {
+    begun: Vec<u8>,
+}
+
+impl Lines {
+    fn take(&mut self, bytes: &[u8], tell: &mut Tell<'_>) {
+        for byte in bytes {
+            match byte {
+                // It moves the cursor back where it takes us for a terminal.
+                b'\n' | b'\r' => self.end(tell),
+                byte if self.begun.len() < LINE => self.begun.push(*byte),
+                _ => {}
+            }
+        }
+    }
+
+    fn end(&mut self, tell: &mut Tell<'_>) {
+        let line = String::from_utf8_lossy(&self.begun).trim().to_owned();
+        self.begun.clear();
+        match percent(&line) {
+            Some(percent) => tell(Told::Copied(percent)),
+            None if line.is_empty() => {}
+            None => say(tell, &line),
+        }
+    }
+}
+
+/// `12345/67890 kB (18%), 0/1 tablespace`, `12345/67890 kB (18%) copied`.
+fn percent(line: &str) -> Option<u8> {
+    let (sizes, rest) = line.split_once(" kB (")?;
+    if !sizes.bytes().all(|byte| byte.is_ascii_digit() || byte == b'/') {
+        return None;
+    }
+    // What has grown meanwhile is more than all.
+    rest.split_once("%)")?.0.trim().parse().ok().map(|percent: u8| percent.min(100))
 }
 
 impl Owner {
@@ -656,4 +747,31 @@ fn write_durably(path: &Path, content: &[u8], owner: Option<Owner>) -> Result<()
     fs::rename(&new, path).map_err(failed)?;
     let directory = path.parent().unwrap_or(Path::new("."));
     fs::File::open(directory).and_then(|d| d.sync_all()).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_programs_say_is_told_by_lines_and_their_progress_by_percent() {
+        let said = b"pg_rewind: servers diverged at 0/3000060\n     0/24042 kB (0%) copied\r 24042/24042 kB \
+            (100%) copied\nNOTICE:  all kB (5%) here\n\n 25000/24000 kB (104%), 1/1 tablespace\npg_rewind: Done!";
+        // However it comes in.
+        for size in [1, 7, said.len()] {
+            let mut told = Vec::new();
+            let mut tell = |what: Told<'_>| {
+                told.push(match what {
+                    Told::Line(line) => line.to_owned(),
+                    Told::Copied(percent) => percent.to_string(),
+                });
+            };
+            let mut lines = Lines::default();
+            said.chunks(size).for_each(|chunk| lines.take(chunk, &mut tell));
+            lines.end(&mut tell);
+            let expected =
+                ["pg_rewind: servers diverged at 0/3000060", "0", "100", "NOTICE:  all kB (5%) here", "100"];
+            assert_eq!(told, [&expected[..], &["pg_rewind: Done!"]].concat());
+        }
+    }
 }

@@ -131,8 +131,14 @@ fn header(view: &View<'_>) -> String {
         Readiness::ReadOnly => "pill warn",
         Readiness::NoNode | Readiness::Draining => "pill bad",
     };
+    // What is being done about the primary is the first thing to know while it is done.
+    let failover = match view.failover.state {
+        "healthy" => String::new(),
+        "blocked" => "<p class=\"pill bad\">failover: blocked</p>".to_owned(),
+        state => format!("<p class=\"pill warn\">failover: {}</p>", escape(state)),
+    };
     format!(
-        "<header><h1>Highwater</h1><p class=\"{class}\">{}</p><p class=\"soft\">version {}, up {}</p>\
+        "<header><h1>Highwater</h1><p class=\"{class}\">{}</p>{failover}<p class=\"soft\">version {}, up {}</p>\
          <p class=\"soft clock\">{} UTC</p></header>",
         escape(readiness.text()),
         env!("CARGO_PKG_VERSION"),
@@ -148,7 +154,12 @@ fn tile(name: &str, figure: &str, more: &str) -> String {
 fn tiles(view: &View<'_>) -> String {
     let writes = match primary(view.topology) {
         Some(node) if node.standing == (Standing::Primary { reachable: true }) => {
-            (escape(&node.name), "the primary".to_owned())
+            let waiting = match view.waiting {
+                ..=0 => String::new(),
+                1 => "; 1 statement waits".to_owned(),
+                many => format!("; {many} statements wait"),
+            };
+            (escape(&node.name), format!("the primary{waiting}"))
         }
         Some(node) => ("nowhere".to_owned(), format!("{} does not answer", escape(&node.name))),
         None => ("nowhere".to_owned(), "no primary has been found".to_owned()),
@@ -416,13 +427,14 @@ fn kept_reads(view: &View<'_>) -> String {
                 let minute = lately.iter().find(|(r, _)| r == reason).map_or(0, |(_, count)| *count);
                 let words = KEPT_READ_WORDS.iter().find(|(r, _)| r == reason).map_or("", |(_, words)| words);
                 format!(
-                    "<tr><td>{}<small>{words}</small></td><td class=\"n\">{minute}</td><td class=\"n\">{total}</td></tr>",
+                    "<tr class=\"head\"><td>{}</td><td class=\"n\">{minute}</td><td class=\"n\">{total}</td></tr>\
+                     <tr class=\"means\"><td colspan=\"3\"><small>{words}</small></td></tr>",
                     escape(reason)
                 )
             })
             .collect();
         format!(
-            "<table><thead><tr><th>Reason</th><th class=\"n\">Last minute</th><th class=\"n\">Since the start</th></tr>\
+            "<table class=\"whys\"><thead><tr><th>Reason</th><th class=\"n\">Last minute</th><th class=\"n\">Since the start</th></tr>\
              </thead><tbody>{rows}</tbody></table>"
         )
     };
@@ -588,6 +600,23 @@ mod tests {
     }
 
     #[test]
+    fn what_is_being_done_about_the_primary_stands_at_the_top() {
+        let now = topology(vec![Standing::Primary { reachable: true }]);
+        let history = History::new(Duration::from_secs(60));
+        let top = |state: &'static str, waiting: i64| {
+            let failover = FailoverFigures { state, ..HEALTHY.clone() };
+            let page = page(&View { failover: &failover, waiting, ..view(&now, &history) });
+            page.split_once("Reads on replicas").unwrap().0.to_owned()
+        };
+        assert!(!top("healthy", 0).contains("failover:"));
+        assert!(top("healthy", 0).contains("<small>the primary</small>"));
+        let draining = top("draining", 4);
+        assert!(draining.contains("<p class=\"pill warn\">failover: draining</p>"), "{draining}");
+        assert!(draining.contains("<small>the primary; 4 statements wait</small>"), "{draining}");
+        assert!(top("blocked", 1).contains("pill bad\">failover: blocked"), "{draining}");
+    }
+
+    #[test]
     fn the_policy_names_the_style_and_the_script_that_the_page_has_and_no_others() {
         let now = topology(vec![Standing::Primary { reachable: true }]);
         let page = page(&view(&now, &History::new(Duration::from_secs(60))));
@@ -672,8 +701,8 @@ mod tests {
             "<dt>Statements a second</dt><dd>90",
             "it replays another timeline than the primary&#39;s",
             "data-label=\"behind\">250 ms<small>4.0 KiB</small>",
-            "<td>behind<small>No replica had reached",
-            "<td class=\"n\">20</td><td class=\"n\">20</td>",
+            "<td>behind</td><td class=\"n\">20</td><td class=\"n\">20</td>",
+            "<small>No replica had reached",
             "<td data-label=\"primary\">n0 → n1</td>",
             "0/3000100",
             "2.0 KiB at least",

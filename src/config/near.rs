@@ -10,20 +10,24 @@ pub fn nearest<'a>(given: &str, words: impl IntoIterator<Item = &'a str>) -> Opt
     (far > 0 && far * 5 <= length * 2 && length <= LONGEST).then_some(word)
 }
 
-/// Insertions, deletions and replacements between two short texts.
+/// Insertions, deletions, replacements and exchanges of neighbours between two short texts.
 pub fn distance(a: &str, b: &str) -> usize {
+    let a: Vec<char> = a.chars().take(LONGEST).collect();
     let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().take(LONGEST).enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
+    // The distances of what comes before the last two characters, and before the last one.
+    let (mut earlier, mut before): (Vec<usize>, Vec<usize>) = (Vec::new(), (0..=b.len()).collect());
+    for (i, x) in a.iter().enumerate() {
+        let mut row = vec![i + 1];
         for (j, y) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+            let mut least = (before[j] + usize::from(x != y)).min(before[j + 1] + 1).min(row[j] + 1);
+            if i > 0 && j > 0 && *x == b[j - 1] && a[i - 1] == *y {
+                least = least.min(earlier[j - 1] + 1);
+            }
+            row.push(least);
         }
+        earlier = std::mem::replace(&mut before, row);
     }
-    row[b.len()]
+    before[b.len()]
 }
 
 #[cfg(test)]
@@ -38,6 +42,8 @@ mod tests {
             ("node", Some("nodes")),
             ("max_clents", Some("max_clients")),
             ("pasword", Some("password")),
+            ("ndoes", Some("nodes")),
+            ("lsiten", Some("listen")),
             ("nodes", None),
             ("x", None),
             ("hunter2", None),
@@ -46,5 +52,10 @@ mod tests {
             assert_eq!(nearest(given, words), expected, "{given}");
         }
         assert_eq!(nearest(&"x".repeat(1000), words), None);
+        for (a, b, far) in
+            [("prot", "port", 1), ("", "ab", 2), ("ab", "", 2), ("shwo", "show", 1), ("abc", "cab", 2)]
+        {
+            assert_eq!(distance(a, b), far, "{a} {b}");
+        }
     }
 }

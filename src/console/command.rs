@@ -98,9 +98,27 @@ pub enum Argument {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pick {
     /// These columns, in this order; empty: all.
-    pub columns: Vec<String>,
+    pub columns: Vec<Wanted>,
     /// At most so many rows.
     pub limit: Option<u64>,
+}
+
+/// A column that is picked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// What it holds.
+    pub what: Of,
+    /// What it is to be called.
+    pub name: String,
+}
+
+/// What a picked column holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Of {
+    /// The table's column of this name.
+    Column(String),
+    /// `now()`: tools that draw want a time in each row.
+    Now,
 }
 
 /// What drivers ask for by `SELECT`.
@@ -223,7 +241,7 @@ pub const HELP: [(&str, &str); 32] = [
     ("SHOW HELP", "this list; HELP does the same"),
     (
         "SELECT * FROM sessions",
-        "as SHOW, for any of the tables above; columns by name, and LIMIT n; no WHERE",
+        "as SHOW, for any of the tables above; columns by name (AS another), now(), LIMIT n; no WHERE",
     ),
     ("EXPLAIN ROUTE SELECT 1", "where a statement would go and why; it is not run"),
     ("EXPLAIN ROUTE (DATABASE app, USER app) SELECT 1", "the same for this database and user"),
@@ -675,10 +693,7 @@ impl<'a> Reader<'a> {
         }
         let mut columns = Vec::new();
         loop {
-            match self.argument()? {
-                Argument::Text(name) => columns.push(name),
-                Argument::Parameter(_) => return Err(Wrong::Here),
-            }
+            columns.push(self.wanted()?);
             if self.takes_word("from") {
                 return self.from(columns);
             }
@@ -688,7 +703,37 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn from(&mut self, columns: Vec<String>) -> Result<Command, Wrong> {
+    fn wanted(&mut self) -> Result<Wanted, Wrong> {
+        if !matches!(self.token, Token::Word | Token::Quoted) {
+            return Err(Wrong::Here);
+        }
+        let (column, calls) = (self.word.clone(), self.is("now"));
+        self.next();
+        let what = if calls && self.takes(Token::Punctuation(b'(')) {
+            if !self.takes(Token::Punctuation(b')')) {
+                return Err(Wrong::Here);
+            }
+            Of::Now
+        } else {
+            Of::Column(column.clone())
+        };
+        Ok(Wanted { what, name: self.alias()?.unwrap_or(column) })
+    }
+
+    /// `AS name`.
+    fn alias(&mut self) -> Result<Option<String>, Wrong> {
+        if !self.takes_word("as") {
+            return Ok(None);
+        }
+        if !matches!(self.token, Token::Word | Token::Quoted) {
+            return Err(Wrong::Here);
+        }
+        let name = self.word.clone();
+        self.next();
+        Ok(Some(name))
+    }
+
+    fn from(&mut self, columns: Vec<Wanted>) -> Result<Command, Wrong> {
         if !matches!(self.token, Token::Word | Token::Quoted) {
             return Err(Wrong::Here);
         }
@@ -713,12 +758,8 @@ impl<'a> Reader<'a> {
         let mut found = Vec::new();
         loop {
             let mut scalar = self.scalar()?;
-            if self.takes_word("as") {
-                if !matches!(self.token, Token::Word | Token::Quoted) {
-                    return Err(Wrong::Here);
-                }
-                scalar.name = self.word.clone();
-                self.next();
+            if let Some(name) = self.alias()? {
+                scalar.name = name;
             }
             found.push(scalar);
             if !self.takes(Token::Punctuation(b',')) {
@@ -889,6 +930,10 @@ mod tests {
         Argument::Text(text.to_owned())
     }
 
+    fn column(column: &str, name: &str) -> Wanted {
+        Wanted { what: Of::Column(column.to_owned()), name: name.to_owned() }
+    }
+
     #[test]
     fn commands_are_read_in_any_case_with_comments() {
         let all = |table| Command::Table(table, Pick::default());
@@ -896,8 +941,15 @@ mod tests {
         assert_eq!(one("  /* x */ Show -- y\n lag ; "), all(Table::Lag));
         assert_eq!(one("HELP"), all(Table::Help));
         assert_eq!(one("SELECT * FROM \"sessions\""), all(Table::Sessions));
-        let pick = Pick { columns: vec!["pid".to_owned(), "node".to_owned()], limit: Some(5) };
+        let pick = Pick { columns: vec![column("pid", "pid"), column("node", "node")], limit: Some(5) };
         assert_eq!(one("select pid, NODE from sessions limit 5;"), Command::Table(Table::Sessions, pick));
+        let time = Wanted { what: Of::Now, name: "time".to_owned() };
+        let pick = Pick { columns: vec![time, column("lag_seconds", "Value")], limit: None };
+        let drawn = "SELECT now() AS \"time\", lag_seconds AS \"Value\" FROM lag";
+        assert_eq!(one(drawn), Command::Table(Table::Lag, pick));
+        for wrong in ["select now( from lag", "select pid() from sessions", "select pid as 5 from sessions"] {
+            assert_eq!(parse(wrong).unwrap_err().report.sqlstate, "42601", "{wrong}");
+        }
         assert_eq!(one("PAUSE"), Command::Pause(None));
         assert_eq!(one("pause \"My DB\""), Command::Pause(Some(text("My DB"))));
         assert_eq!(one("RESUME 'it''s'"), Command::Resume(Some(text("it's"))));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::command::{Asked, Command, HELP, PARAMETERS, Pick, Scalar, Table};
+use super::command::{Asked, Command, HELP, Of, PARAMETERS, Pick, Scalar, Table, Wanted};
 use super::protocol::Reply;
 use super::reply::{Column, Kind, Rows, Value};
 use super::{Asker, DATABASE};
@@ -157,32 +157,44 @@ fn column(name: impl Into<Cow<'static, str>>, kind: Kind) -> Column {
     Column { name: name.into(), kind }
 }
 
-/// The places of the columns that are picked.
-fn picked(table: Table, pick: &Pick) -> Result<Vec<usize>, ErrorReport> {
+/// Where a column of an answer comes from.
+#[derive(Clone, Copy)]
+enum Place {
+    /// The table's column at this place.
+    At(usize),
+    /// The clock.
+    Now,
+}
+
+/// The columns that are picked, and where they come from.
+fn picked(table: Table, pick: &Pick) -> Result<Vec<(Column, Place)>, ErrorReport> {
     let all = columns_of(table);
     if pick.columns.is_empty() {
-        return Ok((0..all.len()).collect());
+        let own = all.iter().enumerate();
+        return Ok(own.map(|(at, (name, kind))| (column(*name, *kind), Place::At(at))).collect());
     }
-    let place = |name: &String| {
-        all.iter().position(|(known, _)| known == name).ok_or_else(|| {
+    let one = |wanted: &Wanted| {
+        let name = match &wanted.what {
+            Of::Now => return Ok((column(wanted.name.clone(), Time), Place::Now)),
+            Of::Column(name) => name,
+        };
+        let at = all.iter().position(|(known, _)| known == name).ok_or_else(|| {
             let names: Vec<&str> = all.iter().map(|(name, _)| *name).collect();
             ErrorReport::error("42703", format!("column \"{name}\" does not exist")).hint(format!(
                 "{} has {}.",
                 table.name(),
                 names.join(", ")
             ))
-        })
+        })?;
+        Ok((column(wanted.name.clone(), all[at].1), Place::At(at)))
     };
-    pick.columns.iter().map(place).collect()
+    pick.columns.iter().map(one).collect()
 }
 
 /// The columns that a command answers; none, if it answers no rows.
 pub(super) fn columns(command: &Command) -> Result<Vec<Column>, ErrorReport> {
     Ok(match command {
-        Command::Table(table, pick) => {
-            let all = columns_of(*table);
-            picked(*table, pick)?.into_iter().map(|at| column(all[at].0, all[at].1)).collect()
-        }
+        Command::Table(table, pick) => picked(*table, pick)?.into_iter().map(|(column, _)| column).collect(),
         Command::Parameter(name) => vec![column(name.clone(), Text)],
         Command::Scalars(scalars) => scalars.iter().map(scalar_column).collect(),
         Command::ExplainRoute { .. } => ITEMS.iter().map(|(name, kind)| column(*name, *kind)).collect(),
@@ -216,13 +228,16 @@ fn shown<T: std::fmt::Display>(value: T) -> Value {
 impl Asker<'_> {
     /// Answers a command that shows something.
     pub(super) fn show(&self, table: Table, pick: &Pick) -> Result<Reply, ErrorReport> {
-        let places = picked(table, pick)?;
-        let all = columns_of(table);
-        let columns = places.iter().map(|at| column(all[*at].0, all[*at].1)).collect();
-        let rows = self.rows(table);
-        let whole = pick.columns.is_empty();
-        let rows =
-            rows.map(move |row| if whole { row } else { places.iter().map(|at| row[*at].clone()).collect() });
+        let (columns, places): (_, Vec<Place>) = picked(table, pick)?.into_iter().unzip();
+        let (rows, whole, now) = (self.rows(table), pick.columns.is_empty(), SystemTime::now());
+        let value = move |row: &[Value], place: &Place| match place {
+            Place::At(at) => row[*at].clone(),
+            Place::Now => Value::Time(now),
+        };
+        let rows = rows.map(move |row| match whole {
+            true => row,
+            false => places.iter().map(|place| value(&row, place)).collect(),
+        });
         let most = pick.limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
         Ok(Reply::Rows { columns, rows: Box::new(rows.take(most)), tag: "SHOW" })
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::cluster::PrivateNode;
 use super::{DemoError, say};
 use crate::config::Config;
-use crate::rejoin::{self, Request};
+use crate::rejoin::{self, Request, Told};
 
 /// The hosts of the demo's nodes.
 pub(super) struct Hosts {
@@ -73,7 +73,11 @@ impl Comeback {
             start: false,
             dry_run: false,
         };
-        let mut tell = |line: &str| drop(say(&format!("  {line}")));
+        let mut tell = |told: Told<'_>| match told {
+            Told::Line(line) => drop(say(&format!("  {line}"))),
+            // It is over within a line of traffic.
+            Told::Copied(_) => {}
+        };
         rejoin::rejoin(&config, &request, &mut tell).await.map_err(|error| error.to_string())?;
         self.node.start().await.map_err(|error| error.to_string())
     }

@@ -297,6 +297,8 @@ fn the_demo_shows_reads_on_replicas_writes_on_the_primary_and_nothing_stale() {
 fn in_the_demo_the_primary_is_exchanged_on_the_console_and_the_old_one_comes_back() {
     let (mut exchanged, begun) = (false, std::time::Instant::now());
     let said = demo_with(&[], |line, before| {
+        // Start, switchover, rejoin, and that it serves again, two waits each. It takes a few seconds; this is its end
+        // when the old primary never comes back.
         assert!(begun.elapsed() < PATIENCE * 8, "{before}");
         if line.contains("own rows read back") && !exchanged {
             exchanged = true;
