@@ -38,6 +38,7 @@ mod relay;
 mod reload;
 mod replication;
 mod routing;
+mod schedules;
 mod settings;
 mod share_unnamed;
 mod sizes;
