@@ -21,6 +21,7 @@ mod limits;
 mod login;
 mod logs;
 mod loss;
+mod namespaces;
 mod notifications;
 mod one_path_and_another;
 mod operator;
