@@ -406,7 +406,7 @@ impl World {
             }
             Action::Order { id, node, order } => {
                 if let Order::Promote { epoch, .. } = &order {
-                    self.promote_is_sent(node.index(), *epoch);
+                    self.promote_is_ordered(node.index(), *epoch);
                 }
                 self.start_job(node.index(), Task::Order(id, order));
             }
