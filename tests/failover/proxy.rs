@@ -91,11 +91,12 @@ impl World {
         let (record, settings, now) = (self.disk.clone(), settings(&self.plan), self.clock());
         let target = record.primary.map(|node| (node.index(), record.epoch.0));
         self.log(|| format!("the proxy starts: {record:?}"));
+        let machine = Machine::new(settings, record, now);
         self.proxy = Some(Proxy {
             run: self.runs,
-            machine: Machine::new(settings, record, now),
+            gate: machine.wanted_gate(),
+            machine,
             sync: None,
-            gate: Gate::Open,
             target,
             closings: 0,
             sockets_open: false,
