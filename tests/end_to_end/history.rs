@@ -391,10 +391,15 @@ impl Checker<'_> {
             }
         }
         acknowledged.sort_unstable();
-        let mut reads: Vec<(u64, usize)> = self.history.iter().enumerate().filter_map(|(index, o)| {
-            matches!(o.what, What::Read { .. }).then_some(())?;
-            Some((o.part?.began, index))
-        }).collect();
+        let mut reads: Vec<(u64, usize)> = self
+            .history
+            .iter()
+            .enumerate()
+            .filter_map(|(index, o)| {
+                matches!(o.what, What::Read { .. }).then_some(())?;
+                Some((o.part?.began, index))
+            })
+            .collect();
         reads.sort_unstable();
         let mut bounds: HashMap<Key, (usize, usize)> = HashMap::new();
         let mut next = acknowledged.into_iter().peekable();

@@ -53,9 +53,14 @@ impl Net {
         }
         // It ends when we do: its input is closed then.
         let janitor = Command::new("/bin/sh")
-            .args(["-c", "trap '' INT TERM HUP; read -r _; for n in s a b c p; do \
+            .args([
+                "-c",
+                "trap '' INT TERM HUP; read -r _; for n in s a b c p; do \
                           for pid in $(ip netns pids \"$1-$n\" 2>/dev/null); do kill -KILL $pid; done; \
-                          ip netns del \"$1-$n\"; done 2>/dev/null", "janitor", &prefix])
+                          ip netns del \"$1-$n\"; done 2>/dev/null",
+                "janitor",
+                &prefix,
+            ])
             .stdin(Stdio::piped())
             .spawn()
             .map_err(|error| error.to_string())?;
@@ -164,14 +169,17 @@ impl Site {
             cluster.node(node).stop_fast().await.unwrap();
         }
         let (directory, psql) = (tempfile::tempdir().unwrap(), cluster.program("psql"));
-        let mut site = Site { net, cluster, children: Vec::new(), directory, psql, rows: std::sync::Mutex::default() };
+        let mut site =
+            Site { net, cluster, children: Vec::new(), directory, psql, rows: std::sync::Mutex::default() };
         for (index, name) in NODES.iter().enumerate() {
             site.start_node(index, name);
         }
         let superuser = site.cluster.roles().superuser.clone();
         let streaming = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'";
-        eventually("the replicas stream", || async { site.ask(PROXY, "a", &superuser, streaming).ok().as_deref() == Some("2") })
-            .await;
+        eventually("the replicas stream", || async {
+            site.ask(PROXY, "a", &superuser, streaming).ok().as_deref() == Some("2")
+        })
+        .await;
         site.start_proxy();
         site
     }
@@ -194,7 +202,11 @@ impl Site {
             .iter()
             .enumerate()
             .map(|(index, name)| {
-                format!("{{ name: {name}, host: {}, port: {} }}", address(name), self.cluster.node(index).port())
+                format!(
+                    "{{ name: {name}, host: {}, port: {} }}",
+                    address(name),
+                    self.cluster.node(index).port()
+                )
             })
             .collect();
         let overrides = format!(
@@ -209,7 +221,8 @@ impl Site {
         std::fs::write(&config, config_text(&self.cluster, PORT, PORT + 1, &options)).unwrap();
         let log = std::fs::File::create(self.directory.path().join("log")).unwrap();
         let program = std::env::var("HIGHWATER_BINARY");
-        let mut command = self.net.within(PROXY, program.as_deref().unwrap_or(env!("CARGO_BIN_EXE_highwater")));
+        let mut command =
+            self.net.within(PROXY, program.as_deref().unwrap_or(env!("CARGO_BIN_EXE_highwater")));
         command.args(["run", "-c"]).arg(config);
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         self.children.push(command.spawn().unwrap());
@@ -228,7 +241,8 @@ impl Site {
         };
         // Whatever is silent is given up.
         let mut command = self.net.within(from, "timeout");
-        let settings = format!("host={host} port={port} dbname={database} user={} connect_timeout=3", login.user);
+        let settings =
+            format!("host={host} port={port} dbname={database} user={} connect_timeout=3", login.user);
         command.args(["-s", "KILL", "10"]).arg(&self.psql).args([&settings, "-XAtqc", sql]);
         command.env("PGPASSWORD", &login.password).env("PGSSLMODE", "disable");
         run_command(&mut command)
@@ -248,7 +262,11 @@ impl Site {
     fn item(&self, item: &str) -> String {
         let control = &self.cluster.roles().control;
         let shown = self.ask(PROXY, "console", control, "SHOW FAILOVER").unwrap_or_default();
-        shown.lines().filter_map(|line| line.split_once('|')).find(|(its, _)| *its == item).map_or_else(String::new, |(_, value)| value.to_owned())
+        shown
+            .lines()
+            .filter_map(|line| line.split_once('|'))
+            .find(|(its, _)| *its == item)
+            .map_or_else(String::new, |(_, value)| value.to_owned())
     }
 
     fn of_node(&self, node: &str, sql: &str) -> Result<String, String> {
@@ -277,7 +295,8 @@ impl Site {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn packets_that_are_dropped_replace_a_primary_only_if_nobody_reaches_it_and_it_acknowledges_nothing_more() {
+async fn packets_that_are_dropped_replace_a_primary_only_if_nobody_reaches_it_and_it_acknowledges_nothing_more()
+ {
     let net = match Net::make() {
         Ok(net) => net,
         Err(why) => return println!("skipped: no network namespaces with iptables here: {why}"),
@@ -327,7 +346,12 @@ async fn packets_that_are_dropped_replace_a_primary_only_if_nobody_reaches_it_an
                 // A wait that is ended is a success with a warning, which is not one.
                 let insert = format!("SET client_min_messages = warning; INSERT INTO t VALUES ({row})");
                 let mut command = site.net.within("a", "timeout");
-                let settings = format!("host={} port={} dbname=app user={} connect_timeout=3", address("a"), site.cluster.node(0).port(), app.user);
+                let settings = format!(
+                    "host={} port={} dbname=app user={} connect_timeout=3",
+                    address("a"),
+                    site.cluster.node(0).port(),
+                    app.user
+                );
                 command.args(["-s", "KILL", "10"]).arg(&site.psql).args([&settings, "-XAtqc", &insert]);
                 command.env("PGPASSWORD", &app.password).env("PGSSLMODE", "disable").stdin(Stdio::null());
                 let Output { status, stderr, .. } = command.output().unwrap();

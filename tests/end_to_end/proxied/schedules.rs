@@ -130,7 +130,10 @@ impl Ledger {
 }
 
 /// A client, and whether it has been warned since that was last asked.
-async fn connect(port: u16, login: &Login) -> Result<(tokio_postgres::Client, Arc<AtomicBool>), tokio_postgres::Error> {
+async fn connect(
+    port: u16,
+    login: &Login,
+) -> Result<(tokio_postgres::Client, Arc<AtomicBool>), tokio_postgres::Error> {
     let mut config = tokio_postgres::Config::new();
     config.host("127.0.0.1").port(port).dbname("app").user(&login.user).password(&login.password);
     config.connect_timeout(DIRECT);
@@ -215,13 +218,14 @@ struct Said {
 async fn ask(proxy: &Proxy) -> Option<Said> {
     let (_, text) = proxy.get("/topology").await?;
     let topology: serde_json::Value = serde_json::from_str(&text).ok()?;
-    let primary = topology["primary"].as_str().and_then(|name| ["a", "b", "c"].iter().position(|n| *n == name));
+    let primary =
+        topology["primary"].as_str().and_then(|name| ["a", "b", "c"].iter().position(|n| *n == name));
     Some(Said {
         epoch: topology["epoch"].as_u64().unwrap_or_default(),
         primary,
-        reachable: topology["nodes"].as_array().is_some_and(|nodes| {
-            nodes.iter().any(|node| node["role"] == "primary" && node["up"] == true)
-        }),
+        reachable: topology["nodes"]
+            .as_array()
+            .is_some_and(|nodes| nodes.iter().any(|node| node["role"] == "primary" && node["up"] == true)),
         state: topology["failover"]["state"].as_str().unwrap_or_default().to_owned(),
         blocked: topology["failover"]["blocked"].to_string(),
     })
@@ -303,7 +307,9 @@ impl Stage {
 
     /// A node that is kept out is made a replica of the primary again.
     async fn rebuild(&mut self, node: usize) {
-        let Some(Said { primary: Some(primary), reachable: true, .. }) = ask(&self.proxy).await else { return };
+        let Some(Said { primary: Some(primary), reachable: true, .. }) = ask(&self.proxy).await else {
+            return;
+        };
         if primary == node || !self.answers(primary) {
             return;
         }
@@ -485,7 +491,8 @@ impl Stage {
         }
         let deadline = Instant::now() + REST;
         for node in (0..NODES).filter(|node| Some(*node) != primary && self.answers(*node)) {
-            let closed = "SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::bool";
+            let closed =
+                "SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::bool";
             while self.cluster.node(node).query_text(closed).await.is_ok_and(|answer| answer != "t") {
                 if Instant::now() > deadline {
                     ledger.wrong(format!("{node} takes writes beside the primary {primary:?}"));
@@ -529,7 +536,8 @@ async fn play(seed: u64) -> Ended {
             while !stage.carry_out(Fault::draw(&mut chance, direct)).await && tries < 20 {
                 tries += 1;
             }
-            let (writes, wait) = (chance.random_range(0..60), Duration::from_millis(chance.random_range(0..2500)));
+            let (writes, wait) =
+                (chance.random_range(0..60), Duration::from_millis(chance.random_range(0..2500)));
             let target = ledger.count() + writes;
             let until = Instant::now() + wait;
             while ledger.count() < target && Instant::now() < until {

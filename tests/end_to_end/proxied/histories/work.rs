@@ -380,7 +380,10 @@ impl Run<'_> {
         // Nobody else has appended since: the row is locked.
         for (_, value) in own.iter().rev().filter(|(its, _)| *its == key) {
             if list.pop() != Some(*value) {
-                self.broke(format!("session {}: a transaction does not read its own append {value}", seat.session));
+                self.broke(format!(
+                    "session {}: a transaction does not read its own append {value}",
+                    seat.session
+                ));
             }
         }
         self.answered(seat, [Step { what: What::Read { key, list }, sent, part: Some(part) }]);
