@@ -11,6 +11,8 @@ SOAK_READS ?= 20000
 SOAK_MODEL_RUNS ?= 5000
 # The same for `make soak-failover`: random schedules.
 SOAK_FAILOVER_RUNS ?= 200000
+# Random orders of faults that `make schedules` plays on real servers.
+SCHEDULES ?= 60
 # Operations per fault of `make consistency`.
 HISTORY_OPERATIONS ?= 50000
 # How much `make leaks` does: clients, backends, seconds.
@@ -30,7 +32,7 @@ LEVELS_ARGS ?=
 PAGE_SECONDS ?= 90
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix sizes consistency soak-consistency failover soak-failover leaks drivers suites regress corpus fuzz
+.PHONY: help setup demo test matrix sizes consistency soak-consistency failover soak-failover schedules leaks drivers suites regress corpus fuzz
 .PHONY: page metrics-check man deb systemd images lint fmt clippy doc bench bench-levels audit
 
 help: ## this list
@@ -64,6 +66,9 @@ soak-consistency: setup ## SOAK_READS reads per fault, by a debug and a release 
 
 soak-failover: setup ## SOAK_FAILOVER_RUNS random schedules of faults against the failover machine, in a model, by a release build
 	HIGHWATER_MODEL_RUNS=$(SOAK_FAILOVER_RUNS) $(CARGO) test --locked --release --test failover -- --nocapture
+
+schedules: setup ## SCHEDULES random orders of faults on real servers, under writers; HIGHWATER_SCHEDULE_SEED plays one again
+	HIGHWATER_SCHEDULES=$(if $(HIGHWATER_SCHEDULE_SEED),1,$(SCHEDULES)) $(CARGO) test --locked --test end_to_end schedules:: -- --nocapture
 
 consistency: setup ## histories of sessions of all levels under faults, checked against each level's promises
 	$(CARGO) build --locked --release

@@ -1490,10 +1490,12 @@ impl Machine {
         self.enter(State::Healthy);
     }
 
-    fn settle_gate(&mut self) {
+    /// Whether new work may go to the primary. Also right after [`new`](Self::new), before anything has happened: an
+    /// earlier process may have had the primary replaced, and not have heard of it.
+    pub fn wanted_gate(&self) -> Gate {
         let fenced =
             self.settings.hands && self.record.primary.is_some_and(|p| self.record.fenced.contains(&p));
-        let wanted = match (&self.record.intent, &self.attempt) {
+        match (&self.record.intent, &self.attempt) {
             (Some(intent), Some(attempt)) if intent.planned && !attempt.drained => Gate::Draining,
             (Some(_), _) => Gate::Closed,
             // Not before the primary takes writes again: clients would be told that it is read-only.
@@ -1501,7 +1503,11 @@ impl Machine {
             // What is sent to a primary that does not answer has an unknown outcome; what waits has not.
             (None, _) if self.gone => Gate::Paused,
             (None, _) => Gate::Open,
-        };
+        }
+    }
+
+    fn settle_gate(&mut self) {
+        let wanted = self.wanted_gate();
         if self.gate != Some(wanted) {
             self.gate = Some(wanted);
             self.out.push(Action::Gate(wanted));

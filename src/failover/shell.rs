@@ -228,7 +228,9 @@ impl Shell {
             SystemTime::now(),
             None,
         )));
-        let shell = Shell {
+        // Before there are any sessions.
+        let wanted = machine.wanted_gate();
+        let mut shell = Shell {
             machine,
             names: Arc::clone(&names),
             mode: config.failover.mode,
@@ -253,6 +255,9 @@ impl Shell {
             loss: None,
             status: Arc::clone(&status),
         };
+        if wanted != Wanted::Open {
+            shell.set_gate(wanted);
+        }
         Ok((shell, Ears { events: results, commands }, Commands { queue, status }))
     }
 

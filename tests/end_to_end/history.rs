@@ -65,6 +65,16 @@ pub enum Outcome {
     Unknown,
 }
 
+/// The transaction that an operation was part of. Its appends are answered when its COMMIT is; its reads are given
+/// without what it had appended itself by then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Which; no other has it.
+    pub transaction: usize,
+    /// When its BEGIN was sent, on the clock that all share.
+    pub began: u64,
+}
+
 /// One operation. Failed ones that surely did nothing are left out.
 #[derive(Clone, Debug)]
 pub struct Operation {
@@ -75,6 +85,7 @@ pub struct Operation {
     pub sent: u64,
     pub answered: u64,
     pub outcome: Outcome,
+    pub part: Option<Part>,
 }
 
 /// A promise that was broken.
@@ -95,6 +106,8 @@ pub enum Promise {
     /// A read shows all that was acknowledged before it was sent, to anybody (at level `global`: to anybody at that
     /// level, and all writes).
     RealTime,
+    /// At every level: a transaction's reads show all that was acknowledged before its BEGIN was sent.
+    SinceBegin,
     /// What was acknowledged is there at the end.
     Durable,
     /// Who was shown what a crash has taken is not shown the list without it, as if nothing had happened.
@@ -157,6 +170,7 @@ pub fn check(history: &[Operation], finals: &BTreeMap<Key, Vec<u32>>, flush: Flu
     checker.prefixes();
     checker.sessions();
     checker.real_time();
+    checker.since_begin();
     checker.found.sort_by_key(|v| v.operation);
     checker.found
 }
@@ -217,6 +231,7 @@ impl Checker<'_> {
     fn sessions(&mut self) {
         // What the writer of each value knew when it sent it, by its own reads and writes.
         let mut causes: HashMap<u32, Known> = HashMap::new();
+        let together = self.together();
         // At its sending an append remembers what its session knows, and a read what it must show; at its answer
         // an operation adds to what is known.
         let events = self.events();
@@ -229,7 +244,11 @@ impl Checker<'_> {
             let session = own.entry(operation.session).or_default();
             match (&operation.what, answered) {
                 (What::Append { value, key }, false) => {
-                    causes.insert(*value, session.all());
+                    let mut known = session.all();
+                    if let Some(part) = operation.part {
+                        merge(&mut known, &together[&part.transaction]);
+                    }
+                    causes.insert(*value, known);
                     due.insert(index, session.due(*key));
                 }
                 (What::Read { key, .. }, false) => drop(due.insert(index, session.due(*key))),
@@ -249,6 +268,21 @@ impl Checker<'_> {
                 }
             }
         }
+    }
+
+    /// What each transaction has appended in all: whoever sees one of it sees the rest.
+    fn together(&self) -> HashMap<usize, Known> {
+        let mut together: HashMap<usize, Known> = HashMap::new();
+        for operation in self.history {
+            let Some(part) = operation.part else { continue };
+            let known = together.entry(part.transaction).or_default();
+            if let What::Append { value, key } = operation.what
+                && let Some((_, at)) = self.position.get(&value)
+            {
+                merge(known, &Known::from([(key, at + 1)]));
+            }
+        }
+        together
     }
 
     fn answered(
@@ -341,6 +375,43 @@ impl Checker<'_> {
                 if let Some(known) = causes.get(value) {
                     merge(&mut session.effects, known);
                 }
+            }
+        }
+    }
+
+    /// What transactions' reads must show, at whatever level.
+    fn since_begin(&mut self) {
+        let mut acknowledged: Vec<(u64, Key, usize, usize)> = Vec::new();
+        for (index, operation) in self.history.iter().enumerate() {
+            if let What::Append { key, value } = operation.what
+                && operation.outcome == Outcome::Done
+                && let Some((_, at)) = self.position.get(&value)
+            {
+                acknowledged.push((operation.answered, key, at + 1, index));
+            }
+        }
+        acknowledged.sort_unstable();
+        let mut reads: Vec<(u64, usize)> = self
+            .history
+            .iter()
+            .enumerate()
+            .filter_map(|(index, o)| {
+                matches!(o.what, What::Read { .. }).then_some(())?;
+                Some((o.part?.began, index))
+            })
+            .collect();
+        reads.sort_unstable();
+        let mut bounds: HashMap<Key, (usize, usize)> = HashMap::new();
+        let mut next = acknowledged.into_iter().peekable();
+        for (began, index) in reads {
+            while let Some((_, key, length, by)) = next.next_if(|(answered, ..)| *answered < began) {
+                raise(&mut bounds, key, length, by);
+            }
+            if let What::Read { key, list } = &self.history[index].what
+                && let Some((length, by)) = bounds.get(key)
+                && self.kept(*key, list) < *length
+            {
+                self.broken(Promise::SinceBegin, index, Some(*by));
             }
         }
     }
@@ -472,11 +543,12 @@ impl fmt::Display for Shown<'_> {
             };
             writeln!(
                 f,
-                "  #{index} session {} at {}..{} ({}): {what}",
+                "  #{index} session {} at {}..{} ({}, {:?}): {what}",
                 operation.session,
                 operation.sent,
                 operation.answered,
-                operation.level.word()
+                operation.level.word(),
+                operation.part
             )?;
         }
         Ok(())
@@ -512,6 +584,7 @@ mod tests {
                 sent: at,
                 answered: at + 5,
                 outcome: Outcome::Done,
+                part: None,
             });
         }
         operations
@@ -568,6 +641,29 @@ mod tests {
         assert!(check(&operations, &BTreeMap::from([(0, vec![1])]), Flush::Waited).is_empty());
         operations[0].outcome = Outcome::Unknown;
         assert!(check(&operations, &BTreeMap::from([(0, vec![])]), Flush::Waited).is_empty());
+    }
+
+    #[test]
+    fn a_transaction_is_seen_whole_or_not_and_reads_what_was_acknowledged_before_it() {
+        let finals = BTreeMap::from([(0, vec![1]), (1, vec![2])]);
+        let found = |operations: &[Operation]| -> Vec<(Promise, usize)> {
+            check(operations, &finals, Flush::Waited).into_iter().map(|v| (v.promise, v.operation)).collect()
+        };
+        let mut operations = history("1 s append 0 1\n1 s append 1 2\n0 s read 0 1\n0 s read 1");
+        // The read of the second list comes before that append, by itself, was answered.
+        operations[1].answered = operations[3].answered + 1;
+        assert_eq!(found(&operations), []);
+        for operation in &mut operations[..2] {
+            operation.part = Some(Part { transaction: 0, began: 0 });
+        }
+        assert_eq!(found(&operations), [(Promise::Causal, 3)]);
+
+        let mut operations = history("1 s append 0 1\n1 s append 1 2\n0 e read 0");
+        assert_eq!(found(&operations), []);
+        operations[2].part = Some(Part { transaction: 0, began: operations[0].answered + 1 });
+        assert_eq!(found(&operations), [(Promise::SinceBegin, 2)]);
+        operations[2].part = Some(Part { transaction: 0, began: operations[0].answered - 1 });
+        assert_eq!(found(&operations), []);
     }
 
     #[test]

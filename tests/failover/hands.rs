@@ -181,7 +181,7 @@ impl World {
         let session = self.proxy.as_ref().unwrap().sessions[node];
         let held = session != 0 && self.nodes[node].lock == session;
         if held && let Some(effect) = (!job.effects.is_empty()).then(|| job.effects.remove(0)) {
-            job.sent = true;
+            self.leaves(job);
             if self.chance.one_in(2) {
                 self.nodes[node].stuck.push(crate::nodes::Stuck { session, effect });
             }
@@ -223,9 +223,17 @@ impl World {
         None
     }
 
+    /// A statement that changes something is on its way.
+    fn leaves(&mut self, job: &mut Job) {
+        job.sent = true;
+        if let Task::Order(_, Order::Promote { epoch, .. }) = &job.task {
+            self.promote_is_sent(job.node, *epoch);
+        }
+    }
+
     fn send(&mut self, job: &mut Job, effect: &Effect) -> Option<Outcome> {
         let node = job.node;
-        job.sent = true;
+        self.leaves(job);
         if self.without == Without::Severing && *effect == Effect::Sever {
             return None;
         }

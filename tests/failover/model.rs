@@ -113,6 +113,16 @@ fn without_quorum_there_is_one_write_target_all_the_same() {
     assert!(each < 100 || happened.promotions > each / 3, "{happened:?}");
 }
 
+/// A proxy died while it promoted another node, and the old primary was back before it started again: until it had
+/// looked around clients got there.
+#[test]
+fn nobody_gets_to_an_old_primary_as_a_proxy_starts_that_was_about_to_replace_it() {
+    for seed in [4524, 9148] {
+        let world = run(Plan::random(seed, Durability::Async), Without::Nothing, false);
+        assert_eq!(world.violations, Vec::<String>::new(), "seed {seed}");
+    }
+}
+
 #[test]
 fn with_any_part_of_the_rule_left_out_something_breaks() {
     let mut missed = Vec::new();

@@ -91,11 +91,12 @@ impl World {
         let (record, settings, now) = (self.disk.clone(), settings(&self.plan), self.clock());
         let target = record.primary.map(|node| (node.index(), record.epoch.0));
         self.log(|| format!("the proxy starts: {record:?}"));
+        let machine = Machine::new(settings, record, now);
         self.proxy = Some(Proxy {
             run: self.runs,
-            machine: Machine::new(settings, record, now),
+            gate: machine.wanted_gate(),
+            machine,
             sync: None,
-            gate: Gate::Open,
             target,
             closings: 0,
             sockets_open: false,
@@ -406,7 +407,7 @@ impl World {
             }
             Action::Order { id, node, order } => {
                 if let Order::Promote { epoch, .. } = &order {
-                    self.promote_is_sent(node.index(), *epoch);
+                    self.promote_is_ordered(node.index(), *epoch);
                 }
                 self.start_job(node.index(), Task::Order(id, order));
             }

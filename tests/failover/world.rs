@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use highwater::failover::decide::Durability;
 use highwater::failover::event::{Command, Now};
-use highwater::failover::record::Record;
+use highwater::failover::record::{Intent, Record};
 use highwater::topology::{Epoch, NodeId};
 
 use crate::nodes::{Ms, Node, Receiver, Waiting, Writer, lsn};
@@ -327,6 +327,9 @@ impl World {
             Fault::CrashProxy => {
                 if self.proxy.take().is_some() {
                     self.happened.proxy_crashes += 1;
+                    // What could not be recorded of a primary that was found is gone with those who were told.
+                    let durable = self.disk.epoch.0;
+                    self.targets.retain(|epoch, _| *epoch <= durable);
                 }
             }
             Fault::StartProxy => {
@@ -340,6 +343,14 @@ impl World {
                 self.nodes[*node].destroyed = true;
                 self.forks.retain(|_, by| by != node);
                 self.loss_allowed = true;
+                // A promotion that it may have begun counts as not begun.
+                if self.disk.primary != Some(NodeId(*node as u16)) {
+                    self.promote_sent.retain(|_, to| to != node);
+                    if self.latest == *node {
+                        self.latest = self.disk.primary.map_or(0, NodeId::index);
+                        self.latest_epoch = self.disk.epoch.0;
+                    }
+                }
                 self.command(Command::Forget(NodeId(*node as u16)));
             }
             Fault::Command(command) => {
@@ -516,7 +527,7 @@ impl World {
             match waiting.writer {
                 Writer::Direct => {
                     self.happened.acked_direct += 1;
-                    self.acknowledged(at, waiting.write, "a direct client");
+                    self.acknowledged_to_direct(at, waiting.write);
                 }
                 Writer::Proxy { .. } => {
                     let wait = self.chance.between(1, 12);
@@ -595,12 +606,18 @@ impl World {
 
     // What must hold.
 
+    fn acknowledged_to_direct(&mut self, at: usize, write: u64) {
+        if !self.on_their_own(at) {
+            self.acknowledged(at, write, "a direct client");
+        }
+    }
+
     fn acknowledged(&mut self, at: usize, write: u64, whom: &str) {
         if !self.is_quorum() {
             return;
         }
         self.acked.insert(write);
-        if at != self.latest && !self.loss_allowed && !self.left_uncovered {
+        if at != self.latest && !self.loss_allowed {
             self.violate(format!(
                 "no_ack_old_side: n{at} acknowledged {write} to {whom}, after n{}",
                 self.latest
@@ -629,7 +646,7 @@ impl World {
     }
 
     /// An order to promote is given.
-    pub fn promote_is_sent(&mut self, node: usize, epoch: Epoch) {
+    pub fn promote_is_ordered(&mut self, node: usize, epoch: Epoch) {
         use highwater::failover::record::Stage;
         let to = NodeId(node as u16);
         let durable = self.disk.intent.clone();
@@ -639,15 +656,28 @@ impl World {
                 "one_target_per_epoch: a promotion of n{node} is sent before its intent is durable"
             ));
         }
-        if self.promote_sent.insert(epoch.0, node).is_some_and(|other| other != node) {
-            self.violate(format!("one_target_per_epoch: a second candidate, n{node}, of epoch {}", epoch.0));
-        }
-        self.left_uncovered |=
-            durable.is_some_and(|intent| intent.planned && self.nodes[intent.from.index()].names.is_none());
+        self.left_uncovered |= durable.is_some_and(|intent| {
+            intent.planned && (self.disk.sync.degraded || self.nodes[intent.from.index()].names.is_none())
+        });
         let open = self.proxy.as_ref().is_some_and(|proxy| proxy.sockets_open);
         if open && self.without != Without::ClosedSockets {
             self.violate(format!("sockets to the old primary are open when n{node} is to be promoted"));
         }
+    }
+
+    /// The order leaves: from here on that node may be promoted. (One that refused the connection was not asked.)
+    pub fn promote_is_sent(&mut self, node: usize, epoch: Epoch) {
+        if self.promote_sent.insert(epoch.0, node).is_some_and(|other| other != node) {
+            self.violate(format!("one_target_per_epoch: a second candidate, n{node}, of epoch {}", epoch.0));
+        }
+    }
+
+    /// While replication is degraded a switchover asks nobody about clients that go past the proxy and make themselves
+    /// read-write on the old primary: they are on their own.
+    fn on_their_own(&self, at: usize) -> bool {
+        let leaves = |intent: &Intent| intent.planned && intent.from.index() == at;
+        (self.disk.sync.degraded && self.disk.intent.as_ref().is_some_and(leaves))
+            || (self.left_uncovered && at != self.latest)
     }
 
     pub fn published(&mut self, node: usize, epoch: u64) {

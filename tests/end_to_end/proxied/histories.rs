@@ -9,11 +9,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use highwater::demo::cluster::{Login, PrivateNode};
-use tokio_postgres::{AsyncMessage, NoTls};
+use tokio_postgres::{AsyncMessage, NoTls, Statement};
 
+use self::work::{Failed, OBJECTS, Tally, Way};
 use super::consistency::{Trouble, a_while, synchronous};
 use crate::fixture::*;
-use crate::history::{self, Flush, Level, Operation, Outcome, Shown, What};
+use crate::history::{self, Flush, Level, Operation, Outcome, Part, Shown, What};
+
+mod work;
 
 /// Sessions of each level.
 const OF_EACH: usize = 4;
@@ -46,18 +49,31 @@ async fn with_lists(replicas: usize, operations: usize) -> Cluster {
         .set_up(&format!(
             "CREATE TABLE lists (k int PRIMARY KEY, v int[] NOT NULL);
              INSERT INTO lists SELECT i, '{{}}' FROM generate_series(0, {lists}) i;
-             GRANT SELECT, UPDATE ON lists TO PUBLIC"
+             GRANT SELECT, UPDATE ON lists TO PUBLIC;
+             {OBJECTS}"
         ))
         .await;
     cluster
 }
 
-async fn start(cluster: &Cluster) -> Proxy {
+/// Where explicit transactions read.
+#[derive(Clone, Copy)]
+enum Transactions {
+    Primary,
+    Split,
+}
+
+async fn start(cluster: &Cluster, transactions: Transactions) -> Proxy {
     // A user for each level, hence many pools: together they must leave the nodes connections for others.
     let rules: Vec<String> =
         Level::ALL.iter().map(|l| format!("{{ user: {0}, level: {0} }}", l.word())).collect();
+    let transactions = match transactions {
+        Transactions::Primary => "primary",
+        Transactions::Split => "split",
+    };
     let overrides = format!(
         "pool: {{ size: 10 }}\n\
+         routing: {{ transactions: {transactions} }}\n\
          consistency: {{ catch_up_wait: 100ms, rules: [ {} ] }}\n\
          failover: {{ mode: follow, check_interval: 100ms, check_timeout: 500ms, failure_threshold: 2 }}",
         rules.join(", ")
@@ -69,6 +85,19 @@ async fn start(cluster: &Cluster) -> Proxy {
 struct Connection {
     client: tokio_postgres::Client,
     told: Arc<AtomicBool>,
+    /// An append and a read, prepared once.
+    prepared: Option<(Statement, Statement)>,
+}
+
+impl Connection {
+    async fn statements(&mut self) -> Result<(Statement, Statement), tokio_postgres::Error> {
+        if self.prepared.is_none() {
+            let append = self.client.prepare("UPDATE lists SET v = v || $1::int WHERE k = $2").await?;
+            let read = self.client.prepare("SELECT v FROM lists WHERE k = $1").await?;
+            self.prepared = Some((append, read));
+        }
+        Ok(self.prepared.clone().unwrap())
+    }
 }
 
 async fn connect(port: u16, user: &str) -> Result<Connection, tokio_postgres::Error> {
@@ -88,7 +117,7 @@ async fn connect(port: u16, user: &str) -> Result<Connection, tokio_postgres::Er
             }
         }
     });
-    Ok(Connection { client, told })
+    Ok(Connection { client, told, prepared: None })
 }
 
 /// A named session of several connections. Those that were told that something is gone, or were ended, go on in
@@ -116,16 +145,6 @@ impl Player<'_> {
     }
 }
 
-/// What came of an operation.
-enum Came {
-    /// Of this.
-    Done(What),
-    /// It failed, and an append may have been done.
-    Failed(Option<What>, tokio_postgres::Error),
-    /// There was nothing to do.
-    Nothing,
-}
-
 /// One player's session.
 struct Seat {
     connection: Connection,
@@ -133,6 +152,8 @@ struct Seat {
     /// Of a named session: the name's number.
     generation: usize,
     level: Level,
+    /// It was told that something is gone, and is another session since.
+    told: bool,
 }
 
 /// All that is shared by the sessions of one run.
@@ -143,7 +164,14 @@ struct Run<'a> {
     clock: AtomicU64,
     values: AtomicU32,
     sessions: AtomicUsize,
+    transactions: AtomicUsize,
     history: Mutex<Vec<Operation>>,
+    tally: Mutex<Tally>,
+    errors: Mutex<BTreeMap<String, usize>>,
+    /// What was rolled back: nobody may ever see it.
+    undone: Mutex<BTreeSet<u32>>,
+    /// What a player saw by itself to be wrong.
+    broken: Mutex<Vec<String>>,
     /// Tokens, with the operation that showed each.
     tokens: Mutex<VecDeque<(String, usize)>>,
 }
@@ -157,7 +185,12 @@ impl<'a> Run<'a> {
             clock: AtomicU64::new(0),
             values: AtomicU32::new(1),
             sessions: AtomicUsize::new(0),
+            transactions: AtomicUsize::new(0),
             history: Mutex::new(Vec::new()),
+            tally: Mutex::default(),
+            errors: Mutex::default(),
+            undone: Mutex::default(),
+            broken: Mutex::default(),
             tokens: Mutex::new(VecDeque::new()),
         }
     }
@@ -170,11 +203,30 @@ impl<'a> Run<'a> {
         self.sessions.fetch_add(1, Ordering::SeqCst)
     }
 
-    fn record(&self, session: usize, level: Level, what: What, sent: u64, outcome: Outcome) -> usize {
-        let operation = Operation { session, level, what, sent, answered: self.now(), outcome };
+    fn record(&self, seat: &Seat, what: What, sent: u64, outcome: Outcome, part: Option<Part>) -> usize {
+        let (session, level) = (seat.session, seat.level);
         let mut history = self.history.lock().unwrap();
-        history.push(operation);
+        history.push(Operation { session, level, what, sent, answered: self.now(), outcome, part });
         history.len() - 1
+    }
+
+    fn broke(&self, what: String) {
+        self.broken.lock().unwrap().push(what);
+    }
+
+    fn failed(&self, error: &tokio_postgres::Error) {
+        let said = error.as_db_error();
+        let text = said.map_or("closed".to_owned(), |e| format!("{} {}", e.code().code(), e.message()));
+        *self.errors.lock().unwrap().entry(text).or_default() += 1;
+    }
+
+    /// Whoever was told that something is gone is another session: what was just answered need not hold what the old
+    /// one knew.
+    fn hear(&self, seat: &mut Seat) {
+        if seat.connection.told.swap(false, Ordering::SeqCst) {
+            seat.session = self.new_session();
+            seat.told = true;
+        }
     }
 
     fn name(&self, number: usize) -> Name {
@@ -198,18 +250,19 @@ impl<'a> Run<'a> {
             let sent = self.now();
             // It fails while there is no node to ask: only in the runs that take the primary or the proxy away.
             if let Ok(connection) = connect(self.proxy.port(), player.user()).await {
+                let seat = Seat { connection, session, generation, level, told: false };
                 let seated = match player {
                     Player::Named(name) => {
                         let name = format!("SET highwater.session = 'n{}-{generation}'", name.number);
-                        connection.client.batch_execute(&name).await.is_ok()
+                        seat.connection.client.batch_execute(&name).await.is_ok()
                     }
                     _ => {
-                        self.record(session, level, What::Begins, sent, Outcome::Done);
+                        self.record(&seat, What::Begins, sent, Outcome::Done, None);
                         true
                     }
                 };
                 if seated {
-                    return Seat { connection, session, generation, level };
+                    return seat;
                 }
             }
             a_while(50).await;
@@ -225,38 +278,23 @@ impl<'a> Run<'a> {
                 return;
             }
             let key = number / WHILE_HOT * HOT + usize::from(rand::random::<u8>()) % HOT;
-            let sent = self.now();
-            let mut shown = None;
-            let came = match rand::random::<u8>() {
-                0..64 => self.append(&seat.connection.client, key).await,
-                64..70 => self.show_token(&seat.connection.client, &mut shown).await,
-                70..76 => self.take_token(&seat.connection.client).await,
+            let worked = match rand::random::<u8>() {
+                0..64 => self.work(&mut seat, Way::of_an_append(), key).await,
+                64..70 => self.show_token(&mut seat).await,
+                70..76 => self.take_token(&mut seat).await,
                 76..84 if matches!(player, Player::Changing) => self.change(&mut seat).await,
-                _ => self.read(&seat.connection.client, key).await,
+                _ => self.work(&mut seat, Way::of_a_read(), key).await,
             };
-            let told = seat.connection.told.swap(false, Ordering::SeqCst);
+            self.hear(&mut seat);
+            let told = std::mem::take(&mut seat.told);
             let named = matches!(player, Player::Named(_));
-            if told {
-                // What was just answered is of the session to come: it need not hold what the old one knew.
-                seat.session = self.new_session();
-            }
-            match came {
-                Came::Done(what) => {
-                    let index = self.record(seat.session, seat.level, what, sent, Outcome::Done);
-                    if let Some(token) = shown {
-                        let mut tokens = self.tokens.lock().unwrap();
-                        tokens.push_back((token, index));
-                        let excess = tokens.len().saturating_sub(TOKENS);
-                        tokens.drain(..excess);
-                    }
-                    if told && named {
-                        seat = self.sit(player, Some(seat.generation)).await;
-                    }
-                }
-                Came::Nothing => {}
-                Came::Failed(what, error) => {
-                    if let Some(what) = what {
-                        self.record(seat.session, seat.level, what, sent, Outcome::Unknown);
+            match worked {
+                Ok(()) if told && named => seat = self.sit(player, Some(seat.generation)).await,
+                Ok(()) => {}
+                Err(Failed { error, in_doubt }) => {
+                    self.failed(&error);
+                    for step in in_doubt {
+                        self.record(&seat, step.what, step.sent, Outcome::Unknown, step.part);
                     }
                     // Nothing is promised about what came before. After HW001 the session itself can be used.
                     let lost = error.code().is_some_and(|code| code.code() == "HW001");
@@ -270,65 +308,37 @@ impl<'a> Run<'a> {
         }
     }
 
-    async fn append(&self, client: &tokio_postgres::Client, key: usize) -> Came {
-        let value = self.values.fetch_add(1, Ordering::SeqCst);
-        let sql = "UPDATE lists SET v = v || $1::int WHERE k = $2";
-        let (element, list) = (i32::try_from(value).unwrap(), i32::try_from(key).unwrap());
-        let what = What::Append { key, value };
-        match client.execute(sql, &[&element, &list]).await {
-            Ok(rows) => {
-                assert_eq!(rows, 1);
-                Came::Done(what)
-            }
-            Err(error) => Came::Failed(Some(what), error),
+    async fn show_token(&self, seat: &mut Seat) -> Result<(), Failed> {
+        let sent = self.now();
+        let token: String = seat.connection.client.query_one("SHOW highwater.token", &[]).await?.get(0);
+        // Empty: the position could not be learned in time.
+        if !token.is_empty() {
+            self.hear(seat);
+            let index = self.record(seat, What::ShowsToken, sent, Outcome::Done, None);
+            let mut tokens = self.tokens.lock().unwrap();
+            tokens.push_back((token, index));
+            let excess = tokens.len().saturating_sub(TOKENS);
+            tokens.drain(..excess);
         }
+        Ok(())
     }
 
-    async fn read(&self, client: &tokio_postgres::Client, key: usize) -> Came {
-        let row = client.query_one("SELECT v FROM lists WHERE k = $1", &[&i32::try_from(key).unwrap()]).await;
-        match row {
-            Ok(row) => {
-                let list: Vec<i32> = row.get(0);
-                let list = list.into_iter().map(|v| u32::try_from(v).unwrap()).collect();
-                Came::Done(What::Read { key, list })
-            }
-            Err(error) => Came::Failed(None, error),
-        }
-    }
-
-    async fn show_token(&self, client: &tokio_postgres::Client, shown: &mut Option<String>) -> Came {
-        match client.query_one("SHOW highwater.token", &[]).await {
-            Ok(row) => match row.get::<_, String>(0) {
-                // The position could not be learned in time.
-                none if none.is_empty() => Came::Nothing,
-                token => {
-                    *shown = Some(token);
-                    Came::Done(What::ShowsToken)
-                }
-            },
-            Err(error) => Came::Failed(None, error),
-        }
-    }
-
-    async fn take_token(&self, client: &tokio_postgres::Client) -> Came {
+    async fn take_token(&self, seat: &mut Seat) -> Result<(), Failed> {
+        let sent = self.now();
         let next = self.tokens.lock().unwrap().pop_front();
-        let Some((token, shown_by)) = next else { return Came::Nothing };
-        match client.batch_execute(&format!("SET highwater.token = '{token}'")).await {
-            Ok(()) => Came::Done(What::TakesToken { shown_by }),
-            Err(error) => Came::Failed(None, error),
-        }
+        let Some((token, shown_by)) = next else { return Ok(()) };
+        seat.connection.client.batch_execute(&format!("SET highwater.token = '{token}'")).await?;
+        self.hear(seat);
+        self.record(seat, What::TakesToken { shown_by }, sent, Outcome::Done, None);
+        Ok(())
     }
 
-    async fn change(&self, seat: &mut Seat) -> Came {
+    async fn change(&self, seat: &mut Seat) -> Result<(), Failed> {
         let level = Level::ALL[usize::from(rand::random::<u8>()) % Level::ALL.len()];
         let sql = format!("SET highwater.consistency = '{}'", level.word());
-        match seat.connection.client.batch_execute(&sql).await {
-            Ok(()) => {
-                seat.level = level;
-                Came::Nothing
-            }
-            Err(error) => Came::Failed(None, error),
-        }
+        seat.connection.client.batch_execute(&sql).await?;
+        seat.level = level;
+        Ok(())
     }
 
     async fn all(&self) {
@@ -371,22 +381,44 @@ enum Errors {
     Allowed,
 }
 
+/// What was played.
+struct Played {
+    history: Vec<Operation>,
+    tally: Tally,
+    errors: BTreeMap<String, usize>,
+    undone: BTreeSet<u32>,
+    broken: Vec<String>,
+}
+
+impl From<Run<'_>> for Played {
+    fn from(run: Run<'_>) -> Played {
+        Played {
+            history: run.history.into_inner().unwrap(),
+            tally: run.tally.into_inner().unwrap(),
+            errors: run.errors.into_inner().unwrap(),
+            undone: run.undone.into_inner().unwrap(),
+            broken: run.broken.into_inner().unwrap(),
+        }
+    }
+}
+
 /// Plays a history.
-async fn record(proxy: &Proxy, operations: usize) -> Vec<Operation> {
+async fn record(proxy: &Proxy, operations: usize) -> Played {
     let run = Run::new(proxy, operations);
     run.all().await;
-    run.history.into_inner().unwrap()
+    run.into()
 }
 
 /// No promise may be broken in a history, whose end `primary` holds.
 async fn judge(
     name: &str,
-    history: &[Operation],
+    played: &Played,
     primary: &PrivateNode,
     login: &Login,
     errors: Errors,
     flush: Flush,
 ) -> BTreeMap<usize, Vec<u32>> {
+    let history = played.history.as_slice();
     let finals = finals(primary, login).await;
     let found = history::check(history, &finals, flush);
     let sessions: BTreeSet<usize> = history.iter().map(|o| o.session).collect();
@@ -405,10 +437,19 @@ async fn judge(
         sessions.len(),
         found.len()
     );
+    println!("{name}, done and failed: {:?}", played.tally);
+    println!("{name}, errors: {:?}", played.errors);
+    for what in played.broken.iter().take(5) {
+        println!("{what}");
+    }
     for violation in found.iter().take(5) {
         println!("{}", Shown(violation, history));
     }
     assert!(found.is_empty(), "{name}: {} promises broken", found.len());
+    assert!(played.broken.is_empty(), "{name}: {:?}", played.broken);
+    let back: Vec<&u32> = kept.intersection(&played.undone).collect();
+    assert!(back.is_empty(), "{name}: rolled back, and there: {back:?}");
+    assert!(Way::ALL.iter().all(|way| played.tally.get(way).is_some_and(|(done, _)| *done > 0)), "{name}");
     assert!(tokens > 0, "{name}: no tokens");
     if errors == Errors::Never {
         assert_eq!((sessions.len(), unknown), (SESSIONS, 0), "{name}: statements failed");
@@ -424,10 +465,10 @@ async fn play(
     operations: usize,
     errors: Errors,
 ) -> Vec<Operation> {
-    let history = record(proxy, operations).await;
-    assert!(history.len() > operations / 2, "{name}: {} operations", history.len());
-    judge(name, &history, cluster.primary(), proxy.app(), errors, Flush::Waited).await;
-    history
+    let played = record(proxy, operations).await;
+    assert!(played.history.len() > operations / 2, "{name}: {} operations", played.history.len());
+    judge(name, &played, cluster.primary(), proxy.app(), errors, Flush::Waited).await;
+    played.history
 }
 
 /// How many violations the same history has if all of it is called `level`: lower levels break its promises,
@@ -447,7 +488,7 @@ async fn no_level_breaks_its_promise_while_replay_stops_and_goes_beside_a_synchr
     let cluster = with_lists(2, operations).await;
     // A replica shows commits before the primary does.
     synchronous(&cluster, "ANY 1 (*)").await;
-    let proxy = start(&cluster).await;
+    let proxy = start(&cluster, Transactions::Primary).await;
     let nodes = nodes(&cluster);
     let trouble = Trouble::begin(move || {
         let node = nodes[usize::from(rand::random::<bool>())].clone();
@@ -473,7 +514,7 @@ async fn no_level_breaks_its_promise_beside_a_replica_two_seconds_behind() {
     let operations = wanted(3_000);
     let cluster = with_lists(2, operations).await;
     cluster.node(2).set_apply_delay(Duration::from_secs(2)).await.unwrap();
-    let proxy = start(&cluster).await;
+    let proxy = start(&cluster, Transactions::Split).await;
     play("delayed", &cluster, &proxy, operations, Errors::Never).await;
 }
 
@@ -481,7 +522,7 @@ async fn no_level_breaks_its_promise_beside_a_replica_two_seconds_behind() {
 async fn no_level_breaks_its_promise_while_replicas_crash() {
     let operations = wanted(3_000);
     let cluster = with_lists(2, operations).await;
-    let proxy = start(&cluster).await;
+    let proxy = start(&cluster, Transactions::Split).await;
     let nodes = nodes(&cluster);
     let trouble = Trouble::begin(move || {
         let node = nodes[usize::from(rand::random::<bool>())].clone();
@@ -505,7 +546,7 @@ async fn no_level_breaks_its_promise_while_replicas_crash() {
 async fn no_level_breaks_its_promise_while_the_primary_restarts() {
     let operations = wanted(3_000);
     let cluster = with_lists(2, operations).await;
-    let proxy = start(&cluster).await;
+    let proxy = start(&cluster, Transactions::Split).await;
     let node = cluster.primary().clone();
     let trouble = Trouble::begin(move || {
         let node = node.clone();
@@ -540,7 +581,7 @@ async fn no_level_breaks_its_promise_while_the_next_standby_is_promoted_again_an
     for node in nodes(&cluster) {
         node.execute("CHECKPOINT").await.unwrap();
     }
-    let proxy = start(&cluster).await;
+    let proxy = start(&cluster, Transactions::Primary).await;
     let mut chain: VecDeque<Arc<PrivateNode>> = cluster.nodes().iter().cloned().collect();
     let primary = Arc::new(Mutex::new(chain[0].clone()));
     let now = primary.clone();
@@ -564,19 +605,19 @@ async fn no_level_breaks_its_promise_while_the_next_standby_is_promoted_again_an
             }
         }
     });
-    let history = record(&proxy, operations).await;
+    let played = record(&proxy, operations).await;
     stop.send(true).unwrap();
     let times = failovers.await.unwrap();
     println!("failovers: {times}");
     let primary = primary.lock().unwrap().clone();
-    judge("failovers", &history, &primary, proxy.app(), Errors::Allowed, Flush::Waited).await;
+    judge("failovers", &played, &primary, proxy.app(), Errors::Allowed, Flush::Waited).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_level_breaks_its_promise_while_the_proxy_restarts_and_tokens_outlive_it() {
     let operations = wanted(3_000);
     let cluster = with_lists(2, operations).await;
-    let proxy = start(&cluster).await;
+    let proxy = start(&cluster, Transactions::Split).await;
     let run = Run::new(&proxy, operations);
     let restarts = async {
         let mut times = 0;
@@ -589,10 +630,10 @@ async fn no_level_breaks_its_promise_while_the_proxy_restarts_and_tokens_outlive
     };
     let ((), times) = tokio::join!(run.all(), restarts);
     println!("restarts: {times}");
-    let history = run.history.into_inner().unwrap();
-    let sessions: BTreeSet<usize> = history.iter().map(|o| o.session).collect();
+    let played = Played::from(run);
+    let sessions: BTreeSet<usize> = played.history.iter().map(|o| o.session).collect();
     assert!(sessions.len() > SESSIONS, "all sessions ended with the proxy");
-    judge("the proxy restarts", &history, cluster.primary(), proxy.app(), Errors::Allowed, Flush::Waited)
+    judge("the proxy restarts", &played, cluster.primary(), proxy.app(), Errors::Allowed, Flush::Waited)
         .await;
 }
 
@@ -602,7 +643,7 @@ async fn no_level_breaks_its_promise_silently_when_a_crash_takes_commits_that_no
     let operations = wanted(3_000);
     let cluster = with_lists(2, operations).await;
     cluster.primary().execute("ALTER ROLE ALL SET synchronous_commit = off").await.unwrap();
-    let proxy = start(&cluster).await;
+    let proxy = start(&cluster, Transactions::Primary).await;
     let node = cluster.primary().clone();
     let trouble = Trouble::begin(move || {
         let node = node.clone();
@@ -617,8 +658,8 @@ async fn no_level_breaks_its_promise_silently_when_a_crash_takes_commits_that_no
             a_while(800).await;
         }
     });
-    let history = record(&proxy, operations).await;
+    let played = record(&proxy, operations).await;
     trouble.end().await;
     let primary = cluster.primary();
-    judge("unflushed", &history, primary, proxy.app(), Errors::Allowed, Flush::NotWaited).await;
+    judge("unflushed", &played, primary, proxy.app(), Errors::Allowed, Flush::NotWaited).await;
 }

@@ -729,6 +729,55 @@ async fn a_session_that_rests_between_statements_waits_for_no_sample() {
     assert!(reads_on_replicas(&proxy).await >= 10.0);
 }
 
+/// The primary is gone for the proxy alone: once its server has died too, no walreceiver is left to say of which timeline
+/// it is what a standby has received.
+#[tokio::test]
+async fn what_a_paused_replica_has_shown_is_placed_by_what_it_has_received_without_the_primary() {
+    let cluster = with_counter(2).await;
+    let overrides = "
+failover: { check_interval: 100ms, check_timeout: 10s, pause_timeout: 5s }
+consistency:
+  level: strong
+  max_lag: 1h
+  quorum_reads: { replicas: [ b, c ], applied_by: 1 }
+  primary_read_wait: 10s";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    cluster.primary().set("synchronous_commit", "remote_apply").await.unwrap();
+    cluster.primary().set("synchronous_standby_names", "ANY 1 (b, c)").await.unwrap();
+    let (writer, reader) = (proxy.connect().await, proxy.connect().await);
+    warm(&proxy, &reader).await;
+    let read = async || -> i64 {
+        let sql = "SELECT n FROM counter /* highwater.consistency=session */";
+        reader.query_one(sql, &[]).await.unwrap().get(0)
+    };
+    // It reads from the one whose replay then stops with a write received, and goes on to.
+    let console = proxy.connect_as("highwater", &cluster.roles().control).await.unwrap();
+    console.batch_execute("DRAIN b").await.unwrap();
+    let on_c = async || {
+        let metrics = proxy.metrics().await;
+        metrics.sum("highwater_statements_total", &[("node", "c"), ("reason", "read")])
+    };
+    let before = on_c().await;
+    eventually("it reads from c", async || {
+        read().await;
+        on_c().await > before
+    })
+    .await;
+    cluster.node(2).pause_replay().await.unwrap();
+    writer.execute("UPDATE counter SET n = 1", &[]).await.unwrap();
+    let received = "SELECT pg_last_wal_receive_lsn() > pg_last_wal_replay_lsn()";
+    cluster.node(2).wait_for(received, "t").await.unwrap();
+    assert_eq!(read().await, 0, "the replica that stands still has shown something last");
+    console.batch_execute("UNDRAIN b").await.unwrap();
+    cluster.link(0).cut();
+    eventually("it is gone", async || {
+        proxy.metrics().await.sum("highwater_node_up", &[("node", "a")]) == 0.0
+    })
+    .await;
+    let read = reader.query_one("SELECT n FROM counter", &[]).await;
+    assert_eq!(read.unwrap().get::<_, i64>(0), 1);
+}
+
 /// How fast a replica replays is measured while it has much to replay, and shown.
 #[tokio::test]
 async fn the_pace_of_a_replica_that_has_fallen_behind_is_measured_and_shown() {
