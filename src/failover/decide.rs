@@ -425,6 +425,13 @@ impl Machine {
         if let Some(before) = self.undo.take() {
             *self = *before;
         }
+        // What is undone here was perhaps the news that the candidate has been promoted: should it not be reached from now
+        // on, that is no refusal.
+        let promoting =
+            matches!(&self.record.intent, Some(intent) if matches!(intent.stage, Stage::Promote(_)));
+        if let Some(attempt) = self.attempt.as_mut().filter(|_| promoting) {
+            attempt.uncertain = true;
+        }
         self.hold_until = Some(now + BLOCK_RETRY);
         self.enter(State::Blocked(BlockReason::NotDurable(cause)));
     }

@@ -123,6 +123,14 @@ fn nobody_gets_to_an_old_primary_as_a_proxy_starts_that_was_about_to_replace_it(
     }
 }
 
+/// The candidate said that it was promoted, which could not be recorded (a full disk), and died: what it refuses then is
+/// no proof that nothing has happened.
+#[test]
+fn a_promotion_whose_success_could_not_be_recorded_is_not_given_up_for_a_refused_connection() {
+    let world = run(Plan::random(26946, Durability::Async), Without::Nothing, false);
+    assert_eq!(world.violations, Vec::<String>::new());
+}
+
 #[test]
 fn with_any_part_of_the_rule_left_out_something_breaks() {
     let mut missed = Vec::new();

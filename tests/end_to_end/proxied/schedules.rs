@@ -471,7 +471,7 @@ impl Stage {
             Some(primary) => vec![primary],
             None => (0..NODES).filter(|node| self.answers(*node)).collect(),
         };
-        let mut best: Option<(Vec<i64>, Vec<(i64, usize)>)> = None;
+        let mut best: Option<Missing> = None;
         for node in of {
             let rows = self.rows(node).await;
             let acknowledged = ledger.acknowledged.lock().unwrap();
@@ -504,6 +504,9 @@ impl Stage {
     }
 }
 
+/// Acknowledged rows that a server lacks: through the proxy, and past it, with the node that acknowledged them.
+type Missing = (Vec<i64>, Vec<(i64, usize)>);
+
 /// How one ended.
 struct Ended {
     seed: u64,
@@ -517,7 +520,7 @@ struct Ended {
 
 async fn play(seed: u64) -> Ended {
     let mut chance = StdRng::seed_from_u64(seed);
-    let direct = seed % 2 == 0;
+    let direct = seed.is_multiple_of(2);
     let mut stage = Stage::set().await;
     let ledger = Arc::new(Ledger::default());
     let app = &stage.cluster.roles().app;
@@ -564,11 +567,12 @@ async fn play(seed: u64) -> Ended {
             println!("--- the proxy's log of seed {seed}:\n{}", stage.proxy.log());
         }
     }
+    let epochs = ask(&stage.proxy).await.map_or(0, |said| said.epoch);
     Ended {
         seed,
         acknowledged: ledger.count(),
         direct: ledger.direct.lock().unwrap().len(),
-        epochs: ask(&stage.proxy).await.map_or(0, |said| said.epoch),
+        epochs,
         errors: std::mem::take(&mut *ledger.errors.lock().unwrap()),
         blocked,
         wrong,

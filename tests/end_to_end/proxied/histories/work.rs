@@ -289,7 +289,8 @@ impl Run<'_> {
             Ok(_) => self.answered(seat, [step]),
             Err(error) => failed = Some(Failed { error, in_doubt: vec![step] }),
         }
-        // What is lost in between, the session is told of. Which answers came before that is not known.
+        // What is lost in between, the session is told of, by a notice or an error. Which answers came before a notice is not
+        // known.
         let told = seat.told;
         let owed = done && !told && seat.level >= Level::ReadYourWrites;
         for (Step { sent, .. }, of, read) in [(own, key, first), (beside, other, second)] {
@@ -299,7 +300,7 @@ impl Run<'_> {
             match read {
                 Ok(row) => {
                     let list = list_in(&row);
-                    if owed && of == key && !list.contains(&value) {
+                    if owed && failed.is_none() && of == key && !list.contains(&value) {
                         let (session, level) = (seat.session, seat.level);
                         let end = &list[list.len().saturating_sub(5)..];
                         self.broke(format!(
