@@ -209,7 +209,7 @@ impl Explanation {
     /// first have an empty word.
     pub fn facts(&self) -> Vec<(String, String)> {
         let (why, stage) = self.class.reason.explained();
-        let kind = match self.class.kind {
+        let kind = match self.class.shown() {
             Kind::Read => "read",
             Kind::Write => "write",
             Kind::Ddl => "ddl",

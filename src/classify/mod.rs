@@ -164,6 +164,11 @@ pub struct Classifier {
 }
 
 impl StatementClass {
+    /// What it is to those who watch: a read that a comment keeps on the primary is a read to them.
+    pub fn shown(&self) -> Kind {
+        if self.reason == ClassReason::Hint { Kind::Read } else { self.kind }
+    }
+
     const READ: StatementClass = StatementClass {
         kind: Kind::Read,
         reason: ClassReason::Read,
@@ -556,7 +561,7 @@ pub enum ClassReason {
     ParameterType,
     /// A replica refused it before.
     Learned,
-    /// A comment in it asks for the primary.
+    /// A comment in it asks for the primary. For that alone it is not a read.
     Hint,
     /// Nothing but white space and comments.
     Empty,

@@ -231,9 +231,6 @@ impl Scan<'_> {
             if let Some(hint) = self.lexer.hint() {
                 feed(&mut self.hash, b'h', hint);
                 self.hints = self.hints.and(hint);
-                if self.hints.route == Some(Route::Primary) {
-                    self.statement.refuse(Kind::Write, ClassReason::Hint);
-                }
             }
             match token {
                 Token::End => {
@@ -845,6 +842,10 @@ impl Scan<'_> {
         }
         if statement.too_deep {
             statement.refuse(Kind::Write, ClassReason::SecondOpinion);
+        }
+        // The last reason: what has it would be a read.
+        if self.hints.route == Some(Route::Primary) {
+            statement.refuse(Kind::Write, ClassReason::Hint);
         }
         let class = StatementClass {
             kind: statement.kind,

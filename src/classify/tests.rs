@@ -229,7 +229,15 @@ fn hints() {
         "select /* HIGHWATER.ROUTE: Primary */ 1",
         "select 1 /* highwater.x=1 */ /* highwater.route=primary */",
     ] {
-        assert_eq!(class(text).reason, ClassReason::Hint, "{text}");
+        assert_eq!((class(text).reason, class(text).shown()), (ClassReason::Hint, Kind::Read), "{text}");
+        assert_ne!(class(text).kind, Kind::Read, "{text}");
+    }
+    for (text, reason) in [
+        ("/* highwater.route=primary */ delete from t", ClassReason::Command),
+        ("/* highwater.route=primary */ select nextval('s')", ClassReason::UnsafeFunction),
+        ("/* highwater.route=primary */ select 1; select 2", ClassReason::Several),
+    ] {
+        assert_eq!((class(text).reason, class(text).shown()), (reason, Kind::Write), "{text}");
     }
     for text in ["select 1 /* route=primary */", "select '/* highwater.route=primary */'"] {
         assert_eq!(class(text), StatementClass::READ, "{text}");

@@ -374,7 +374,7 @@ impl Asker<'_> {
             let mean = Duration::from_secs_f64(entry.total.as_secs_f64() / runs.max(1) as f64);
             vec![
                 (&*entry.database).into(),
-                ClassLabel::LABELS[ClassLabel::of(entry.class.kind) as usize].into(),
+                ClassLabel::LABELS[ClassLabel::of(entry.class.shown()) as usize].into(),
                 entry.class.reason.explained().0.into(),
                 entry.on_replicas.into(),
                 entry.on_primary.into(),

@@ -14,7 +14,7 @@ use super::{End, Session};
 use crate::backend::SharedName;
 use crate::classify::hint::Hints;
 use crate::classify::setting::{self, ResetBatch};
-use crate::classify::{self, ClassKey, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass};
+use crate::classify::{self, ClassKey, ClassReason, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass};
 use crate::route::{ClassLabel, RouteReason};
 use crate::wire::{self, HEADER, TransactionStatus};
 
@@ -135,8 +135,8 @@ impl Demand {
 
     fn of_query(class: StatementClass, text: &[u8]) -> Demand {
         Demand::Primary {
-            reason: RouteReason::NotARead,
-            label: ClassLabel::of(class.kind),
+            reason: reason_of(class),
+            label: ClassLabel::of(class.shown()),
             leaves: class.leaves,
             ddl: class.kind == Kind::Ddl,
             settings: class.settings,
@@ -144,16 +144,32 @@ impl Demand {
         }
     }
 
-    fn not_a_read(label: ClassLabel) -> Demand {
+    fn of_statement(class: StatementClass) -> Demand {
         Demand::Primary {
-            reason: RouteReason::NotARead,
-            label,
+            reason: reason_of(class),
+            label: ClassLabel::of(class.shown()),
             leaves: Leaves::Nothing,
             ddl: false,
             settings: false,
-            may_commit: label == ClassLabel::of(Kind::TransactionControl),
+            may_commit: class.kind == Kind::TransactionControl,
         }
     }
+
+    fn not_a_read() -> Demand {
+        Demand::Primary {
+            reason: RouteReason::NotARead,
+            label: ClassLabel::Unit,
+            leaves: Leaves::Nothing,
+            ddl: false,
+            settings: false,
+            may_commit: false,
+        }
+    }
+}
+
+/// Why a statement that is not a read goes to the primary.
+fn reason_of(class: StatementClass) -> RouteReason {
+    if class.reason == ClassReason::Hint { RouteReason::Asked } else { RouteReason::NotARead }
 }
 
 /// A text longer than may be held: nothing of it is known.
@@ -170,7 +186,7 @@ fn too_long() -> Demand {
 
 /// A message that only a server can answer: with the error that it is none.
 fn malformed() -> Demand {
-    Demand::not_a_read(ClassLabel::Unit)
+    Demand::not_a_read()
 }
 
 impl Session {
@@ -216,7 +232,7 @@ impl Session {
             }
             match header.tag {
                 b'Q' => return self.demand_query(at, header.len).await,
-                b'F' => return Ok(Demand::not_a_read(ClassLabel::Unit)),
+                b'F' => return Ok(Demand::not_a_read()),
                 b'P' if header.len > self.config.limits.statement_text => return Ok(too_long()),
                 b'P' => {
                     needs_backend = true;
@@ -232,7 +248,7 @@ impl Session {
                     if !matches!(class.kind, Kind::Read | Kind::Empty) {
                         self.ask_for_own(class);
                         self.look_for_own(statement.text(), class).await?;
-                        return Ok(Demand::not_a_read(ClassLabel::of(class.kind)));
+                        return Ok(Demand::of_statement(class));
                     }
                 }
                 b'B' => {
@@ -243,7 +259,7 @@ impl Session {
                         Some(found) => found.clone(),
                         None => match self.statements.find(name) {
                             Found::Statement(statement) => Some(statement),
-                            Found::OnBackend => return Ok(Demand::not_a_read(ClassLabel::Unit)),
+                            Found::OnBackend => return Ok(Demand::not_a_read()),
                             Found::Nothing => None,
                         },
                     };
@@ -257,7 +273,7 @@ impl Session {
                         if !matches!(class.kind, Kind::Read | Kind::Empty) {
                             self.ask_for_own(class);
                             self.look_for_own(statement.text(), class).await?;
-                            return Ok(Demand::not_a_read(ClassLabel::of(class.kind)));
+                            return Ok(Demand::of_statement(class));
                         }
                     }
                 }
@@ -277,7 +293,7 @@ impl Session {
                     break;
                 }
                 b'D' if self.describes_another(&self.client.input[at + HEADER..at + header.len]) => {
-                    return Ok(Demand::not_a_read(ClassLabel::Unit));
+                    return Ok(Demand::not_a_read());
                 }
                 b'D' | b'E' => needs_backend = true,
                 b'X' => return Err(End::ClientGone),
@@ -373,7 +389,7 @@ impl Session {
                     let text = text.to_vec();
                     self.bad_hint = self.take_hints(&text, question.hints()).map(Box::new);
                 }
-                return Some(Demand::not_a_read(ClassLabel::Unit));
+                return Some(Demand::not_a_read());
             }
         };
         let text = text.to_vec();

@@ -1720,16 +1720,8 @@ impl Session {
         self.client.output.put_slice(&notice);
     }
 
-    /// Follows the topology into its epoch, and brings the mark up to the samples.
-    fn bring_mark_forward(&mut self, topology: &crate::topology::Topology) {
-        let before = self.mark.epoch();
-        let mut survival = self.mark.follow(&*self.shared.positions, topology);
-        if before != topology.epoch
-            && let Some(shared) = &self.shared_mark
-        {
-            let theirs = shared.survival_since(before, &*self.shared.positions, topology);
-            survival = mark::worse(survival, theirs);
-        }
+    /// The client is told if a change of the primary has taken, or may have taken, what it counts on.
+    fn tell_of(&mut self, survival: Survival) {
         match survival {
             Survival::Kept => {}
             Survival::Unknown(fork) => {
@@ -1746,6 +1738,19 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Follows the topology into its epoch, and brings the mark up to the samples.
+    fn bring_mark_forward(&mut self, topology: &crate::topology::Topology) {
+        let before = self.mark.epoch();
+        let mut survival = self.mark.follow(&*self.shared.positions, topology);
+        if before != topology.epoch
+            && let Some(shared) = &self.shared_mark
+        {
+            let theirs = shared.survival_since(before, &*self.shared.positions, topology);
+            survival = mark::worse(survival, theirs);
+        }
+        self.tell_of(survival);
         self.mark.absorb(&*self.shared.positions, topology);
         if before != topology.epoch {
             self.take_shared_mark(topology);

@@ -456,6 +456,7 @@ impl Session {
         let named = names.join(user, name, Instant::now(), || Mark::new(&*positions, &topology))?;
         drop(names);
         self.bring_mark_forward(&topology);
+        self.tell_of(named.survival_untold(&*positions, &topology));
         named.join(&self.mark, &*positions, &topology);
         self.shared_mark = Some(named);
         self.take_shared_mark(&topology);

@@ -23,6 +23,8 @@ struct Shared {
     mark: Mark,
     /// What changes of the primary have meant for it, if not that all is kept: each of those who share it is told.
     changes: VecDeque<(Epoch, Survival)>,
+    /// Of changes up to here somebody has been told.
+    told: Epoch,
 }
 
 /// Changes that are remembered; who has not been heard of for longer is told of a loss.
@@ -37,12 +39,21 @@ impl Shared {
             self.changes.drain(..excess);
         }
     }
+
+    /// The worst that the changes after `epoch` have meant, for one who is told of it now.
+    fn tell_since(&mut self, epoch: Epoch) -> Survival {
+        let since = self.changes.iter().filter(|(at, _)| *at > epoch);
+        let worst = since.fold(Survival::Kept, |worst, (_, survival)| mark::worse(worst, survival.clone()));
+        self.told = self.told.max(self.mark.epoch());
+        worst
+    }
 }
 
 impl SharedMark {
     /// With the mark of a new session: it begins where the primary is now.
     pub fn new(mark: Mark) -> SharedMark {
-        SharedMark(Mutex::new(Shared { mark, changes: VecDeque::new() }))
+        let told = mark.epoch();
+        SharedMark(Mutex::new(Shared { mark, changes: VecDeque::new(), told }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Shared> {
@@ -64,8 +75,16 @@ impl SharedMark {
     pub fn survival_since(&self, epoch: Epoch, samples: &impl Samples, topology: &Topology) -> Survival {
         let mut shared = self.lock();
         shared.follow(samples, topology);
-        let since = shared.changes.iter().filter(|(at, _)| *at > epoch);
-        since.fold(Survival::Kept, |worst, (_, survival)| mark::worse(worst, survival.clone()))
+        shared.tell_since(epoch)
+    }
+
+    /// The same of changes that nobody has been told of, because all who shared the mark had ended before: for one who
+    /// takes it up again.
+    pub fn survival_untold(&self, samples: &impl Samples, topology: &Topology) -> Survival {
+        let mut shared = self.lock();
+        shared.follow(samples, topology);
+        let told = shared.told;
+        shared.tell_since(told)
     }
 
     /// All that `other` stands for is in it from now on.

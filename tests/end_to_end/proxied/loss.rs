@@ -273,6 +273,40 @@ async fn what_a_crash_took_is_told_also_if_another_crash_came_before_anybody_loo
     told_of_a_crash_unseen(2).await;
 }
 
+/// Its connections have ended before they could be told; whoever takes the name up again is.
+#[tokio::test]
+async fn what_a_named_session_has_lost_is_told_to_the_next_connection_that_names_it_and_to_one_only() {
+    let cluster = Cluster::start(0).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    cluster.primary().set("wal_writer_delay", "10s").await.unwrap();
+    let proxy = quick(&cluster).await;
+    let name = "SET highwater.session = 'user-42'";
+    let mut client = proxy.raw_login().await;
+    succeed(&mut client, name).await;
+    succeed(&mut client, "SET synchronous_commit = off").await;
+    succeed(&mut client, "INSERT INTO t VALUES (1)").await;
+    drop(client);
+    cluster.primary().crash().await.unwrap();
+    cluster.primary().start().await.unwrap();
+    eventually("the crash has been seen", || async {
+        proxy.metrics().await.sum("highwater_epoch", &[]) > 1.0
+    })
+    .await;
+
+    // No message but the two answers, of which one may be an error: whether the write is known to be lost, or only may be,
+    // depends on whether it had a place by then.
+    for told in [true, false] {
+        let mut next = proxy.raw_login().await;
+        let mut heard = next.ask(&query(name)).await;
+        heard.extend(next.ask(&query("SELECT count(*) FROM t")).await);
+        heard.retain(|message| matches!(message.tag, b'E' | b'N'));
+        let losses = heard.iter().filter(|message| message.field(b'C').as_deref() == Some("HW001")).count();
+        assert_eq!(losses, usize::from(told), "{heard:?}");
+        let answer = succeed(&mut next, "SELECT count(*) FROM t").await;
+        assert_eq!(answer[1].columns()[0].as_deref(), Some("0"), "it was not lost");
+    }
+}
+
 #[tokio::test]
 async fn a_write_whose_backend_loses_its_server_in_the_middle_of_it_is_in_doubt() {
     let cluster = Cluster::start(0).await;

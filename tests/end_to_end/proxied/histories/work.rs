@@ -283,6 +283,9 @@ impl Run<'_> {
         )
         .await;
         self.hear(seat);
+        let is_loss = |error: &tokio_postgres::Error| error.code().is_some_and(|code| code.code() == "HW001");
+        let errors = [appended.as_ref().err(), first.as_ref().err(), second.as_ref().err()];
+        let told_by_error = errors.into_iter().flatten().any(is_loss);
         let done = appended.is_ok();
         let mut failed = None;
         match appended {
@@ -290,8 +293,8 @@ impl Run<'_> {
             Err(error) => failed = Some(Failed { error, in_doubt: vec![step] }),
         }
         // What is lost in between, the session is told of, by a notice or an error. Which answers came before a notice is not
-        // known.
-        let told = seat.told;
+        // known; those behind an error are of another session.
+        let told = seat.told || told_by_error;
         let owed = done && !told && seat.level >= Level::ReadYourWrites;
         for (Step { sent, .. }, of, read) in [(own, key, first), (beside, other, second)] {
             if told {
