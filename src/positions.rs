@@ -88,6 +88,14 @@ pub struct Sample {
     pub body: SampleBody,
 }
 
+impl Sample {
+    /// Whether it shows that the node was the primary of `epoch` after what was counted as `number`. (One that has come
+    /// back as a standby answers, too, before the topology says so.)
+    pub fn is_of_primary_since(&self, number: u64, epoch: Epoch) -> bool {
+        self.number > number && self.epoch == epoch && matches!(self.body, SampleBody::Primary { .. })
+    }
+}
+
 /// What a session remembers of a node at a ReadyForQuery: turned into a position by a later sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Note {
@@ -358,6 +366,24 @@ mod tests {
         check(1000, fast, 5000, ms(30));
         check(1000 + BACKLOG - 1, Some(0), 1100, ms(30));
         check(backlog, fast, 900, ms(30));
+    }
+
+    #[test]
+    fn a_node_that_answers_as_a_standby_is_not_shown_to_be_the_primary() {
+        let late = Late { by: Duration::ZERO, rate: None, asked_at: Instant::now() };
+        let writes = SampleBody::Primary { insert: Lsn(100), floor: Lsn(100) };
+        let replays = SampleBody::Replica { receive: Some(Lsn(100)), replay: Lsn(100), late };
+        let sample = |body| Sample {
+            number: 5,
+            incarnation: Incarnation(1),
+            epoch: Epoch(2),
+            timeline: TimelineId(1),
+            body,
+        };
+        assert!(sample(writes).is_of_primary_since(4, Epoch(2)));
+        assert!(!sample(writes).is_of_primary_since(5, Epoch(2)));
+        assert!(!sample(writes).is_of_primary_since(4, Epoch(3)));
+        assert!(!sample(replays).is_of_primary_since(4, Epoch(2)));
     }
 
     #[test]
