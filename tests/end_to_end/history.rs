@@ -418,7 +418,16 @@ impl Checker<'_> {
 
     /// What everybody was shown, in the order of time.
     fn real_time(&mut self) {
-        let events = self.events();
+        let mut events = self.events();
+        // Within a transaction the promise is of when that began.
+        for (at, answered, index) in &mut events {
+            if let Some(part) = self.history[*index].part
+                && !*answered
+            {
+                *at = part.began;
+            }
+        }
+        events.sort_unstable();
         // For each list: the most that was acknowledged, to anybody; to those at `global`, and writes.
         let mut by_all: HashMap<Key, (usize, usize)> = HashMap::new();
         let mut by_global: HashMap<Key, (usize, usize)> = HashMap::new();
