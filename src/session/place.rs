@@ -608,7 +608,8 @@ impl Session {
                 return Ok(false);
             }
             let positions = shared.positions.node(lease.node);
-            if positions.latest().is_some_and(|sample| sample.is_of_primary_since(lease.connected_at, epoch)) {
+            if positions.latest().is_some_and(|sample| sample.is_of_primary_since(lease.connected_at, epoch))
+            {
                 lease.vouched_for = true;
                 return Ok(true);
             }
