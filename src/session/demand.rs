@@ -57,14 +57,7 @@ impl Demand {
     /// second try elsewhere.
     pub fn unvetted(self) -> Demand {
         match self {
-            Demand::Read { .. } => Demand::Primary {
-                reason: RouteReason::Read,
-                label: ClassLabel::Read,
-                leaves: Leaves::Nothing,
-                ddl: false,
-                settings: false,
-                may_commit: false,
-            },
+            Demand::Read { .. } => Demand::plain(RouteReason::Read, ClassLabel::Read, false),
             other => other,
         }
     }
@@ -145,25 +138,18 @@ impl Demand {
     }
 
     fn of_statement(class: StatementClass) -> Demand {
-        Demand::Primary {
-            reason: reason_of(class),
-            label: ClassLabel::of(class.shown()),
-            leaves: Leaves::Nothing,
-            ddl: false,
-            settings: false,
-            may_commit: class.kind == Kind::TransactionControl,
-        }
+        let may_commit = class.kind == Kind::TransactionControl;
+        Demand::plain(reason_of(class), ClassLabel::of(class.shown()), may_commit)
     }
 
+    /// Also of a message that only a server can answer: with the error that it is none.
     fn not_a_read() -> Demand {
-        Demand::Primary {
-            reason: RouteReason::NotARead,
-            label: ClassLabel::Unit,
-            leaves: Leaves::Nothing,
-            ddl: false,
-            settings: false,
-            may_commit: false,
-        }
+        Demand::plain(RouteReason::NotARead, ClassLabel::Unit, false)
+    }
+
+    /// Of that for which no Query says what it leaves or changes.
+    fn plain(reason: RouteReason, label: ClassLabel, may_commit: bool) -> Demand {
+        Demand::Primary { reason, label, leaves: Leaves::Nothing, ddl: false, settings: false, may_commit }
     }
 }
 
@@ -182,11 +168,6 @@ fn too_long() -> Demand {
         settings: false,
         may_commit: true,
     }
-}
-
-/// A message that only a server can answer: with the error that it is none.
-fn malformed() -> Demand {
-    Demand::not_a_read()
 }
 
 impl Session {
@@ -237,7 +218,7 @@ impl Session {
                 b'P' => {
                     needs_backend = true;
                     let body = &self.client.input[at + HEADER..at + header.len];
-                    let Some(parse) = Parse::read(body) else { return Ok(malformed()) };
+                    let Some(parse) = Parse::read(body) else { return Ok(Demand::not_a_read()) };
                     let statement = self.shared.names.statement(&parse, self.settings.parse_fingerprint());
                     names.insert(parse.name.to_vec(), Some(statement.clone()));
                     let class = self.class_of(&statement).await;
@@ -254,7 +235,9 @@ impl Session {
                 b'B' => {
                     needs_backend = true;
                     let body = &self.client.input[at + HEADER..at + header.len];
-                    let Some((_, name, _)) = messages::bind_names(body) else { return Ok(malformed()) };
+                    let Some((_, name, _)) = messages::bind_names(body) else {
+                        return Ok(Demand::not_a_read());
+                    };
                     let found = match names.get(name) {
                         Some(found) => found.clone(),
                         None => match self.statements.find(name) {
@@ -284,10 +267,10 @@ impl Session {
                             names.insert(name.to_vec(), None);
                         }
                         Some(Target::Portal(_)) => {}
-                        None => return Ok(malformed()),
+                        None => return Ok(Demand::not_a_read()),
                     }
                 }
-                b'S' | b'H' if header.len > HEADER => return Ok(malformed()),
+                b'S' | b'H' if header.len > HEADER => return Ok(Demand::not_a_read()),
                 b'S' | b'H' => {
                     at += header.len;
                     break;
@@ -324,7 +307,7 @@ impl Session {
 
     async fn demand_query(&mut self, at: usize, len: usize) -> Result<Demand, End> {
         let Some(text) = messages::query(&self.client.input[at + HEADER..at + len]) else {
-            return Ok(malformed());
+            return Ok(Demand::not_a_read());
         };
         let (class, key) = self.classify_keyed(text, &[]).await;
         if class.hints.invalid

@@ -734,13 +734,7 @@ async fn a_session_that_rests_between_statements_waits_for_no_sample() {
 #[tokio::test]
 async fn what_a_paused_replica_has_shown_is_placed_by_what_it_has_received_without_the_primary() {
     let cluster = with_counter(2).await;
-    let overrides = "
-failover: { check_interval: 100ms, check_timeout: 10s, pause_timeout: 5s }
-consistency:
-  level: strong
-  max_lag: 1h
-  quorum_reads: { replicas: [ b, c ], applied_by: 1 }
-  primary_read_wait: 10s";
+    let overrides = &super::quorum::quorum("5s");
     let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
     cluster.primary().set("synchronous_commit", "remote_apply").await.unwrap();
     cluster.primary().set("synchronous_standby_names", "ANY 1 (b, c)").await.unwrap();

@@ -2,13 +2,17 @@
 
 use crate::fixture::*;
 
-const QUORUM: &str = "
-failover: { check_interval: 100ms, check_timeout: 10s, pause_timeout: 3s }
+/// Strong reads by b and c; statements wait so long for the primary.
+pub(super) fn quorum(pause_timeout: &str) -> String {
+    format!(
+        "failover: {{ check_interval: 100ms, check_timeout: 10s, pause_timeout: {pause_timeout} }}
 consistency:
   level: strong
   max_lag: 1h
-  quorum_reads: { replicas: [ b, c ], applied_by: 1 }
-  primary_read_wait: 10s";
+  quorum_reads: {{ replicas: [ b, c ], applied_by: 1 }}
+  primary_read_wait: 10s"
+    )
+}
 
 async fn value(client: &mut RawClient) -> Result<String, String> {
     let answer = client.ask(&query("SELECT x FROM t")).await;
@@ -23,7 +27,8 @@ async fn a_strong_read_shows_what_was_acknowledged_when_the_primary_is_gone() {
     let cluster = Cluster::start(2).await;
     cluster.set_up("CREATE TABLE t (x int); INSERT INTO t VALUES (0)").await;
     let proxy =
-        Proxy::start_with(&cluster, ProxyOptions { overrides: QUORUM, ..ProxyOptions::default() }).await;
+        Proxy::start_with(&cluster, ProxyOptions { overrides: &quorum("3s"), ..ProxyOptions::default() })
+            .await;
     cluster.primary().set("synchronous_commit", "remote_apply").await.unwrap();
     cluster.primary().set("synchronous_standby_names", "ANY 1 (b, c)").await.unwrap();
     let (mut writer, mut reader) = (proxy.raw_login().await, proxy.raw_login().await);
