@@ -76,7 +76,7 @@ use crate::net::Stream;
 use crate::node::{NodeFailure, Nodes};
 use crate::positions::{Incarnation, Positions};
 use crate::route::{ClassLabel, RouteReason};
-use crate::topology::{NodeId, TopologyHandle};
+use crate::topology::{Epoch, NodeId, TopologyHandle};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
 /// Why units are run again, as the metric labels it.
@@ -350,6 +350,8 @@ pub struct Session {
     own: OwnState,
     /// The mark that it shares with others, of which `mark` is its copy.
     shared_mark: Option<Arc<SharedMark>>,
+    /// Changes of the primary up to here are being told to one who shares it; 0: it has heard of them.
+    tells: Epoch,
     /// At level `strong`: what the running statement must be shown.
     freshness: Option<Freshness>,
     /// The same, where replicas answer for the primary.
@@ -488,6 +490,7 @@ impl Session {
             split,
             own: own_state,
             shared_mark: None,
+            tells: Epoch(0),
             freshness: None,
             quorum: None,
             lease: None,
@@ -816,6 +819,9 @@ impl Session {
         self.started = Instant::now();
         if self.handle.is_reloaded() {
             self.follow();
+        }
+        if self.tells != Epoch(0) {
+            self.has_heard();
         }
         // The server keeps them until the transaction is over.
         match self.lease {
@@ -1749,6 +1755,7 @@ impl Session {
         {
             let theirs = shared.survival_since(before, &*self.shared.positions, topology);
             survival = mark::worse(survival, theirs);
+            self.tells = topology.epoch;
         }
         self.tell_of(survival);
         self.mark.absorb(&*self.shared.positions, topology);

@@ -457,6 +457,7 @@ impl Session {
         drop(names);
         self.bring_mark_forward(&topology);
         self.tell_of(named.survival_untold(&*positions, &topology));
+        self.tells = topology.epoch;
         named.join(&self.mark, &*positions, &topology);
         self.shared_mark = Some(named);
         self.take_shared_mark(&topology);
@@ -476,6 +477,18 @@ impl Session {
         }
     }
 
+    /// The client goes on: it has heard what it was told of changes of the primary, unless that is an error that is still to
+    /// come.
+    #[cold]
+    pub(super) fn has_heard(&mut self) {
+        if self.lost.is_none() && self.client.output.is_empty() {
+            let told = std::mem::replace(&mut self.tells, Epoch(0));
+            if let Some(shared) = &self.shared_mark {
+                shared.heard(told);
+            }
+        }
+    }
+
     /// At level `global` a named session's mark has all that the mark of all has.
     pub(super) fn join_global(&self, named: &Arc<SharedMark>, topology: &Topology) {
         if self.promise.level == Level::Global
@@ -490,6 +503,7 @@ impl Session {
     /// From now on the mark is the session's own, at or past the one it shared.
     fn leave_shared_mark(&mut self) {
         self.shared_mark = None;
+        self.tells = Epoch(0);
         self.share_mark();
     }
 

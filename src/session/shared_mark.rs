@@ -23,7 +23,7 @@ struct Shared {
     mark: Mark,
     /// What changes of the primary have meant for it, if not that all is kept: each of those who share it is told.
     changes: VecDeque<(Epoch, Survival)>,
-    /// Of changes up to here somebody has been told.
+    /// Of changes up to here somebody has been told, and has gone on since.
     told: Epoch,
 }
 
@@ -40,12 +40,10 @@ impl Shared {
         }
     }
 
-    /// The worst that the changes after `epoch` have meant, for one who is told of it now.
-    fn tell_since(&mut self, epoch: Epoch) -> Survival {
+    /// The worst that the changes after `epoch` have meant.
+    fn since(&self, epoch: Epoch) -> Survival {
         let since = self.changes.iter().filter(|(at, _)| *at > epoch);
-        let worst = since.fold(Survival::Kept, |worst, (_, survival)| mark::worse(worst, survival.clone()));
-        self.told = self.told.max(self.mark.epoch());
-        worst
+        since.fold(Survival::Kept, |worst, (_, survival)| mark::worse(worst, survival.clone()))
     }
 }
 
@@ -75,16 +73,22 @@ impl SharedMark {
     pub fn survival_since(&self, epoch: Epoch, samples: &impl Samples, topology: &Topology) -> Survival {
         let mut shared = self.lock();
         shared.follow(samples, topology);
-        shared.tell_since(epoch)
+        shared.since(epoch)
     }
 
-    /// The same of changes that nobody has been told of, because all who shared the mark had ended before: for one who
-    /// takes it up again.
+    /// The same of changes that nobody is known to have heard of, because all who shared the mark had ended before, or
+    /// have yet to go on after what they were told: for one who joins them.
     pub fn survival_untold(&self, samples: &impl Samples, topology: &Topology) -> Survival {
         let mut shared = self.lock();
         shared.follow(samples, topology);
-        let told = shared.told;
-        shared.tell_since(told)
+        shared.since(shared.told)
+    }
+
+    /// One who shares the mark was told of the changes up to `epoch`, and has asked for something else since. Before
+    /// that nobody knows whether it has heard: its connection may have broken first.
+    pub fn heard(&self, epoch: Epoch) {
+        let mut shared = self.lock();
+        shared.told = shared.told.max(epoch);
     }
 
     /// All that `other` stands for is in it from now on.

@@ -87,6 +87,8 @@ struct Connection {
     told: Arc<AtomicBool>,
     /// An append and a read, prepared once.
     prepared: Option<(Statement, Statement)>,
+    /// A COPY of it was refused: tokio-postgres then sends one Sync too many, and takes its answer for the next statement's.
+    is_off_by_one: bool,
 }
 
 impl Connection {
@@ -117,7 +119,7 @@ async fn connect(port: u16, user: &str) -> Result<Connection, tokio_postgres::Er
             }
         }
     });
-    Ok(Connection { client, told, prepared: None })
+    Ok(Connection { client, told, prepared: None, is_off_by_one: false })
 }
 
 /// A named session of several connections. Those that were told that something is gone, or were ended, go on in
@@ -298,7 +300,7 @@ impl<'a> Run<'a> {
                     }
                     // Nothing is promised about what came before. After HW001 the session itself can be used.
                     let lost = error.code().is_some_and(|code| code.code() == "HW001");
-                    if lost && !named {
+                    if lost && !named && !seat.connection.is_off_by_one {
                         seat.session = self.new_session();
                     } else {
                         seat = self.sit(player, Some(seat.generation)).await;

@@ -307,6 +307,44 @@ async fn what_a_named_session_has_lost_is_told_to_the_next_connection_that_names
     }
 }
 
+/// That one of them was sent a word says nothing until it goes on: its connection may have broken first.
+#[tokio::test]
+async fn who_joins_a_named_session_is_told_what_it_lost_until_another_of_it_has_gone_on_after_being_told() {
+    let cluster = Cluster::start(0).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    cluster.primary().set("wal_writer_delay", "10s").await.unwrap();
+    let proxy = quick(&cluster).await;
+    let name = "SET highwater.session = 'user-42'";
+    let mut first = proxy.raw_login().await;
+    succeed(&mut first, name).await;
+    succeed(&mut first, "SET synchronous_commit = off").await;
+    succeed(&mut first, "INSERT INTO t VALUES (1)").await;
+    cluster.primary().crash().await.unwrap();
+    cluster.primary().start().await.unwrap();
+    eventually("the crash has been seen", || async {
+        proxy.metrics().await.sum("highwater_epoch", &[]) > 1.0
+    })
+    .await;
+
+    let losses = |heard: &[Message]| {
+        let said = heard.iter().filter(|message| matches!(message.tag, b'E' | b'N'));
+        said.filter(|message| message.field(b'C').as_deref() == Some("HW001")).count()
+    };
+    let read = query("SELECT count(*) FROM t");
+    assert_eq!(losses(&first.ask(&read).await), 1);
+    // What became of the first nobody knows.
+    let mut second = proxy.raw_login().await;
+    let mut heard = second.ask(&query(name)).await;
+    heard.extend(second.ask(&read).await);
+    assert_eq!(losses(&heard), 1, "{heard:?}");
+    // Now somebody has heard of it.
+    assert_eq!(losses(&first.ask(&read).await), 0);
+    let mut third = proxy.raw_login().await;
+    heard = third.ask(&query(name)).await;
+    heard.extend(third.ask(&read).await);
+    assert_eq!(losses(&heard), 0, "{heard:?}");
+}
+
 #[tokio::test]
 async fn a_write_whose_backend_loses_its_server_in_the_middle_of_it_is_in_doubt() {
     let cluster = Cluster::start(0).await;

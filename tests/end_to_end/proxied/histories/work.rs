@@ -225,7 +225,10 @@ impl Run<'_> {
         let copied: Result<u64, tokio_postgres::Error> = copied.await;
         match copied {
             Ok(rows) => assert_eq!(rows, values.len() as u64),
-            Err(error) => return Err(Failed { error, in_doubt: steps }),
+            Err(error) => {
+                seat.connection.is_off_by_one = true;
+                return Err(Failed { error, in_doubt: steps });
+            }
         }
         self.answered(seat, steps);
         Ok(())
