@@ -661,7 +661,7 @@ fn follow_restart(next: &mut Topology, facts: &[NodeFacts], last_sample: Option<
     if before.is_none() || start.clean {
         return;
     }
-    let fork = start.end.map(|end| known.alive.map_or(end, |alive| alive.survived(end, start.began)));
+    let fork = start.whole.map(|whole| known.alive.map_or(whole, |alive| alive.survived(whole, start.began)));
     let end = Switch {
         from: next.epoch,
         old_primary: primary,
@@ -1183,7 +1183,8 @@ mod tests {
         let now = Instant::now();
         let started = |id: &str, end: Option<u64>, clean: bool| {
             let mut facts = writer(now, 1, Some(""));
-            let start = crate::node::Start { id: Arc::from(id), end: end.map(Lsn), clean, began: now };
+            let (end, whole) = (end.map(Lsn), end.map(|end| Lsn(end - 8)));
+            let start = crate::node::Start { id: Arc::from(id), end, whole, clean, began: now };
             facts.seen.as_mut().unwrap().start = Some(start);
             [facts, streaming(now, 1), streaming(now, 1)]
         };
@@ -1199,7 +1200,7 @@ mod tests {
                 from: Epoch(1),
                 old_primary: NodeId(0),
                 old_timeline: TimelineId(1),
-                fork: end.map(Lsn),
+                fork: end.map(|end| Lsn(end - 8)),
                 gone_from: end.map(Lsn),
                 last_sample: Some((7, Lsn(110))),
                 kept: false,
@@ -1217,7 +1218,8 @@ mod tests {
         let began = begun + Duration::from_secs(3);
         let crashed = |alive: Option<Alive>| {
             let mut facts = writer(began, 1, Some(""));
-            let start = crate::node::Start { id: Arc::from("2"), end: Some(Lsn(500)), clean: false, began };
+            let end = Some(Lsn(500));
+            let start = crate::node::Start { id: Arc::from("2"), end, whole: end, clean: false, began };
             facts.seen.as_mut().unwrap().start = Some(start);
             facts.alive = alive;
             let mut before = nodes(1);

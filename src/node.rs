@@ -25,7 +25,7 @@ use crate::config::FunctionOverrides;
 use crate::config::live::LiveConfig;
 use crate::net::NodeTls;
 use crate::topology::{NodeId, Recovery};
-use crate::wal::{Lsn, TimelineHistory, TimelineId, round_down_page_header};
+use crate::wal::{Lsn, TimelineHistory, TimelineId, round_down_page_header, whole_until};
 
 /// Connections at most per (node, database) of the shared pools.
 const POOL_CONNECTIONS: usize = 2;
@@ -168,6 +168,8 @@ pub struct Start {
     /// Where recovery ended, or the shutdown before: what lay beyond is gone. `None`: there has been another
     /// checkpoint since, so that it cannot be known.
     pub end: Option<Lsn>,
+    /// Up to here all that had been logged is there; at `end` or a little before it ([`whole_until`]).
+    pub whole: Option<Lsn>,
     /// The server had been shut down in order: nothing that it ever acknowledged is gone.
     pub clean: bool,
     /// When it began; not earlier than this by more than a round trip.
@@ -692,7 +694,7 @@ impl NodeClient {
             return Err(self.unreadable());
         };
         self.wal_sizes = (block, segment);
-        self.start = read_start(&start, Instant::now());
+        self.start = read_start(&start, block, Instant::now());
         self.sample = Some(sample);
         self.probe = Some(probe);
         Ok(self)
@@ -887,13 +889,14 @@ fn read_sample(row: &Row, (block, segment): (u64, u64)) -> Option<SampleAnswer> 
     }
 }
 
-fn read_start(row: &Row, now: Instant) -> Option<Start> {
+fn read_start(row: &Row, block: u64, now: Instant) -> Option<Start> {
     let id: String = row.try_get::<_, Option<String>>(0).ok()??;
     let end: Option<String> = row.try_get(1).ok()?;
     let clean: bool = row.try_get(2).ok()?;
     let age: f64 = row.try_get::<_, Option<f64>>(3).ok()??;
     let began = now.checked_sub(Duration::try_from_secs_f64(age.max(0.0)).ok()?)?;
-    Some(Start { id: id.into(), end: end.and_then(|lsn| lsn.parse().ok()), clean, began })
+    let end: Option<Lsn> = end.and_then(|lsn| lsn.parse().ok());
+    Some(Start { id: id.into(), end, whole: end.map(|end| whole_until(end, block)), clean, began })
 }
 
 fn read_probe(row: &Row, (block, segment): (u64, u64)) -> Option<ProbeAnswer> {
