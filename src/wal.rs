@@ -172,7 +172,9 @@ mod tests {
 
     #[test]
     fn a_checkpoint_behind_a_torn_record_vouches_for_the_page_before_only() {
-        for (end, whole) in [(0x6000, 0x6000), (0x6018, 0x6000), (0x6068, 0x6000), (0x6079, 0x6079), (0x5ff8, 0x5ff8)] {
+        for (end, whole) in
+            [(0x6000, 0x6000), (0x6018, 0x6000), (0x6068, 0x6000), (0x6079, 0x6079), (0x5ff8, 0x5ff8)]
+        {
             assert_eq!(whole_until(Lsn(end), BLOCK), Lsn(whole));
         }
         assert_eq!(whole_until(Lsn(0x6018), 0), Lsn(0x6018));

@@ -216,6 +216,11 @@ impl ClientEnd {
         read
     }
 
+    /// Whether all that it has sent is answered, and the answers are on their way.
+    fn is_answered(&self) -> bool {
+        self.input.is_empty() && self.output.is_empty()
+    }
+
     /// Writes what it is to be sent, as far as it takes it.
     fn poll_drain(&mut self, cx: &mut std::task::Context<'_>) -> Poll<std::io::Result<()>> {
         let before = self.output.len();
@@ -696,8 +701,13 @@ impl Session {
                 return Poll::Pending;
             }
             self.shrink();
+            let is_answered = self.tells != Epoch(0) && self.drop_rest == 0 && self.client.is_answered();
             match self.client.poll_fill(cx) {
-                Poll::Ready(Ok(n)) if n > 0 => {}
+                Poll::Ready(Ok(n)) if n > 0 => {
+                    if is_answered {
+                        self.has_heard();
+                    }
+                }
                 Poll::Ready(Ok(_)) if !self.client.output.is_empty() => self.client.at_end = true,
                 Poll::Ready(_) => return Poll::Ready(Err(End::ClientGone)),
                 Poll::Pending => return Poll::Pending,
@@ -819,9 +829,6 @@ impl Session {
         self.started = Instant::now();
         if self.handle.is_reloaded() {
             self.follow();
-        }
-        if self.tells != Epoch(0) {
-            self.has_heard();
         }
         // The server keeps them until the transaction is over.
         match self.lease {

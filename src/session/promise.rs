@@ -477,11 +477,11 @@ impl Session {
         }
     }
 
-    /// The client goes on: it has heard what it was told of changes of the primary, unless that is an error that is still to
-    /// come.
+    /// The client has been sent all that it asked for, and goes on: it has heard what it was told of changes of the primary,
+    /// unless that is an error that is still to come. A goodbye says nothing of the kind.
     #[cold]
     pub(super) fn has_heard(&mut self) {
-        if self.lost.is_none() && self.client.output.is_empty() {
+        if self.lost.is_none() && self.client.input.first() != Some(&b'X') {
             let told = std::mem::replace(&mut self.tells, Epoch(0));
             if let Some(shared) = &self.shared_mark {
                 shared.heard(told);

@@ -102,7 +102,11 @@ impl Connection {
     }
 }
 
-async fn connect(port: u16, user: &str) -> Result<Connection, tokio_postgres::Error> {
+async fn connect(
+    port: u16,
+    user: &str,
+    hears: impl Fn() + Send + 'static,
+) -> Result<Connection, tokio_postgres::Error> {
     let mut config = tokio_postgres::Config::new();
     config.host("127.0.0.1").port(port).dbname("app").user(user).password("level");
     config.connect_timeout(Duration::from_secs(5));
@@ -115,6 +119,7 @@ async fn connect(port: u16, user: &str) -> Result<Connection, tokio_postgres::Er
             if let AsyncMessage::Notice(notice) = message
                 && notice.code().code() == "HW001"
             {
+                hears();
                 tell.store(true, Ordering::SeqCst);
             }
         }
@@ -127,6 +132,8 @@ async fn connect(port: u16, user: &str) -> Result<Connection, tokio_postgres::Er
 struct Name {
     number: usize,
     now: Mutex<(usize, usize)>,
+    /// The names before this were told that something is gone: nobody else is who joins one of them.
+    told_before: Arc<AtomicUsize>,
 }
 
 /// Who plays.
@@ -232,31 +239,36 @@ impl<'a> Run<'a> {
     }
 
     fn name(&self, number: usize) -> Name {
-        Name { number, now: Mutex::new((0, self.new_session())) }
+        Name { number, now: Mutex::new((0, self.new_session())), told_before: Arc::default() }
     }
 
     /// The session after the one of `left`, or the first.
     async fn sit(&self, player: Player<'_>, left: Option<usize>) -> Seat {
         let level = if let Player::Of(level) = player { level } else { Level::Session };
-        let (generation, session) = match player {
-            Player::Named(name) => {
-                let mut now = name.now.lock().unwrap();
-                if left == Some(now.0) {
-                    *now = (now.0 + 1, self.new_session());
-                }
-                *now
-            }
-            _ => (0, self.new_session()),
-        };
         loop {
+            let (generation, session) = match player {
+                Player::Named(name) => self.name_after(name, left),
+                _ => (0, self.new_session()),
+            };
+            let hears: Box<dyn Fn() + Send> = match player {
+                Player::Named(name) => {
+                    let told_before = name.told_before.clone();
+                    Box::new(move || {
+                        told_before.fetch_max(generation + 1, Ordering::SeqCst);
+                    })
+                }
+                _ => Box::new(|| {}),
+            };
             let sent = self.now();
             // It fails while there is no node to ask: only in the runs that take the primary or the proxy away.
-            if let Ok(connection) = connect(self.proxy.port(), player.user()).await {
+            if let Ok(connection) = connect(self.proxy.port(), player.user(), hears).await {
                 let seat = Seat { connection, session, generation, level, told: false };
                 let seated = match player {
                     Player::Named(name) => {
-                        let name = format!("SET highwater.session = 'n{}-{generation}'", name.number);
-                        seat.connection.client.batch_execute(&name).await.is_ok()
+                        let sql = format!("SET highwater.session = 'n{}-{generation}'", name.number);
+                        let set = seat.connection.client.batch_execute(&sql).await.is_ok();
+                        // One of that name may have been told, and have gone on, before this one joined: it will not be.
+                        set && name.told_before.load(Ordering::SeqCst) <= generation
                     }
                     _ => {
                         self.record(&seat, What::Begins, sent, Outcome::Done, None);
@@ -269,6 +281,15 @@ impl<'a> Run<'a> {
             }
             a_while(50).await;
         }
+    }
+
+    /// The name in use, after the one of `left` and those that were told of a loss: its number and its session.
+    fn name_after(&self, name: &Name, left: Option<usize>) -> (usize, usize) {
+        let mut now = name.now.lock().unwrap();
+        if left == Some(now.0) || now.0 < name.told_before.load(Ordering::SeqCst) {
+            *now = (now.0 + 1, self.new_session());
+        }
+        *now
     }
 
     /// One client: it works until all operations are begun, in a new session whenever its last has ended.
