@@ -265,7 +265,11 @@ mod tests {
         }
         assert_eq!(floor.held_for(now + ms(9)), Duration::ZERO);
         assert_eq!(floor.observe(&sample(10, &[], 650, 14), now + ms(9)), Lsn(650));
-        assert_eq!(floor.observe(&sample(10, &[], 700, 14), now + ms(9)), Lsn(650), "it may have ended since");
+        assert_eq!(
+            floor.observe(&sample(10, &[], 700, 14), now + ms(9)),
+            Lsn(650),
+            "it may have ended since"
+        );
     }
 
     #[test]

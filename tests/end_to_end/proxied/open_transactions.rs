@@ -38,8 +38,7 @@ async fn a_strong_transaction_waits_for_nothing_once_it_has_begun() {
         stop_replay(&cluster).await;
         client.batch_execute("BEGIN").await.unwrap();
         client.batch_execute("UPDATE counter SET n = 1 WHERE id = 1").await.unwrap();
-        let waits =
-            async || proxy.metrics().await.sum("highwater_wait_seconds_count", &[("for", "floor")]);
+        let waits = async || proxy.metrics().await.sum("highwater_wait_seconds_count", &[("for", "floor")]);
         let before = waits().await;
         // By the simple protocol as well as by the extended one, with and without a comment.
         for sql in [
@@ -63,11 +62,15 @@ async fn a_strong_transaction_waits_for_nothing_once_it_has_begun() {
 async fn transactions_that_stand_open_hold_up_no_strong_statement() {
     for replicas in [0, 1] {
         let (cluster, proxy) = started(replicas, STRONG).await;
-        let (resting, waiting, client) = (proxy.connect().await, proxy.connect().await, proxy.connect().await);
+        let (resting, waiting, client) =
+            (proxy.connect().await, proxy.connect().await, proxy.connect().await);
         stop_replay(&cluster).await;
         resting.batch_execute("BEGIN; UPDATE counter SET n = 10 WHERE id = 1; SAVEPOINT s").await.unwrap();
         resting.batch_execute("UPDATE counter SET n = 11 WHERE id = 1; SAVEPOINT s").await.unwrap();
-        let waits = tokio::spawn(async move { waiting.execute("UPDATE counter SET n = n + 1 WHERE id = 1", &[]).await });
+        let waits =
+            tokio::spawn(
+                async move { waiting.execute("UPDATE counter SET n = n + 1 WHERE id = 1", &[]).await },
+            );
         let lock = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
         cluster.primary().wait_for(lock, "1").await.unwrap();
         assert_eq!((count(&client, 1).await, count(&client, 2).await), (0, 0));
