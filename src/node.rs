@@ -309,6 +309,27 @@ FROM (SELECT p.lsn, pg_snapshot_xmax(pg_current_snapshot())::text::int8 AS xmax,
         (age(CASE WHEN p.lsn IS NOT NULL THEN '3'::xid END)::int8 & 4294967295) + 3 AS next \
       FROM (SELECT pg_last_wal_replay_lsn() AS lsn OFFSET 0) AS p OFFSET 0) AS r";
 
+// Whoever is idle in a transaction, or waits for a lock, is not at its commit: a backend is idle no more before it looks
+// at what it was told to do, and waits for no lock between its commit record and the end of the transaction. Each step
+// depends on the one before it: position, who holds which ids and what they do, and whether these transactions still
+// run, so that it was in them that their backends did that. A backend holds the ids of its savepoints, too; those of a
+// prepared transaction are nobody's. Only of clients' backends is it known when they are idle; and not all control users
+// may see that (it takes `pg_read_all_stats`).
+const NOT_COMMITTING: &str = "\
+SELECT p.lsn::text, \
+  (SELECT array_agg(held.xid) FROM (\
+     SELECT x.xid FROM unnest($1::int8[]) AS x (xid) \
+       JOIN pg_locks AS own ON own.transactionid::text::int8 = (x.xid & 4294967295) \
+     WHERE p.lsn IS NOT NULL \
+       AND own.locktype = 'transactionid' AND own.mode = 'ExclusiveLock' AND own.granted \
+       AND (EXISTS (SELECT FROM pg_locks AS l WHERE l.pid = own.pid AND NOT l.granted) \
+         OR EXISTS (SELECT FROM pg_stat_get_activity(NULL::int4) AS a \
+                    WHERE a.pid = own.pid AND a.backend_type = 'client backend' \
+                      AND a.state IN ('idle in transaction', 'idle in transaction (aborted)'))) \
+     OFFSET 0) AS held \
+   WHERE pg_xact_status(held.xid::text::xid8) = 'in progress') \
+FROM (SELECT pg_current_wal_insert_lsn() AS lsn OFFSET 0) AS p";
+
 /// Counts the changes of what a login gives a session (ALTER ROLE/DATABASE .. SET): a backend of an earlier
 /// count has other defaults than a client that logs in now would find.
 #[derive(Debug, Default)]
@@ -411,6 +432,7 @@ impl Nodes {
             deadline,
             sample: None,
             probe: None,
+            not_committing: None,
             start: None,
             wal_sizes: (0, 0),
         };
@@ -607,6 +629,8 @@ pub struct NodeClient {
     deadline: Duration,
     sample: Option<Statement>,
     probe: Option<Statement>,
+    /// Prepared when it is first asked.
+    not_committing: Option<Statement>,
     wal_sizes: (u64, u64),
     start: Option<Start>,
 }
@@ -629,6 +653,31 @@ impl NodeClient {
     pub async fn sample(&self) -> Result<SampleAnswer, NodeError> {
         let row = self.ask(self.sample.as_ref()).await?;
         read_sample(&row, self.wal_sizes).ok_or_else(|| self.unreadable())
+    }
+
+    /// Which of `xids` have no commit record below the returned position, as far as this node, the primary, can tell by
+    /// what their backends do. `None`: it does not answer that. One round trip, the first time two.
+    pub async fn not_committing(&mut self, xids: &[u64]) -> Result<Option<(Lsn, Vec<u64>)>, NodeError> {
+        let asked: Vec<i64> = xids.iter().filter_map(|xid| i64::try_from(*xid).ok()).collect();
+        let question = async {
+            let statement = match &self.not_committing {
+                Some(prepared) => prepared.clone(),
+                None => self.client.prepare(NOT_COMMITTING).await?,
+            };
+            let row = self.client.query_one(&statement, &[&asked]).await?;
+            Ok((statement, row))
+        };
+        match timeout(self.deadline, question).await {
+            Err(_) => Err(self.late()),
+            Ok(Ok((statement, row))) => {
+                self.not_committing = Some(statement);
+                Ok(read_not_committing(&row))
+            }
+            Ok(Err(error)) => match tokio_postgres::Error::as_db_error(&error) {
+                Some(said) if !is_shutdown(said) => Ok(None),
+                _ => Err(self.failed(&error)),
+            },
+        }
     }
 
     /// The server's start that this connection belongs to. `None`: the control user may not see it (it takes
@@ -702,15 +751,16 @@ impl NodeClient {
 
     async fn ask(&self, statement: Option<&Statement>) -> Result<Row, NodeError> {
         let statement = statement.ok_or_else(|| self.unreadable())?;
-        timeout(self.deadline, self.client.query_one(statement, &[])).await.map_err(|_| self.late())?.map_err(
-            |error| {
-                // What the server says to an idle connection answers the question that has just come.
-                if error.as_db_error().is_some_and(is_shutdown) {
-                    self.told_to_end.store(true, Ordering::SeqCst);
-                }
-                describe(self.name.clone(), &error)
-            },
-        )
+        let answer = timeout(self.deadline, self.client.query_one(statement, &[])).await;
+        answer.map_err(|_| self.late())?.map_err(|error| self.failed(&error))
+    }
+
+    fn failed(&self, error: &tokio_postgres::Error) -> NodeError {
+        // What the server says to an idle connection answers the question that has just come.
+        if error.as_db_error().is_some_and(is_shutdown) {
+            self.told_to_end.store(true, Ordering::SeqCst);
+        }
+        describe(self.name.clone(), error)
     }
 
     fn late(&self) -> NodeError {
@@ -942,6 +992,12 @@ fn read_not_committed(row: &Row) -> Option<NotCommitted> {
         timeline: timeline.and_then(|t| u32::try_from(t).ok()).filter(|t| *t > 0).map(TimelineId),
         xids: xids.unwrap_or_default().into_iter().filter_map(|x| u64::try_from(x).ok()).collect(),
     })
+}
+
+fn read_not_committing(row: &Row) -> Option<(Lsn, Vec<u64>)> {
+    let position = row.try_get::<_, Option<String>>(0).ok()??.parse().ok()?;
+    let xids: Option<Vec<i64>> = row.try_get(1).ok()?;
+    Some((position, xids.unwrap_or_default().into_iter().filter_map(|xid| u64::try_from(xid).ok()).collect()))
 }
 
 #[cfg(test)]

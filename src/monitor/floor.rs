@@ -9,7 +9,10 @@
 //! are not completed are the sample's *suspects*. Once later samples have shown each of them completed,
 //! everything up to P is visible. A transaction that simply runs long must not hold the floor: a
 //! replica at position R that does not call it committed shows that no commit record of it lies below
-//! R, and clears it up to R.
+//! R, and clears it up to R. So does the primary itself, where it says that the transaction's backend
+//! stood idle or waited for a lock after its log had reached R. (Replicas alone would not do. What a
+//! transaction has written need not be flushed before somebody commits, so that no replica gets as far
+//! as P while it stands open; and there may be no replica.)
 //!
 //! Promises: the floor never falls, and is never above what is visible; memory is bounded. Holds for one
 //! unbroken sampler connection to one primary: a new connection or epoch takes a new [`Floor`].
@@ -39,6 +42,8 @@ pub struct Floor {
 #[derive(Debug)]
 struct Candidate {
     position: Lsn,
+    /// When it was observed.
+    at: Instant,
     /// Listed as running; ascending.
     running: Vec<u64>,
     /// Given out, or about to be, but not listed: at or past the snapshots' `xmax` so far.
@@ -66,6 +71,7 @@ impl Floor {
         let next = sample.next_xid.max(sample.snapshot.xmax);
         let newest = Candidate {
             position: sample.insert,
+            at: now,
             running: sample.snapshot.xip.clone(),
             unlisted: sample.snapshot.xmax..next,
         };
@@ -85,32 +91,39 @@ impl Floor {
         self.floor
     }
 
-    /// A replica had replayed up to `replay`, on this primary's timeline, before it said that none of
-    /// `xids` had committed. The floor after it.
-    pub fn clear(&mut self, xids: &[u64], replay: Lsn) -> Lsn {
+    /// None of `xids` has a commit record below `up_to`: a replica that had replayed so far, on this primary's timeline,
+    /// said after that that they had not committed; or the primary, that they had not begun to. The floor after it.
+    pub fn clear(&mut self, xids: &[u64], up_to: Lsn) -> Lsn {
         for xid in xids {
             if let Some(suspect) = self.tracked.get_mut(xid) {
-                suspect.cleared = suspect.cleared.max(replay);
+                suspect.cleared = suspect.cleared.max(up_to);
             }
         }
         self.advance();
         self.floor
     }
 
-    /// The suspects that have been waited for longer than `older_than` and hold the floor, lowest first,
-    /// at most `limit`: those to ask a replica about.
+    /// The suspects that have been waited for longer than `older_than` and hold the floor, those first that are cleared
+    /// least far, at most `limit`: those to ask about.
     pub fn overdue(&self, now: Instant, older_than: Duration, limit: usize) -> Vec<u64> {
         let Some(newest) = self.candidates.back() else {
             return Vec::new();
         };
-        self.tracked
+        let mut overdue: Vec<(Lsn, u64)> = self
+            .tracked
             .iter()
             .filter(|(xid, suspect)| {
                 newest.suspects(**xid) && now.saturating_duration_since(suspect.since) >= older_than
             })
-            .map(|(xid, _)| *xid)
-            .take(limit)
-            .collect()
+            .map(|(xid, suspect)| (suspect.cleared, *xid))
+            .collect();
+        overdue.sort_unstable();
+        overdue.into_iter().map(|(_, xid)| xid).take(limit).collect()
+    }
+
+    /// For how long the floor has been kept from where the primary was.
+    pub fn held_for(&self, now: Instant) -> Duration {
+        self.candidates.front().map_or(Duration::ZERO, |oldest| now.saturating_duration_since(oldest.at))
     }
 
     fn track(&mut self, newest: &Candidate, now: Instant) {
@@ -232,6 +245,31 @@ mod tests {
         assert_eq!(floor.observe(&sample(10, &[7], 9100, 10), now), Lsn(9000));
         assert_eq!(floor.observe(&sample(11, &[], 9200, 11), now), Lsn(9200));
         assert_eq!(floor.overdue(now + late, late, 10), Vec::<u64>::new());
+    }
+
+    #[test]
+    fn what_holds_the_floor_is_known_with_its_age_and_who_is_cleared_least_is_asked_about_first() {
+        let (mut floor, now) = (Floor::default(), Instant::now());
+        let ms = Duration::from_millis;
+        assert_eq!(floor.held_for(now), Duration::ZERO);
+        floor.observe(&sample(10, &[], 500, 10), now);
+        assert_eq!(floor.held_for(now + ms(9)), Duration::ZERO, "nothing holds it");
+        // A transaction with savepoints, none of whose ids is listed yet.
+        floor.observe(&sample(10, &[], 600, 14), now);
+        assert_eq!(floor.held_for(now + ms(9)), ms(9));
+        floor.observe(&sample(10, &[], 600, 14), now + ms(5));
+        assert_eq!(floor.held_for(now + ms(9)), ms(9), "of the oldest");
+        for (asked, floor_then) in [(vec![10, 11], 500), (vec![12, 13], 600)] {
+            assert_eq!(floor.overdue(now + ms(9), ms(9), 2), asked);
+            assert_eq!(floor.clear(&asked, Lsn(650)), Lsn(floor_then));
+        }
+        assert_eq!(floor.held_for(now + ms(9)), Duration::ZERO);
+        assert_eq!(floor.observe(&sample(10, &[], 650, 14), now + ms(9)), Lsn(650));
+        assert_eq!(
+            floor.observe(&sample(10, &[], 700, 14), now + ms(9)),
+            Lsn(650),
+            "it may have ended since"
+        );
     }
 
     #[test]

@@ -49,6 +49,9 @@ const TIMER_GRAIN: Duration = Duration::from_millis(1);
 const FEW: u32 = 4;
 /// A suspect of the floor that is older is looked for on a replica.
 const SUSPECT_AGE: Duration = Duration::from_millis(20);
+/// Where replicas have not cleared the suspects for so long, the primary itself is asked what they do; as often at most.
+/// (It looks at all locks for that: more than a busy server should do with each sample.)
+const HELD: Duration = Duration::from_millis(100);
 /// Transaction ids per such question, at most.
 const MAX_SUSPECTS: usize = 256;
 
@@ -254,7 +257,8 @@ impl Sampler {
             if let Turn::Ended = pace.wait(positions, client, &settings).await {
                 return (answered, "the connection ended".to_owned());
             }
-            let leaned_on = positions.is_wanted() || pace.is_active(Instant::now());
+            let waited_for = positions.is_wanted();
+            let leaned_on = waited_for || pace.is_active(Instant::now());
             let epoch = self.topology.load().epoch;
             let asked_at = Instant::now();
             pace.sent = Some(asked_at);
@@ -272,6 +276,9 @@ impl Sampler {
             }
             if leaned_on {
                 self.clear_suspects(&mut state, epoch);
+            }
+            if waited_for && let Err(error) = self.clear_by_primary(&mut state, client).await {
+                return (answered, error.cause);
             }
         }
     }
@@ -379,6 +386,37 @@ impl Sampler {
         });
     }
 
+    /// Asks the primary about transactions that have held the floor although replicas were asked: they may not have got
+    /// so far. On the sampler's own connection: it is of the server that the floor is of. Somebody waits for the answer.
+    async fn clear_by_primary(
+        &self,
+        state: &mut Known<'_>,
+        client: &mut NodeClient,
+    ) -> Result<(), NodeError> {
+        let now = Instant::now();
+        let asked_lately = state.asked_primary.is_some_and(|at| now.saturating_duration_since(at) < HELD);
+        if state.floor.held_for(now) < HELD || asked_lately {
+            return Ok(());
+        }
+        let xids = state.floor.overdue(now, HELD, MAX_SUSPECTS);
+        if xids.is_empty() {
+            return Ok(());
+        }
+        state.asked_primary = Some(now);
+        if let Some((position, standing)) = client.not_committing(&xids).await? {
+            let before = state.floor.position();
+            let floor = state.floor.clear(&standing, position);
+            tracing::debug!(
+                node = %self.nodes.name(self.node), asked = xids.len(), standing = standing.len(), %before, %floor,
+                "open transactions hold the visible floor"
+            );
+            if floor > before {
+                self.positions.node(self.node).want_another();
+            }
+        }
+        Ok(())
+    }
+
     fn freshest_replica(&self, topology: &Topology) -> Option<NodeId> {
         topology
             .nodes
@@ -413,6 +451,8 @@ struct Known<'a> {
     rate: ReplayRate,
     stream: &'a mut Stream,
     clearing: Option<Clearing>,
+    /// When the primary was last asked what its transactions do.
+    asked_primary: Option<Instant>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -441,6 +481,7 @@ impl<'a> Known<'a> {
             rate: ReplayRate::default(),
             stream,
             clearing: None,
+            asked_primary: None,
         }
     }
 

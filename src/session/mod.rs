@@ -68,7 +68,7 @@ use crate::classify::setting::{self, Change};
 use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
 use crate::config::live::LiveConfig;
 use crate::config::{Config, LostWrite, PoolMode};
-use crate::consistency::{Level, Promise};
+use crate::consistency::Promise;
 use crate::gate::{Gate, Presence};
 use crate::log;
 use crate::metrics::Metrics;
@@ -1118,11 +1118,9 @@ impl Session {
             // A backend that has gone since the client was last waited for gets no statement.
             poll_fn(|cx| Poll::Ready(self.hear_backend(cx))).await?;
         }
-        let asks_by_comment = self.hinted && self.asked_for.level == Level::Strong;
-        if self.role == Role::Primary
-            && (self.status == TransactionStatus::Idle
-                || asks_by_comment && self.status == TransactionStatus::InTransaction)
-        {
+        // In a transaction nothing is waited for. What holds the primary's floor may be that very transaction: it could
+        // not end before the floor had risen, and others would wait for its locks meanwhile.
+        if self.role == Role::Primary && self.status == TransactionStatus::Idle {
             // A pinned session's mark holds for its backend, too.
             let topology = self.shared.topology.load_full();
             self.bring_mark_forward(&topology);

@@ -698,14 +698,7 @@ impl Session {
                 let pause = self.config.failover.pause_timeout;
                 return Ok(Err(match what {
                     WaitFor::Primary => no_primary(pause),
-                    _ => ErrorReport::error(
-                        "57P03",
-                        "the primary cannot be shown to have caught up with this session's reads",
-                    )
-                    .detail(format!(
-                        "Waited {pause:?} (failover.pause_timeout) for a sample of its position."
-                    ))
-                    .hint("Look at the log for the state of the nodes."),
+                    _ => self.never_caught_up(pause),
                 }));
             }
             waited = Some(what);
@@ -720,6 +713,21 @@ impl Session {
                 return Ok(Err(canceled()));
             }
         }
+    }
+
+    /// The primary's floor has not reached what the session must be shown, in all that time.
+    fn never_caught_up(&self, pause: Duration) -> ErrorReport {
+        let primary = self.shared.topology.load().primary;
+        let last = primary.and_then(|primary| self.shared.positions.node(primary).latest());
+        tracing::debug!(
+            mark = ?self.mark,
+            freshness = ?self.freshness,
+            ?last,
+            "the primary could not be shown to have caught up"
+        );
+        ErrorReport::error("57P03", "the primary cannot be shown to have caught up with this session's reads")
+            .detail(format!("Waited {pause:?} (failover.pause_timeout) for a sample of its position."))
+            .hint("Look at the log for the state of the nodes.")
     }
 
     /// A wait that was needed is over.

@@ -25,6 +25,7 @@ mod malformed;
 mod namespaces;
 mod notifications;
 mod one_path_and_another;
+mod open_transactions;
 mod operator;
 mod packaging;
 mod page;
