@@ -187,11 +187,13 @@ fn answer(question: Question, judge: Judge, cache: &Cache) -> StatementClass {
 /// Whether the second parser takes the text for one query that does nothing but read.
 pub(super) fn is_one_read(text: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(text) else { return false };
-    let text = as_it_reads(text);
-    match Parser::parse_sql(&PostgreSqlDialect {}, &text) {
-        Ok(statements) => matches!(&statements[..], [statement] if statement_reads(statement)),
-        Err(_) => false,
-    }
+    let parse = |text: &str| Parser::parse_sql(&PostgreSqlDialect {}, text).ok();
+    // Few have a form that the parser does not know.
+    let statements = parse(text).or_else(|| match as_it_reads(text) {
+        std::borrow::Cow::Borrowed(_) => None,
+        std::borrow::Cow::Owned(text) => parse(&text),
+    });
+    statements.is_some_and(|all| matches!(&all[..], [statement] if statement_reads(statement)))
 }
 
 /// The text without forms that the parser does not know, and that the scan has accounted for: `OPERATOR(pg_catalog.~)`
