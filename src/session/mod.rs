@@ -25,6 +25,7 @@ mod place;
 pub mod prepared;
 pub mod promise;
 pub mod replication;
+mod sequences;
 pub mod settings;
 pub mod shared_mark;
 mod slow;
@@ -782,12 +783,7 @@ impl Session {
     async fn message(&mut self) -> Result<(), End> {
         let Ok(Some(header)) = wire::header(&self.client.input) else { return Ok(()) };
         if self.skipping && header.tag != b'X' {
-            self.drop_message(header.len);
-            if header.tag == b'S' {
-                self.skipping = false;
-                self.put_ready();
-            }
-            return Ok(());
+            return self.skip(header);
         }
         match header.tag {
             b'Q' | b'F' | b'P' | b'B' | b'D' | b'E' | b'C' | b'S' | b'H' => self.unit().await,
@@ -799,6 +795,24 @@ impl Session {
             }
             tag => Err(End::protocol(format!("invalid frontend message type {tag}"))),
         }
+    }
+
+    /// A message behind an error of ours that took a unit's place: nothing is read of it but where the unit ends. As on
+    /// the server, that begins anew with a Sync which has a body, and then fails.
+    fn skip(&mut self, header: wire::Header) -> Result<(), End> {
+        if messages::is_too_long(header) {
+            return Err(End::protocol("invalid message length"));
+        }
+        self.drop_message(header.len);
+        if header.tag == b'S' {
+            self.skipping = false;
+            if header.len > HEADER {
+                let report = ErrorReport::error("08P01", "invalid message format").routine("pq_getmsgend");
+                put_report(&mut self.client.output, &report);
+            }
+            self.put_ready();
+        }
+        Ok(())
     }
 
     fn drop_message(&mut self, len: usize) {
@@ -987,7 +1001,7 @@ impl Session {
             self.tell_differences(&lease.parameters);
         }
         self.give_own(&mut lease);
-        self.forget_sequences(&mut lease);
+        self.forget_sequences(&mut lease, !demand.is_read());
         if opens || self.listening.is_deaf() {
             let mut unit = std::mem::replace(&mut self.unit, Unit::none());
             self.give_listens(&mut unit, &mut lease);
@@ -1006,15 +1020,6 @@ impl Session {
             Some(lease) if self.unit.ahead == 0 => self.handle.running(&lease.cancel),
             // What has come, or comes, meets the unit when that Query is answered.
             _ => true,
-        }
-    }
-
-    /// `currval` and `lastval` speak of what this session has drawn, or are an error as on one server; never of
-    /// what another has drawn on the same backend.
-    fn forget_sequences(&mut self, backend: &mut Backend) {
-        if self.asks_sequences && backend.last_writer.is_some_and(|writer| writer != self.handle.pid) {
-            self.unit.put_ahead(backend, b"DISCARD SEQUENCES", Purpose::Sequences);
-            backend.last_writer = None;
         }
     }
 
@@ -1070,12 +1075,12 @@ impl Session {
         self.unit.ddl = demand.is_ddl();
         self.unit.control = demand.label() == ClassLabel::TransactionControl;
         self.unit.may_commit = demand.may_commit();
-        if demand.leaves() == Leaves::Pins(PinReason::Setting) {
+        if demand.leaves().pins().has(PinReason::Setting) {
             let header = wire::header(&self.client.input).ok().flatten();
             let body = header.and_then(|header| self.client.input.get(HEADER..header.len));
             self.unit.count_code(demand.leaves(), body.and_then(wire::cstr).map(|(text, _)| text));
         }
-        if demand.leaves() == Leaves::Pins(PinReason::Listen)
+        if demand.leaves().pins().has(PinReason::Listen)
             && let Ok(Some(header)) = wire::header(&self.client.input)
             && let Some((text, _)) = self.client.input.get(HEADER..header.len).and_then(wire::cstr)
         {
@@ -1155,6 +1160,7 @@ impl Session {
             }
             let mut unit = std::mem::replace(&mut self.unit, Unit::none());
             self.give_durability(&mut unit, &mut lease);
+            self.forget_sequences_inside(&mut unit, &mut lease, demand.map(|demand| demand.leaves()));
             self.unit = unit;
             self.lease = Some(lease);
         }
@@ -1349,7 +1355,7 @@ impl Session {
         let queries = self.unit.commands > 0 && !self.unit.control && !self.unit.is_quiet();
         self.queried = self.status == TransactionStatus::InTransaction
             && (self.queried || queries && self.unit.before == TransactionStatus::InTransaction);
-        if self.unit.writes
+        if self.may_have_drawn()
             && let Some(lease) = &mut self.lease
         {
             lease.last_writer = Some(self.handle.pid);
@@ -1481,10 +1487,10 @@ impl Session {
     /// What the unit has done, as far as it concerns pins.
     fn done(&self) -> Done {
         Done {
-            leaves: self.unit.pins,
+            leaves: self.unit.leaves.pins(),
             unproven: self.unit.unproven,
             commits_settings: self.unit.commits_settings,
-            discards_all: self.unit.leaves == Leaves::DiscardsAll && self.unit.discarded,
+            discards_all: self.unit.leaves == Leaves::DISCARDS_ALL && self.unit.discarded,
             ends: self.unit.ends,
             commands: self.unit.commands,
             rollback: self.unit.rollback,
