@@ -155,6 +155,8 @@ struct Current {
     modifies: bool,
     /// It names a relation of which a change may fire a trigger that changes settings.
     fires: bool,
+    /// It names one of which a change may run code that leaves other session state.
+    leaving: bool,
     into_table: bool,
     pile: u32,
     cases: u32,
@@ -186,6 +188,7 @@ impl Default for Current {
             copy_stdout: false,
             modifies: false,
             fires: false,
+            leaving: false,
             into_table: false,
             pile: 0,
             cases: 0,
@@ -373,6 +376,7 @@ impl Scan<'_> {
             statement.leave(Leaves::pin(PinReason::TemporaryTable));
         }
         statement.fires |= flags.fires || is_settings;
+        statement.leaving |= flags.leaves;
         if shows_statements {
             statement.leave(Leaves::SHOWS_STATEMENTS);
         }
@@ -839,6 +843,9 @@ impl Scan<'_> {
         }
         if statement.fires && statement.modifies {
             statement.leave(Leaves::pin(PinReason::Setting));
+        }
+        if statement.leaving && statement.modifies {
+            statement.leave(Leaves::UNPROVEN);
         }
         if statement.too_deep {
             statement.refuse(Kind::Write, ClassReason::SecondOpinion);

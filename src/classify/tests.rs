@@ -32,6 +32,7 @@ fn catalog() -> Catalog {
             attributes: vec!["nextval".into()],
             setters: vec!["set_tenant".into()],
             firing: vec!["audited".into()],
+            leaving: vec!["guarded".into()],
             functions: [(20_001, "fx"), (20_003, "set_tenant")]
                 .map(|(oid, name)| FunctionRow {
                     oid,
@@ -344,6 +345,10 @@ fn what_is_left() {
         ("select fx(1)", UNPROVEN),
         ("insert into t (a) values (1)", NOTHING),
         ("insert into s.t (a) values (1)", NOTHING),
+        ("insert into guarded values (1)", UNPROVEN),
+        ("copy s.guarded from stdin", UNPROVEN),
+        ("insert into t select * from guarded; create temp table g ()", UNPROVEN | pins(TemporaryTable)),
+        ("select * from guarded", NOTHING),
         ("update t set a = unknown(1)", UNPROVEN),
         ("SELECT pg_advisory_unlock_all(); CLOSE ALL; UNLISTEN *; RESET ALL;", NOTHING),
         ("begin; set x = 1", NOTHING),

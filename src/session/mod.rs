@@ -372,6 +372,8 @@ pub struct Session {
     pins: Pins,
     /// Since when notifications may be waiting that the session has not heard.
     deaf_since: Option<Instant>,
+    /// While it listens: when the unit began that made it do so.
+    listens_since: Option<Instant>,
     /// In this transaction data definition ran: the catalog facts are read again when it ends.
     ddl: bool,
     /// In this transaction ALTER ROLE or DATABASE ran, which may change what logins give.
@@ -501,6 +503,7 @@ impl Session {
             incarnation: Incarnation::default(),
             pins: Pins::default(),
             deaf_since: None,
+            listens_since: None,
             ddl: false,
             login_settings: false,
             statements: Statements::new(shared.names.number()),
@@ -1208,7 +1211,7 @@ impl Session {
     }
 
     /// Brings metrics and handle up to what the session is pinned by.
-    fn show_pins(&self) {
+    fn show_pins(&mut self) {
         let (before, now) = (self.handle.pins(), self.pins.now());
         if before == now {
             return;
@@ -1222,8 +1225,14 @@ impl Session {
             metrics.pinned_by.dec(reason.label());
         }
         match (before.has(PinReason::Listen), now.has(PinReason::Listen)) {
-            (false, true) => self.shared.sessions.senders.listens(),
-            (true, false) => self.shared.sessions.senders.listens_no_more(),
+            (false, true) => {
+                self.listens_since = Some(self.started);
+                self.shared.sessions.senders.listens();
+            }
+            (true, false) => {
+                self.listens_since = None;
+                self.shared.sessions.senders.listens_no_more();
+            }
             _ => {}
         }
         match (before.is_empty(), now.is_empty()) {
@@ -1532,6 +1541,12 @@ impl Session {
             None if !self.pins.hold() => self.pins.add(PinReason::FunctionState),
             None => {}
         }
+        if self.pins.hold()
+            && let Some(lease) = &mut self.lease
+        {
+            // It is not hidden any more.
+            lease.dirt = lease.dirt.max(Dirt::State);
+        }
         self.show_pins();
         Ok(())
     }
@@ -1695,7 +1710,7 @@ impl Session {
     }
 
     /// What becomes of the backend of a session that ends.
-    async fn part_from(&self, lease: Lease, end: &End) {
+    async fn part_from(&self, mut lease: Lease, end: &End) {
         if !matches!(end, End::ClientGone | End::Fatal(_)) {
             return;
         }
@@ -1715,7 +1730,11 @@ impl Session {
                 lease.abandon();
             }
         } else if self.status == TransactionStatus::Idle && lease.is_between_units() {
-            // Between two units, outside a transaction: it can be cleaned for others.
+            // Between two units, outside a transaction: it can be cleaned for others. At once: what hides there (it may be a
+            // lock) is kept for its own session alone.
+            if lease.dirt == Dirt::Hidden {
+                lease.dirt = Dirt::State;
+            }
             lease.give_back();
         }
     }
