@@ -180,11 +180,13 @@ impl Explanation {
     fn leaves(&self) -> String {
         let leaves = self.class.leaves;
         let reasons: Vec<_> = leaves.pins().iter().map(|reason| reason.label()).collect();
-        let state =
-            || format!("session state ({}): the session keeps its backend", reasons.join(", "));
+        let state = || format!("session state ({}): the session keeps its backend", reasons.join(", "));
         [
             (!reasons.is_empty(), state()),
-            (leaves.has(Leaves::UNPROVEN), "perhaps something: the backend is looked at afterwards".to_owned()),
+            (
+                leaves.has(Leaves::UNPROVEN),
+                "perhaps something: the backend is looked at afterwards".to_owned(),
+            ),
             (leaves.has(Leaves::DISCARDS_ALL), "nothing, and what was left before is gone".to_owned()),
             (leaves.has(Leaves::DEALLOCATES_ALL), "nothing, and prepared statements are gone".to_owned()),
             (

@@ -422,8 +422,7 @@ impl Unit {
 
     /// `text`, which may leave `leaves`, is to run in it.
     pub fn count_code(&mut self, leaves: Leaves, text: Option<&[u8]>) {
-        self.commits_settings |=
-            leaves.pins().has(PinReason::Setting) && text.is_none_or(classify::is_code);
+        self.commits_settings |= leaves.pins().has(PinReason::Setting) && text.is_none_or(classify::is_code);
     }
 
     /// A unit that is over: what a session has between two.

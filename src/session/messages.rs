@@ -17,7 +17,8 @@ pub const SMALL_MESSAGE: usize = 10_000;
 /// Whether it is a message without the user's data and longer than those may be: the server ends the connection.
 pub fn is_too_long(header: Header) -> bool {
     // The length as it is sent leaves out the tag.
-    matches!(header.tag, b'C' | b'D' | b'E' | b'H' | b'S' | b'X' | b'c' | b'f') && header.len > SMALL_MESSAGE + 1
+    matches!(header.tag, b'C' | b'D' | b'E' | b'H' | b'S' | b'X' | b'c' | b'f')
+        && header.len > SMALL_MESSAGE + 1
 }
 
 /// The text of a Query.

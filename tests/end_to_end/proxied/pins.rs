@@ -301,7 +301,7 @@ async fn what_one_statement_leaves_ends_each_in_its_time() {
 
 #[tokio::test]
 async fn what_the_code_of_a_table_leaves_is_its_sessions_and_gone_with_it() {
-    let (cluster, proxy) = small_pool().await;
+    let cluster = Cluster::start_logging(1).await;
     cluster
         .set_up(
             "CREATE FUNCTION locks(int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS
@@ -322,9 +322,14 @@ async fn what_the_code_of_a_table_leaves_is_its_sessions_and_gone_with_it() {
              CREATE TABLE generated (a int, b int GENERATED ALWAYS AS (locks(a)) STORED);
              CREATE TABLE indexed (a int); CREATE INDEX ON indexed (locks(a));
              CREATE TABLE ruled (a int); CREATE RULE also AS ON INSERT TO ruled DO ALSO SELECT locks(1);
-             CREATE VIEW over AS SELECT a FROM triggered",
+             CREATE VIEW over AS SELECT a FROM triggered;
+             CREATE TABLE plain (x int)",
         )
         .await;
+    let options = ProxyOptions { overrides: "pool: { size: 2 }", ..ProxyOptions::default() };
+    let proxy = Proxy::start_with(&cluster, options).await;
+    let reader = proxy.connect().await;
+    reads_reach_replicas(&cluster, &reader, "SELECT x AS loaded FROM plain").await;
     let locked = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'";
     let run = |sql: &'static str| (query(sql), sql);
     let bound = |sql: &'static str| ([parse("", sql), bind("", &[]), execute(), sync()].concat(), sql);
@@ -340,17 +345,10 @@ async fn what_the_code_of_a_table_leaves_is_its_sessions_and_gone_with_it() {
         (run("INSERT INTO indexed VALUES (1)"), "advisory_lock"),
         (run("INSERT INTO ruled VALUES (1)"), "advisory_lock"),
     ] {
-        let owner = std::cell::RefCell::new(proxy.raw_login().await);
-        // Until the definitions are known it may be missed.
-        eventually(sql, || async {
-            let mut client = proxy.raw_login().await;
-            let answer = client.ask(&unit).await;
-            assert!(!tags(&answer).contains('E'), "{sql}: {answer:?}");
-            owner.replace(client);
-            pinned(&proxy, label).await == (1.0, 1.0)
-        })
-        .await;
-        let mut owner = owner.into_inner();
+        let mut owner = proxy.raw_login().await;
+        let answer = owner.ask(&unit).await;
+        assert!(!tags(&answer).contains('E'), "{sql}: {answer:?}");
+        eventually(sql, || async { pinned(&proxy, label).await == (1.0, 1.0) }).await;
         let mut other = proxy.raw_login().await;
         let theirs = value(&mut other, "SELECT to_regclass('pg_temp.made') IS NULL").await;
         assert_eq!(theirs.as_deref(), Some("t"), "{sql}");
@@ -358,6 +356,7 @@ async fn what_the_code_of_a_table_leaves_is_its_sessions_and_gone_with_it() {
         owner.try_send(&message(b'X', b"")).await.unwrap();
         owner.read_to_end().await;
         cluster.primary().wait_for(locked, "0").await.unwrap();
+        never_pinned(&proxy, sql).await;
     }
 }
 

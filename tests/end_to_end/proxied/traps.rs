@@ -643,7 +643,10 @@ async fn inside_a_transaction_and_beside_other_state_lastval_shows_nothing_of_ot
         ("beside another", vec![query("SELECT pg_backend_pid(), lastval()")]),
         ("beside a seed", vec![query("SELECT setseed(0.1), lastval()")]),
         ("inside", vec![query("BEGIN"), query("SELECT lastval()")]),
-        ("inside, behind a read", vec![query("BEGIN"), query("SELECT 1"), query("SELECT currval('t_id_seq')")]),
+        (
+            "inside, behind a read",
+            vec![query("BEGIN"), query("SELECT 1"), query("SELECT currval('t_id_seq')")],
+        ),
         ("inside, bound", vec![bound("BEGIN"), bound("SELECT lastval()")]),
         // From here on it is known that somebody asks.
         (
