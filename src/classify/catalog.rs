@@ -732,7 +732,8 @@ pub const FIRING_SQL: &str = concat!(
 
 /// Rows (name): relations of which a change may run a user's function that leaves what a look at the server shows: an
 /// advisory lock, something temporary, a channel that is listened to, a cursor that outlives its transaction. As a trigger,
-/// or in a default, a generated column, a check, an index, a rule or a policy.
+/// or in a default, a generated column, a check, an index, a rule or a policy; and those with a rule that calls a built-in
+/// one.
 pub const LEAVING_SQL: &str = concat!(
     functions_that!(
         "\
@@ -747,7 +748,10 @@ p.prosrc ~* '\\mpg_(try_)?advisory_lock|\\mpg_temp|\\m(temp|temporary|listen|hol
    LEFT JOIN pg_catalog.pg_constraint k ON d.classid = 2606 AND k.oid = d.objid \
    LEFT JOIN pg_catalog.pg_index i ON d.classid = 1259 AND i.indexrelid = d.objid \
    LEFT JOIN pg_catalog.pg_rewrite r ON d.classid = 2618 AND r.oid = d.objid \
-   LEFT JOIN pg_catalog.pg_policy y ON d.classid = 3256 AND y.oid = d.objid"
+   LEFT JOIN pg_catalog.pg_policy y ON d.classid = 3256 AND y.oid = d.objid \
+  UNION ALL SELECT r.ev_class FROM pg_catalog.pg_rewrite r \
+   WHERE r.ev_type <> '1' AND r.ev_action::text ~ (SELECT ':funcid (' || pg_catalog.string_agg(p.oid::text, '|') || ') ' \
+     FROM pg_catalog.pg_proc p WHERE p.oid < 16384 AND p.proname ~ '^pg_(try_)?advisory_lock')"
     )
 );
 

@@ -11,10 +11,8 @@
 //! but the text, the parameters' types, the lexing and the catalog; no call blocks but `ask`, which ends
 //! at its deadline.
 //!
-//! Not covered, and so stated in the manual: what built-in functions leave that are called by a default or a rule of the table
-//! that a write touches; and `nextval`, after which
-//! `currval` and `lastval` are right within the same transaction or once the session is pinned (their first
-//! use pins it).
+//! Not covered, and so stated in the manual: `nextval`, after which `currval` and `lastval` are right within the same
+//! transaction or once the session is pinned (their first use pins it).
 
 mod body;
 mod builtin;

@@ -322,6 +322,8 @@ async fn what_the_code_of_a_table_leaves_is_its_sessions_and_gone_with_it() {
              CREATE TABLE generated (a int, b int GENERATED ALWAYS AS (locks(a)) STORED);
              CREATE TABLE indexed (a int); CREATE INDEX ON indexed (locks(a));
              CREATE TABLE ruled (a int); CREATE RULE also AS ON INSERT TO ruled DO ALSO SELECT locks(1);
+             CREATE TABLE ruled_by (a int);
+             CREATE RULE also AS ON INSERT TO ruled_by DO ALSO SELECT pg_advisory_lock(9);
              CREATE VIEW over AS SELECT a FROM triggered;
              CREATE TABLE plain (x int)",
         )
@@ -344,6 +346,7 @@ async fn what_the_code_of_a_table_leaves_is_its_sessions_and_gone_with_it() {
         (run("INSERT INTO generated VALUES (1)"), "advisory_lock"),
         (run("INSERT INTO indexed VALUES (1)"), "advisory_lock"),
         (run("INSERT INTO ruled VALUES (1)"), "advisory_lock"),
+        (run("INSERT INTO ruled_by VALUES (1)"), "advisory_lock"),
     ] {
         let mut owner = proxy.raw_login().await;
         let answer = owner.ask(&unit).await;
