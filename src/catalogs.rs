@@ -347,6 +347,9 @@ pub async fn load(
             rows.firing.push(row.try_get(0)?);
         }
     }
+    for row in transaction.query(catalog::LEAVING_SQL, &[]).await? {
+        rows.leaving.push(row.try_get(0)?);
+    }
     for row in transaction.query(catalog::SAFE_FUNCTIONS_SQL, &[&functions]).await? {
         rows.safe_functions.insert(row.try_get(0)?);
     }

@@ -6,7 +6,7 @@
 //! backend or a new one, goes to who has waited longest.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -1008,6 +1008,8 @@ pub struct UserPools {
     welcomes: Mutex<HashMap<Arc<StartupParameters>, (u64, Welcome)>>,
     /// The latest of [`UserPools::with_application_name`].
     named: Mutex<Option<Named>>,
+    /// A session has asked for what it drew from sequences (`currval`, `lastval`).
+    pub asks_sequences: AtomicBool,
 }
 
 /// What a server reported, and the same with an application's name.
@@ -1129,6 +1131,7 @@ impl Pools {
             nodes: (0..self.context.ways.0.len()).map(|_| OnceLock::new()).collect(),
             welcomes: Mutex::new(HashMap::new()),
             named: Mutex::new(None),
+            asks_sequences: AtomicBool::new(false),
         });
         users.insert(key, pools.clone());
         pools

@@ -120,11 +120,18 @@ impl Senders {
     }
 
     /// The session that has sent what a listener hears now, if that is certain. `deaf_since`: since when
-    /// the listener may not have heard what was said.
-    pub fn sender(&self, node: NodeId, pid: i32, deaf_since: Instant) -> Option<u32> {
+    /// the listener may not have heard what was said; `listens_since`: before then it began to listen. What was
+    /// committed before that, it does not hear.
+    pub fn sender(
+        &self,
+        node: NodeId,
+        pid: i32,
+        deaf_since: Instant,
+        listens_since: Option<Instant>,
+    ) -> Option<u32> {
         let backend = self.lock().get(&(node, pid)).and_then(Weak::upgrade)?;
         let since = deaf_since.checked_sub(ON_ITS_WAY)?;
-        backend.history().only(since)
+        backend.history().only(listens_since.map_or(since, |begun| begun.max(since)))
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(NodeId, i32), Weak<CancelTarget>>> {
@@ -173,9 +180,27 @@ mod tests {
         assert!(backend.history().turns.is_empty());
         senders.listens();
         senders.begins(&backend, 1, now);
-        assert_eq!(senders.sender(NodeId(0), 7, now), Some(1));
-        assert_eq!(senders.sender(NodeId(1), 7, now), None);
+        assert_eq!(senders.sender(NodeId(0), 7, now, None), Some(1));
+        assert_eq!(senders.sender(NodeId(1), 7, now, None), None);
         drop(backend);
-        assert_eq!(senders.sender(NodeId(0), 7, now), None);
+        assert_eq!(senders.sender(NodeId(0), 7, now, None), None);
+    }
+
+    #[test]
+    fn who_was_done_before_the_listener_listened_is_not_the_sender() {
+        let senders = Senders::default();
+        let start = Instant::now() + Duration::from_secs(3600);
+        let at = |ms| start + Duration::from_millis(ms);
+        let backend = Arc::new(CancelTarget::new(NodeId(0), 7, Vec::new()));
+        senders.listens();
+        for (session, from, to) in [(1, 0, 10), (2, 20, 30)] {
+            senders.begins(&backend, session, at(from));
+            senders.ends(&backend, session, at(to));
+        }
+        let sender = |listens_since| senders.sender(NodeId(0), 7, at(40), listens_since);
+        assert_eq!(sender(None), None);
+        assert_eq!(sender(Some(at(10))), None, "it may have been just then");
+        assert_eq!(sender(Some(at(15))), Some(2));
+        assert_eq!(sender(Some(at(35))), None, "neither");
     }
 }

@@ -16,8 +16,8 @@
 //! is cast implicitly and a built-in operator of that token wins over it for constants: then only an unsafe
 //! relation, function, type name or parameter can bring such an operand along.
 //!
-//! Deliberately not looked at: temporary relations (a session that made one is pinned), and triggers, defaults and
-//! rules for writes.
+//! Of what a write runs (triggers, defaults, checks, rules) it is only looked at what of session state that may leave behind.
+//! Deliberately not looked at: temporary relations (a session that made one is pinned).
 
 use hashbrown::{HashMap, HashSet};
 
@@ -65,6 +65,8 @@ pub struct Flags {
     pub sets: bool,
     /// A relation of which a change may fire a trigger that changes settings.
     pub fires: bool,
+    /// A relation of which a change may run code (a trigger, a default, a check...) that leaves other session state.
+    pub leaves: bool,
     /// A user's function whose body may define what makes other statements unsafe.
     pub defines: bool,
     /// All functions of this name are harmless.
@@ -96,6 +98,8 @@ pub struct CatalogRows {
     pub setters: Vec<String>,
     /// [`FIRING_SQL`]
     pub firing: Vec<String>,
+    /// [`LEAVING_SQL`]
+    pub leaving: Vec<String>,
     /// [`OPERATORS_SQL`]
     pub operators: Vec<OperatorRow>,
     /// [`TYPES_SQL`]
@@ -491,6 +495,9 @@ impl CatalogRows {
         for name in &self.firing {
             flag(name, &|flags| flags.fires = true);
         }
+        for name in &self.leaving {
+            flag(name, &|flags| flags.leaves = true);
+        }
         let mut unsafe_object = |name: &str, mark: Mark| {
             flag(name, &|flags| {
                 flags.code |= mark == Mark::Code;
@@ -657,44 +664,95 @@ pub const ENCODING_SQL: &str = "SELECT pg_catalog.current_setting('server_encodi
 pub const SAFE_FUNCTIONS_SQL: &str = "\
 SELECT p.oid FROM pg_catalog.pg_proc p WHERE p.oid < 16384 AND p.proname::text = ANY ($1::text[])";
 
-/// Users' functions that may change settings, as a WITH list. What is set for the transaction alone (a last argument
-/// `true`, seen as such) does not count.
-macro_rules! setters {
-    () => {
-        "\
-WITH RECURSIVE setters AS ( \
-  SELECT p.oid, p.proname FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_language l ON l.oid = p.prolang \
+/// Users' functions in languages that nobody reads here, those of which the body (`prosrc`, or what is stored of it: `body`)
+/// meets a condition, and those that mention the name of such a function, as a WITH list.
+macro_rules! functions_that {
+    ($condition:literal) => {
+        concat!(
+            "\
+WITH RECURSIVE named AS ( \
+  SELECT p.oid, p.proname FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_language l ON l.oid = p.prolang, \
+         LATERAL pg_catalog.pg_get_function_sqlbody(p.oid) AS body \
    WHERE p.oid >= 16384 AND l.lanname NOT IN ('internal', 'c') \
-     AND (l.lanname NOT IN ('sql', 'plpgsql') \
-          OR pg_catalog.regexp_replace(p.prosrc, \
-               '\\mset_config\\s*\\([^()]*,\\s*(is_local\\s*(=>|:=)\\s*)?true\\s*\\)', '', 'gi') \
-             ~* '\\m(set_config|reset|discard)\\M' \
-          OR p.prosrc ~* '(^|;|''|\\mbegin\\M|\\mthen\\M|\\melse\\M|\\mloop\\M)\\s*set\\M' \
-          OR pg_catalog.pg_get_function_sqlbody(p.oid) ~* '\\mset_config\\M') \
-  UNION SELECT p.oid, p.proname FROM pg_catalog.pg_proc p, setters s \
+     AND (l.lanname NOT IN ('sql', 'plpgsql') OR ",
+            $condition,
+            ") \
+  UNION SELECT p.oid, p.proname FROM pg_catalog.pg_proc p, named s \
    WHERE p.oid >= 16384 AND p.oid <> s.oid \
      AND pg_catalog.strpos(pg_catalog.lower(p.prosrc), pg_catalog.lower(s.proname::text)) > 0)"
+        )
     };
 }
 
-/// Rows (name): users' functions that may change settings. Bodies that mention set_config, RESET or DISCARD, or SET
-/// where a statement begins (not that of UPDATE); those in languages that nobody reads here; and those that
-/// mention the name of such a function.
-pub const SETTERS_SQL: &str = concat!(setters!(), " SELECT DISTINCT s.proname::text FROM setters s");
+/// Users' functions that may change settings. What is set for the transaction alone (a last argument `true`, seen as such)
+/// does not count.
+macro_rules! setters {
+    () => {
+        functions_that!(
+            "\
+pg_catalog.regexp_replace(p.prosrc, \
+               '\\mset_config\\s*\\([^()]*,\\s*(is_local\\s*(=>|:=)\\s*)?true\\s*\\)', '', 'gi') \
+             ~* '\\m(set_config|reset|discard)\\M' \
+          OR p.prosrc ~* '(^|;|''|\\mbegin\\M|\\mthen\\M|\\melse\\M|\\mloop\\M)\\s*set\\M' \
+          OR body ~* '\\mset_config\\M'"
+        )
+    };
+}
 
-/// Rows (name): relations of which a change may fire a trigger that is such a function: their own, that of a partition or
-/// heir, of what refers to them with an action, or of what a view or rule stands for.
-pub const FIRING_SQL: &str = concat!(
-    setters!(),
-    ", firing AS ( \
-  SELECT t.tgrelid AS oid FROM pg_catalog.pg_trigger t JOIN setters s ON s.oid = t.tgfoid WHERE NOT t.tgisinternal \
-  UNION SELECT e.up FROM firing f JOIN ( \
+/// Rows (name) of relations of which a change may reach those that a query gives: a partition or heir, what refers to them
+/// with an action, what a view or rule stands for.
+macro_rules! of_which_a_change_reaches {
+    ($relations:literal) => {
+        concat!(
+            ", firing AS ( ",
+            $relations,
+            " UNION SELECT e.up FROM firing f JOIN ( \
       SELECT inhrelid AS down, inhparent AS up FROM pg_catalog.pg_inherits \
       UNION ALL SELECT conrelid, confrelid FROM pg_catalog.pg_constraint \
        WHERE contype = 'f' AND (confupdtype IN ('c', 'n', 'd') OR confdeltype IN ('c', 'n', 'd')) \
       UNION ALL SELECT d.refobjid, r.ev_class FROM pg_catalog.pg_rewrite r JOIN pg_catalog.pg_depend d \
          ON d.classid = 2618 AND d.objid = r.oid AND d.refclassid = 1259) AS e ON e.down = f.oid) \
 SELECT DISTINCT c.relname::text FROM firing f JOIN pg_catalog.pg_class c ON c.oid = f.oid"
+        )
+    };
+}
+
+/// Rows (name): users' functions that may change settings. Bodies that mention set_config, RESET or DISCARD, or SET
+/// where a statement begins (not that of UPDATE); those in languages that nobody reads here; and those that
+/// mention the name of such a function.
+pub const SETTERS_SQL: &str = concat!(setters!(), " SELECT DISTINCT s.proname::text FROM named s");
+
+/// Rows (name): relations of which a change may fire a trigger that is such a function.
+pub const FIRING_SQL: &str = concat!(
+    setters!(),
+    of_which_a_change_reaches!(
+        "SELECT t.tgrelid AS oid FROM pg_catalog.pg_trigger t JOIN named s ON s.oid = t.tgfoid WHERE NOT t.tgisinternal"
+    )
+);
+
+/// Rows (name): relations of which a change may run a user's function that leaves what a look at the server shows: an
+/// advisory lock, something temporary, a channel that is listened to, a cursor that outlives its transaction. As a trigger,
+/// or in a default, a generated column, a check, an index, a rule or a policy; and those with a rule that calls a built-in
+/// one.
+pub const LEAVING_SQL: &str = concat!(
+    functions_that!(
+        "\
+p.prosrc ~* '\\mpg_(try_)?advisory_lock|\\mpg_temp|\\m(temp|temporary|listen|hold)\\M' \
+          OR body ~* '\\mpg_(try_)?advisory_lock'"
+    ),
+    of_which_a_change_reaches!(
+        "SELECT t.tgrelid AS oid FROM pg_catalog.pg_trigger t JOIN named s ON s.oid = t.tgfoid WHERE NOT t.tgisinternal \
+  UNION ALL SELECT coalesce(a.adrelid, k.conrelid, i.indrelid, r.ev_class, y.polrelid) \
+   FROM named s JOIN pg_catalog.pg_depend d ON d.refclassid = 1255 AND d.refobjid = s.oid \
+   LEFT JOIN pg_catalog.pg_attrdef a ON d.classid = 2604 AND a.oid = d.objid \
+   LEFT JOIN pg_catalog.pg_constraint k ON d.classid = 2606 AND k.oid = d.objid \
+   LEFT JOIN pg_catalog.pg_index i ON d.classid = 1259 AND i.indexrelid = d.objid \
+   LEFT JOIN pg_catalog.pg_rewrite r ON d.classid = 2618 AND r.oid = d.objid \
+   LEFT JOIN pg_catalog.pg_policy y ON d.classid = 3256 AND y.oid = d.objid \
+  UNION ALL SELECT r.ev_class FROM pg_catalog.pg_rewrite r \
+   WHERE r.ev_type <> '1' AND r.ev_action::text ~ (SELECT ':funcid (' || pg_catalog.string_agg(p.oid::text, '|') || ') ' \
+     FROM pg_catalog.pg_proc p WHERE p.oid < 16384 AND p.proname ~ '^pg_(try_)?advisory_lock')"
+    )
 );
 
 /// Rows (name): built-in functions that are not on the allow-list (`$1`) and may be called with one argument, as in

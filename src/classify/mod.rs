@@ -11,10 +11,8 @@
 //! but the text, the parameters' types, the lexing and the catalog; no call blocks but `ask`, which ends
 //! at its deadline.
 //!
-//! Not covered, and so stated in the manual: triggers, defaults and rules of the tables that a write touches
-//! may leave state behind that [`Leaves`] does not show; the same holds for `nextval`, after which
-//! `currval` and `lastval` are right within the same transaction or once the session is pinned (their first
-//! use pins it).
+//! Not covered, and so stated in the manual: `nextval`, after which `currval` and `lastval` are right within the same
+//! transaction or once the session is pinned (their first use pins it).
 
 mod body;
 mod builtin;
@@ -24,6 +22,7 @@ mod extension;
 #[cfg(test)]
 mod fuzz;
 pub mod hint;
+mod leaves;
 mod lexer;
 mod named;
 mod opinion;
@@ -44,6 +43,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use siphasher::sip128::{Hasher128, SipHasher13};
 
 pub use catalog::Catalog;
+pub use leaves::{Leaves, PinReason, PinSet};
 pub use lexer::{Lexer as Words, Token};
 pub use named::{SqlExecute, SqlPrepare, may_name_statements, sql_execute, sql_prepare, words};
 pub use skeleton::skeleton_text;
@@ -172,14 +172,14 @@ impl StatementClass {
     const READ: StatementClass = StatementClass {
         kind: Kind::Read,
         reason: ClassReason::Read,
-        leaves: Leaves::Nothing,
+        leaves: Leaves::NOTHING,
         settings: false,
         hints: Hints { level: None, route: None, durability: None, invalid: false },
     };
 
     /// Whether it is a read and nothing else: it sets nothing and leaves nothing.
     pub fn is_mere_read(self) -> bool {
-        matches!(self.kind, Kind::Read | Kind::Empty) && !self.settings && self.leaves == Leaves::Nothing
+        matches!(self.kind, Kind::Read | Kind::Empty) && !self.settings && self.leaves == Leaves::NOTHING
     }
 
     /// Whether it may run on a replica.
@@ -379,11 +379,8 @@ impl Classifier {
                 kind: if class.kind == Kind::Ddl { Kind::Ddl } else { Kind::Write },
                 reason: ClassReason::Lexing,
                 // What is set, and to what, cannot be told.
-                leaves: class.leaves.or_stronger(if class.settings {
-                    Leaves::Pins(PinReason::Setting)
-                } else {
-                    Leaves::Unproven
-                }),
+                leaves: class.leaves
+                    | if class.settings { Leaves::pin(PinReason::Setting) } else { Leaves::UNPROVEN },
                 ..class
             };
         }
@@ -393,19 +390,19 @@ impl Classifier {
         if !statement.catalog.is_loaded() {
             // A name that looks like a built-in may be a user's.
             return StatementClass {
-                leaves: Leaves::Unproven,
+                leaves: Leaves::UNPROVEN,
                 ..StatementClass::write(ClassReason::CatalogUnknown)
             };
         }
         if statement.catalog.unsafe_anywhere() {
             return StatementClass {
-                leaves: Leaves::Unproven,
+                leaves: Leaves::UNPROVEN,
                 ..StatementClass::write(ClassReason::UnsafeName)
             };
         }
         if !statement.parameter_types.iter().all(|oid| statement.catalog.type_is_safe(*oid)) {
             return StatementClass {
-                leaves: Leaves::Unproven,
+                leaves: Leaves::UNPROVEN,
                 ..StatementClass::write(ClassReason::ParameterType)
             };
         }
@@ -598,143 +595,6 @@ impl ClassReason {
             ClassReason::Learned => ("a replica has refused it before", "the cache"),
             ClassReason::Hint => ("a comment in it asks for the primary", "the token scan"),
             ClassReason::Empty => ("it is empty", "the token scan"),
-        }
-    }
-}
-
-/// What a statement may leave on its backend after its transaction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Leaves {
-    /// Nothing.
-    Nothing,
-    /// Nothing; but it shows what the session has prepared (`pg_prepared_statements`).
-    ShowsStatements,
-    /// Session state for sure: the session stays on this backend.
-    Pins(PinReason),
-    /// It ran code that is not understood (a user's function, DO, CALL): the backend is looked at afterwards.
-    Unproven,
-    /// DISCARD ALL: session state and prepared statements are gone.
-    DiscardsAll,
-    /// DEALLOCATE ALL: prepared statements are gone.
-    DeallocatesAll,
-}
-
-impl Leaves {
-    /// Whether nothing is left.
-    pub fn is_nothing(self) -> bool {
-        matches!(self, Leaves::Nothing | Leaves::ShowsStatements)
-    }
-
-    /// The one of two that asks for more.
-    pub fn or_stronger(self, other: Leaves) -> Leaves {
-        let rank = |leaves| match leaves {
-            Leaves::Nothing => 0,
-            Leaves::ShowsStatements => 1,
-            Leaves::DeallocatesAll => 2,
-            Leaves::DiscardsAll => 3,
-            Leaves::Unproven => 4,
-            Leaves::Pins(reason) => 5 + reason.staying_power(),
-        };
-        if rank(other) > rank(self) { other } else { self }
-    }
-}
-
-/// Why a session must stay on one backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum PinReason {
-    /// SET, set_config or RESET whose effect cannot be told, or more settings than are tracked.
-    Setting,
-    /// A temporary table, view or sequence.
-    TemporaryTable,
-    /// LISTEN.
-    Listen,
-    /// SQL-level PREPARE, EXECUTE, DEALLOCATE of a name.
-    SqlPrepare,
-    /// DECLARE .. WITH HOLD.
-    HoldCursor,
-    /// pg_advisory_lock and kin at session level.
-    AdvisoryLock,
-    /// pg_backend_pid().
-    BackendPid,
-    /// currval and lastval.
-    Other,
-    /// Code that is not understood left state behind.
-    FunctionState,
-    /// A statement text too long to be prepared again elsewhere.
-    LargeStatement,
-    /// State of the server process that no command takes away: setseed, LOAD, connections of dblink, a
-    /// replication origin. The backend is closed after its session.
-    Process,
-    /// `pool.mode: session`.
-    SessionPooling,
-}
-
-impl PinReason {
-    /// All of them.
-    pub const ALL: [PinReason; 12] = [
-        PinReason::Setting,
-        PinReason::TemporaryTable,
-        PinReason::Listen,
-        PinReason::SqlPrepare,
-        PinReason::HoldCursor,
-        PinReason::AdvisoryLock,
-        PinReason::BackendPid,
-        PinReason::Other,
-        PinReason::FunctionState,
-        PinReason::LargeStatement,
-        PinReason::Process,
-        PinReason::SessionPooling,
-    ];
-
-    /// All labels.
-    pub const LABELS: [&'static str; 12] = [
-        PinReason::Setting.label(),
-        PinReason::TemporaryTable.label(),
-        PinReason::Listen.label(),
-        PinReason::SqlPrepare.label(),
-        PinReason::HoldCursor.label(),
-        PinReason::AdvisoryLock.label(),
-        PinReason::BackendPid.label(),
-        PinReason::Other.label(),
-        PinReason::FunctionState.label(),
-        PinReason::LargeStatement.label(),
-        PinReason::Process.label(),
-        PinReason::SessionPooling.label(),
-    ];
-
-    /// Of several reasons the one that ends last is to be known: what the server's views show is found
-    /// there anyway when another one ends.
-    const fn staying_power(self) -> u8 {
-        match self {
-            PinReason::TemporaryTable
-            | PinReason::Listen
-            | PinReason::SqlPrepare
-            | PinReason::HoldCursor
-            | PinReason::AdvisoryLock => 0,
-            PinReason::Setting
-            | PinReason::BackendPid
-            | PinReason::Other
-            | PinReason::FunctionState
-            | PinReason::LargeStatement => 1,
-            PinReason::Process | PinReason::SessionPooling => 2,
-        }
-    }
-
-    /// One word for a metric label or a log field.
-    pub const fn label(self) -> &'static str {
-        match self {
-            PinReason::Setting => "setting",
-            PinReason::TemporaryTable => "temporary_table",
-            PinReason::Listen => "listen",
-            PinReason::SqlPrepare => "sql_prepare",
-            PinReason::HoldCursor => "hold_cursor",
-            PinReason::AdvisoryLock => "advisory_lock",
-            PinReason::BackendPid => "backend_pid",
-            PinReason::Other => "other",
-            PinReason::FunctionState => "function_state",
-            PinReason::LargeStatement => "large_statement",
-            PinReason::Process => "process",
-            PinReason::SessionPooling => "session_pooling",
         }
     }
 }

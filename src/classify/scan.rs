@@ -155,6 +155,8 @@ struct Current {
     modifies: bool,
     /// It names a relation of which a change may fire a trigger that changes settings.
     fires: bool,
+    /// It names one of which a change may run code that leaves other session state.
+    leaving: bool,
     into_table: bool,
     pile: u32,
     cases: u32,
@@ -173,7 +175,7 @@ impl Default for Current {
             depth: 0,
             kind: Kind::Read,
             reason: ClassReason::Read,
-            leaves: Leaves::Nothing,
+            leaves: Leaves::NOTHING,
             pending: None,
             previous: Previous::Start,
             with_active: 0,
@@ -186,6 +188,7 @@ impl Default for Current {
             copy_stdout: false,
             modifies: false,
             fires: false,
+            leaving: false,
             into_table: false,
             pile: 0,
             cases: 0,
@@ -198,7 +201,7 @@ impl Default for Current {
 
 impl Current {
     fn leave(&mut self, leaves: Leaves) {
-        self.leaves = self.leaves.or_stronger(leaves);
+        self.leaves |= leaves;
     }
 
     /// Not a read, for this reason; the first one found is kept.
@@ -244,7 +247,7 @@ impl Scan<'_> {
                         self.statement.kind = Kind::Write;
                     }
                     self.statement.reason = ClassReason::Unclear;
-                    self.statement.leave(Leaves::Unproven);
+                    self.statement.leave(Leaves::UNPROVEN);
                     self.statement.settings = true;
                     self.statement.lead = Some(Lead::Unknown);
                     self.end_statement();
@@ -260,7 +263,7 @@ impl Scan<'_> {
         let class = self.total.unwrap_or(StatementClass {
             kind: Kind::Empty,
             reason: ClassReason::Empty,
-            leaves: Leaves::Nothing,
+            leaves: Leaves::NOTHING,
             settings: false,
             hints: Hints::default(),
         });
@@ -365,21 +368,22 @@ impl Scan<'_> {
         let statement = &mut self.statement;
         if unclear {
             statement.refuse(Kind::Write, ClassReason::Unclear);
-            statement.leave(Leaves::Unproven);
+            statement.leave(Leaves::UNPROVEN);
         }
         if temporary_schema
             && (statement.into_table || matches!(statement.lead, Some(Lead::Create | Lead::Define)))
         {
-            statement.leave(Leaves::Pins(PinReason::TemporaryTable));
+            statement.leave(Leaves::pin(PinReason::TemporaryTable));
         }
         statement.fires |= flags.fires || is_settings;
+        statement.leaving |= flags.leaves;
         if shows_statements {
-            statement.leave(Leaves::ShowsStatements);
+            statement.leave(Leaves::SHOWS_STATEMENTS);
         }
         if flags.code || flags.elsewhere {
             statement.refuse(Kind::Write, ClassReason::UnsafeName);
             if flags.code {
-                statement.leave(Leaves::Unproven);
+                statement.leave(Leaves::UNPROVEN);
             }
         }
         if matches!(statement.lead, Some(Lead::Deallocate | Lead::Discard | Lead::Reset))
@@ -429,7 +433,7 @@ impl Scan<'_> {
         if !called {
             if pending.dotted && pending.flags.attribute {
                 statement.refuse(Kind::Write, ClassReason::UnsafeName);
-                statement.leave(Leaves::Unproven);
+                statement.leave(Leaves::UNPROVEN);
             }
             return;
         }
@@ -439,13 +443,13 @@ impl Scan<'_> {
                 statement.refuse(Kind::Ddl, ClassReason::UnsafeName);
             }
             if pending.flags.sets && !pending.after_into {
-                statement.leave(Leaves::Pins(PinReason::Setting));
+                statement.leave(Leaves::pin(PinReason::Setting));
             }
             if !pending.after_into {
-                statement.leave(Leaves::Unproven);
+                statement.leave(Leaves::UNPROVEN);
             }
             if let Some(Special::Pins(reason)) = word.special {
-                statement.leave(Leaves::Pins(reason));
+                statement.leave(Leaves::pin(reason));
             }
             return;
         }
@@ -461,7 +465,7 @@ impl Scan<'_> {
             Some(Special::CurrentSetting) => statement.current_setting = CurrentSetting::Name,
             Some(Special::Pins(reason)) => {
                 statement.refuse(Kind::Write, ClassReason::UnsafeFunction);
-                statement.leave(Leaves::Pins(reason));
+                statement.leave(Leaves::pin(reason));
             }
             Some(Special::LeavesNothing) => statement.refuse(Kind::Write, ClassReason::UnsafeFunction),
             None => {
@@ -475,7 +479,7 @@ impl Scan<'_> {
                     let a_tables_columns = pending.after_into
                         || matches!(statement.lead, Some(Lead::Create | Lead::Define | Lead::Copy));
                     if !a_tables_columns {
-                        statement.leave(Leaves::Unproven);
+                        statement.leave(Leaves::UNPROVEN);
                     }
                 }
             }
@@ -577,7 +581,7 @@ impl Scan<'_> {
         let raw = self.lexer.raw();
         if self.statement.lead == Some(Lead::Opaque) {
             if body_may_set(raw, self.catalog) {
-                self.statement.leave(Leaves::Pins(PinReason::Setting));
+                self.statement.leave(Leaves::pin(PinReason::Setting));
             }
             if body::defines(raw, |name| self.catalog.name(name).defines) {
                 self.statement.refuse(Kind::Ddl, ClassReason::Command);
@@ -606,7 +610,7 @@ impl Scan<'_> {
         feed(&mut self.hash, b'o', token);
         if self.catalog.is_loaded() && self.catalog.operator_is_unsafe(token) {
             self.statement.refuse(Kind::Write, ClassReason::UnsafeName);
-            self.statement.leave(Leaves::Unproven);
+            self.statement.leave(Leaves::UNPROVEN);
         }
     }
 
@@ -667,11 +671,11 @@ impl Scan<'_> {
         statement.keep_literals = lead != Lead::Query || statement.explained;
         let (kind, reason, leaves) = match lead {
             Lead::Query | Lead::Explain | Lead::Copy => return,
-            Lead::Create | Lead::Define => (Kind::Ddl, ClassReason::Command, Leaves::Nothing),
-            Lead::Change => (Kind::Write, ClassReason::Command, Leaves::Nothing),
-            Lead::Opaque => (Kind::Write, ClassReason::Command, Leaves::Unproven),
+            Lead::Create | Lead::Define => (Kind::Ddl, ClassReason::Command, Leaves::NOTHING),
+            Lead::Change => (Kind::Write, ClassReason::Command, Leaves::NOTHING),
+            Lead::Opaque => (Kind::Write, ClassReason::Command, Leaves::UNPROVEN),
             Lead::Transaction | Lead::Commit => {
-                (Kind::TransactionControl, ClassReason::Session, Leaves::Nothing)
+                (Kind::TransactionControl, ClassReason::Session, Leaves::NOTHING)
             }
             // What SET sets, and what PREPARE is followed by, shows at the next word.
             Lead::Set
@@ -679,13 +683,13 @@ impl Scan<'_> {
             | Lead::Deallocate
             | Lead::Discard
             | Lead::Declare
-            | Lead::SessionOther => (Kind::Session, ClassReason::Session, Leaves::Nothing),
+            | Lead::SessionOther => (Kind::Session, ClassReason::Session, Leaves::NOTHING),
             Lead::Prepare | Lead::Execute => {
-                (Kind::Session, ClassReason::Session, Leaves::Pins(PinReason::SqlPrepare))
+                (Kind::Session, ClassReason::Session, Leaves::pin(PinReason::SqlPrepare))
             }
-            Lead::Listen => (Kind::Session, ClassReason::Session, Leaves::Pins(PinReason::Listen)),
-            Lead::Load => (Kind::Session, ClassReason::Session, Leaves::Pins(PinReason::Process)),
-            Lead::Unknown => (Kind::Write, ClassReason::Unclear, Leaves::Unproven),
+            Lead::Listen => (Kind::Session, ClassReason::Session, Leaves::pin(PinReason::Listen)),
+            Lead::Load => (Kind::Session, ClassReason::Session, Leaves::pin(PinReason::Process)),
+            Lead::Unknown => (Kind::Write, ClassReason::Unclear, Leaves::UNPROVEN),
         };
         statement.refuse(kind, reason);
         statement.leave(leaves);
@@ -714,10 +718,10 @@ impl Scan<'_> {
             }
             Some(Lead::Create) => {
                 if matches!(keyword, K::Temp | K::Temporary) && statement.words_after_lead <= 4 {
-                    statement.leave(Leaves::Pins(PinReason::TemporaryTable));
+                    statement.leave(Leaves::pin(PinReason::TemporaryTable));
                 }
                 if keyword == K::Execute {
-                    statement.leave(Leaves::Pins(PinReason::SqlPrepare));
+                    statement.leave(Leaves::pin(PinReason::SqlPrepare));
                 }
             }
             Some(Lead::Commit) if keyword == K::Prepared => {
@@ -726,10 +730,10 @@ impl Scan<'_> {
             }
             Some(Lead::Prepare) if second && keyword == K::Transaction => {
                 statement.kind = Kind::TransactionControl;
-                statement.leaves = Leaves::Nothing;
+                statement.leaves = Leaves::NOTHING;
             }
             Some(Lead::Declare) if keyword == K::Hold && statement.previous == Previous::Keyword(K::With) => {
-                statement.leave(Leaves::Pins(PinReason::HoldCursor));
+                statement.leave(Leaves::pin(PinReason::HoldCursor));
             }
             Some(Lead::Change) => {
                 // INSERT .. SELECT .. FROM: nothing more to learn. The words of an inner query do no harm here.
@@ -749,11 +753,11 @@ impl Scan<'_> {
         match (statement.lead, keyword) {
             (Some(Lead::Reset), _) => statement.settings = true,
             (Some(Lead::Deallocate), Some(K::Prepare)) if word == 1 => {}
-            (Some(Lead::Deallocate), Some(K::All)) => statement.leave(Leaves::DeallocatesAll),
-            (Some(Lead::Deallocate), _) => statement.leave(Leaves::Pins(PinReason::SqlPrepare)),
+            (Some(Lead::Deallocate), Some(K::All)) => statement.leave(Leaves::DEALLOCATES_ALL),
+            (Some(Lead::Deallocate), _) => statement.leave(Leaves::pin(PinReason::SqlPrepare)),
             (Some(Lead::Discard), Some(K::All)) => {
                 statement.settings = true;
-                statement.leave(Leaves::DiscardsAll);
+                statement.leave(Leaves::DISCARDS_ALL);
             }
             (Some(Lead::Set), Some(K::Transaction)) if word == 1 => {
                 statement.kind = Kind::TransactionControl;
@@ -787,7 +791,7 @@ impl Scan<'_> {
                     && (statement.previous == Previous::Keyword(K::Into)
                         || matches!(statement.previous, Previous::Keyword(K::Local | K::Global))) =>
             {
-                statement.leave(Leaves::Pins(PinReason::TemporaryTable));
+                statement.leave(Leaves::pin(PinReason::TemporaryTable));
             }
             K::Share | K::No | K::Key if statement.previous == Previous::Keyword(K::For) => {
                 statement.refuse(Kind::Write, ClassReason::WriteClause);
@@ -796,7 +800,7 @@ impl Scan<'_> {
                 statement.close_may_precede_call = true
             }
             K::Execute if statement.lead == Some(Lead::Explain) => {
-                statement.leave(Leaves::Pins(PinReason::SqlPrepare));
+                statement.leave(Leaves::pin(PinReason::SqlPrepare));
             }
             _ => {}
         }
@@ -810,7 +814,7 @@ impl Scan<'_> {
         };
         if catalog.is_loaded() && implied.iter().any(|token| catalog.operator_is_unsafe(token)) {
             statement.refuse(Kind::Write, ClassReason::UnsafeName);
-            statement.leave(Leaves::Unproven);
+            statement.leave(Leaves::UNPROVEN);
         }
     }
 
@@ -825,7 +829,7 @@ impl Scan<'_> {
         match statement.lead {
             None | Some(Lead::Explain) => {
                 statement.refuse(Kind::Write, ClassReason::Unclear);
-                statement.leave(Leaves::Unproven);
+                statement.leave(Leaves::UNPROVEN);
             }
             Some(Lead::Copy) if !(statement.copy_to && statement.copy_stdout) => {
                 statement.modifies |= !statement.copy_to;
@@ -838,7 +842,10 @@ impl Scan<'_> {
             statement.refuse(Kind::Write, ClassReason::Unclear);
         }
         if statement.fires && statement.modifies {
-            statement.leave(Leaves::Pins(PinReason::Setting));
+            statement.leave(Leaves::pin(PinReason::Setting));
+        }
+        if statement.leaving && statement.modifies {
+            statement.leave(Leaves::UNPROVEN);
         }
         if statement.too_deep {
             statement.refuse(Kind::Write, ClassReason::SecondOpinion);
@@ -863,7 +870,7 @@ impl Scan<'_> {
                     Kind::Write
                 },
                 reason: ClassReason::Several,
-                leaves: before.leaves.or_stronger(class.leaves),
+                leaves: before.leaves | class.leaves,
                 settings: before.settings || class.settings,
                 hints: Hints::default(),
             },

@@ -965,16 +965,17 @@ impl Session {
     }
 
     /// A notification: its sender's process id becomes the one that the sending session was given, if it is
-    /// known which that is. (The listener is on the primary, and its next statement runs after this: it
+    /// known which that is; but to a session that has asked for the server's own (`pg_backend_pid()`), and keeps that process
+    /// since, its own notifications say what it was answered. (The listener is on the primary, and its next statement runs after this: it
     /// sees what the sender has committed.)
     pub(super) fn notification(&mut self, backend: &Backend, mut message: BytesMut) {
         if let Some(pid) = message[HEADER..].first_chunk::<4>() {
             let pid = i32::from_be_bytes(*pid);
             let sender = if pid == backend.cancel.pid {
-                Some(self.handle.pid)
+                (!self.pins.now().has(PinReason::BackendPid)).then_some(self.handle.pid)
             } else {
                 let deaf_since = self.deaf_since.unwrap_or_else(Instant::now);
-                self.shared.sessions.senders.sender(backend.node, pid, deaf_since)
+                self.shared.sessions.senders.sender(backend.node, pid, deaf_since, self.listens_since)
             };
             if let Some(sender) = sender {
                 message[HEADER..HEADER + 4].copy_from_slice(&sender.to_be_bytes());

@@ -8,7 +8,7 @@ use bytes::Buf;
 
 use super::exchange::Again;
 use super::messages::{self, Parse, Target};
-use super::prepared::{Found, SqlCommand, Statement};
+use super::prepared::{self, Found, SqlCommand, Statement};
 use super::transaction::Splits;
 use super::{End, Session};
 use crate::backend::SharedName;
@@ -91,7 +91,7 @@ impl Demand {
     pub fn leaves(&self) -> Leaves {
         match self {
             Demand::Primary { leaves, .. } => *leaves,
-            Demand::Ours | Demand::Read { .. } => Leaves::Nothing,
+            Demand::Ours | Demand::Read { .. } => Leaves::NOTHING,
         }
     }
 
@@ -149,7 +149,7 @@ impl Demand {
 
     /// Of that for which no Query says what it leaves or changes.
     fn plain(reason: RouteReason, label: ClassLabel, may_commit: bool) -> Demand {
-        Demand::Primary { reason, label, leaves: Leaves::Nothing, ddl: false, settings: false, may_commit }
+        Demand::Primary { reason, label, leaves: Leaves::NOTHING, ddl: false, settings: false, may_commit }
     }
 }
 
@@ -163,7 +163,7 @@ fn too_long() -> Demand {
     Demand::Primary {
         reason: RouteReason::TooLong,
         label: ClassLabel::Unit,
-        leaves: Leaves::Unproven,
+        leaves: Leaves::UNPROVEN,
         ddl: true,
         settings: false,
         may_commit: true,
@@ -220,7 +220,7 @@ impl Session {
                     let body = &self.client.input[at + HEADER..at + header.len];
                     let Some(parse) = Parse::read(body) else { return Ok(Demand::not_a_read()) };
                     let statement = self.shared.names.statement(&parse, self.settings.parse_fingerprint());
-                    names.insert(parse.name.to_vec(), Some(statement.clone()));
+                    names.insert(prepared::key(parse.name).to_vec(), Some(statement.clone()));
                     let class = self.class_of(&statement).await;
                     if let Some(report) = self.take_hints(statement.text(), class.hints) {
                         self.fail_unit(report)?;
@@ -238,7 +238,7 @@ impl Session {
                     let Some((_, name, _)) = messages::bind_names(body) else {
                         return Ok(Demand::not_a_read());
                     };
-                    let found = match names.get(name) {
+                    let found = match names.get(prepared::key(name)) {
                         Some(found) => found.clone(),
                         None => match self.statements.find(name) {
                             Found::Statement(statement) => Some(statement),
@@ -264,7 +264,7 @@ impl Session {
                     let body = &self.client.input[at + HEADER..at + header.len];
                     match messages::target(body) {
                         Some(Target::Statement(name)) => {
-                            names.insert(name.to_vec(), None);
+                            names.insert(prepared::key(name).to_vec(), None);
                         }
                         Some(Target::Portal(_)) => {}
                         None => return Ok(Demand::not_a_read()),
@@ -301,8 +301,8 @@ impl Session {
 
     /// What a statement asks for may depend on what the session did before on its backend.
     fn ask_for_own(&mut self, class: StatementClass) {
-        self.asks_sequences |= class.leaves == Leaves::Pins(PinReason::Other);
-        self.asks_process |= class.leaves == Leaves::Unproven;
+        self.asks_sequences |= class.leaves.pins().has(PinReason::Other);
+        self.asks_process |= class.leaves.has(Leaves::UNPROVEN);
     }
 
     async fn demand_query(&mut self, at: usize, len: usize) -> Result<Demand, End> {
@@ -330,7 +330,7 @@ impl Session {
         if at == 0 && (self.deallocated(&text, class, len) || self.reset(&text, class, len)) {
             return Ok(Demand::Ours);
         }
-        if at == 0 && class.leaves == Leaves::Pins(PinReason::SqlPrepare) {
+        if at == 0 && class.leaves.pins().has(PinReason::SqlPrepare) {
             self.ask_about_execute(&text).await;
             if let Some(demand) = self.demand_by_name(&text, class, len) {
                 return Ok(demand);
@@ -380,7 +380,7 @@ impl Session {
         if self.deallocated(&text, class, header.len) {
             return Some(Demand::Ours);
         }
-        if class.leaves == Leaves::Pins(PinReason::SqlPrepare)
+        if class.leaves.pins().has(PinReason::SqlPrepare)
             && let Some(demand) = self.demand_by_name(&text, class, 0)
         {
             return Some(demand);
@@ -395,7 +395,7 @@ impl Session {
     /// an EXECUTE may run wherever its statement may. `None`: it cannot be, and pins.
     fn demand_by_name(&mut self, text: &[u8], class: StatementClass, vetted: usize) -> Option<Demand> {
         // It leaves nothing but the name, which is taken from the backend before another session's use.
-        let leaves_a_name = Demand::of_query(StatementClass { leaves: Leaves::Nothing, ..class }, text);
+        let leaves_a_name = Demand::of_query(StatementClass { leaves: Leaves::NOTHING, ..class }, text);
         if let Some(prepare) = classify::sql_prepare(text) {
             let limits = &self.config.limits;
             if SharedName::is_like(&prepare.name)
@@ -432,7 +432,7 @@ impl Session {
             class = match self.lookup(arguments, &[]) {
                 Lookup::Known(of_arguments, _) if of_arguments.kind == Kind::Read => class,
                 Lookup::Known(of_arguments, _) => {
-                    let leaves = of_statement.leaves.or_stronger(of_arguments.leaves);
+                    let leaves = of_statement.leaves | of_arguments.leaves;
                     Some(StatementClass { leaves, ..of_arguments })
                 }
                 Lookup::Ask(_) => None,
@@ -488,7 +488,7 @@ impl Session {
     /// A batch by which a pool makes a session as new: nothing of an idle, unpinned session is on a backend, so
     /// it is answered here, as PostgreSQL answers it.
     fn reset(&mut self, text: &[u8], class: StatementClass, len: usize) -> bool {
-        if !class.settings && class.leaves != Leaves::DeallocatesAll || self.lexing == Lexing::Unsafe {
+        if !class.settings && !class.leaves.has(Leaves::DEALLOCATES_ALL) || self.lexing == Lexing::Unsafe {
             return false;
         }
         if self.lazy.is_some() {

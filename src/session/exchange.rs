@@ -35,9 +35,6 @@ use crate::wire::{ErrorReport, TransactionStatus};
 /// Bytes waiting for a socket above which no more are taken from the other side.
 pub(super) const HIGH_WATER: usize = 256 * 1024;
 
-/// PostgreSQL's limit for messages that hold no data of the user (`PQ_SMALL_MESSAGE_LIMIT`).
-pub(super) const SMALL_MESSAGE: usize = 10_000;
-
 /// Messages of the node that are looked at whole may be this long.
 pub(super) const WHOLE_MESSAGE: usize = 4 << 20;
 
@@ -231,10 +228,8 @@ pub struct Unit {
     pub(super) quiet_query: bool,
     /// The statement that is being bound, if it may change settings.
     pub(super) binding: Option<Arc<Statement>>,
-    /// The strongest of what its statements may leave behind.
+    /// All that its statements may leave behind.
     pub leaves: Leaves,
-    /// All reasons among what they may leave behind.
-    pub pins: PinSet,
     /// Code runs in it that is not understood.
     pub unproven: bool,
     /// Code runs in it that sets something and may commit that, whatever becomes of the rest.
@@ -398,8 +393,7 @@ impl Unit {
             quiet_binds: 0,
             quiet_query: false,
             binding: None,
-            leaves: Leaves::Nothing,
-            pins: PinSet::NONE,
+            leaves: Leaves::NOTHING,
             unproven: false,
             commits_settings: false,
             ends: PinSet::NONE,
@@ -420,18 +414,15 @@ impl Unit {
 
     /// Counts in what a statement of it may leave behind.
     pub fn leave(&mut self, leaves: Leaves) {
-        self.leaves = self.leaves.or_stronger(leaves);
-        match leaves {
-            Leaves::Pins(reason) => self.pins |= PinSet::of(reason),
-            Leaves::Unproven => self.unproven = true,
-            Leaves::Nothing | Leaves::ShowsStatements | Leaves::DiscardsAll | Leaves::DeallocatesAll => {}
-        }
+        self.leaves |= leaves;
+        // Code that sets something keeps the backend until DISCARD ALL, or until its transaction is surely undone, which is
+        // followed by a look: nothing is to be learned before.
+        self.unproven |= leaves.has(Leaves::UNPROVEN) && !leaves.pins().has(PinReason::Setting);
     }
 
     /// `text`, which may leave `leaves`, is to run in it.
     pub fn count_code(&mut self, leaves: Leaves, text: Option<&[u8]>) {
-        self.commits_settings |=
-            leaves == Leaves::Pins(PinReason::Setting) && text.is_none_or(classify::is_code);
+        self.commits_settings |= leaves.pins().has(PinReason::Setting) && text.is_none_or(classify::is_code);
     }
 
     /// A unit that is over: what a session has between two.

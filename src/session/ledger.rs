@@ -176,7 +176,7 @@ mod tests {
         let class = StatementClass {
             kind: Kind::Read,
             reason: ClassReason::Read,
-            leaves: Leaves::Nothing,
+            leaves: Leaves::NOTHING,
             settings: false,
             hints: Default::default(),
         };

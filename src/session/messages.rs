@@ -9,7 +9,17 @@ use std::num::NonZeroU64;
 use siphasher::sip::SipHasher13;
 
 use crate::backend::Shape;
-use crate::wire::cstr;
+use crate::wire::{Header, cstr};
+
+/// PostgreSQL's limit for messages that hold no data of the user (`PQ_SMALL_MESSAGE_LIMIT`).
+pub const SMALL_MESSAGE: usize = 10_000;
+
+/// Whether it is a message without the user's data and longer than those may be: the server ends the connection.
+pub fn is_too_long(header: Header) -> bool {
+    // The length as it is sent leaves out the tag.
+    matches!(header.tag, b'C' | b'D' | b'E' | b'H' | b'S' | b'X' | b'c' | b'f')
+        && header.len > SMALL_MESSAGE + 1
+}
 
 /// The text of a Query.
 pub fn query(body: &[u8]) -> Option<&[u8]> {

@@ -25,6 +25,7 @@ mod place;
 pub mod prepared;
 pub mod promise;
 pub mod replication;
+mod sequences;
 pub mod settings;
 pub mod shared_mark;
 mod slow;
@@ -378,6 +379,8 @@ pub struct Session {
     pins: Pins,
     /// Since when notifications may be waiting that the session has not heard.
     deaf_since: Option<Instant>,
+    /// While it listens: when the unit began that made it do so.
+    listens_since: Option<Instant>,
     /// In this transaction data definition ran: the catalog facts are read again when it ends.
     ddl: bool,
     /// In this transaction ALTER ROLE or DATABASE ran, which may change what logins give.
@@ -508,6 +511,7 @@ impl Session {
             incarnation: Incarnation::default(),
             pins: Pins::default(),
             deaf_since: None,
+            listens_since: None,
             ddl: false,
             login_settings: false,
             statements: Statements::new(shared.names.number()),
@@ -795,12 +799,7 @@ impl Session {
     async fn message(&mut self) -> Result<(), End> {
         let Ok(Some(header)) = wire::header(&self.client.input) else { return Ok(()) };
         if self.skipping && header.tag != b'X' {
-            self.drop_message(header.len);
-            if header.tag == b'S' {
-                self.skipping = false;
-                self.put_ready();
-            }
-            return Ok(());
+            return self.skip(header);
         }
         match header.tag {
             b'Q' | b'F' | b'P' | b'B' | b'D' | b'E' | b'C' | b'S' | b'H' => self.unit().await,
@@ -812,6 +811,24 @@ impl Session {
             }
             tag => Err(End::protocol(format!("invalid frontend message type {tag}"))),
         }
+    }
+
+    /// A message behind an error of ours that took a unit's place: nothing is read of it but where the unit ends. As on
+    /// the server, that begins anew with a Sync which has a body, and then fails.
+    fn skip(&mut self, header: wire::Header) -> Result<(), End> {
+        if messages::is_too_long(header) {
+            return Err(End::protocol("invalid message length"));
+        }
+        self.drop_message(header.len);
+        if header.tag == b'S' {
+            self.skipping = false;
+            if header.len > HEADER {
+                let report = ErrorReport::error("08P01", "invalid message format").routine("pq_getmsgend");
+                put_report(&mut self.client.output, &report);
+            }
+            self.put_ready();
+        }
+        Ok(())
     }
 
     fn drop_message(&mut self, len: usize) {
@@ -1000,7 +1017,7 @@ impl Session {
             self.tell_differences(&lease.parameters);
         }
         self.give_own(&mut lease);
-        self.forget_sequences(&mut lease);
+        self.forget_sequences(&mut lease, !demand.is_read());
         if opens || self.listening.is_deaf() {
             let mut unit = std::mem::replace(&mut self.unit, Unit::none());
             self.give_listens(&mut unit, &mut lease);
@@ -1019,15 +1036,6 @@ impl Session {
             Some(lease) if self.unit.ahead == 0 => self.handle.running(&lease.cancel),
             // What has come, or comes, meets the unit when that Query is answered.
             _ => true,
-        }
-    }
-
-    /// `currval` and `lastval` speak of what this session has drawn, or are an error as on one server; never of
-    /// what another has drawn on the same backend.
-    fn forget_sequences(&mut self, backend: &mut Backend) {
-        if self.asks_sequences && backend.last_writer.is_some_and(|writer| writer != self.handle.pid) {
-            self.unit.put_ahead(backend, b"DISCARD SEQUENCES", Purpose::Sequences);
-            backend.last_writer = None;
         }
     }
 
@@ -1083,12 +1091,12 @@ impl Session {
         self.unit.ddl = demand.is_ddl();
         self.unit.control = demand.label() == ClassLabel::TransactionControl;
         self.unit.may_commit = demand.may_commit();
-        if demand.leaves() == Leaves::Pins(PinReason::Setting) {
+        if demand.leaves().pins().has(PinReason::Setting) {
             let header = wire::header(&self.client.input).ok().flatten();
             let body = header.and_then(|header| self.client.input.get(HEADER..header.len));
             self.unit.count_code(demand.leaves(), body.and_then(wire::cstr).map(|(text, _)| text));
         }
-        if demand.leaves() == Leaves::Pins(PinReason::Listen)
+        if demand.leaves().pins().has(PinReason::Listen)
             && let Ok(Some(header)) = wire::header(&self.client.input)
             && let Some((text, _)) = self.client.input.get(HEADER..header.len).and_then(wire::cstr)
         {
@@ -1166,6 +1174,7 @@ impl Session {
             }
             let mut unit = std::mem::replace(&mut self.unit, Unit::none());
             self.give_durability(&mut unit, &mut lease);
+            self.forget_sequences_inside(&mut unit, &mut lease, demand.map(|demand| demand.leaves()));
             self.unit = unit;
             self.lease = Some(lease);
         }
@@ -1213,7 +1222,7 @@ impl Session {
     }
 
     /// Brings metrics and handle up to what the session is pinned by.
-    fn show_pins(&self) {
+    fn show_pins(&mut self) {
         let (before, now) = (self.handle.pins(), self.pins.now());
         if before == now {
             return;
@@ -1227,8 +1236,14 @@ impl Session {
             metrics.pinned_by.dec(reason.label());
         }
         match (before.has(PinReason::Listen), now.has(PinReason::Listen)) {
-            (false, true) => self.shared.sessions.senders.listens(),
-            (true, false) => self.shared.sessions.senders.listens_no_more(),
+            (false, true) => {
+                self.listens_since = Some(self.started);
+                self.shared.sessions.senders.listens();
+            }
+            (true, false) => {
+                self.listens_since = None;
+                self.shared.sessions.senders.listens_no_more();
+            }
             _ => {}
         }
         match (before.is_empty(), now.is_empty()) {
@@ -1360,7 +1375,7 @@ impl Session {
         let queries = self.unit.commands > 0 && !self.unit.control && !self.unit.is_quiet();
         self.queried = self.status == TransactionStatus::InTransaction
             && (self.queried || queries && self.unit.before == TransactionStatus::InTransaction);
-        if self.unit.writes
+        if self.may_have_drawn()
             && let Some(lease) = &mut self.lease
         {
             lease.last_writer = Some(self.handle.pid);
@@ -1492,10 +1507,10 @@ impl Session {
     /// What the unit has done, as far as it concerns pins.
     fn done(&self) -> Done {
         Done {
-            leaves: self.unit.pins,
+            leaves: self.unit.leaves.pins(),
             unproven: self.unit.unproven,
             commits_settings: self.unit.commits_settings,
-            discards_all: self.unit.leaves == Leaves::DiscardsAll && self.unit.discarded,
+            discards_all: self.unit.leaves == Leaves::DISCARDS_ALL && self.unit.discarded,
             ends: self.unit.ends,
             commands: self.unit.commands,
             rollback: self.unit.rollback,
@@ -1536,6 +1551,12 @@ impl Session {
             // Whatever is there, the session keeps it.
             None if !self.pins.hold() => self.pins.add(PinReason::FunctionState),
             None => {}
+        }
+        if self.pins.hold()
+            && let Some(lease) = &mut self.lease
+        {
+            // It is not hidden any more.
+            lease.dirt = lease.dirt.max(Dirt::State);
         }
         self.show_pins();
         Ok(())
@@ -1700,7 +1721,7 @@ impl Session {
     }
 
     /// What becomes of the backend of a session that ends.
-    async fn part_from(&self, lease: Lease, end: &End) {
+    async fn part_from(&self, mut lease: Lease, end: &End) {
         if !matches!(end, End::ClientGone | End::Fatal(_)) {
             return;
         }
@@ -1720,7 +1741,11 @@ impl Session {
                 lease.abandon();
             }
         } else if self.status == TransactionStatus::Idle && lease.is_between_units() {
-            // Between two units, outside a transaction: it can be cleaned for others.
+            // Between two units, outside a transaction: it can be cleaned for others. At once: what hides there (it may be a
+            // lock) is kept for its own session alone.
+            if lease.dirt == Dirt::Hidden {
+                lease.dirt = Dirt::State;
+            }
             lease.give_back();
         }
     }

@@ -8,19 +8,11 @@
 //! to be gone, but for two things: a setting of a transaction that was rolled back for sure, and a large
 //! statement whose name the session has no more.
 
-use std::ops::{BitOr, BitOrAssign};
-
 use crate::classify::PinReason;
+pub use crate::classify::PinSet;
 use crate::wire::TransactionStatus;
 
-/// A set of reasons.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PinSet(u16);
-
 impl PinSet {
-    /// No reason.
-    pub const NONE: PinSet = PinSet(0);
-
     /// What the server's views show: a look at the backend tells whether it is there.
     pub const SHOWN: PinSet = PinSet::of(PinReason::TemporaryTable)
         .and(PinReason::Listen)
@@ -33,64 +25,6 @@ impl PinSet {
 
     /// What not even DISCARD ALL takes from a server process.
     const LASTING: PinSet = PinSet::of(PinReason::Process);
-
-    /// One reason.
-    pub const fn of(reason: PinReason) -> PinSet {
-        PinSet(1 << reason as u16)
-    }
-
-    /// With one more.
-    pub const fn and(self, reason: PinReason) -> PinSet {
-        PinSet(self.0 | PinSet::of(reason).0)
-    }
-
-    /// Whether there is none.
-    pub const fn is_empty(self) -> bool {
-        self.0 == 0
-    }
-
-    /// Whether `reason` is among them.
-    pub const fn has(self, reason: PinReason) -> bool {
-        self.0 & PinSet::of(reason).0 != 0
-    }
-
-    /// Those that are in both.
-    pub const fn common(self, other: PinSet) -> PinSet {
-        PinSet(self.0 & other.0)
-    }
-
-    /// Those that are not in `other`.
-    pub const fn without(self, other: PinSet) -> PinSet {
-        PinSet(self.0 & !other.0)
-    }
-
-    /// Each of them.
-    pub fn iter(self) -> impl Iterator<Item = PinReason> {
-        PinReason::ALL.into_iter().filter(move |reason| self.has(*reason))
-    }
-
-    /// As a number, to be kept where others read it.
-    pub const fn bits(self) -> u16 {
-        self.0
-    }
-
-    /// The set of which [`bits`](Self::bits) gave the number.
-    pub const fn from_bits(bits: u16) -> PinSet {
-        PinSet(bits)
-    }
-}
-
-impl BitOr for PinSet {
-    type Output = PinSet;
-    fn bitor(self, other: PinSet) -> PinSet {
-        PinSet(self.0 | other.0)
-    }
-}
-
-impl BitOrAssign for PinSet {
-    fn bitor_assign(&mut self, other: PinSet) {
-        self.0 |= other.0;
-    }
 }
 
 /// The reasons that a completed command may have ended, by its tag. `writes`: it is, or is in a unit with,

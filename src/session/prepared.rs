@@ -288,6 +288,15 @@ fn has_moment_literal(text: &[u8]) -> bool {
     })
 }
 
+/// Bytes of a name that count: the server keeps no more of it (`NAMEDATALEN`), so that two names which begin with the same
+/// are one.
+const NAME: usize = 63;
+
+/// The part of a statement's name by which the server, and we, know it.
+pub fn key(name: &[u8]) -> &[u8] {
+    &name[..name.len().min(NAME)]
+}
+
 /// What a name stands for, seen from within a unit whose answers have not all arrived.
 #[derive(Clone, Debug)]
 pub enum Found {
@@ -375,6 +384,7 @@ impl Statements {
 
     /// What `name` (empty: unnamed) stands for.
     pub fn find(&self, name: &[u8]) -> Found {
+        let name = key(name);
         match self.sent_last(name) {
             Some(found) => found.clone(),
             None => self.answered(name),
@@ -391,6 +401,7 @@ impl Statements {
 
     /// What `name` stands for as far as the server has answered.
     pub fn answered(&self, name: &[u8]) -> Found {
+        let name = key(name);
         let found = if name.is_empty() { self.unnamed.as_ref() } else { self.named.get(name) };
         found.cloned().unwrap_or(Found::Nothing)
     }
@@ -461,6 +472,7 @@ impl Statements {
 
     /// A Parse or Close (`Nothing`) was sent (or will be answered by us in its turn).
     pub fn sent(&mut self, name: &[u8], found: Found) {
+        let name = key(name);
         self.begins |= matches!(&found, Found::Statement(statement) if statement.may_begin());
         self.making += usize::from(makes_a_name(name, &found));
         self.unanswered.push_back((name.to_vec(), found));
@@ -522,7 +534,7 @@ impl Statements {
 
     /// Removes a name (DEALLOCATE); whether it was there.
     pub fn remove(&mut self, name: &[u8]) -> bool {
-        let was_there = self.named.remove(name).is_some();
+        let was_there = self.named.remove(key(name)).is_some();
         self.version.1 += u64::from(was_there);
         was_there
     }
@@ -578,6 +590,20 @@ mod tests {
 
     fn parse<'a>(body: &'a [u8]) -> Parse<'a> {
         Parse::read(body).unwrap()
+    }
+
+    #[test]
+    fn names_that_begin_with_the_same_63_bytes_are_one() {
+        let (names, mut statements) = (Names::new([7; 16]), Statements::new(1));
+        let long = [b'n'; 70];
+        let statement = names.statement(&parse(b"\0select 1\0\0\0"), b"");
+        statements.sent(&long, Found::Statement(statement));
+        assert!(matches!(statements.find(&long[..63]), Found::Statement(_)), "unanswered");
+        statements.succeeded();
+        let another = [&long[..63], b"x"].concat();
+        assert!(matches!(statements.find(&another), Found::Statement(_)));
+        assert!(matches!(statements.find(&long[..62]), Found::Nothing));
+        assert!(statements.remove(&another) && statements.is_empty());
     }
 
     #[test]

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use bytes::{Buf, BufMut, BytesMut};
 
 use super::exchange::{
-    Asked, Exchange, Expect, HIGH_WATER, Intake, MOST_AWAITED, NameOnServer, Outcome, SMALL_MESSAGE, Step,
+    Asked, Exchange, Expect, HIGH_WATER, Intake, MOST_AWAITED, NameOnServer, Outcome, Step,
 };
-use super::messages::{self, Parse, ShapeReader, Target};
-use super::prepared::{Found, SqlCommand, Statement};
+use super::messages::{self, Parse, SMALL_MESSAGE, ShapeReader, Target};
+use super::prepared::{self, Found, SqlCommand, Statement};
 use super::transaction::Apart;
 use super::{End, Role};
 use crate::backend::{Dirt, Prepared, SharedName};
@@ -16,7 +16,7 @@ use crate::classify::setting::{self, Change};
 use crate::classify::{self, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
-const SQL_PREPARE: Leaves = Leaves::Pins(PinReason::SqlPrepare);
+const SQL_PREPARE: Leaves = Leaves::pin(PinReason::SqlPrepare);
 
 /// A portal that no client has: an Execute of it fails.
 const NO_PORTAL: &[u8] = b"__hw_refused";
@@ -183,6 +183,18 @@ impl Exchange<'_> {
         Ok(Step::Wait)
     }
 
+    /// Of a message of `len` bytes the names at its start have not come: they are expected within `first`, else within
+    /// the whole of it, and that within what may be held.
+    fn wait_for_names(&mut self, len: usize, first: usize) -> Result<Step, End> {
+        if self.there() <= first {
+            return self.wait_for(len.min(first + SMALL_MESSAGE));
+        }
+        if len > self.session.config.limits.unit_hold {
+            return Err(End::protocol("invalid message format"));
+        }
+        self.wait_for(len)
+    }
+
     fn translate_message(&mut self) -> Result<Step, End> {
         let input = &self.session.client.input[self.unit.taken..];
         let Some(header) = wire::header(input).map_err(End::length)? else { return Ok(Step::Wait) };
@@ -191,9 +203,7 @@ impl Exchange<'_> {
             // What was not looked at before it was routed is not kept to be run again.
             self.commit();
         }
-        if matches!(header.tag, b'C' | b'D' | b'E' | b'H' | b'S' | b'X' | b'c' | b'f')
-            && header.len > SMALL_MESSAGE
-        {
+        if messages::is_too_long(header) {
             return Err(End::protocol("invalid message length"));
         }
         if self.unit.intake == Intake::CopyIn {
@@ -442,7 +452,7 @@ impl Exchange<'_> {
                 self.unit.writes = true;
                 self.unit.may_commit = true;
                 self.unit.ddl = true;
-                self.leave(Leaves::Unproven);
+                self.leave(Leaves::UNPROVEN);
             }
         }
         Ok(None)
@@ -458,7 +468,7 @@ impl Exchange<'_> {
             }
             return Ok(refused);
         }
-        self.leave(Leaves::Unproven);
+        self.leave(Leaves::UNPROVEN);
         self.unit.writes = true;
         self.pass(len);
         self.unit.expects.push_back(Expect::FunctionCall);
@@ -468,7 +478,7 @@ impl Exchange<'_> {
 
     /// Counts in what a statement may leave on the backend.
     fn leave(&mut self, leaves: Leaves) {
-        if leaves == Leaves::Nothing {
+        if leaves == Leaves::NOTHING {
             return;
         }
         self.unit.leave(leaves);
@@ -479,7 +489,8 @@ impl Exchange<'_> {
     /// Counts in what a statement of the unit does, as it is bound.
     fn count_in(&mut self, class: StatementClass) {
         self.unit.ddl |= class.kind == Kind::Ddl;
-        self.unit.clears_names |= matches!(class.leaves, Leaves::DiscardsAll | Leaves::DeallocatesAll);
+        let taken = [Leaves::DISCARDS_ALL, Leaves::DEALLOCATES_ALL];
+        self.unit.clears_names |= taken.into_iter().any(|names| class.leaves.has(names));
         self.unit.writes |= !is_read(class);
         self.leave(class.leaves);
     }
@@ -536,6 +547,7 @@ impl Exchange<'_> {
         }
         let body = self.body(len);
         let Some(parse) = Parse::read(&body) else { return self.translate_malformed(len) };
+        let name = prepared::key(parse.name);
         let statement =
             self.session.shared.names.statement(&parse, self.session.settings.parse_fingerprint());
         // Units are classified before they are placed; what is parsed later in an open unit is
@@ -554,7 +566,7 @@ impl Exchange<'_> {
         if let Some(class) = class {
             self.prepare_for(class.leaves, statement.text());
         }
-        if parse.name.is_empty() {
+        if name.is_empty() {
             if self.shares_unnamed(&statement, class) {
                 self.prepare(b"", statement, class, len);
                 return Ok(Step::On);
@@ -568,22 +580,22 @@ impl Exchange<'_> {
             }
             return Ok(Step::On);
         }
-        match self.session.statements.find(parse.name) {
+        match self.session.statements.find(name) {
             Found::Statement(first) => {
                 if self.session.status != TransactionStatus::Failed {
-                    self.give(parse.name, &first);
-                } else if !self.backend.own_names.contains(parse.name)
+                    self.give(name, &first);
+                } else if !self.backend.own_names.contains(name)
                     && !classify::stays_in_transaction(parse.text)
                 {
                     // It cannot be given there; and all but what ends the transaction fails anyway.
-                    let name = String::from_utf8_lossy(parse.name);
+                    let name = String::from_utf8_lossy(name);
                     let message = format!("prepared statement \"{name}\" already exists");
                     self.own_error(ErrorReport::error("42P05", message).routine("StorePreparedStatement"));
                     return self.drop_message(len);
                 }
-                return Ok(self.parse_twice(parse.name, Found::Statement(statement), len));
+                return Ok(self.parse_twice(name, Found::Statement(statement), len));
             }
-            Found::OnBackend => return Ok(self.parse_twice(parse.name, Found::Statement(statement), len)),
+            Found::OnBackend => return Ok(self.parse_twice(name, Found::Statement(statement), len)),
             Found::Nothing => {}
         }
         let limit = self.session.config.limits.statements_per_session;
@@ -594,7 +606,7 @@ impl Exchange<'_> {
             );
             return Ok(Step::On);
         }
-        self.prepare(parse.name, statement, class, len);
+        self.prepare(name, statement, class, len);
         Ok(Step::On)
     }
 
@@ -624,7 +636,7 @@ impl Exchange<'_> {
         self.session.config.pool.share_unnamed
             && self.unit.redoable
             && !self.session.uses_own_names()
-            && class.is_some_and(|class| is_read(class) && class.leaves == Leaves::Nothing)
+            && class.is_some_and(|class| is_read(class) && class.leaves == Leaves::NOTHING)
     }
 
     /// A Parse of a new name.
@@ -733,14 +745,12 @@ impl Exchange<'_> {
         let Some((name, _)) = wire::cstr(head) else {
             return if there == len {
                 self.translate_malformed(len)
-            } else if there > SMALL_MESSAGE {
-                Err(End::protocol("invalid message format"))
             } else {
-                self.wait_for(2 * SMALL_MESSAGE)
+                self.wait_for_names(len, SMALL_MESSAGE)
             };
         };
-        let name = name.to_vec();
-        self.leave(Leaves::Pins(PinReason::LargeStatement));
+        let name = prepared::key(name).to_vec();
+        self.leave(Leaves::pin(PinReason::LargeStatement));
         self.session.pin_now(PinReason::LargeStatement);
         (self.unit.writes, self.unit.may_commit) = (true, true);
         if name.is_empty() {
@@ -782,10 +792,8 @@ impl Exchange<'_> {
         let Some((portal, name, names_len)) = messages::bind_names(head) else {
             return if there == len {
                 self.translate_malformed(len)
-            } else if there > 2 * SMALL_MESSAGE {
-                Err(End::protocol("invalid message format"))
             } else {
-                self.wait_for(len.min(3 * SMALL_MESSAGE))
+                self.wait_for_names(len, 2 * SMALL_MESSAGE)
             };
         };
         let (portal, name) = (portal.to_vec(), name.to_vec());
@@ -847,13 +855,14 @@ impl Exchange<'_> {
     /// The name under which the backend knows the client's statement, which it is given first if it
     /// lacks it.
     fn resolve(&mut self, name: &[u8], to: Use) -> Resolved {
+        let (given, name) = (name, prepared::key(name));
         let statement = match self.session.statements.find(name) {
             Found::Statement(statement) => statement,
             Found::OnBackend => {
                 (self.unit.writes, self.unit.may_commit) = (true, true);
                 return Resolved::Name(name.to_vec());
             }
-            Found::Nothing => return Resolved::Name(self.unknown_name(name)),
+            Found::Nothing => return Resolved::Name(self.unknown_name(given)),
         };
         let class = self.session.known_class(&statement);
         if to == Use::Run {
@@ -1030,7 +1039,7 @@ impl Exchange<'_> {
     /// given all of the session's. In a Query this is done ahead, closed by a Sync of its own. In a transaction,
     /// which one that cannot be given would end, it is given those that the Query names.
     fn materialize(&mut self, leaves: Leaves, query: Option<usize>) {
-        if leaves != SQL_PREPARE || self.session.role == Role::Replica {
+        if !leaves.has(SQL_PREPARE) || self.session.role == Role::Replica {
             return;
         }
         self.session.pin_now(PinReason::SqlPrepare);
@@ -1044,8 +1053,8 @@ impl Exchange<'_> {
     /// Whether a text that keeps the backend for another reason (`CREATE TEMP TABLE .. AS EXECUTE`), which is all that its
     /// class says, is about prepared statements, too.
     fn may_name_statements(&self, leaves: Leaves, text: &[u8]) -> bool {
-        matches!(leaves, Leaves::Pins(_))
-            && leaves != SQL_PREPARE
+        !leaves.pins().is_empty()
+            && !leaves.has(SQL_PREPARE)
             && !self.session.statements.is_empty()
             && classify::may_name_statements(text.strip_suffix(b"\0").unwrap_or(text))
     }
@@ -1074,15 +1083,12 @@ impl Exchange<'_> {
         if self.session.role != Role::Primary || self.session.status != TransactionStatus::Idle {
             return;
         }
-        match self.unit.leaves {
-            Leaves::ShowsStatements => self.show_statements(),
-            Leaves::Unproven if self.session.statements.any_of_sql() => {
-                self.give_all(|_, statement| statement.is_sql())
-            }
-            _ if self.unit.control && self.session.statements.any_of_sql() => {
-                self.give_all(|_, statement| statement.is_sql());
-            }
-            _ => {}
+        if self.unit.leaves.has(Leaves::SHOWS_STATEMENTS) {
+            self.show_statements();
+        } else if (self.unit.leaves.has(Leaves::UNPROVEN) || self.unit.control)
+            && self.session.statements.any_of_sql()
+        {
+            self.give_all(|_, statement| statement.is_sql());
         }
     }
 
@@ -1090,17 +1096,16 @@ impl Exchange<'_> {
     /// what it names when it is parsed.
     fn prepare_for(&mut self, leaves: Leaves, text: &[u8]) {
         let earlier = self.unit.expects.len();
-        match leaves {
-            SQL_PREPARE => self.leave(leaves),
-            Leaves::Pins(_) if self.may_name_statements(leaves, text) => self.leave(SQL_PREPARE),
-            Leaves::ShowsStatements
-                if !self.unit.begun
-                    && self.session.role == Role::Primary
-                    && self.session.status == TransactionStatus::Idle =>
-            {
-                self.show_statements();
-            }
-            _ => return,
+        if leaves.has(SQL_PREPARE) || self.may_name_statements(leaves, text) {
+            self.leave(SQL_PREPARE);
+        } else if leaves.has(Leaves::SHOWS_STATEMENTS)
+            && !self.unit.begun
+            && self.session.role == Role::Primary
+            && self.session.status == TransactionStatus::Idle
+        {
+            self.show_statements();
+        } else {
+            return;
         }
         if !self.unit.begun && self.unit.expects.len() > earlier {
             self.inject_sync();
@@ -1117,7 +1122,7 @@ impl Exchange<'_> {
 
     /// Whether a statement shows what is prepared, and so is to be found there under its own name.
     fn shows_statements(&self, class: StatementClass) -> bool {
-        class.leaves == Leaves::ShowsStatements && self.session.role == Role::Primary
+        class.leaves.has(Leaves::SHOWS_STATEMENTS) && self.session.role == Role::Primary
     }
 
     /// Whether an error belongs to what we have put in ahead of a Query, closed by a Sync of ours.
@@ -1155,7 +1160,7 @@ impl Exchange<'_> {
                     let on = if name.is_empty() && !shared {
                         NameOnServer::Unnamed
                     } else if self.session.uses_own_names() {
-                        NameOnServer::Own(name.to_vec())
+                        NameOnServer::Own(prepared::key(name).to_vec())
                     } else {
                         NameOnServer::Shared(statement.shared)
                     };
@@ -1189,6 +1194,7 @@ impl Exchange<'_> {
                 Expect::Close(NameOnServer::Unnamed)
             }
             Target::Statement(name) => {
+                let name = prepared::key(name);
                 self.session.statements.sent(name, Found::Nothing);
                 // A pinned backend may know it from SQL's PREPARE, too.
                 let has_it = self.session.uses_own_names() || self.backend.own_names.contains(name);
@@ -1248,16 +1254,18 @@ fn changed_result_type() -> ErrorReport {
 
 /// What a backend is to be taken for that has run a statement which leaves this.
 fn dirt_of(leaves: Leaves) -> Dirt {
-    match leaves {
-        Leaves::Nothing | Leaves::ShowsStatements => Dirt::Clean,
-        Leaves::Unproven => Dirt::Hidden,
-        Leaves::Pins(_) | Leaves::DiscardsAll | Leaves::DeallocatesAll => Dirt::State,
+    if leaves.is_nothing() {
+        Dirt::Clean
+    } else if (leaves | Leaves::SHOWS_STATEMENTS) == Leaves::UNPROVEN | Leaves::SHOWS_STATEMENTS {
+        Dirt::Hidden
+    } else {
+        Dirt::State
     }
 }
 
 /// Whether it is SQL about prepared statements.
 fn leaves_names(class: StatementClass) -> bool {
-    class.leaves == SQL_PREPARE
+    class.leaves.has(SQL_PREPARE)
 }
 
 fn is_read(class: StatementClass) -> bool {

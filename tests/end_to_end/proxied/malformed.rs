@@ -123,3 +123,59 @@ async fn a_query_that_nobody_can_read_leaves_the_unnamed_statement() {
         assert_eq!(answers("the proxy", &mut proxied, &unit).await, expected, "{}", unit.escape_ascii());
     }
 }
+
+#[tokio::test]
+async fn names_of_any_length_are_what_they_are_to_the_server() {
+    let (_cluster, proxy, direct) = beside("{ pool: { size: 1 } }", "CREATE TABLE t (x int)").await;
+    let (mut proxied, mut direct) = (proxy.raw_login().await, direct.raw_login().await);
+    let (mut other, longest) = (proxy.raw_login().await, "n".repeat(9_994));
+    let (a, b) = (format!("{}a", "n".repeat(70)), format!("{}b", "n".repeat(70)));
+    let run = |name: &str| [named_bind("", name), execute(), sync()].concat();
+    let portal = |length: usize| [named_bind(&"p".repeat(length), &a), sync()].concat();
+    for (what, unit) in [
+        ("made", [parse(&a, "SELECT 1"), sync()].concat()),
+        ("run", run(&a)),
+        ("another that begins alike", [parse(&b, "SELECT 2"), sync()].concat()),
+        ("run by that", run(&b)),
+        ("described by its beginning", [describe(b'S', &a[..63]), sync()].concat()),
+        ("too short", run(&a[..62])),
+        ("where a session keeps its backend", query("CREATE TEMP TABLE own (x int)")),
+        ("run there", run(&a)),
+        ("after a look", query("DROP TABLE own")),
+        ("run again", run(&b)),
+        ("prepared by SQL, too", query("SELECT pg_advisory_lock(1)::text")),
+        ("executed by SQL", query(&format!("EXECUTE {}", &a[..63]))),
+        ("let go", query("SELECT pg_advisory_unlock(1)")),
+        ("as long as a Describe may be", [describe(b'S', &longest), sync()].concat()),
+        ("nothing of that name", run(&"m".repeat(15_000))),
+        ("portals", portal(15_000)),
+        ("both", [named_bind(&"p".repeat(50_000), &"m".repeat(50_000)), sync()].concat()),
+        ("a long text under a long name", [parse(&"l".repeat(40_000), "SELECT 3"), sync()].concat()),
+        ("run by its long name", run(&"l".repeat(30_000))),
+        ("closed by another", [close(b'S', &b), sync()].concat()),
+        ("gone", run(&a)),
+    ] {
+        let expected = answers(&format!("one server ({what})"), &mut direct, &unit).await;
+        assert_eq!(answers(&format!("the proxy ({what})"), &mut proxied, &unit).await, expected, "{what}");
+        // Somebody else has the backend meanwhile, where it is to be had.
+        if !matches!(
+            what,
+            "where a session keeps its backend" | "run there" | "prepared by SQL, too" | "executed by SQL"
+        ) {
+            other.ask(&query("SELECT 1")).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_sync_with_a_body_behind_an_error_of_ours_fails_and_ends_the_unit() {
+    let (_cluster, proxy, _direct) = beside("{ pool: { size: 1 } }", "CREATE TABLE t (x int)").await;
+    let mut client = proxy.raw_login().await;
+    let refused = "SELECT 1 /* highwater.consistency=none */";
+    let unit = [parse("", refused), bind("", &[]), execute(), message(b'S', b"x")].concat();
+    let answer = client.ask(&unit).await;
+    assert_eq!(tags(&answer), "EEZ");
+    assert_eq!(answer[1].field(b'C').as_deref(), Some("08P01"));
+    assert_eq!(answer[1].field(b'M').as_deref(), Some("invalid message format"));
+    assert_eq!(tags(&client.ask(&query("SELECT 1")).await), "TDCZ");
+}

@@ -92,6 +92,49 @@ async fn the_sender_is_the_session_that_sent_it_or_nobody() {
 }
 
 #[tokio::test]
+async fn who_was_done_before_somebody_listened_is_not_taken_for_the_sender() {
+    let cluster = Cluster::start(0).await;
+    // A backend for those who listen, and one for those who notify.
+    let options = ProxyOptions { overrides: "{ workers: 1, pool: { size: 3 } }", ..ProxyOptions::default() };
+    let proxy = Proxy::start_with(&cluster, options).await;
+    let (mut before, mut sender) = (proxy.raw_login().await, proxy.raw_login().await);
+    // While nobody listens nothing is remembered.
+    let mut always = proxy.raw_login().await;
+    succeed(&mut always, "LISTEN other").await;
+    for round in 0..20 {
+        let mut listener = proxy.raw_login().await;
+        succeed(&mut before, "NOTIFY a, 'too early'").await;
+        succeed(&mut listener, "LISTEN a").await;
+        succeed(&mut listener, "BEGIN").await;
+        succeed(&mut sender, "NOTIFY a, 'now'").await;
+        let answer = succeed(&mut listener, "COMMIT").await;
+        let heard = answer.iter().find(|message| message.tag == b'A').cloned();
+        let heard = match heard {
+            Some(heard) => heard,
+            None => listener.read().await.unwrap(),
+        };
+        assert_eq!(notification(&heard), (own_pid(&sender), "a".into(), "now".into()), "round {round}");
+        listener.try_send(&message(b'X', b"")).await.unwrap();
+        listener.read_to_end().await;
+    }
+}
+
+#[tokio::test]
+async fn who_has_asked_for_the_id_of_its_process_finds_it_in_its_own_notifications() {
+    let cluster = Cluster::start(0).await;
+    let proxy = Proxy::start(&cluster).await;
+    let mut client = proxy.raw_login().await;
+    let own = |answer: &[Message]| notification(answer.iter().find(|message| message.tag == b'A').unwrap()).0;
+    succeed(&mut client, "LISTEN a").await;
+    assert_eq!(own(&succeed(&mut client, "NOTIFY a").await), own_pid(&client));
+    let pid = succeed(&mut client, "SELECT pg_backend_pid()").await[1].columns();
+    assert_eq!([Some(own(&succeed(&mut client, "NOTIFY a").await).to_string())], pid[..]);
+    succeed(&mut client, "DISCARD ALL").await;
+    succeed(&mut client, "LISTEN a").await;
+    assert_eq!(own(&succeed(&mut client, "NOTIFY a").await), own_pid(&client));
+}
+
+#[tokio::test]
 async fn what_is_heard_in_a_transaction_comes_when_it_is_over() {
     let cluster = Cluster::start(1).await;
     let proxy = Proxy::start(&cluster).await;

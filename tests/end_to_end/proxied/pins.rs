@@ -254,6 +254,131 @@ async fn two_reasons_end_one_by_one() {
 }
 
 #[tokio::test]
+async fn what_one_statement_leaves_ends_each_in_its_time() {
+    let (cluster, proxy) = small_pool().await;
+    cluster
+        .set_up(
+            "CREATE FUNCTION sets() RETURNS int LANGUAGE plpgsql AS
+                 $$ BEGIN PERFORM set_config('app.x', 'y', false); RETURN 1; END $$;
+             CREATE FUNCTION locks() RETURNS int LANGUAGE plpgsql AS
+                 $$ BEGIN PERFORM pg_advisory_lock(9); RETURN 1; END $$",
+        )
+        .await;
+    let free = "SELECT pg_try_advisory_xact_lock(9)";
+    for (make, end) in [
+        ("CREATE TEMP TABLE mine AS SELECT pg_advisory_lock(9)::text", "DROP TABLE mine"),
+        ("CREATE TEMP TABLE mine AS SELECT locks()", "DROP TABLE mine"),
+        ("DECLARE held CURSOR WITH HOLD FOR SELECT locks()", "CLOSE held"),
+        ("LISTEN news; SELECT pg_advisory_lock(9)", "UNLISTEN news"),
+    ] {
+        let (mut owner, mut other) = (proxy.raw_login().await, proxy.raw_login().await);
+        succeed(&mut owner, make).await;
+        succeed(&mut owner, end).await;
+        eventually(make, || async { pinned(&proxy, "advisory_lock").await == (1.0, 1.0) }).await;
+        assert_eq!(value(&mut other, free).await.as_deref(), Some("f"), "{make}");
+        succeed(&mut owner, "SELECT pg_advisory_unlock(9)").await;
+        never_pinned(&proxy, make).await;
+        assert_eq!(value(&mut other, free).await.as_deref(), Some("t"), "{make}");
+    }
+    // What was set is undone; the process of which the client knows the id is its own still.
+    eventually("the function is known to set", || async {
+        let mut client = proxy.raw_login().await;
+        succeed(&mut client, "SELECT sets()").await;
+        let known = pinned(&proxy, "setting").await.1 == 1.0;
+        succeed(&mut client, "DISCARD ALL").await;
+        known
+    })
+    .await;
+    let (mut owner, mut other) = (proxy.raw_login().await, proxy.raw_login().await);
+    succeed(&mut owner, "BEGIN").await;
+    let pid = value(&mut owner, "SELECT pg_backend_pid() + 0 * sets()").await;
+    succeed(&mut owner, "ROLLBACK").await;
+    for _ in 0..3 {
+        assert_ne!(value(&mut other, "SELECT pg_backend_pid()").await, pid);
+        assert_eq!(value(&mut owner, "SELECT pg_backend_pid()").await, pid);
+    }
+}
+
+#[tokio::test]
+async fn what_the_code_of_a_table_leaves_is_its_sessions_and_gone_with_it() {
+    let cluster = Cluster::start_logging(1).await;
+    cluster
+        .set_up(
+            "CREATE FUNCTION locks(int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS
+                 $$ BEGIN PERFORM pg_advisory_lock(9); RETURN $1; END $$;
+             CREATE FUNCTION locks() RETURNS trigger LANGUAGE plpgsql AS
+                 $$ BEGIN PERFORM locks(1); RETURN NEW; END $$;
+             CREATE FUNCTION makes() RETURNS trigger LANGUAGE plpgsql AS
+                 $$ BEGIN CREATE TEMP TABLE made (x int); RETURN NEW; END $$;
+             CREATE TABLE triggered (a int);
+             CREATE TRIGGER locks AFTER INSERT ON triggered FOR EACH ROW EXECUTE FUNCTION locks();
+             CREATE TABLE deferred (a int);
+             CREATE CONSTRAINT TRIGGER locks AFTER INSERT ON deferred DEFERRABLE INITIALLY DEFERRED
+                 FOR EACH ROW EXECUTE FUNCTION locks();
+             CREATE TABLE made_by (a int);
+             CREATE TRIGGER makes AFTER INSERT ON made_by FOR EACH ROW EXECUTE FUNCTION makes();
+             CREATE TABLE defaulted (a int DEFAULT locks(1));
+             CREATE TABLE checked (a int CHECK (locks(a) > 0));
+             CREATE TABLE generated (a int, b int GENERATED ALWAYS AS (locks(a)) STORED);
+             CREATE TABLE indexed (a int); CREATE INDEX ON indexed (locks(a));
+             CREATE TABLE ruled (a int); CREATE RULE also AS ON INSERT TO ruled DO ALSO SELECT locks(1);
+             CREATE TABLE ruled_by (a int);
+             CREATE RULE also AS ON INSERT TO ruled_by DO ALSO SELECT pg_advisory_lock(9);
+             CREATE VIEW over AS SELECT a FROM triggered;
+             CREATE TABLE plain (x int)",
+        )
+        .await;
+    let options = ProxyOptions { overrides: "pool: { size: 2 }", ..ProxyOptions::default() };
+    let proxy = Proxy::start_with(&cluster, options).await;
+    let reader = proxy.connect().await;
+    reads_reach_replicas(&cluster, &reader, "SELECT x AS loaded FROM plain").await;
+    let locked = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'";
+    let run = |sql: &'static str| (query(sql), sql);
+    let bound = |sql: &'static str| ([parse("", sql), bind("", &[]), execute(), sync()].concat(), sql);
+    for ((unit, sql), label) in [
+        (run("INSERT INTO triggered VALUES (1)"), "advisory_lock"),
+        (bound("INSERT INTO triggered VALUES (1)"), "advisory_lock"),
+        (run("INSERT INTO over VALUES (1)"), "advisory_lock"),
+        (run("BEGIN; INSERT INTO deferred VALUES (1); COMMIT"), "advisory_lock"),
+        (run("INSERT INTO made_by VALUES (1)"), "temporary_table"),
+        (run("INSERT INTO defaulted DEFAULT VALUES"), "advisory_lock"),
+        (run("INSERT INTO checked VALUES (1)"), "advisory_lock"),
+        (run("INSERT INTO generated VALUES (1)"), "advisory_lock"),
+        (run("INSERT INTO indexed VALUES (1)"), "advisory_lock"),
+        (run("INSERT INTO ruled VALUES (1)"), "advisory_lock"),
+        (run("INSERT INTO ruled_by VALUES (1)"), "advisory_lock"),
+    ] {
+        let mut owner = proxy.raw_login().await;
+        let answer = owner.ask(&unit).await;
+        assert!(!tags(&answer).contains('E'), "{sql}: {answer:?}");
+        eventually(sql, || async { pinned(&proxy, label).await == (1.0, 1.0) }).await;
+        let mut other = proxy.raw_login().await;
+        let theirs = value(&mut other, "SELECT to_regclass('pg_temp.made') IS NULL").await;
+        assert_eq!(theirs.as_deref(), Some("t"), "{sql}");
+        // It ends with its session, on whatever backend nobody asks for.
+        owner.try_send(&message(b'X', b"")).await.unwrap();
+        owner.read_to_end().await;
+        cluster.primary().wait_for(locked, "0").await.unwrap();
+        never_pinned(&proxy, sql).await;
+    }
+}
+
+#[tokio::test]
+async fn what_code_leaves_ends_with_its_session_though_nobody_wants_its_backend() {
+    let (cluster, proxy) = small_pool().await;
+    cluster.set_up("CREATE PROCEDURE locks() LANGUAGE sql AS 'SELECT pg_advisory_lock(9)'").await;
+    let locked = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'";
+    for sql in ["CALL locks()", "DO $$ BEGIN PERFORM pg_advisory_lock(9); END $$"] {
+        let mut owner = proxy.raw_login().await;
+        succeed(&mut owner, sql).await;
+        assert_eq!(cluster.primary().query_text(locked).await.unwrap(), "1", "{sql}");
+        owner.try_send(&message(b'X', b"")).await.unwrap();
+        owner.read_to_end().await;
+        cluster.primary().wait_for(locked, "0").await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_temporary_name_shadows_a_permanent_one_while_it_is_there() {
     let (cluster, proxy) = small_pool().await;
     cluster.set_up("CREATE TABLE t AS SELECT 'permanent' AS x").await;

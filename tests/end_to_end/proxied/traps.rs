@@ -630,3 +630,50 @@ async fn lastval_never_shows_what_another_session_has_drawn() {
     let drawn = cluster.primary().query_text("SELECT max(id) FROM t").await.unwrap();
     assert_eq!(one.ask(&query("SELECT lastval()")).await[1].columns(), [Some(drawn)]);
 }
+
+#[tokio::test]
+async fn inside_a_transaction_and_beside_other_state_lastval_shows_nothing_of_others() {
+    let cluster = Cluster::start(0).await;
+    cluster.set_up("CREATE TABLE t (id serial); CREATE TABLE u (x int)").await;
+    let options = ProxyOptions { overrides: "pool: { size: 1 }", ..ProxyOptions::default() };
+    let proxy = Proxy::start_with(&cluster, options).await;
+    let insert = query("INSERT INTO t DEFAULT VALUES");
+    let bound = |sql: &str| [parse("", sql), bind("", &[]), execute(), sync()].concat();
+    let units: [(&str, Vec<Vec<u8>>); 6] = [
+        ("beside another", vec![query("SELECT pg_backend_pid(), lastval()")]),
+        ("beside a seed", vec![query("SELECT setseed(0.1), lastval()")]),
+        ("inside", vec![query("BEGIN"), query("SELECT lastval()")]),
+        (
+            "inside, behind a read",
+            vec![query("BEGIN"), query("SELECT 1"), query("SELECT currval('t_id_seq')")],
+        ),
+        ("inside, bound", vec![bound("BEGIN"), bound("SELECT lastval()")]),
+        // From here on it is known that somebody asks.
+        (
+            "inside, behind a write",
+            vec![query("BEGIN"), query("INSERT INTO u VALUES (1)"), query("SELECT lastval()")],
+        ),
+    ];
+    for (what, units) in units {
+        let (mut one, mut other) = (proxy.raw_login().await, proxy.raw_login().await);
+        assert_eq!(tags(&one.ask(&insert).await), "CZ");
+        assert_eq!(tags(&other.ask(&insert).await), "CZ");
+        let mut last = Vec::new();
+        for unit in units {
+            last = one.ask(&unit).await;
+        }
+        let error = last.iter().find(|message| message.tag == b'E');
+        let error = error.unwrap_or_else(|| panic!("{what}: {last:?}"));
+        assert_eq!(error.field(b'C').as_deref(), Some("55000"), "{what}");
+        one.try_send(&message(b'X', b"")).await.unwrap();
+        one.read_to_end().await;
+    }
+    // What a transaction has drawn itself it is shown.
+    let (mut one, mut other) = (proxy.raw_login().await, proxy.raw_login().await);
+    other.ask(&insert).await;
+    for unit in [query("BEGIN"), insert.clone()] {
+        one.ask(&unit).await;
+    }
+    let own = one.ask(&query("SELECT lastval() = max(id) FROM t")).await;
+    assert_eq!(own[1].columns(), [Some("t".to_owned())]);
+}
