@@ -999,6 +999,8 @@ impl Machine {
         self.enter(State::AtBarrier(to));
         self.close_sockets(now);
         if closed && !fenced && self.is_free(intent.from, now) {
+            // Again: that a switchover before this one was undone may have taken it off the list since this one began.
+            add(&mut self.record.fenced, intent.from);
             self.give(intent.from, Order::Fence, None);
         }
         if let (true, Some(lsn), false) = (fenced, barrier, reached)
