@@ -1035,7 +1035,11 @@ impl Machine {
             self.enter(State::Severing);
         }
         for node in &open {
-            add(&mut self.record.severed, *node);
+            // Whoever an earlier epoch left behind does not go back to where it was: that is an old primary, which would
+            // take its confirmation for commits (I4, I8).
+            if !self.record.repoint.contains(node) {
+                add(&mut self.record.severed, *node);
+            }
             if self.is_free(*node, now) {
                 self.give(*node, Order::Sever, None);
             }
@@ -1469,6 +1473,7 @@ impl Machine {
                 walreceiver.is_some_and(|r| r.streaming && Some(r.timeline) == self.record.timeline);
             if behind && !follows && timeline.is_none_or(|t| Some(t) < self.record.timeline) {
                 add(&mut self.record.repoint, *node);
+                self.record.severed.retain(|of| of != node);
             }
         }
     }
