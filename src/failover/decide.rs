@@ -143,6 +143,8 @@ struct Known {
     fenced_start: Option<Option<std::sync::Arc<str>>>,
     /// No further order to it before this.
     retry_at: Option<Instant>,
+    /// When it was last made to follow again: it may be connecting since.
+    unsevered: Option<Instant>,
 }
 
 /// Since when, and what was learned since.
@@ -151,6 +153,8 @@ struct Suspicion {
     since: Instant,
     /// When the evidence sufficed.
     gone_since: Option<Instant>,
+    /// The standbys have said so once: that they were cut off after that takes nothing from it.
+    confirmed: bool,
     heard: Vec<bool>,
     kicked: BTreeMap<NodeId, (Kick, Instant)>,
     /// Kicks that ended without a result: the standby may still be connecting anew, which says nothing.
@@ -746,6 +750,7 @@ impl Machine {
             self.suspicion = Some(Suspicion {
                 since: now.at,
                 gone_since: None,
+                confirmed: false,
                 heard: vec![false; self.known.len()],
                 kicked: BTreeMap::new(),
                 unsettled: BTreeMap::new(),
@@ -815,7 +820,10 @@ impl Machine {
         let Some(suspicion) = &mut self.suspicion else { return };
         let gone_since = *suspicion.gone_since.get_or_insert(now.at);
         match self.testimony(primary, gone_since, now.at) {
-            Testimony::Gone => self.begin_or_block(now),
+            Testimony::Gone => {
+                self.suspicion.iter_mut().for_each(|suspicion| suspicion.confirmed = true);
+                self.begin_or_block(now);
+            }
             Testimony::Alive => {
                 self.blocked = None;
                 self.enter(State::Suspect);
@@ -864,12 +872,20 @@ impl Machine {
                     self.orders.values().any(|p| p.node == node && matches!(p.order, Order::Kick { .. }));
                 // One that connects anew just now is alone for a moment, which says nothing.
                 let heard = !kicking && suspicion.heard.get(node.index()).copied().unwrap_or(false);
-                let fact = known
-                    .fact
-                    .as_ref()
-                    .filter(|fact| heard && !(is_alone(fact) && suspicion.unsettled.contains_key(&node)));
+                let unsevered =
+                    known.unsevered.is_some_and(|at| now.saturating_duration_since(at) < settles);
+                let unsettled = unsevered || suspicion.unsettled.contains_key(&node);
+                let fact = known.fact.as_ref().filter(|fact| heard && !(is_alone(fact) && unsettled));
                 let kicked = suspicion.kicked.get(&node).map(|(kick, _)| *kick);
-                (node, detect::witness(fact, primary, self.record.system_identifier), kicked)
+                let witness = match detect::witness(fact, primary, self.record.system_identifier) {
+                    // That it is alone is our own doing, and no news of the primary.
+                    Witness::Alone if self.record.repoint.contains(&node) => Witness::Elsewhere,
+                    Witness::Alone if self.record.severed.contains(&node) && !suspicion.confirmed => {
+                        Witness::CutOff
+                    }
+                    witness => witness,
+                };
+                (node, witness, kicked)
             })
             .collect();
         detect::testimony(&witnesses, now.saturating_duration_since(since))
@@ -1320,7 +1336,10 @@ impl Machine {
                 }
             }
             (Order::Unfence, OrderResult::Done) => self.record.fenced.retain(|of| *of != node),
-            (Order::Unsever, OrderResult::Done) => self.record.severed.retain(|of| *of != node),
+            (Order::Unsever, OrderResult::Done) => {
+                self.record.severed.retain(|of| *of != node);
+                self.known[node.index()].unsevered = Some(now.at);
+            }
             (Order::Repoint { .. }, OrderResult::Done) => {
                 self.record.repoint.retain(|of| *of != node);
                 // Until probes have seen it follow.
