@@ -97,9 +97,7 @@ pub fn elect(all: &[Cut], election: &Election<'_>) -> Result<NodeId, BlockReason
 
 fn nobody(all: &[Cut], election: &Election<'_>) -> BlockReason {
     let behind = |cut: &&Cut| cut.priority > 0 && cut.timeline.is_some() && cut.timeline < election.timeline;
-    all.iter()
-        .find(behind)
-        .map_or(BlockReason::NoCandidate, |cut| BlockReason::LeftBehind { node: cut.node })
+    all.iter().find(behind).map_or(BlockReason::NoCandidate, |cut| BlockReason::LeftBehind { node: cut.node })
 }
 
 #[cfg(test)]

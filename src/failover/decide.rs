@@ -872,8 +872,7 @@ impl Machine {
                     self.orders.values().any(|p| p.node == node && matches!(p.order, Order::Kick { .. }));
                 // One that connects anew just now is alone for a moment, which says nothing.
                 let heard = !kicking && suspicion.heard.get(node.index()).copied().unwrap_or(false);
-                let unsevered =
-                    known.unsevered.is_some_and(|at| now.saturating_duration_since(at) < settles);
+                let unsevered = known.unsevered.is_some_and(|at| now.saturating_duration_since(at) < settles);
                 let unsettled = unsevered || suspicion.unsettled.contains_key(&node);
                 let fact = known.fact.as_ref().filter(|fact| heard && !(is_alone(fact) && unsettled));
                 let kicked = suspicion.kicked.get(&node).map(|(kick, _)| *kick);
