@@ -878,7 +878,7 @@ impl Machine {
                 let kicked = suspicion.kicked.get(&node).map(|(kick, _)| *kick);
                 let witness = match detect::witness(fact, primary, self.record.system_identifier) {
                     // That it is alone is our own doing, and no news of the primary.
-                    Witness::Alone if self.record.repoint.contains(&node) => Witness::Elsewhere,
+                    Witness::Alone if self.is_left_behind(node) => Witness::Elsewhere,
                     Witness::Alone if self.record.severed.contains(&node) && !suspicion.confirmed => {
                         Witness::CutOff
                     }
@@ -1052,8 +1052,10 @@ impl Machine {
         for node in &open {
             // Whoever an earlier epoch left behind does not go back to where it was: that is an old primary, which would
             // take its confirmation for commits (I4, I8).
-            if !self.record.repoint.contains(node) {
-                add(&mut self.record.severed, *node);
+            let ours = self.replaced_by_us() || self.record.repoint.contains(node);
+            match self.is_left_behind(*node) && ours {
+                true => add(&mut self.record.repoint, *node),
+                false => self.follows_again(*node),
             }
             if self.is_free(*node, now) {
                 self.give(*node, Order::Sever, None);
@@ -1065,6 +1067,24 @@ impl Machine {
             None if !closed && late => self.block(BlockReason::SocketsOpen, now),
             None => self.elect(intent, closed, late, now),
         }
+    }
+
+    /// An earlier epoch has left it behind, and it has never followed this primary; or it was away then.
+    fn is_left_behind(&self, node: NodeId) -> bool {
+        let timeline = self.known.get(node.index()).and_then(|known| known.timeline);
+        let older = timeline.is_some() && timeline < self.record.timeline;
+        older || (self.record.repoint.contains(&node) && timeline != self.record.timeline)
+    }
+
+    /// Not by its epoch: a crash of the new primary begins another one.
+    fn replaced_by_us(&self) -> bool {
+        self.record.history.last().is_some_and(|entry| Some(entry.to) == self.record.primary)
+    }
+
+    /// It was cut off from this primary, and is to follow it again should nobody else be promoted.
+    fn follows_again(&mut self, node: NodeId) {
+        self.record.repoint.retain(|of| *of != node);
+        add(&mut self.record.severed, node);
     }
 
     fn elect(&mut self, intent: &Intent, closed: bool, late: bool, now: Instant) {
@@ -1387,6 +1407,9 @@ impl Machine {
     fn severed(&mut self, node: NodeId, end: Lsn, timeline: Option<TimelineId>) {
         let priority = self.priority(node);
         let timeline = timeline.or(self.known.get(node.index()).and_then(|known| known.timeline));
+        if timeline.is_some() && timeline == self.record.timeline && self.record.repoint.contains(&node) {
+            self.follows_again(node);
+        }
         if let Some(attempt) = &mut self.attempt {
             attempt.cuts.insert(node, Cut { node, end, timeline, priority });
         }
@@ -1474,11 +1497,9 @@ impl Machine {
 
     /// Standbys that could not be reached when the primary was replaced by us still look for the old one.
     fn find_strays(&mut self, standbys: &[NodeId], now: Instant) {
-        // Not by its epoch: a crash of the new primary begins another one.
-        let ours = self.record.history.last().is_some_and(|entry| Some(entry.to) == self.record.primary);
         let settled =
             self.repointing_since.is_none_or(|since| now.saturating_duration_since(since) >= MEND_RETRY);
-        if !ours || !settled {
+        if !self.replaced_by_us() || !settled {
             return;
         }
         for node in standbys {
