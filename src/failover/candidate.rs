@@ -56,10 +56,10 @@ pub fn covers(sync: &SyncState, cut: impl Fn(NodeId) -> bool) -> Result<(), Bloc
 }
 
 /// The one to be promoted.
-pub fn elect(cuts: &[Cut], election: &Election<'_>) -> Result<NodeId, BlockReason> {
+pub fn elect(all: &[Cut], election: &Election<'_>) -> Result<NodeId, BlockReason> {
     // A position on another timeline, or on an unknown one, compares with nothing.
     let cuts: Vec<&Cut> =
-        cuts.iter().filter(|cut| cut.timeline.is_some() && cut.timeline == election.timeline).collect();
+        all.iter().filter(|cut| cut.timeline.is_some() && cut.timeline == election.timeline).collect();
     let strict = !election.allow_data_loss;
     // In a switchover the barrier shows that nothing is missing. Yet a member that is not cut off may follow the old
     // primary again, and confirm commits of clients that insist on writing there.
@@ -71,7 +71,7 @@ pub fn elect(cuts: &[Cut], election: &Election<'_>) -> Result<NodeId, BlockReaso
         .iter()
         .filter(|cut| cut.priority > 0 && election.to.is_none_or(|to| to == cut.node))
         .max_by_key(|cut| (cut.end, cut.priority, std::cmp::Reverse(cut.node)))
-        .ok_or(BlockReason::NoCandidate)?;
+        .ok_or_else(|| nobody(all, election))?;
     if let Some(ahead) = cuts.iter().filter(|cut| cut.end > chosen.end).max_by_key(|cut| cut.end) {
         let bytes = ahead.end.bytes_since(chosen.end);
         // Nobody chose the one behind: it is only that the one ahead may not be promoted, and `async` allows for some.
@@ -93,6 +93,11 @@ pub fn elect(cuts: &[Cut], election: &Election<'_>) -> Result<NodeId, BlockReaso
         return Err(BlockReason::DataLoss { bytes: lost });
     }
     Ok(chosen.node)
+}
+
+fn nobody(all: &[Cut], election: &Election<'_>) -> BlockReason {
+    let behind = |cut: &&Cut| cut.priority > 0 && cut.timeline.is_some() && cut.timeline < election.timeline;
+    all.iter().find(behind).map_or(BlockReason::NoCandidate, |cut| BlockReason::LeftBehind { node: cut.node })
 }
 
 #[cfg(test)]
@@ -138,6 +143,10 @@ mod tests {
             (vec![], Err(BlockReason::NoCandidate)),
             (vec![Cut { timeline: Some(TimelineId(2)), ..cut(1, 950, 1) }], Err(BlockReason::NoCandidate)),
             (vec![Cut { timeline: None, ..cut(1, 950, 1) }], Err(BlockReason::NoCandidate)),
+            (
+                vec![Cut { timeline: Some(TimelineId(0)), ..cut(1, 950, 1) }],
+                Err(BlockReason::LeftBehind { node: NodeId(1) }),
+            ),
         ] {
             assert_eq!(elect(&cuts, &rules), expected, "{cuts:?}");
         }

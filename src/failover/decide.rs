@@ -143,6 +143,8 @@ struct Known {
     fenced_start: Option<Option<std::sync::Arc<str>>>,
     /// No further order to it before this.
     retry_at: Option<Instant>,
+    /// When it was last made to follow again: it may be connecting since.
+    unsevered: Option<Instant>,
 }
 
 /// Since when, and what was learned since.
@@ -151,6 +153,8 @@ struct Suspicion {
     since: Instant,
     /// When the evidence sufficed.
     gone_since: Option<Instant>,
+    /// The standbys have said so once: that they were cut off after that takes nothing from it.
+    confirmed: bool,
     heard: Vec<bool>,
     kicked: BTreeMap<NodeId, (Kick, Instant)>,
     /// Kicks that ended without a result: the standby may still be connecting anew, which says nothing.
@@ -746,6 +750,7 @@ impl Machine {
             self.suspicion = Some(Suspicion {
                 since: now.at,
                 gone_since: None,
+                confirmed: false,
                 heard: vec![false; self.known.len()],
                 kicked: BTreeMap::new(),
                 unsettled: BTreeMap::new(),
@@ -815,7 +820,10 @@ impl Machine {
         let Some(suspicion) = &mut self.suspicion else { return };
         let gone_since = *suspicion.gone_since.get_or_insert(now.at);
         match self.testimony(primary, gone_since, now.at) {
-            Testimony::Gone => self.begin_or_block(now),
+            Testimony::Gone => {
+                self.suspicion.iter_mut().for_each(|suspicion| suspicion.confirmed = true);
+                self.begin_or_block(now);
+            }
             Testimony::Alive => {
                 self.blocked = None;
                 self.enter(State::Suspect);
@@ -864,12 +872,19 @@ impl Machine {
                     self.orders.values().any(|p| p.node == node && matches!(p.order, Order::Kick { .. }));
                 // One that connects anew just now is alone for a moment, which says nothing.
                 let heard = !kicking && suspicion.heard.get(node.index()).copied().unwrap_or(false);
-                let fact = known
-                    .fact
-                    .as_ref()
-                    .filter(|fact| heard && !(is_alone(fact) && suspicion.unsettled.contains_key(&node)));
+                let unsevered = known.unsevered.is_some_and(|at| now.saturating_duration_since(at) < settles);
+                let unsettled = unsevered || suspicion.unsettled.contains_key(&node);
+                let fact = known.fact.as_ref().filter(|fact| heard && !(is_alone(fact) && unsettled));
                 let kicked = suspicion.kicked.get(&node).map(|(kick, _)| *kick);
-                (node, detect::witness(fact, primary, self.record.system_identifier), kicked)
+                let witness = match detect::witness(fact, primary, self.record.system_identifier) {
+                    // That it is alone is our own doing, and no news of the primary.
+                    Witness::Alone if self.is_left_behind(node) => Witness::Elsewhere,
+                    Witness::Alone if self.record.severed.contains(&node) && !suspicion.confirmed => {
+                        Witness::CutOff
+                    }
+                    witness => witness,
+                };
+                (node, witness, kicked)
             })
             .collect();
         detect::testimony(&witnesses, now.saturating_duration_since(since))
@@ -999,6 +1014,8 @@ impl Machine {
         self.enter(State::AtBarrier(to));
         self.close_sockets(now);
         if closed && !fenced && self.is_free(intent.from, now) {
+            // Again: that a switchover before this one was undone may have taken it off the list since this one began.
+            add(&mut self.record.fenced, intent.from);
             self.give(intent.from, Order::Fence, None);
         }
         if let (true, Some(lsn), false) = (fenced, barrier, reached)
@@ -1033,7 +1050,13 @@ impl Machine {
             self.enter(State::Severing);
         }
         for node in &open {
-            add(&mut self.record.severed, *node);
+            // Whoever an earlier epoch left behind does not go back to where it was: that is an old primary, which would
+            // take its confirmation for commits (I4, I8).
+            let ours = self.replaced_by_us() || self.record.repoint.contains(node);
+            match self.is_left_behind(*node) && ours {
+                true => add(&mut self.record.repoint, *node),
+                false => self.follows_again(*node),
+            }
             if self.is_free(*node, now) {
                 self.give(*node, Order::Sever, None);
             }
@@ -1044,6 +1067,24 @@ impl Machine {
             None if !closed && late => self.block(BlockReason::SocketsOpen, now),
             None => self.elect(intent, closed, late, now),
         }
+    }
+
+    /// An earlier epoch has left it behind, and it has never followed this primary; or it was away then.
+    fn is_left_behind(&self, node: NodeId) -> bool {
+        let timeline = self.known.get(node.index()).and_then(|known| known.timeline);
+        let older = timeline.is_some() && timeline < self.record.timeline;
+        older || (self.record.repoint.contains(&node) && timeline != self.record.timeline)
+    }
+
+    /// Not by its epoch: a crash of the new primary begins another one.
+    fn replaced_by_us(&self) -> bool {
+        self.record.history.last().is_some_and(|entry| Some(entry.to) == self.record.primary)
+    }
+
+    /// It was cut off from this primary, and is to follow it again should nobody else be promoted.
+    fn follows_again(&mut self, node: NodeId) {
+        self.record.repoint.retain(|of| *of != node);
+        add(&mut self.record.severed, node);
     }
 
     fn elect(&mut self, intent: &Intent, closed: bool, late: bool, now: Instant) {
@@ -1314,7 +1355,10 @@ impl Machine {
                 }
             }
             (Order::Unfence, OrderResult::Done) => self.record.fenced.retain(|of| *of != node),
-            (Order::Unsever, OrderResult::Done) => self.record.severed.retain(|of| *of != node),
+            (Order::Unsever, OrderResult::Done) => {
+                self.record.severed.retain(|of| *of != node);
+                self.known[node.index()].unsevered = Some(now.at);
+            }
             (Order::Repoint { .. }, OrderResult::Done) => {
                 self.record.repoint.retain(|of| *of != node);
                 // Until probes have seen it follow.
@@ -1363,6 +1407,9 @@ impl Machine {
     fn severed(&mut self, node: NodeId, end: Lsn, timeline: Option<TimelineId>) {
         let priority = self.priority(node);
         let timeline = timeline.or(self.known.get(node.index()).and_then(|known| known.timeline));
+        if timeline.is_some() && timeline == self.record.timeline && self.record.repoint.contains(&node) {
+            self.follows_again(node);
+        }
         if let Some(attempt) = &mut self.attempt {
             attempt.cuts.insert(node, Cut { node, end, timeline, priority });
         }
@@ -1450,11 +1497,9 @@ impl Machine {
 
     /// Standbys that could not be reached when the primary was replaced by us still look for the old one.
     fn find_strays(&mut self, standbys: &[NodeId], now: Instant) {
-        // Not by its epoch: a crash of the new primary begins another one.
-        let ours = self.record.history.last().is_some_and(|entry| Some(entry.to) == self.record.primary);
         let settled =
             self.repointing_since.is_none_or(|since| now.saturating_duration_since(since) >= MEND_RETRY);
-        if !ours || !settled {
+        if !self.replaced_by_us() || !settled {
             return;
         }
         for node in standbys {
@@ -1467,6 +1512,7 @@ impl Machine {
                 walreceiver.is_some_and(|r| r.streaming && Some(r.timeline) == self.record.timeline);
             if behind && !follows && timeline.is_none_or(|t| Some(t) < self.record.timeline) {
                 add(&mut self.record.repoint, *node);
+                self.record.severed.retain(|of| of != node);
             }
         }
     }

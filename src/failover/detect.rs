@@ -155,8 +155,10 @@ pub enum Witness {
     NotAsked,
     /// It cannot be reached.
     Unreachable,
-    /// It receives from somebody else: it knows nothing of the primary.
+    /// It receives from somebody else, or was never made to follow this primary: it knows nothing of it.
     Elsewhere,
+    /// We have cut it off ourselves: it may know once it follows again.
+    CutOff,
     /// Its walreceiver is gone.
     Alone,
     /// Its walreceiver shows as connected, which may be old news.
@@ -199,10 +201,11 @@ pub enum Testimony {
 /// `kicked` has the results of kicks since the suspicion began.
 pub fn testimony(witnesses: &[(NodeId, Witness, Option<Kick>)], suspected_for: Duration) -> Testimony {
     let mut kick = Vec::new();
-    let (mut alone, mut wait) = (0usize, false);
+    let (mut alone, mut wait, mut cut_off) = (0usize, false, false);
     for (node, witness, kicked) in witnesses {
         match (witness, kicked) {
             (Witness::NotAsked, _) => wait = true,
+            (Witness::CutOff, _) => cut_off = true,
             (Witness::Unreachable | Witness::Elsewhere, _) => {}
             (_, Some(Kick::Streams)) => return Testimony::Alive,
             // A kicked one that shows as connected again is not alone after all.
@@ -219,6 +222,8 @@ pub fn testimony(witnesses: &[(NodeId, Witness, Option<Kick>)], suspected_for: D
         Testimony::Wait
     } else if alone > 0 {
         Testimony::Gone
+    } else if cut_off {
+        Testimony::Wait
     } else {
         Testimony::NobodyKnows
     }
@@ -306,7 +311,7 @@ mod tests {
     #[test]
     fn standbys_are_heard() {
         use Testimony::{Alive, Gone, NobodyKnows, Wait};
-        use Witness::{Alone, Connected, Elsewhere, NotAsked, Unreachable};
+        use Witness::{Alone, Connected, CutOff, Elsewhere, NotAsked, Unreachable};
         let (b, c) = (NodeId(1), NodeId(2));
         let long = Duration::from_secs(1);
         let check = |one, one_kicked, other, other_kicked, since, expected| {
@@ -327,6 +332,11 @@ mod tests {
         check(Unreachable, None, Unreachable, None, long, NobodyKnows);
         check(Elsewhere, None, Unreachable, None, long, NobodyKnows);
         check(Elsewhere, Some(Kick::Streams), Alone, None, long, Gone);
+        check(Elsewhere, None, Elsewhere, None, long, NobodyKnows);
+        check(CutOff, None, Unreachable, None, long, Wait);
+        check(CutOff, None, Connected, Some(Kick::SameProcess), long, Wait);
+        check(CutOff, None, Connected, Some(Kick::Streams), long, Alive);
+        check(CutOff, None, Alone, None, long, Gone);
     }
 
     #[test]

@@ -536,6 +536,11 @@ pub enum BlockReason {
     },
     /// No standby may be promoted.
     NoCandidate,
+    /// The standbys at hand never followed the lost primary: what it wrote since it took over is on none of them.
+    LeftBehind {
+        /// One of them.
+        node: NodeId,
+    },
     /// The candidate could not be given its `synchronous_standby_names`, or refused to be promoted.
     CandidateRefused {
         /// Which.
@@ -561,7 +566,7 @@ pub enum BlockReason {
 
 impl BlockReason {
     /// All labels, for the metric.
-    pub const LABELS: [&'static str; 16] = [
+    pub const LABELS: [&'static str; 17] = [
         "manual",
         "paused",
         "unprepared",
@@ -573,6 +578,7 @@ impl BlockReason {
         "minority",
         "sever_timeout",
         "no_candidate",
+        "left_behind",
         "candidate_refused",
         "candidate_unreachable",
         "second_writer",
@@ -594,6 +600,7 @@ impl BlockReason {
             BlockReason::Minority { .. } => "minority",
             BlockReason::SeverTimeout { .. } => "sever_timeout",
             BlockReason::NoCandidate => "no_candidate",
+            BlockReason::LeftBehind { .. } => "left_behind",
             BlockReason::CandidateRefused { .. } => "candidate_refused",
             BlockReason::CandidateUnreachable { .. } => "candidate_unreachable",
             BlockReason::SecondWriter { .. } => "second_writer",
@@ -635,6 +642,10 @@ impl fmt::Display for BlockReason {
                 f.write_str("a standby that answers could not be cut off within sever_timeout")
             }
             BlockReason::NoCandidate => f.write_str("no standby may be promoted"),
+            BlockReason::LeftBehind { .. } => f.write_str(
+                "the standbys that can be reached never followed the lost primary and have nothing of what it wrote; \
+                 bring it back, or a standby that followed it",
+            ),
             BlockReason::CandidateRefused { why, .. } => write!(f, "the candidate refused: {why}"),
             BlockReason::CandidateUnreachable { .. } => f.write_str(
                 "the node that was told to promote does not answer, and no other may be promoted; \

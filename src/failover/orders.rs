@@ -435,7 +435,8 @@ impl Hand {
         let started = Instant::now();
         let until = started + wait;
         let before = self.standby(until).await?;
-        if before.in_recovery {
+        let sent = before.in_recovery;
+        if sent {
             // It was made to follow another primary meanwhile: this order is of a time that is over.
             if let Some(timeline) = before.timeline.filter(|timeline| *timeline != ended) {
                 return Err(Trouble::Refused(format!("it is on timeline {timeline}, not on {ended}")));
@@ -444,6 +445,27 @@ impl Hand {
             self.run("SELECT pg_promote(false)", until).await?;
             failpoint("promote_sent");
         }
+        match self.promoted(ended, started, until).await {
+            Ok((timeline, Some(fork))) => Ok((timeline, fork)),
+            Ok((timeline, None)) if !sent => Err(Trouble::Refused(format!(
+                "its timeline {timeline} does not descend from timeline {ended}"
+            ))),
+            Ok((timeline, None)) => {
+                Err(Trouble::Unknown(format!("where its timeline {timeline} began cannot be known")))
+            }
+            // It has been promoted by now, or will be: whatever cannot be done after that is no refusal (I6).
+            Err(Trouble::Refused(why)) => Err(Trouble::Unknown(why)),
+            Err(trouble) => Err(trouble),
+        }
+    }
+
+    /// Waits until it takes writes; its timeline, and where that left the one that `ended`.
+    async fn promoted(
+        &mut self,
+        ended: TimelineId,
+        started: Instant,
+        until: Instant,
+    ) -> Result<(TimelineId, Option<Lsn>), Trouble> {
         loop {
             let seen = self.standby(until).await?;
             if !seen.in_recovery {
@@ -453,15 +475,14 @@ impl Hand {
             self.wait(until, || format!("it is still in recovery ({seen})")).await?;
         }
         let timeline = self.writes(until).await?;
-        let fork = self.history(timeline, until).await?.fork_of(ended);
+        let fork = match self.history(timeline, until).await {
+            // The grant is missing. What it had replayed at the end stays to be seen, unless it has restarted since.
+            Err(Trouble::Refused(_)) => lsn(&self.run("SELECT pg_last_wal_replay_lsn()", until).await?),
+            history => history?.fork_of(ended),
+        };
         self.reset_receiver(until).await?;
         self.upstreams.forget(&self.name())?;
-        match fork {
-            Some(fork) => Ok((timeline, fork)),
-            None => Err(Trouble::Refused(format!(
-                "its timeline {timeline} does not descend from timeline {ended}"
-            ))),
-        }
+        Ok((timeline, fork))
     }
 
     /// I5: what it holds is compared here, not when it was cut off.

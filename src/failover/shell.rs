@@ -706,6 +706,7 @@ fn about(state: &State) -> Option<NodeId> {
         | State::AtBarrier(node)
         | State::Blocked(
             BlockReason::SeverTimeout { node }
+            | BlockReason::LeftBehind { node }
             | BlockReason::CandidateRefused { node, .. }
             | BlockReason::CandidateUnreachable { node },
         ) => Some(*node),

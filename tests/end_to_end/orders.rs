@@ -28,7 +28,7 @@ struct Proxyless {
     config: Arc<LiveConfig>,
     nodes: Arc<Nodes>,
     _store: Store,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl Proxyless {
@@ -51,7 +51,7 @@ impl Proxyless {
         // Loaded machines are slow; what must be fast is measured apart.
         let limits = Limits { sever: Duration::from_secs(20), ..Limits::default() };
         let hands = Hands::new(&config, &nodes, &store.upstreams(), IDENTITY, limits);
-        Proxyless { hands, config, nodes, _store: store, _directory: directory }
+        Proxyless { hands, config, nodes, _store: store, directory }
     }
 
     async fn give(&self, node: NodeId, order: Order) -> OrderResult {
@@ -264,6 +264,41 @@ async fn after_a_promotion_the_others_follow_and_one_that_is_ahead_is_refused() 
     assert_eq!(rows[0].get::<_, String>(2), fork.to_string());
     let result = proxy.give(B, Order::Sever).await;
     assert!(matches!(result, OrderResult::Failed(_)), "a primary was severed: {result:?}");
+}
+
+/// I6: said to have failed, another standby would be promoted beside it.
+#[tokio::test]
+async fn a_promotion_that_has_begun_is_never_said_to_have_failed() {
+    let cluster = Cluster::start(1).await;
+    cluster.set_up(TABLE).await;
+    let proxy = Proxyless::over(&cluster);
+    let end = proxy.sever(B).await;
+    // What is kept in the state_dir of a severed standby cannot be written any more.
+    let in_the_way = proxy.directory.path().join("upstreams.new");
+    std::fs::create_dir(&in_the_way).unwrap();
+    let order = Order::Promote { epoch: Epoch(2), timeline: FIRST, wait: Duration::from_secs(30) };
+    for _ in 0..2 {
+        let result = proxy.give(B, order.clone()).await;
+        assert!(matches!(result, OrderResult::Unknown(_)), "{result:?}");
+        assert_eq!(cluster.node(1).query_text("SELECT pg_is_in_recovery()").await.unwrap(), "f");
+    }
+    std::fs::remove_dir(&in_the_way).unwrap();
+    assert_eq!(proxy.promote(B).await, (TimelineId(2), end));
+}
+
+#[tokio::test]
+async fn where_the_new_timeline_began_is_known_without_the_right_to_read_its_history() {
+    let cluster = Cluster::start(1).await;
+    cluster.set_up(TABLE).await;
+    let control = &cluster.roles().control.user;
+    let revoke = format!(
+        "REVOKE EXECUTE ON FUNCTION pg_catalog.pg_read_file(text, bigint, bigint, boolean) FROM {control}"
+    );
+    cluster.node(0).admin().await.unwrap().batch_execute(&revoke).await.unwrap();
+    cluster.wait_caught_up(0).await.unwrap();
+    let proxy = Proxyless::over(&cluster);
+    let end = proxy.sever(B).await;
+    assert_eq!(proxy.promote(B).await, (TimelineId(2), end));
 }
 
 #[tokio::test]

@@ -157,7 +157,9 @@ fn with_any_part_of_the_rule_left_out_something_breaks() {
         }
         let found = (1..1500).find_map(|seed| {
             let plan = Plan::around(without, seed);
-            let broken = run(plan.clone(), without, false).violations.first().cloned()?;
+            // That somebody is left alone in the end is the least that may come of it.
+            let violations = run(plan.clone(), without, false).violations;
+            let broken = violations.into_iter().find(|broken| kind(broken) != "left_alone:")?;
             // It is this part that is missed: with the whole rule the same schedule does no harm.
             if let Some(broken) = run(plan.clone(), Without::Nothing, false).violations.first() {
                 report(seed, &plan, broken);

@@ -434,6 +434,11 @@ impl World {
 
     fn write_record(&mut self, record: Record) {
         let run = self.runs;
+        // What an earlier epoch left behind is not to go back to its old primary.
+        if record.severed.iter().any(|node| record.repoint.contains(node)) {
+            let (severed, repoint) = (&record.severed, &record.repoint);
+            self.violate(format!("led_back: {severed:?} are to follow again, {repoint:?} somebody else"));
+        }
         if self.record_fails {
             let proxy = self.proxy.as_mut().unwrap();
             proxy.outbox.clear();

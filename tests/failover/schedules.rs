@@ -68,9 +68,9 @@ impl Schedule<'_> {
 }
 
 fn end(world: &World) -> String {
-    let Some(proxy) = &world.proxy else { return "without a proxy".to_owned() };
-    let primary = proxy.machine.record().primary.map_or("?", |node| ["a", "b", "c", "d"][node.index()]);
-    match proxy.machine.state() {
+    let Some((state, primary)) = &world.ended else { return "without a proxy".to_owned() };
+    let primary = ["a", "b", "c", "d"][*primary];
+    match state {
         State::Healthy if world.happened.settled_healthy > 0 => format!("healthy {primary}"),
         State::Healthy => format!("waiting {primary}"),
         // Nobody is left to say anything, or to be promoted.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use highwater::failover::decide::Durability;
-use highwater::failover::event::{Command, Now};
+use highwater::failover::event::{BlockReason, Command, Now, State};
 use highwater::failover::record::{Intent, Record};
 use highwater::topology::{Epoch, NodeId};
 
@@ -107,6 +107,17 @@ impl Chance {
     }
 }
 
+/// How it stands in the end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Rest {
+    /// Commits are acknowledged.
+    Healthy,
+    /// There is a primary, whose commits wait for more standbys (`strict`).
+    Waits,
+    /// There is none, and there will be none without an operator.
+    NeedsHelp,
+}
+
 /// How much of what matters has happened.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Happened {
@@ -155,6 +166,8 @@ pub struct World {
     /// A switchover has left an old primary that waits for nobody: who goes there, past the fence, gets what is
     /// promised nowhere.
     left_uncovered: bool,
+    /// State and primary by the plan's end, before anybody helped.
+    pub ended: Option<(State, usize)>,
     pub happened: Happened,
     pub violations: Vec<String>,
     pub trace: Option<Vec<String>>,
@@ -186,6 +199,7 @@ impl World {
             promote_sent: BTreeMap::new(),
             loss_allowed: false,
             left_uncovered: false,
+            ended: None,
             happened: Happened::default(),
             violations: Vec::new(),
             trace: traced.then(Vec::new),
@@ -248,18 +262,29 @@ impl World {
 
     /// To the end, or to the first violation.
     pub fn run(mut self) -> World {
-        while let Some(((when, _), what)) = self.queue.pop_first() {
-            if when > self.plan.end || !self.violations.is_empty() {
-                break;
-            }
-            self.now = when;
-            self.happen(what);
-        }
+        self.go_on_until(self.plan.end);
+        self.ended = self.proxy.as_ref().map(|proxy| (proxy.machine.state().clone(), self.primary()));
         if self.violations.is_empty() {
-            self.check_settled();
+            let rests = self.check_settled();
+            self.happened.settled_healthy += usize::from(rests == Rest::Healthy);
+            self.happened.blocked += usize::from(rests != Rest::Healthy);
+            if rests == Rest::NeedsHelp && self.violations.is_empty() {
+                self.help();
+            }
         }
         self.happened.violations = self.violations.len();
         self
+    }
+
+    fn go_on_until(&mut self, end: Ms) {
+        while let Some(next) = self.queue.first_entry() {
+            if next.key().0 > end || !self.violations.is_empty() {
+                break;
+            }
+            let ((when, _), what) = next.remove_entry();
+            self.now = when;
+            self.happen(what);
+        }
     }
 
     fn happen(&mut self, what: What) {
@@ -386,15 +411,20 @@ impl World {
         self.log(|| "-- all is well again".to_owned());
         self.cut.clear();
         self.record_fails = false;
-        for at in 0..self.nodes.len() {
-            let node = &mut self.nodes[at];
+        for node in &mut self.nodes {
             (node.frozen, node.blocked) = (false, false);
-            if !node.up && !node.destroyed && !self.plan.stay_dead {
-                node.restart(self.now, 300);
-            }
+        }
+        if !self.plan.stay_dead {
+            self.restart_all();
         }
         if self.proxy.is_none() {
             self.start_proxy();
+        }
+    }
+
+    fn restart_all(&mut self) {
+        for node in self.nodes.iter_mut().filter(|node| !node.up && !node.destroyed) {
+            node.restart(self.now, 300);
         }
     }
 
@@ -686,37 +716,87 @@ impl World {
         }
     }
 
-    fn check_settled(&mut self) {
-        use highwater::failover::event::{BlockReason, State};
+    fn check_settled(&mut self) -> Rest {
         let Some(proxy) = &self.proxy else {
-            return self.violate("settles: there is no proxy".to_owned());
+            self.violate("settles: there is no proxy".to_owned());
+            return Rest::Waits;
         };
-        let (state, record) = (proxy.machine.state().clone(), proxy.machine.record().clone());
-        let primary = record.primary.map_or(0, NodeId::index);
+        let (state, primary) = (proxy.machine.state().clone(), self.primary());
         let lives = self.nodes[primary].works(self.now) && !self.nodes[primary].recovery;
-        match &state {
-            State::Healthy if lives && self.now < self.last_ack + 3000 => self.happened.settled_healthy += 1,
+        let rests = match &state {
+            State::Healthy if lives && self.now < self.last_ack + 3000 => Rest::Healthy,
             // With `strict` commits wait for as many as there should be.
             State::Healthy if lives && self.plan.strict && self.streaming_from(primary) < self.plan.num => {
-                self.happened.blocked += 1;
+                Rest::Waits
             }
-            State::Healthy if lives => self.violate(format!("settles: n{primary} acknowledges nothing")),
+            State::Healthy if lives => {
+                self.violate(format!("settles: n{primary} acknowledges nothing"));
+                Rest::Waits
+            }
             // It may have been promoted, and only an operator can say that it never will be.
             State::Blocked(BlockReason::CandidateUnreachable { node })
                 if !self.nodes[node.index()].works(self.now) =>
             {
-                self.happened.blocked += 1;
+                Rest::NeedsHelp
             }
-            State::Blocked(_) if !lives => {
-                self.happened.blocked += 1;
-                self.check_not_severed(primary, &record);
-            }
+            State::Blocked(_) if !lives => Rest::NeedsHelp,
             // Nobody is left who could take over, or say anything.
-            State::Suspect if !lives && !self.has_successor(primary) => {
-                self.happened.blocked += 1;
-                self.check_not_severed(primary, &record);
+            State::Suspect if !lives && !self.has_successor(primary) => Rest::NeedsHelp,
+            state => {
+                self.violate(format!("settles: {state:?}, primary n{primary} lives: {lives}"));
+                Rest::Waits
             }
-            state => self.violate(format!("settles: {state:?}, primary n{primary} lives: {lives}")),
+        };
+        match rests {
+            Rest::NeedsHelp => self.check_not_severed(primary),
+            Rest::Healthy | Rest::Waits => self.check_all_follow(primary),
+        }
+        self.check_diverged(primary);
+        rests
+    }
+
+    /// By the record.
+    fn primary(&self) -> usize {
+        let primary = self.proxy.as_ref().and_then(|proxy| proxy.machine.record().primary);
+        primary.map_or(0, NodeId::index)
+    }
+
+    /// What stands still is not lost: the primary that comes back is followed by all again; and what an operator gives
+    /// up is left behind by those that can take over.
+    fn help(&mut self) {
+        let primary = self.primary();
+        let gives_up = self.plan.seed.is_multiple_of(2) || self.nodes[primary].destroyed;
+        // Not all at once, and not only once: as an operator would.
+        for _ in 0..3 {
+            for node in (0..self.nodes.len()).filter(|node| self.nodes[*node].destroyed).collect::<Vec<_>>() {
+                self.command(Command::Forget(NodeId(node as u16)));
+            }
+            if gives_up {
+                self.log(|| "-- the operator gives up what may be lost".to_owned());
+                self.loss_allowed = true;
+                self.command(Command::Failover { to: None, allow_data_loss: true });
+            } else {
+                self.log(|| "-- who is away comes back".to_owned());
+                self.restart_all();
+            }
+            self.go_on_until(self.now + 6000);
+        }
+        if self.violations.is_empty() {
+            self.check_helped(gives_up);
+        }
+    }
+
+    fn check_helped(&mut self, gave_up: bool) {
+        let primary = self.primary();
+        let Some(proxy) = &self.proxy else { return };
+        let lives = self.nodes[primary].works(self.now) && !self.nodes[primary].recovery;
+        match proxy.machine.state().clone() {
+            State::Healthy if lives => self.check_all_follow(primary),
+            // Nobody has what it takes; or the one that may have been promoted is not to be seen.
+            _ if gave_up && (!self.has_successor(primary) || proxy.machine.record().intent.is_some()) => {
+                self.check_not_severed(primary);
+            }
+            state => self.violate(format!("helped: {state:?}, primary n{primary} lives: {lives}")),
         }
         self.check_diverged(primary);
     }
@@ -734,13 +814,38 @@ impl World {
         (0..self.nodes.len()).any(|at| at != primary && fits(&self.nodes[at]) && !out(at))
     }
 
-    fn check_not_severed(&mut self, primary: usize, record: &Record) {
+    /// I12: whoever was cut off from a primary that was not replaced looks for that one again. One that an earlier
+    /// epoch left behind cannot follow a primary that is gone: whether it may is to be asked of that primary's own
+    /// history (I5). It is recorded, and follows once there is a primary (`check_all_follow`).
+    fn check_not_severed(&mut self, primary: usize) {
         use highwater::failover::record::Stage;
+        let Some(proxy) = &self.proxy else { return };
+        let record = proxy.machine.record().clone();
         let may_be_promoted = record.intent.as_ref().is_some_and(|intent| intent.stage != Stage::Prepare);
         for at in 0..self.nodes.len() {
             let node = &self.nodes[at];
-            if node.works(self.now) && node.recovery && node.upstream.is_none() && !may_be_promoted {
+            let left_behind =
+                record.repoint.contains(&NodeId(at as u16)) && node.timeline < self.nodes[primary].timeline;
+            let alone = node.works(self.now) && node.recovery && node.upstream.is_none();
+            if alone && !may_be_promoted && !left_behind {
                 self.violate(format!("blocked_not_severed: n{at} does not follow n{primary} any more"));
+            }
+        }
+    }
+
+    /// Nobody is forgotten: whoever is not kept out follows the primary, or another standby that does.
+    fn check_all_follow(&mut self, primary: usize) {
+        for at in 0..self.nodes.len() {
+            let node = &self.nodes[at];
+            let out = self.proxy.as_ref().and_then(|proxy| proxy.machine.quarantine(NodeId(at as u16)));
+            let mut upstream = node.upstream;
+            for _ in 0..self.nodes.len() {
+                let further = upstream.filter(|of| *of != primary).map(|of| self.nodes[of].upstream);
+                upstream = further.unwrap_or(upstream);
+            }
+            let follows = upstream == Some(primary);
+            if at != primary && node.works(self.now) && node.recovery && out.is_none() && !follows {
+                self.violate(format!("left_alone: n{at} does not follow n{primary}"));
             }
         }
     }
