@@ -345,6 +345,95 @@ async fn who_joins_a_named_session_is_told_what_it_lost_until_another_of_it_has_
     assert_eq!(losses(&heard), 0, "{heard:?}");
 }
 
+/// WAL is written in pages, so a crash tears the record that runs into one that was not. Recovery goes on at that page's
+/// start, and its checkpoint comes to lie behind where the torn record had ended.
+#[tokio::test]
+async fn a_commit_that_a_crash_tears_at_the_end_of_a_page_is_told_as_lost() {
+    let cluster = Cluster::start(0).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    let primary = cluster.primary();
+    primary.set("wal_writer_delay", "10s").await.unwrap();
+    primary.set("autovacuum", "off").await.unwrap();
+    let proxy = quick(&cluster).await;
+    let mut client = proxy.raw_login().await;
+    succeed(&mut client, "SET synchronous_commit = off").await;
+    let page = Page { admin: primary.admin().await.unwrap() };
+    for _ in 0..10 {
+        // What both write is measured here; the first change of a table's page writes that whole.
+        succeed(&mut client, "INSERT INTO t VALUES (0)").await;
+        let filler = page.grows_by(page.fill(1000)).await;
+        let insert = page.grows_by(succeed(&mut client, "INSERT INTO t VALUES (0)")).await;
+        let (Some(filler), Some(insert)) = (filler, insert) else { continue };
+        // A commit takes 34 bytes, and so begins 40 before the end: 16 of them are to be in the page.
+        let aim = PAGE - 16 - (insert - 40);
+        while page.at().await != aim {
+            match aim - page.at().await - (filler - 1000) {
+                bytes @ 300.. => page.fill(bytes).await,
+                _ => page.fill(3000).await,
+            }
+        }
+        succeed(&mut client, "INSERT INTO t VALUES (1)").await;
+        // Something else may have been written between.
+        if !(25..=72).contains(&page.at().await) {
+            continue;
+        }
+        // Its place is known from now on.
+        succeed(&mut client, "SHOW highwater.token").await;
+        // Where the primary was not asked for anything shortly before, its log's end is not what decides.
+        let asking = proxy.connect_as("app", proxy.app()).await.unwrap();
+        asking.batch_execute("SET highwater.consistency = 'strong'").await.unwrap();
+        let asks = async {
+            while asking.batch_execute("SELECT 1").await.is_ok() {}
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            crashed = primary.crash_backend() => crashed.unwrap(),
+            () = asks => {}
+        }
+        eventually("the crash has been seen", || async {
+            proxy.metrics().await.sum("highwater_epoch", &[]) > 1.0
+        })
+        .await;
+        let answer = client.ask(&query("SELECT count(*) FROM t WHERE x = 1")).await;
+        let told = answer
+            .iter()
+            .filter(|message| matches!(message.tag, b'E' | b'N'))
+            .any(|message| message.field(b'C').as_deref() == Some("HW001"));
+        let left = primary.query_text("SELECT count(*) FROM t WHERE x = 1").await.unwrap();
+        assert_eq!((left.as_str(), told), ("0", true), "{answer:?}");
+        return;
+    }
+    panic!("no record came to lie across the end of a page");
+}
+
+const PAGE: i64 = 8192;
+
+/// The page of WAL that is written to.
+struct Page {
+    admin: tokio_postgres::Client,
+}
+
+impl Page {
+    /// Where in it the next record begins.
+    async fn at(&self) -> i64 {
+        let sql = "SELECT mod(pg_current_wal_insert_lsn() - '0/0', 8192)::int8";
+        self.admin.query_one(sql, &[]).await.unwrap().get(0)
+    }
+
+    /// Writes a record of a little more than `bytes`, which nobody reads.
+    async fn fill(&self, bytes: i64) {
+        let sql = format!("SELECT pg_logical_emit_message(false, '', repeat('x', {bytes}))");
+        self.admin.batch_execute(&sql).await.unwrap();
+    }
+
+    /// By how much `write` fills it; `None`: it went on to the next.
+    async fn grows_by<T>(&self, write: impl Future<Output = T>) -> Option<i64> {
+        let before = self.at().await;
+        write.await;
+        Some(self.at().await - before).filter(|grown| *grown > 0)
+    }
+}
+
 #[tokio::test]
 async fn a_write_whose_backend_loses_its_server_in_the_middle_of_it_is_in_doubt() {
     let cluster = Cluster::start(0).await;
