@@ -2,6 +2,7 @@
 
 use highwater::failover::event::{Event, Kick, Order, OrderId, OrderResult};
 use highwater::failover::sync::{Quorum, SyncEvent};
+use highwater::topology::Epoch;
 use highwater::wal::TimelineId;
 
 use crate::nodes::{Effect, Ms, lsn, records};
@@ -14,6 +15,8 @@ pub enum Task {
     Sync {
         rule: Quorum,
         prove: bool,
+        /// Of which it is.
+        epoch: Epoch,
     },
 }
 
@@ -264,7 +267,7 @@ impl World {
         let node = &self.nodes[job.node];
         let done = |result| Some(Outcome::Order(result));
         let order = match &job.task {
-            Task::Sync { rule, prove } => {
+            Task::Sync { rule, prove, .. } => {
                 let shown = node.names == *rule;
                 let in_effect = self.now >= node.effective_at || self.without == Without::InEffect;
                 return match (shown, in_effect) {
@@ -357,10 +360,10 @@ impl World {
                 self.log(|| format!("   {label} n{node}: {result:?}"));
                 self.tell(Event::OrderDone { id, result });
             }
-            (Task::Sync { rule, .. }, Outcome::Sync(event)) => {
-                let (rule, at) = (rule.clone(), job.node);
+            (Task::Sync { rule, epoch, .. }, Outcome::Sync(event)) => {
+                let (rule, epoch, at) = (rule.clone(), *epoch, job.node);
                 self.log(|| format!("   sync n{at} {}/{:?}: {event:?}", rule.confirm, rule.members));
-                self.sync_done(event, rule);
+                self.sync_done(event, rule, epoch);
             }
             _ => unreachable!("a task has an outcome of its kind"),
         }

@@ -20,7 +20,7 @@ use crate::world::{What, Without, World};
 /// What waits to be handled, in this order.
 enum In {
     Event(Event),
-    SyncTask { rule: Quorum, prove: bool },
+    SyncTask { rule: Quorum, prove: bool, epoch: Epoch, primary: usize },
 }
 
 pub struct Proxy {
@@ -249,8 +249,11 @@ impl World {
         let proxy = self.proxy.as_mut().unwrap();
         let record = proxy.machine.record();
         let healthy = *proxy.machine.state() == State::Healthy && record.intent.is_none();
-        let Some((primary, _)) =
-            proxy.target.filter(|_| healthy || self.without == Without::NoSyncDuringFailover)
+        // The record's, as its epoch is: what is published follows once that is on disk.
+        let Some(primary) = record
+            .primary
+            .map(NodeId::index)
+            .filter(|_| healthy || self.without == Without::NoSyncDuringFailover)
         else {
             return;
         };
@@ -328,13 +331,20 @@ impl World {
         self.tell(Event::Sync(state));
     }
 
+    /// For the primary of its time, whoever is primary when it is carried out.
     fn sync_task(&mut self, rule: Quorum, prove: bool) {
-        self.proxy.as_mut().unwrap().inbox.push_back(In::SyncTask { rule, prove });
+        let proxy = self.proxy.as_mut().unwrap();
+        let (Some((epoch, _)), Some(primary)) = (&proxy.sync, proxy.machine.record().primary) else { return };
+        let (epoch, primary) = (*epoch, primary.index());
+        proxy.inbox.push_back(In::SyncTask { rule, prove, epoch, primary });
         let run = self.runs;
         self.after(0, What::Pump { run });
     }
 
-    pub fn sync_done(&mut self, event: SyncEvent, rule: Quorum) {
+    pub fn sync_done(&mut self, event: SyncEvent, rule: Quorum, epoch: Epoch) {
+        if self.proxy.as_ref().and_then(|proxy| proxy.sync.as_ref()).is_none_or(|(of, _)| *of != epoch) {
+            return;
+        }
         let in_effect = matches!(event, SyncEvent::InEffect(_));
         self.sync_step(event);
         if let Some(held) = self.proxy.as_mut().and_then(|proxy| proxy.held.take()) {
@@ -365,10 +375,8 @@ impl World {
             }
             match proxy.inbox.pop_front() {
                 Some(In::Event(event)) => self.machine_step(event),
-                Some(In::SyncTask { rule, prove }) => {
-                    if let Some((primary, _)) = proxy.target {
-                        self.start_job(primary, Task::Sync { rule, prove });
-                    }
+                Some(In::SyncTask { rule, prove, epoch, primary }) => {
+                    self.start_job(primary, Task::Sync { rule, prove, epoch });
                 }
                 None => return,
             }
