@@ -19,6 +19,34 @@ async fn succeed(client: &mut RawClient, sql: &str) -> Vec<Message> {
     answer
 }
 
+/// How often what was said is that something was lost.
+fn losses(said: &[Message]) -> usize {
+    let words = said.iter().filter(|message| matches!(message.tag, b'E' | b'N'));
+    words.filter(|message| message.field(b'C').as_deref() == Some("HW001")).count()
+}
+
+const NAME: &str = "SET highwater.session = 'user-42'";
+
+/// A primary that flushes nothing by itself, and a connection of a named session that has written there without waiting for it.
+async fn a_named_session_that_has_written() -> (Cluster, Proxy, RawClient) {
+    let cluster = Cluster::start(0).await;
+    cluster.set_up("CREATE TABLE t (x int)").await;
+    cluster.primary().set("wal_writer_delay", "10s").await.unwrap();
+    let proxy = quick(&cluster).await;
+    let mut client = proxy.raw_login().await;
+    succeed(&mut client, NAME).await;
+    succeed(&mut client, "SET synchronous_commit = off").await;
+    succeed(&mut client, "INSERT INTO t VALUES (1)").await;
+    (cluster, proxy, client)
+}
+
+async fn crash_is_seen(proxy: &Proxy) {
+    eventually("the crash has been seen", || async {
+        proxy.metrics().await.sum("highwater_epoch", &[]) > 1.0
+    })
+    .await;
+}
+
 /// The next that is not a parameter's new value.
 async fn heard(client: &mut RawClient) -> Message {
     loop {
@@ -252,15 +280,9 @@ async fn told_of_a_crash_unseen(crashes: usize) {
         assert!(code(&answer).is_some(), "{answer:?}");
     }
     primary.execute(&format!("ALTER ROLE {control} LOGIN")).await.unwrap();
-    eventually("the crash has been seen", || async {
-        proxy.metrics().await.sum("highwater_epoch", &[]) > 1.0
-    })
-    .await;
+    crash_is_seen(&proxy).await;
     let answer = client.ask(&query(read)).await;
-    let told = answer
-        .iter()
-        .any(|message| matches!(message.tag, b'E' | b'N') && message.field(b'C').as_deref() == Some("HW001"));
-    assert!(told, "{answer:?}");
+    assert!(losses(&answer) > 0, "{answer:?}");
 }
 
 #[tokio::test]
@@ -276,32 +298,19 @@ async fn what_a_crash_took_is_told_also_if_another_crash_came_before_anybody_loo
 /// Its connections have ended before they could be told; whoever takes the name up again is.
 #[tokio::test]
 async fn what_a_named_session_has_lost_is_told_to_the_next_connection_that_names_it_and_to_one_only() {
-    let cluster = Cluster::start(0).await;
-    cluster.set_up("CREATE TABLE t (x int)").await;
-    cluster.primary().set("wal_writer_delay", "10s").await.unwrap();
-    let proxy = quick(&cluster).await;
-    let name = "SET highwater.session = 'user-42'";
-    let mut client = proxy.raw_login().await;
-    succeed(&mut client, name).await;
-    succeed(&mut client, "SET synchronous_commit = off").await;
-    succeed(&mut client, "INSERT INTO t VALUES (1)").await;
+    let (cluster, proxy, client) = a_named_session_that_has_written().await;
     drop(client);
     cluster.primary().crash().await.unwrap();
     cluster.primary().start().await.unwrap();
-    eventually("the crash has been seen", || async {
-        proxy.metrics().await.sum("highwater_epoch", &[]) > 1.0
-    })
-    .await;
+    crash_is_seen(&proxy).await;
 
     // No message but the two answers, of which one may be an error: whether the write is known to be lost, or only may be,
     // depends on whether it had a place by then.
     for told in [true, false] {
         let mut next = proxy.raw_login().await;
-        let mut heard = next.ask(&query(name)).await;
+        let mut heard = next.ask(&query(NAME)).await;
         heard.extend(next.ask(&query("SELECT count(*) FROM t")).await);
-        heard.retain(|message| matches!(message.tag, b'E' | b'N'));
-        let losses = heard.iter().filter(|message| message.field(b'C').as_deref() == Some("HW001")).count();
-        assert_eq!(losses, usize::from(told), "{heard:?}");
+        assert_eq!(losses(&heard), usize::from(told), "{heard:?}");
         let answer = succeed(&mut next, "SELECT count(*) FROM t").await;
         assert_eq!(answer[1].columns()[0].as_deref(), Some("0"), "it was not lost");
     }
@@ -310,37 +319,22 @@ async fn what_a_named_session_has_lost_is_told_to_the_next_connection_that_names
 /// That one of them was sent a word says nothing until it goes on: its connection may have broken first.
 #[tokio::test]
 async fn who_joins_a_named_session_is_told_what_it_lost_until_another_of_it_has_gone_on_after_being_told() {
-    let cluster = Cluster::start(0).await;
-    cluster.set_up("CREATE TABLE t (x int)").await;
-    cluster.primary().set("wal_writer_delay", "10s").await.unwrap();
-    let proxy = quick(&cluster).await;
-    let name = "SET highwater.session = 'user-42'";
-    let mut first = proxy.raw_login().await;
-    succeed(&mut first, name).await;
-    succeed(&mut first, "SET synchronous_commit = off").await;
-    succeed(&mut first, "INSERT INTO t VALUES (1)").await;
+    let (cluster, proxy, mut first) = a_named_session_that_has_written().await;
     cluster.primary().crash().await.unwrap();
     cluster.primary().start().await.unwrap();
-    eventually("the crash has been seen", || async {
-        proxy.metrics().await.sum("highwater_epoch", &[]) > 1.0
-    })
-    .await;
+    crash_is_seen(&proxy).await;
 
-    let losses = |heard: &[Message]| {
-        let said = heard.iter().filter(|message| matches!(message.tag, b'E' | b'N'));
-        said.filter(|message| message.field(b'C').as_deref() == Some("HW001")).count()
-    };
     let read = query("SELECT count(*) FROM t");
     assert_eq!(losses(&first.ask(&read).await), 1);
     // What became of the first nobody knows.
     let mut second = proxy.raw_login().await;
-    let mut heard = second.ask(&query(name)).await;
+    let mut heard = second.ask(&query(NAME)).await;
     heard.extend(second.ask(&read).await);
     assert_eq!(losses(&heard), 1, "{heard:?}");
     // Now somebody has heard of it.
     assert_eq!(losses(&first.ask(&read).await), 0);
     let mut third = proxy.raw_login().await;
-    heard = third.ask(&query(name)).await;
+    heard = third.ask(&query(NAME)).await;
     heard.extend(third.ask(&read).await);
     assert_eq!(losses(&heard), 0, "{heard:?}");
 }
@@ -390,15 +384,9 @@ async fn a_commit_that_a_crash_tears_at_the_end_of_a_page_is_told_as_lost() {
             crashed = primary.crash_backend() => crashed.unwrap(),
             () = asks => {}
         }
-        eventually("the crash has been seen", || async {
-            proxy.metrics().await.sum("highwater_epoch", &[]) > 1.0
-        })
-        .await;
+        crash_is_seen(&proxy).await;
         let answer = client.ask(&query("SELECT count(*) FROM t WHERE x = 1")).await;
-        let told = answer
-            .iter()
-            .filter(|message| matches!(message.tag, b'E' | b'N'))
-            .any(|message| message.field(b'C').as_deref() == Some("HW001"));
+        let told = losses(&answer) > 0;
         let left = primary.query_text("SELECT count(*) FROM t WHERE x = 1").await.unwrap();
         assert_eq!((left.as_str(), told), ("0", true), "{answer:?}");
         return;
