@@ -20,9 +20,7 @@ impl Session {
     pub(super) fn forget_sequences(&mut self, backend: &mut Backend, writes: bool) {
         let others_ask = || self.pools.asks_sequences.load(Ordering::Relaxed);
         if self.role == Role::Primary && (self.asks_sequences || writes && others_ask()) {
-            let mut unit = std::mem::replace(&mut self.unit, Unit::none());
-            self.discard_others(&mut unit, backend);
-            self.unit = unit;
+            discard_others(self.handle.pid, &mut self.unit, backend);
         }
         if self.asks_sequences {
             self.pools.asks_sequences.store(true, Ordering::Relaxed);
@@ -41,15 +39,8 @@ impl Session {
             return;
         }
         if leaves.or_else(|| self.left_by_first()).is_some_and(|leaves| leaves.pins().has(PinReason::Other)) {
-            self.discard_others(unit, backend);
+            discard_others(self.handle.pid, unit, backend);
             self.pools.asks_sequences.store(true, Ordering::Relaxed);
-        }
-    }
-
-    fn discard_others(&self, unit: &mut Unit, backend: &mut Backend) {
-        if backend.last_writer.is_some_and(|writer| writer != self.handle.pid) {
-            unit.put_ahead(backend, b"DISCARD SEQUENCES", Purpose::Sequences);
-            backend.last_writer = None;
         }
     }
 
@@ -76,5 +67,13 @@ impl Session {
             && self.status == TransactionStatus::InTransaction
             && self.unit.commands == 1;
         self.unit.writes && !only_begins
+    }
+}
+
+/// Takes away what another session than that of `pid` may have drawn there.
+fn discard_others(pid: u32, unit: &mut Unit, backend: &mut Backend) {
+    if backend.last_writer.is_some_and(|writer| writer != pid) {
+        unit.put_ahead(backend, b"DISCARD SEQUENCES", Purpose::Sequences);
+        backend.last_writer = None;
     }
 }

@@ -1050,8 +1050,8 @@ impl Exchange<'_> {
         self.give_all(|name, _| words.as_ref().is_none_or(|words| words.contains(name)));
     }
 
-    /// Whether a text that keeps the backend for another reason (`CREATE TEMP TABLE .. AS EXECUTE`), which is all that its
-    /// class says, is about prepared statements, too.
+    /// Whether a text that keeps the backend for another reason may be about prepared statements, too, although its class does
+    /// not say so.
     fn may_name_statements(&self, leaves: Leaves, text: &[u8]) -> bool {
         !leaves.pins().is_empty()
             && !leaves.has(SQL_PREPARE)
