@@ -179,24 +179,21 @@ impl Explanation {
 
     fn leaves(&self) -> String {
         let leaves = self.class.leaves;
-        let reasons: Vec<_> = leaves.pins().iter().map(|reason| reason.label()).collect();
-        let state = || format!("session state ({}): the session keeps its backend", reasons.join(", "));
-        [
-            (!reasons.is_empty(), state()),
-            (
-                leaves.has(Leaves::UNPROVEN),
-                "perhaps something: the backend is looked at afterwards".to_owned(),
-            ),
-            (leaves.has(Leaves::DISCARDS_ALL), "nothing, and what was left before is gone".to_owned()),
-            (leaves.has(Leaves::DEALLOCATES_ALL), "nothing, and prepared statements are gone".to_owned()),
-            (
-                leaves.has(Leaves::SHOWS_STATEMENTS),
-                "nothing; it shows what the session has prepared".to_owned(),
-            ),
-        ]
-        .into_iter()
-        .find_map(|(is_so, words)| is_so.then_some(words))
-        .unwrap_or_else(|| "nothing".to_owned())
+        let words = if !leaves.pins().is_empty() {
+            let reasons: Vec<_> = leaves.pins().iter().map(|reason| reason.label()).collect();
+            return format!("session state ({}): the session keeps its backend", reasons.join(", "));
+        } else if leaves.has(Leaves::UNPROVEN) {
+            "perhaps something: the backend is looked at afterwards"
+        } else if leaves.has(Leaves::DISCARDS_ALL) {
+            "nothing, and what was left before is gone"
+        } else if leaves.has(Leaves::DEALLOCATES_ALL) {
+            "nothing, and prepared statements are gone"
+        } else if leaves.has(Leaves::SHOWS_STATEMENTS) {
+            "nothing; it shows what the session has prepared"
+        } else {
+            "nothing"
+        };
+        words.to_owned()
     }
 
     fn place(&self) -> String {
