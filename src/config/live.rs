@@ -139,6 +139,7 @@ table! {
     "failover.durability" Restart failover.durability;
     "failover.state_dir" Restart failover.state_dir;
     "failover.sync" Restart failover.sync;
+    "failover.coordination" Restart failover.coordination;
     "failover.candidates" Live failover.candidates;
     "failover.fence.sql" Live failover.fence_sql;
     "failover.max_paused" Live failover.max_paused;

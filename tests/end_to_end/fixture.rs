@@ -70,7 +70,7 @@ pub struct Link {
 }
 
 impl Link {
-    async fn to(node: u16) -> Link {
+    pub async fn to(node: u16) -> Link {
         let port = ReservedPort::claim().unwrap();
         let (passage, watched) = watch::channel(Passage::Open);
         let first = Link::listen(port.number()).unwrap();
@@ -423,6 +423,12 @@ impl Proxy {
         watcher.wait().unwrap();
         let (process, next) = run_proxy(self.directory.path(), "");
         (*self.process.lock().unwrap(), *watcher) = (process, next);
+    }
+
+    /// Whether it has been stopped (SIGSTOP), by its failpoint or a test.
+    pub fn is_stopped(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
     }
 
     /// Waits until it has been killed, by its failpoint or a test, and runs it again until it listens.

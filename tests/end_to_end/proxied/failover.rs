@@ -71,9 +71,14 @@ pub(super) struct Writers {
 
 impl Writers {
     pub(super) async fn start(port: u16, cluster: &Cluster, clients: usize) -> Writers {
+        Writers::start_from(port, cluster, clients, 0).await
+    }
+
+    /// With rows from `first` on.
+    pub(super) async fn start_from(port: u16, cluster: &Cluster, clients: usize, first: i64) -> Writers {
         let writers = Writers {
             stop: Arc::default(),
-            next: Arc::default(),
+            next: Arc::new(AtomicI64::new(first)),
             acknowledged: Arc::default(),
             errors: Arc::default(),
             tasks: Vec::new(),
