@@ -326,6 +326,9 @@ impl Shell {
         self.config = Arc::clone(config);
         // It begins anew with what is recorded.
         self.keeper = None;
+        if let Some(several) = &mut self.several {
+            several.read_again();
+        }
         self.names = config.nodes.iter().map(|node| node.name.clone()).collect();
         self.gate.bound(config.failover.max_paused);
         if let Some(hands) = &self.hands {
@@ -651,7 +654,7 @@ impl Shell {
         });
         if wanted == Wanted::Draining {
             let (gate, events) = (Arc::clone(&self.gate), self.events.clone());
-            let others = self.several.as_mut().and_then(Several::drained);
+            let others = self.several.as_mut().map(Several::drained);
             self.drain = Some(self.tasks.spawn(async move {
                 gate.drained().await;
                 if let Some(others) = others
@@ -672,7 +675,7 @@ impl Shell {
         if let Some(node) = node {
             gate.close_sockets(node);
         }
-        let others = self.several.as_mut().and_then(Several::closed);
+        let others = self.several.as_mut().map(Several::closed);
         self.tasks.spawn(async move {
             let own = async {
                 if let Some(node) = node {

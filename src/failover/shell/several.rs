@@ -100,18 +100,22 @@ impl Several {
         self.attempt.clone().unwrap_or_default()
     }
 
-    /// Resolves when all other proxies have closed their connections to the old primary; never, if the term ends.
-    pub(super) fn closed(&mut self) -> Option<impl Future<Output = Result<(), ()>> + Send + use<>> {
-        let term = self.term.clone()?;
-        let attempt = self.attempt(&term);
-        Some(self.coordination.close(term.number, attempt))
+    /// Resolves to `Ok` when all other proxies have closed their connections to the old primary; `Err`: the term is over.
+    pub(super) fn closed(&mut self) -> impl Future<Output = Result<(), ()>> + Send + use<> {
+        let asked = self.term.clone().map(|term| {
+            let attempt = self.attempt(&term);
+            self.coordination.close(term.number, attempt)
+        });
+        async move { asked.ok_or(())?.await }
     }
 
     /// The same for transactions that are to end.
-    pub(super) fn drained(&mut self) -> Option<impl Future<Output = Result<(), ()>> + Send + use<>> {
-        let term = self.term.clone()?;
-        let attempt = self.attempt(&term);
-        Some(self.coordination.drained(term.number, attempt))
+    pub(super) fn drained(&mut self) -> impl Future<Output = Result<(), ()>> + Send + use<> {
+        let asked = self.term.clone().map(|term| {
+            let attempt = self.attempt(&term);
+            self.coordination.drained(term.number, attempt)
+        });
+        async move { asked.ok_or(())?.await }
     }
 
     fn read(&mut self, kept: &Kept, names: &[String]) -> bool {
@@ -133,10 +137,16 @@ impl Several {
         !self.damaged
     }
 
+    /// The nodes have changed: what was not understood may be.
+    pub(super) fn read_again(&mut self) {
+        self.read = None;
+    }
+
     /// Whether the write target of the record is known to have all that was acknowledged.
     fn kept(&self) -> bool {
-        let planned = self.record.history.last().is_some_and(|entry| entry.planned);
-        planned || self.covered.is_some_and(|(epoch, kept)| kept && epoch == self.record.epoch)
+        let last = self.record.history.last().filter(|entry| entry.epoch == self.record.epoch);
+        last.is_some_and(|entry| entry.planned)
+            || self.covered.is_some_and(|(epoch, kept)| kept && epoch == self.record.epoch)
     }
 
     /// For people.

@@ -1,5 +1,7 @@
 //! Two proxies over one cluster, that agree by a real etcd.
 
+use highwater::config::Config;
+use highwater::demo::port::ReservedPort;
 use nix::sys::signal::Signal;
 
 use super::console::{cell, console};
@@ -382,4 +384,77 @@ async fn a_standby_promoted_by_hand_is_followed_by_both_once_the_leader_has_foun
     }
     let looks = cluster.node(1).connect("app", &cluster.roles().superuser).await.unwrap();
     assert_eq!(looks.query_one("SELECT count(*) FROM t", &[]).await.unwrap().get::<_, i64>(0), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_acknowledged_is_lost_whatever_becomes_of_proxies_and_etcd() {
+    let (cluster, etcd) = (Cluster::start(2).await, Etcd::start().await);
+    cluster.set_up(TABLE).await;
+    let (first, second) = pair(&cluster, &etcd, QUORUM).await;
+    covered(&first, &cluster).await;
+    let proxies = [first, second];
+    let writers = [
+        Writers::start(proxies[0].port(), &cluster, 3).await,
+        Writers::start_from(proxies[1].port(), &cluster, 3, 1_000_000_000).await,
+    ];
+    let both_write = async || {
+        for writers in &writers {
+            writers.more(50).await;
+        }
+    };
+    both_write().await;
+    // The leader is stopped until the other leads, then killed, then asked for a switchover; etcd goes and comes.
+    for round in 0..2 {
+        let leader = leader_of(&proxies).await;
+        proxies[leader].signal(Signal::SIGSTOP);
+        eventually("the other leads", || leads(&proxies[1 - leader])).await;
+        writers[1 - leader].more(50).await;
+        proxies[leader].signal(Signal::SIGCONT);
+        settled(&proxies[1 - leader], &proxies[leader]).await;
+        both_write().await;
+        let leader = 1 - leader;
+        proxies[leader].signal(Signal::SIGKILL);
+        proxies[leader].revive().await;
+        both_write().await;
+        let leader = leader_of(&proxies).await;
+        settled(&proxies[leader], &proxies[1 - leader]).await;
+        etcd.kill();
+        if round == 0 {
+            eventually("writes have stopped", || async { dcs(&proxies[0], "lease").await == 0.0 }).await;
+        }
+        etcd.start_again().await;
+        both_write().await;
+        let leader = leader_of(&proxies).await;
+        settled(&proxies[leader], &proxies[1 - leader]).await;
+    }
+    let leader = leader_of(&proxies).await;
+    covered(&proxies[leader], &cluster).await;
+    // The other one is stopped as the primary goes.
+    proxies[1 - leader].signal(Signal::SIGSTOP);
+    cluster.node(0).crash().await.unwrap();
+    writers[leader].more(50).await;
+    proxies[1 - leader].signal(Signal::SIGCONT);
+    both_write().await;
+    let new = only_primary(&cluster).await;
+    assert_eq!(timeline(&cluster, new).await, "2");
+    for writers in writers {
+        let written = writers.finish().await;
+        assert_eq!(written.lost(&cluster, new).await, 0, "{:?}", written.errors);
+    }
+}
+
+#[tokio::test]
+async fn check_names_each_member_of_etcd_that_does_not_answer() {
+    let (cluster, etcd) = (Cluster::start(1).await, Etcd::start().await);
+    let nobody = ReservedPort::claim().unwrap();
+    let (here, gone) = (etcd.port(), nobody.number());
+    let endpoints = format!("'http://127.0.0.1:{here}', 'http://127.0.0.1:{gone}'");
+    let several = format!("kind: etcd, endpoints: [ {endpoints} ], prefix: /highwater/test, name: p");
+    let overrides = format!("failover: {{ mode: manual, coordination: {{ {several} }} }}");
+    let text =
+        config_text(&cluster, 1, 2, &ProxyOptions { overrides: &overrides, ..ProxyOptions::default() });
+    let config = Config::parse(&text, "f.yaml", &|_| None).unwrap();
+    let report = highwater::check::check(&config, &mut |_| {}).await;
+    let etcds: Vec<&String> = report.problems.iter().filter(|problem| problem.starts_with("etcd ")).collect();
+    assert!(etcds.len() == 1 && etcds[0].contains(&format!("127.0.0.1:{gone}")), "{report}");
 }
