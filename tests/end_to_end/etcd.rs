@@ -11,7 +11,7 @@ use highwater::demo::port::ReservedPort;
 use highwater::etcd::{Change, Compare};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::fixture::eventually;
+use crate::fixture::{eventually, watch_over};
 
 pub struct Etcd {
     clients: ReservedPort,
@@ -129,15 +129,7 @@ fn run(
         .stderr(log)
         .spawn()
         .unwrap();
-    let watcher = Command::new("/bin/sh")
-        .args(["-c", "trap '' INT TERM HUP; read -r _; kill -KILL $1; rm -rf \"$2\"", "watcher"])
-        .arg(process.id().to_string())
-        .arg(directory.path())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+    let watcher = watch_over(&process, directory.path());
     (process, watcher)
 }
 

@@ -604,7 +604,13 @@ fn run_proxy(directory: &Path, failpoint: &str) -> (Child, Child) {
         .stderr(log)
         .spawn()
         .unwrap();
-    let watcher = Command::new("/bin/sh")
+    let watcher = watch_over(&process, directory);
+    (process, watcher)
+}
+
+/// Kills the process and removes its directory should we be killed.
+pub fn watch_over(process: &Child, directory: &Path) -> Child {
+    Command::new("/bin/sh")
         .args(["-c", "trap '' INT TERM HUP; read -r _; kill -KILL $1; rm -rf \"$2\"", "watcher"])
         .arg(process.id().to_string())
         .arg(directory)
@@ -612,8 +618,7 @@ fn run_proxy(directory: &Path, failpoint: &str) -> (Child, Child) {
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
-        .unwrap();
-    (process, watcher)
+        .unwrap()
 }
 
 impl Drop for Proxy {
