@@ -14,8 +14,8 @@
 //! is not harmless until it is named here, and nor is another major version of PostGIS (another library). A
 //! declaration is no guide there: `ST_FromFlatGeobufToTable` makes a table, and is declared IMMUTABLE.
 //!
-//! Deliberately absent: of PostGIS what tells the versions of libraries (they are a server's own), draws a transaction id
-//! or looks at statistics for tests; postgis_raster (bands may be files of the server, map algebra runs texts and
+//! Deliberately absent: of PostGIS what tells the versions of libraries (they are a server's own), what draws a transaction id
+//! or looks at statistics for tests, and `ST_FromFlatGeobuf`, which ended the server when it was tried; postgis_raster (bands may be files of the server, map algebra runs texts and
 //! callbacks), postgis_topology and pgrouting (they build and run SQL), address_standardizer (reads tables that texts
 //! name); dblink, postgres_fdw, file_fdw (another server, another machine's files), and whatever looks
 //! at the server itself (pg_stat_statements, pageinspect, pg_buffercache, sslinfo, adminpack). The operator may vouch for
@@ -86,8 +86,8 @@ const KNOWN: &[Known] = &[
     computes("unaccent", "unaccent"),
     Known {
         named: POSTGIS,
-        // Makes a table.
-        except: "st_fromflatgeobuftotable",
+        // Makes a table; ends the server.
+        except: "st_fromflatgeobuftotable st_fromflatgeobuf",
         only_named: true,
         ..computes("postgis", "postgis-3")
     },
@@ -99,7 +99,7 @@ const KNOWN: &[Known] = &[
     },
 ];
 
-/// PostGIS 3.3.
+/// PostGIS 3.3 and 3.5.
 const POSTGIS: &str = "\
     _st_3ddfullywithin _st_3ddwithin _st_3dintersects _st_asgml _st_asx3d _st_bestsrid _st_contains \
     _st_containsproperly _st_coveredby _st_covers _st_crosses _st_dfullywithin _st_distancetree \
@@ -111,68 +111,78 @@ const POSTGIS: &str = "\
     geography_send geography_typmod_in geography_typmod_out geometry geometry_above geometry_below geometry_cmp \
     geometry_contained_3d geometry_contains geometry_contains_3d geometry_contains_nd geometry_distance_box \
     geometry_distance_centroid geometry_distance_centroid_nd geometry_distance_cpa geometry_eq geometry_ge \
-    geometry_gt geometry_hash geometry_in geometry_le geometry_left geometry_lt geometry_out geometry_overabove \
-    geometry_overbelow geometry_overlaps geometry_overlaps_3d geometry_overlaps_nd geometry_overleft \
-    geometry_overright geometry_right geometry_same geometry_same_3d geometry_same_nd geometry_send \
-    geometry_typmod_in geometry_typmod_out geometry_within geometry_within_nd geometrytype geomfromewkb \
-    geomfromewkt gidx_in gidx_out is_contained_2d json jsonb overlaps_2d overlaps_geog overlaps_nd path point \
-    polygon postgis_addbbox postgis_dropbbox postgis_getbbox postgis_hasbbox postgis_transform_geometry \
-    postgis_typmod_dims postgis_typmod_srid postgis_typmod_type spheroid_in spheroid_out st_3dclosestpoint \
-    st_3ddfullywithin st_3ddistance st_3ddwithin st_3dintersects st_3dlength st_3dlineinterpolatepoint \
-    st_3dlongestline st_3dmakebox st_3dmaxdistance st_3dperimeter st_3dshortestline st_addmeasure st_addpoint \
-    st_affine st_angle st_area st_area2d st_asbinary st_asencodedpolyline st_asewkb st_asewkt st_asgeojson st_asgml \
-    st_ashexewkb st_askml st_aslatlontext st_asmarc21 st_asmvtgeom st_assvg st_astext st_astwkb st_azimuth \
-    st_boundary st_boundingdiagonal st_box2dfromgeohash st_buffer st_buildarea st_centroid st_chaikinsmoothing \
-    st_cleangeometry st_clipbybox2d st_closestpoint st_closestpointofapproach st_clusterdbscan \
-    st_clusterintersecting st_clusterkmeans st_clusterwithin st_collect st_collectionextract \
-    st_collectionhomogenize st_combinebbox st_concavehull st_contains st_containsproperly st_convexhull st_coorddim \
-    st_coveredby st_covers st_cpawithin st_crosses st_curvetoline st_delaunaytriangles st_dfullywithin \
-    st_difference st_dimension st_disjoint st_distance st_distancecpa st_distancesphere st_distancespheroid st_dump \
-    st_dumppoints st_dumprings st_dumpsegments st_dwithin st_endpoint st_envelope st_equals st_estimatedextent \
-    st_expand st_exteriorring st_filterbym st_flipcoordinates st_force2d st_force3dm st_force3dz st_force4d \
-    st_forcecollection st_forcecurve st_forcepolygoncw st_forcerhr st_forcesfs st_frechetdistance st_fromflatgeobuf \
+    geometry_gt geometry_hash geometry_in geometry_le geometry_left geometry_lt geometry_neq geometry_out \
+    geometry_overabove geometry_overbelow geometry_overlaps geometry_overlaps_3d geometry_overlaps_nd \
+    geometry_overleft geometry_overright geometry_right geometry_same geometry_same_3d geometry_same_nd \
+    geometry_send geometry_typmod_in geometry_typmod_out geometry_within geometry_within_nd geometrytype \
+    geomfromewkb geomfromewkt gidx_in gidx_out is_contained_2d json jsonb overlaps_2d overlaps_geog overlaps_nd \
+    path point polygon postgis_addbbox postgis_dropbbox postgis_getbbox postgis_hasbbox \
+    postgis_transform_geometry postgis_transform_pipeline_geometry postgis_typmod_dims postgis_typmod_srid \
+    postgis_typmod_type spheroid_in spheroid_out st_3dclosestpoint st_3ddfullywithin st_3ddistance st_3ddwithin \
+    st_3dintersects st_3dlength st_3dlineinterpolatepoint st_3dlongestline st_3dmakebox st_3dmaxdistance \
+    st_3dperimeter st_3dshortestline st_addmeasure st_addpoint st_affine st_angle st_area st_area2d st_asbinary \
+    st_asencodedpolyline st_asewkb st_asewkt st_asgeojson st_asgml st_ashexewkb st_askml st_aslatlontext \
+    st_asmarc21 st_asmvtgeom st_assvg st_astext st_astwkb st_azimuth st_boundary st_boundingdiagonal \
+    st_box2dfromgeohash st_buffer st_buildarea st_centroid st_chaikinsmoothing st_cleangeometry st_clipbybox2d \
+    st_closestpoint st_closestpointofapproach st_clusterdbscan st_clusterintersecting st_clusterintersectingwin \
+    st_clusterkmeans st_clusterwithin st_clusterwithinwin st_collect st_collectionextract \
+    st_collectionhomogenize st_combinebbox st_concavehull st_contains st_containsproperly st_convexhull \
+    st_coorddim st_coverageinvalidedges st_coveragesimplify st_coverageunion st_coveredby st_covers st_cpawithin \
+    st_crosses st_curven st_curvetoline st_delaunaytriangles st_dfullywithin st_difference st_dimension \
+    st_disjoint st_distance st_distancecpa st_distancesphere st_distancespheroid st_dump st_dumppoints \
+    st_dumprings st_dumpsegments st_dwithin st_endpoint st_envelope st_equals st_estimatedextent st_expand \
+    st_exteriorring st_filterbym st_flipcoordinates st_force2d st_force3dm st_force3dz st_force4d \
+    st_forcecollection st_forcecurve st_forcepolygoncw st_forcerhr st_forcesfs st_frechetdistance \
     st_generatepoints st_geogfromtext st_geogfromwkb st_geographyfromtext st_geohash st_geometricmedian \
     st_geometryfromtext st_geometryn st_geometrytype st_geomfromewkb st_geomfromewkt st_geomfromgeojson \
     st_geomfromgml st_geomfromkml st_geomfrommarc21 st_geomfromtext st_geomfromtwkb st_geomfromwkb st_gmltosql \
-    st_hasarc st_hausdorffdistance st_hexagon st_hexagongrid st_interiorringn st_interpolatepoint st_intersection \
-    st_intersects st_isclosed st_iscollection st_isempty st_ispolygonccw st_ispolygoncw st_isring st_issimple \
-    st_isvalid st_isvaliddetail st_isvalidreason st_isvalidtrajectory st_length st_length2d st_length2dspheroid \
-    st_lengthspheroid st_linecrossingdirection st_linefromencodedpolyline st_linefrommultipoint \
-    st_lineinterpolatepoint st_lineinterpolatepoints st_linelocatepoint st_linemerge st_linesubstring \
-    st_linetocurve st_locatealong st_locatebetween st_locatebetweenelevations st_m st_makebox2d st_makeenvelope \
-    st_makeline st_makepoint st_makepointm st_makepolygon st_makevalid st_maximuminscribedcircle st_memsize \
-    st_minimumboundingcircle st_minimumboundingradius st_minimumclearance st_minimumclearanceline st_multi st_ndims \
-    st_node st_normalize st_npoints st_nrings st_numgeometries st_numinteriorring st_numinteriorrings st_numpoints \
+    st_hasarc st_hasm st_hasz st_hausdorffdistance st_hexagon st_hexagongrid st_interiorringn \
+    st_interpolatepoint st_intersection st_intersects st_isclosed st_iscollection st_isempty st_ispolygonccw \
+    st_ispolygoncw st_isring st_issimple st_isvalid st_isvaliddetail st_isvalidreason st_isvalidtrajectory \
+    st_largestemptycircle st_length st_length2d st_length2dspheroid st_lengthspheroid st_linecrossingdirection \
+    st_lineextend st_linefromencodedpolyline st_linefrommultipoint st_lineinterpolatepoint \
+    st_lineinterpolatepoints st_linelocatepoint st_linemerge st_linesubstring st_linetocurve st_locatealong \
+    st_locatebetween st_locatebetweenelevations st_m st_makebox2d st_makeenvelope st_makeline st_makepoint \
+    st_makepointm st_makepolygon st_makevalid st_maximuminscribedcircle st_memsize st_minimumboundingcircle \
+    st_minimumboundingradius st_minimumclearance st_minimumclearanceline st_multi st_ndims st_node st_normalize \
+    st_npoints st_nrings st_numcurves st_numgeometries st_numinteriorring st_numinteriorrings st_numpoints \
     st_offsetcurve st_orderingequals st_orientedenvelope st_overlaps st_perimeter st_perimeter2d st_point \
-    st_pointfromgeohash st_pointinsidecircle st_pointm st_pointn st_pointonsurface st_points st_pointz st_pointzm \
-    st_polygonize st_project st_quantizecoordinates st_reduceprecision st_relate st_relatematch st_removepoint \
-    st_removerepeatedpoints st_reverse st_scale st_scroll st_segmentize st_seteffectivearea st_setpoint st_setsrid \
-    st_sharedpaths st_shiftlongitude st_shortestline st_simplify st_simplifypolygonhull st_simplifypreservetopology \
-    st_simplifyvw st_snap st_snaptogrid st_split st_square st_squaregrid st_srid st_startpoint st_subdivide \
-    st_summary st_swapordinates st_symdifference st_tileenvelope st_touches st_transform st_triangulatepolygon \
+    st_pointfromgeohash st_pointinsidecircle st_pointm st_pointn st_pointonsurface st_points st_pointz \
+    st_pointzm st_polygonize st_project st_quantizecoordinates st_reduceprecision st_relate st_relatematch \
+    st_removeirrelevantpointsforview st_removepoint st_removerepeatedpoints st_removesmallparts st_reverse \
+    st_scale st_scroll st_segmentize st_seteffectivearea st_setpoint st_setsrid st_sharedpaths st_shiftlongitude \
+    st_shortestline st_simplify st_simplifypolygonhull st_simplifypreservetopology st_simplifyvw st_snap \
+    st_snaptogrid st_split st_square st_squaregrid st_srid st_startpoint st_subdivide st_summary \
+    st_swapordinates st_symdifference st_tileenvelope st_touches st_transform st_triangulatepolygon \
     st_unaryunion st_union st_within st_wkbtosql st_wkttosql st_wrapx st_x st_xmax st_xmin st_y st_ymax st_ymin \
     st_z st_zmax st_zmflag st_zmin text";
 
-/// Of PostGIS 3.3.
+/// The same, with SFCGAL.
 const SFCGAL: &str = "\
-    st_3darea st_3dconvexhull st_3ddifference st_3dintersection st_3dunion st_alphashape st_approximatemedialaxis \
-    st_constraineddelaunaytriangles st_extrude st_forcelhr st_isplanar st_issolid st_makesolid st_minkowskisum \
-    st_optimalalphashape st_orientation st_straightskeleton st_tesselate st_volume";
+    cg_3darea cg_3dconvexhull cg_3ddifference cg_3ddistance cg_3dintersection cg_3dintersects cg_3dunion \
+    cg_alphashape cg_approxconvexpartition cg_approximatemedialaxis cg_area cg_constraineddelaunaytriangles \
+    cg_difference cg_distance cg_extrude cg_extrudestraightskeleton cg_forcelhr cg_greeneapproxconvexpartition \
+    cg_intersection cg_intersects cg_isplanar cg_issolid cg_makesolid cg_minkowskisum cg_optimalalphashape \
+    cg_optimalconvexpartition cg_orientation cg_straightskeleton cg_tesselate cg_triangulate cg_union \
+    cg_visibility cg_volume cg_ymonotonepartition st_3darea st_3dconvexhull st_3ddifference st_3dintersection \
+    st_3dunion st_alphashape st_approximatemedialaxis st_constraineddelaunaytriangles st_extrude st_forcelhr \
+    st_isplanar st_issolid st_makesolid st_minkowskisum st_optimalalphashape st_orientation st_straightskeleton \
+    st_tesselate st_volume";
 
 /// pgvector 0.8.
 const PGVECTOR: &str = "\
     array_to_halfvec array_to_sparsevec array_to_vector binary_quantize cosine_distance halfvec halfvec_accum \
-    halfvec_add halfvec_avg halfvec_cmp halfvec_combine halfvec_concat halfvec_eq halfvec_ge halfvec_gt halfvec_in \
-    halfvec_l2_squared_distance halfvec_le halfvec_lt halfvec_mul halfvec_ne halfvec_negative_inner_product \
-    halfvec_out halfvec_send halfvec_spherical_distance halfvec_sub halfvec_to_float4 halfvec_to_sparsevec \
-    halfvec_to_vector halfvec_typmod_in hamming_distance inner_product jaccard_distance l1_distance l2_distance \
-    l2_norm l2_normalize sparsevec sparsevec_cmp sparsevec_eq sparsevec_ge sparsevec_gt sparsevec_in \
-    sparsevec_l2_squared_distance sparsevec_le sparsevec_lt sparsevec_ne sparsevec_negative_inner_product \
-    sparsevec_out sparsevec_send sparsevec_to_halfvec sparsevec_to_vector sparsevec_typmod_in subvector vector \
-    vector_accum vector_add vector_avg vector_cmp vector_combine vector_concat vector_dims vector_eq vector_ge \
-    vector_gt vector_in vector_l2_squared_distance vector_le vector_lt vector_mul vector_ne \
-    vector_negative_inner_product vector_norm vector_out vector_send vector_spherical_distance vector_sub \
-    vector_to_float4 vector_to_halfvec vector_to_sparsevec vector_typmod_in";
+    halfvec_add halfvec_avg halfvec_cmp halfvec_combine halfvec_concat halfvec_eq halfvec_ge halfvec_gt \
+    halfvec_in halfvec_l2_squared_distance halfvec_le halfvec_lt halfvec_mul halfvec_ne \
+    halfvec_negative_inner_product halfvec_out halfvec_send halfvec_spherical_distance halfvec_sub \
+    halfvec_to_float4 halfvec_to_sparsevec halfvec_to_vector halfvec_typmod_in hamming_distance inner_product \
+    jaccard_distance l1_distance l2_distance l2_norm l2_normalize sparsevec sparsevec_cmp sparsevec_eq \
+    sparsevec_ge sparsevec_gt sparsevec_in sparsevec_l2_squared_distance sparsevec_le sparsevec_lt sparsevec_ne \
+    sparsevec_negative_inner_product sparsevec_out sparsevec_send sparsevec_to_halfvec sparsevec_to_vector \
+    sparsevec_typmod_in subvector vector vector_accum vector_add vector_avg vector_cmp vector_combine \
+    vector_concat vector_dims vector_eq vector_ge vector_gt vector_in vector_l2_squared_distance vector_le \
+    vector_lt vector_mul vector_ne vector_negative_inner_product vector_norm vector_out vector_send \
+    vector_spherical_distance vector_sub vector_to_float4 vector_to_halfvec vector_to_sparsevec vector_typmod_in";
 
 /// Whether a compiled function computes and does nothing else. A function that was put into a known extension by
 /// hand has another library, and is not known. Of the extensions that the operator vouches for (`trusted`), what is declared
