@@ -15,9 +15,9 @@
 //! declaration is no guide there: `ST_FromFlatGeobufToTable` makes a table, and is declared IMMUTABLE.
 //!
 //! Deliberately absent: of PostGIS what tells the versions of libraries (they are a server's own), what draws a transaction id
-//! or looks at statistics for tests, and `ST_FromFlatGeobuf`, which ended the server when it was tried; postgis_raster (bands may be files of the server, map algebra runs texts and
-//! callbacks), postgis_topology and pgrouting (they build and run SQL), address_standardizer (reads tables that texts
-//! name); dblink, postgres_fdw, file_fdw (another server, another machine's files), and whatever looks
+//! or looks at statistics for tests, and `ST_FromFlatGeobuf`, which ended the server when it was tried; bands of postgis_raster
+//! (they may be files of the server; map algebra runs texts and callbacks); postgis_topology and pgrouting (they build and run
+//! SQL), address_standardizer (reads tables that texts name); dblink, postgres_fdw, file_fdw (another server, another machine's files), and whatever looks
 //! at the server itself (pg_stat_statements, pageinspect, pg_buffercache, sslinfo, adminpack). The operator may vouch for
 //! others: `routing.functions.extensions`.
 
@@ -75,14 +75,8 @@ const KNOWN: &[Known] = &[
     computes("seg", "seg"),
     // crosstab and connectby run their argument.
     Known { named: "normal_rand", only_named: true, ..computes("tablefunc", "tablefunc") },
-    Known {
-        named: "tsm_system_rows_handler system_rows",
-        ..computes("tsm_system_rows", "tsm_system_rows")
-    },
-    Known {
-        named: "tsm_system_time_handler system_time",
-        ..computes("tsm_system_time", "tsm_system_time")
-    },
+    Known { named: "tsm_system_rows_handler system_rows", ..computes("tsm_system_rows", "tsm_system_rows") },
+    Known { named: "tsm_system_time_handler system_time", ..computes("tsm_system_time", "tsm_system_time") },
     computes("unaccent", "unaccent"),
     Known {
         named: POSTGIS,
@@ -91,6 +85,7 @@ const KNOWN: &[Known] = &[
         only_named: true,
         ..computes("postgis", "postgis-3")
     },
+    Known { named: RASTER, only_named: true, ..computes("postgis_raster", "postgis_raster-3") },
     Known { named: SFCGAL, only_named: true, ..computes("postgis_sfcgal", "postgis_sfcgal-3") },
     Known { named: PGVECTOR, only_named: true, ..computes("vector", "vector") },
     Known {
@@ -169,6 +164,12 @@ const SFCGAL: &str = "\
     st_isplanar st_issolid st_makesolid st_minkowskisum st_optimalalphashape st_orientation st_straightskeleton \
     st_tesselate st_volume";
 
+/// What of postgis_raster looks at no band: without it geometries, which rasters share operators with, would not be read
+/// anywhere beside it.
+const RASTER: &str = "\
+    box3d bytea raster_in raster_out st_convexhull st_envelope st_geotransform st_height st_makeemptyraster st_numbands \
+    st_pixelheight st_pixelwidth st_scalex st_scaley st_skewx st_skewy st_srid st_upperleftx st_upperlefty st_width";
+
 /// pgvector 0.8.
 const PGVECTOR: &str = "\
     array_to_halfvec array_to_sparsevec array_to_vector binary_quantize cosine_distance halfvec halfvec_accum \
@@ -198,7 +199,8 @@ pub fn is_harmless(function: &Compiled<'_>, trusted: &[String]) -> bool {
         return true;
     }
     of_it().any(|known| {
-        let file = function.library.strip_prefix("$libdir/").and_then(|file| file.strip_prefix(known.library));
+        let file =
+            function.library.strip_prefix("$libdir/").and_then(|file| file.strip_prefix(known.library));
         // `$libdir/hstore`, or with a suffix such as `.so`; not `$libdir/hstore_plperl`.
         let its_library = file.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
         let by_declaration = only_reads && (function.takes_internal || !known.only_named);
@@ -238,6 +240,7 @@ mod tests {
             (["postgis", "$libdir/postgis-3", "gettransactionid"], true, false),
             (["postgis", "$libdir/postgis-2.5", "st_area"], false, false),
             (["postgis_raster", "$libdir/postgis_raster-3", "st_value"], false, false),
+            (["postgis_raster", "$libdir/postgis_raster-3", "st_width"], false, true),
             (["vector", "$libdir/vector", "l2_distance"], false, true),
             (["vector", "$libdir/vector", "of_a_later_version"], false, false),
             (["dblink", "$libdir/dblink", "dblink_exec"], true, false),
