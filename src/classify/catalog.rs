@@ -1187,6 +1187,18 @@ mod tests {
     }
 
     #[test]
+    fn a_cast_between_users_types_taints_what_it_is_cast_from() {
+        let mut rows = rows();
+        rows.types.push(TypeRow { oid: 20_010, name: "topology".into() });
+        rows.relations.push((9, "r9".into()));
+        rows.edges.push((Object::Type(20_010), Object::Relation(9)));
+        rows.cast(20_010, 20_000, 30_003, true);
+        let catalog = Catalog::from_rows(1, rows);
+        assert!(!catalog.type_is_safe(20_010) && catalog.name(b"topology").code && catalog.name(b"r9").code);
+        assert!(catalog.type_is_safe(20_000) && catalog.name(b"mood") == Flags::default());
+    }
+
+    #[test]
     fn stored_expressions() {
         let mut rows = rows();
         rows.safe_functions.insert(870);
