@@ -269,6 +269,7 @@ const OF_EXTENSIONS: &[(&str, &str)] = &[
     ("vector_typmod_in halfvec_typmod_in sparsevec_typmod_in", "'{3}'::cstring[]"),
     ("st_transformpipeline st_inversetransformpipeline", "'POINT(1 2)'::geometry, '+proj=merc'"),
     ("postgis_transform_pipeline_geometry", "'POINT(1 2)'::geometry, '+proj=merc', true, 3857"),
+    ("cg_visibility", "'POLYGON((0 0, 4 0, 4 4, 0 4, 0 0))'::geometry, 'POINT(2 2)'::geometry"),
     ("find_srid", "'public', 'places', 'p'"),
     ("_st_asx3d", "3, 'POINT(1 2 3)'::geometry, 5, 0, ''"),
     ("_st_geomfromgml", "'<gml:Point><gml:coordinates>1,2</gml:coordinates></gml:Point>', 0"),
