@@ -487,6 +487,8 @@ pub struct FunctionOverrides {
     pub safe: Vec<String>,
     /// Functions that belong on the primary; built-in ones too.
     pub primary: Vec<String>,
+    /// Extensions whose compiled functions do what they are declared to do, by name.
+    pub extensions: Vec<String>,
 }
 
 /// Bounds of memory and time per session.
@@ -737,7 +739,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
     ("durability.rules[]", &["user", "database", "table", "durability"]),
     ("routing", &["split", "shadow", "transactions", "read_only_transactions", "functions", "rules"]),
     ("routing.rules[]", &["user", "database", "split", "route"]),
-    ("routing.functions", &["safe", "primary"]),
+    ("routing.functions", &["safe", "primary", "extensions"]),
     (
         "limits",
         &[
@@ -1925,6 +1927,7 @@ impl Reader<'_> {
         let functions = FunctionOverrides {
             safe: self.names(&functions, "safe"),
             primary: self.names(&functions, "primary"),
+            extensions: self.names(&functions, "extensions"),
         };
         if let Some(both) = functions.safe.iter().find(|name| functions.primary.contains(name)) {
             let message = format!("{both} is safe and belongs on the primary");

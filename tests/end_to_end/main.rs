@@ -5,6 +5,7 @@
 mod allow_lists;
 mod browser;
 mod errors;
+mod extension_users;
 mod fixture;
 mod fixture_holds;
 mod history;
