@@ -412,6 +412,7 @@ async fn read_objects(
             internal: row.try_get(11)?,
             shadows: row.try_get(12)?,
             schema: row.try_get(15)?,
+            takes_internal: row.try_get(16)?,
         };
         for column in [13, 14] {
             if let Some(tree) = row.try_get::<_, Option<&str>>(column)? {

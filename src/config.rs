@@ -488,6 +488,8 @@ pub struct FunctionOverrides {
     pub safe: Vec<String>,
     /// Functions that belong on the primary; built-in ones too.
     pub primary: Vec<String>,
+    /// Extensions whose compiled functions do what they are declared to do, by name.
+    pub extensions: Vec<String>,
 }
 
 /// Bounds of memory and time per session.
@@ -740,7 +742,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
     ("durability.rules[]", &["user", "database", "table", "durability"]),
     ("routing", &["split", "shadow", "transactions", "read_only_transactions", "functions", "rules"]),
     ("routing.rules[]", &["user", "database", "split", "route"]),
-    ("routing.functions", &["safe", "primary"]),
+    ("routing.functions", &["safe", "primary", "extensions"]),
     (
         "limits",
         &[
@@ -1490,7 +1492,8 @@ impl Reader<'_> {
 
     fn config(&mut self, tree: &Tree) -> Option<Config> {
         let top = self.section("", tree, Trail::default());
-        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        // A worker that has less to do at once wakes up more often for each statement: docs/decisions/0014.
+        let workers = std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).max(1));
         let nodes = self.nodes(&top);
         let consistency = self.consistency(&top, &nodes);
         let control = self.control(&top);
@@ -1541,7 +1544,7 @@ impl Reader<'_> {
             http,
             http_token,
             http_history: self.time_within(&top, "http_history", Duration::from_secs(600), HTTP_HISTORY),
-            workers: self.number(&top, "workers", 1..=1024, cores as u64) as usize,
+            workers: self.number(&top, "workers", 1..=1024, workers as u64) as usize,
             max_clients,
             reserved_clients,
             nodes,
@@ -1945,6 +1948,7 @@ impl Reader<'_> {
         let functions = FunctionOverrides {
             safe: self.names(&functions, "safe"),
             primary: self.names(&functions, "primary"),
+            extensions: self.names(&functions, "extensions"),
         };
         if let Some(both) = functions.safe.iter().find(|name| functions.primary.contains(name)) {
             let message = format!("{both} is safe and belongs on the primary");

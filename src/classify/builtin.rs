@@ -608,7 +608,8 @@ const IMMUTABLE_FUNCTIONS: &str = "\
     xml_is_well_formed_document xmlagg xmlcomment xmlconcat2 xpath xpath_exists";
 
 /// STABLE or VOLATILE in an overload, and still the same on a replica that has reached the mark, or
-/// random anyway. `now` and kin depend on the node's clock, `has_*` and `to_reg*` on the catalog at the mark.
+/// random anyway. `now` and kin depend on the node's clock, `has_*` and `to_reg*` on the catalog at the mark. A session with a
+/// temporary schema of its own is on the primary, so `pg_is_other_temp_schema` sees those of others alike.
 /// The last few came after 15; `_pg_expandarray` is information_schema's, and pgjdbc asks for keys with it.
 const OTHER_FUNCTIONS: &str = "\
     aclexplode age array_to_json array_to_string bernoulli clock_timestamp col_description concat \
@@ -633,7 +634,7 @@ const OTHER_FUNCTIONS: &str = "\
     pg_get_statisticsobjdef pg_get_statisticsobjdef_columns pg_get_statisticsobjdef_expressions \
     pg_get_triggerdef pg_get_userbyid pg_get_viewdef pg_has_role pg_identify_object \
     pg_identify_object_as_address pg_index_column_has_property pg_index_has_property \
-    pg_indexam_has_property pg_opclass_is_visible pg_operator_is_visible pg_opfamily_is_visible \
+    pg_indexam_has_property pg_is_other_temp_schema pg_opclass_is_visible pg_operator_is_visible pg_opfamily_is_visible \
     pg_options_to_table pg_partition_ancestors pg_partition_tree pg_relation_is_publishable \
     pg_relation_is_updatable pg_sleep pg_sleep_for pg_sleep_until pg_statistics_obj_is_visible \
     pg_table_is_visible pg_ts_config_is_visible pg_ts_dict_is_visible pg_ts_parser_is_visible \
@@ -700,7 +701,7 @@ const SPECIALS: &[(&str, Special)] = &[
          inet_server_addr inet_server_port inet_client_addr inet_client_port version pg_postmaster_start_time \
          pg_conf_load_time pg_relation_size pg_table_size pg_indexes_size pg_total_relation_size \
          pg_database_size pg_tablespace_size pg_blocking_pids pg_cancel_backend pg_terminate_backend \
-         pg_my_temp_schema pg_is_other_temp_schema pg_client_encoding pg_relation_filenode \
+         pg_my_temp_schema pg_client_encoding pg_relation_filenode \
          pg_relation_filepath pg_prepared_statement pg_switch_wal pg_create_restore_point pg_reload_conf \
          lo_creat lo_create lo_unlink lo_from_bytea lo_put lo_open lo_close loread lowrite lo_lseek lo_tell",
         Special::LeavesNothing,

@@ -143,6 +143,8 @@ pub struct FunctionRow {
     pub library: String,
     /// The extension it belongs to, or nothing.
     pub extension: String,
+    /// It takes `internal`, of which SQL has no value: only the server calls it.
+    pub takes_internal: bool,
     /// Its body is stored as a tree, which is among the edges.
     pub stored: bool,
     /// In language internal, and all built-in functions with the same code are immutable, on the
@@ -279,13 +281,13 @@ impl CatalogRows {
         if function == 0 {
             return;
         }
-        let users: Vec<u32> = [source, target].into_iter().filter(|oid| *oid >= FIRST_USER_OID).collect();
-        for oid in &users {
-            self.edge(Object::Function(function), Object::Type(*oid));
-        }
-        if users.is_empty() {
-            self.edge(Object::Function(function), Object::Anywhere);
-        }
+        // It runs where there is a value of the source. If that is a user's type, whatever has one is reached from it, and
+        // the target's other values do not come by this cast; what is built in is everywhere, so there the target is.
+        let reached = match [source, target].into_iter().find(|oid| *oid >= FIRST_USER_OID) {
+            Some(users) => Object::Type(users),
+            None => Object::Anywhere,
+        };
+        self.edge(Object::Function(function), reached);
     }
 
     /// The types among the edges whose alias is not known yet: `$1` of [`ALIASES_SQL`].
@@ -347,7 +349,8 @@ impl CatalogRows {
             .functions
             .iter()
             .filter(|row| {
-                row.is_named(&self.overrides.primary) || !(row.is_harmless() || proven.contains(&row.oid))
+                row.is_named(&self.overrides.primary)
+                    || !(row.is_harmless(&self.overrides.extensions) || proven.contains(&row.oid))
             })
             .map(|row| (Object::Function(row.oid), Mark::Code));
         let seeds: Vec<(Object, Mark)> = self
@@ -538,17 +541,27 @@ impl FunctionRow {
         })
     }
 
-    /// Harmless by itself; what it consists of is among the edges.
-    fn is_harmless(&self) -> bool {
+    /// Harmless by itself; what it consists of is among the edges. `trusted`: the extensions that the operator vouches for.
+    fn is_harmless(&self, trusted: &[String]) -> bool {
         if self.settings || self.kind == "p" {
             return false;
         }
         match &*self.language {
             "internal" if self.kind == "a" => true,
             "internal" => self.internal,
-            "c" => extension::is_harmless(&self.extension, &self.library, &self.name, self.volatile),
+            "c" => extension::is_harmless(&self.compiled(), trusted),
             "sql" => self.stored,
             _ => false,
+        }
+    }
+
+    fn compiled(&self) -> extension::Compiled<'_> {
+        extension::Compiled {
+            extension: &self.extension,
+            library: &self.library,
+            name: &self.name,
+            volatile: self.volatile,
+            takes_internal: self.takes_internal,
         }
     }
 
@@ -790,7 +803,7 @@ SELECT p.oid, p.proname::text, l.lanname::text, p.prokind::text, p.provolatile =
        EXISTS (SELECT FROM pg_catalog.unnest(p.proconfig) s WHERE s NOT LIKE 'search\\_path=%'), \
        p.prosrc, coalesce(p.probin, ''), coalesce(m.name, ''), p.prosqlbody IS NOT NULL, \
        l.lanname = 'internal' AND coalesce(c.harmless, false), u.proname IS NOT NULL, \
-       p.prosqlbody::text, p.proargdefaults::text, n.nspname::text \
+       p.prosqlbody::text, p.proargdefaults::text, n.nspname::text, 2281 = ANY (p.proargtypes) \
   FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_language l ON l.oid = p.prolang \
   JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace \
   LEFT JOIN member m ON m.objid = p.oid LEFT JOIN code c ON c.prosrc = p.prosrc LEFT JOIN unsafe u ON u.proname = p.proname \
@@ -1128,7 +1141,8 @@ mod tests {
         let with = |safe: &[&str], primary: &[&str]| {
             let list = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
             let mut rows = rows();
-            rows.overrides = FunctionOverrides { safe: list(safe), primary: list(primary) };
+            rows.overrides =
+                FunctionOverrides { safe: list(safe), primary: list(primary), extensions: Vec::new() };
             for row in &mut rows.functions {
                 row.schema = "app".into();
             }
@@ -1170,6 +1184,18 @@ mod tests {
         assert!(
             !with(23, 20_000, 101).type_is_safe(20_000) && !with(20_000, 23, 30_003).type_is_safe(20_000)
         );
+    }
+
+    #[test]
+    fn a_cast_between_users_types_taints_what_it_is_cast_from() {
+        let mut rows = rows();
+        rows.types.push(TypeRow { oid: 20_010, name: "topology".into() });
+        rows.relations.push((9, "r9".into()));
+        rows.edges.push((Object::Type(20_010), Object::Relation(9)));
+        rows.cast(20_010, 20_000, 30_003, true);
+        let catalog = Catalog::from_rows(1, rows);
+        assert!(!catalog.type_is_safe(20_010) && catalog.name(b"topology").code && catalog.name(b"r9").code);
+        assert!(catalog.type_is_safe(20_000) && catalog.name(b"mood") == Flags::default());
     }
 
     #[test]

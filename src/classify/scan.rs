@@ -71,6 +71,8 @@ enum Previous {
     Close,
     Comma,
     Dot,
+    /// `::`
+    Cast,
     Operator,
     Other,
 }
@@ -83,6 +85,8 @@ struct Pending {
     flags: Flags,
     dotted: bool,
     alias: bool,
+    /// It is a type's, or its schema's, behind `::`: neither a call nor a column, whatever else bears it.
+    is_type: bool,
     after_into: bool,
     is_operator_word: bool,
     pg_prefix: bool,
@@ -140,6 +144,8 @@ struct Current {
     leaves: Leaves,
     pending: Option<Pending>,
     previous: Previous,
+    /// The name before the last dot is that of a type's schema.
+    of_type: bool,
     with_active: u64,
     /// A `(` here would belong to a WITH list: it follows a part's name, AS or NOT MATERIALIZED.
     opens_with_part: bool,
@@ -178,6 +184,7 @@ impl Default for Current {
             leaves: Leaves::NOTHING,
             pending: None,
             previous: Previous::Start,
+            of_type: false,
             with_active: 0,
             opens_with_part: false,
             close_may_precede_call: false,
@@ -278,6 +285,7 @@ impl Scan<'_> {
             matches!(self.statement.previous, Previous::Keyword(Keyword::As | Keyword::Materialized))
                 || self.statement.pending.is_some_and(|pending| pending.alias && !pending.dotted);
         if let Some(pending) = self.statement.pending.take() {
+            self.statement.of_type = pending.is_type && token == Token::Punctuation(b'.');
             self.resolve(pending, called);
         }
         self.argument(token);
@@ -404,12 +412,18 @@ impl Scan<'_> {
             Previous::Relation => true,
             _ => false,
         };
+        let is_type = match statement.previous {
+            Previous::Cast => true,
+            Previous::Dot => statement.of_type,
+            _ => false,
+        };
         statement.pending = Some(Pending {
             word,
             quoted,
             flags,
             dotted,
             alias,
+            is_type,
             after_into: statement.previous == Previous::Keyword(Keyword::Into)
                 || (dotted && statement.lead == Some(Lead::Change) && statement.words_after_lead <= 3),
             is_operator_word,
@@ -429,6 +443,9 @@ impl Scan<'_> {
         let known = word.safe_name || word.safe_function || word.special.is_some();
         if pending.pg_prefix && !known {
             statement.refuse(Kind::Write, ClassReason::UnsafeName);
+        }
+        if pending.is_type {
+            return;
         }
         if !called {
             if pending.dotted && pending.flags.attribute {
@@ -535,6 +552,7 @@ impl Scan<'_> {
             }
             b',' => Previous::Comma,
             b'.' => Previous::Dot,
+            b'T' => Previous::Cast,
             _ => Previous::Other,
         }
     }

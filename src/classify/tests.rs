@@ -79,6 +79,26 @@ fn class(text: &str) -> StatementClass {
 }
 
 #[test]
+fn behind_two_colons_stands_a_type() {
+    for (text, kind) in [
+        ("select a::fx, a::s.fx, a::fx(1, 2), a :: s . fx ( 1 ), a::db.s.fx from t", Kind::Read),
+        ("select a::ct from t", Kind::Write),
+        ("select a::s.ct from t", Kind::Write),
+        ("select a::s.fx, t.fx from t", Kind::Write),
+        ("select (a::s).fx from t", Kind::Write),
+        ("select a::s.fx[1], t.fx from t", Kind::Write),
+        ("select a::s, s.fx from t", Kind::Write),
+        ("select a::s fx(1)", Kind::Write),
+        ("select a::s(fx(1))", Kind::Write),
+        ("select s.fx(a)", Kind::Write),
+        ("select cast(a as s.fx)", Kind::Write),
+        ("select a: :fx(1)", Kind::Write),
+    ] {
+        assert_eq!(class(text).kind, kind, "{text}");
+    }
+}
+
+#[test]
 fn reads() {
     for text in [
         "select 1",

@@ -2,8 +2,8 @@
 //!
 //! Promises: a sample counts before it is sent, and one is in flight at most; `consistency.sample_interval`
 //! apart while sessions lean on the node, an eighth of that once one has been shown something that only a
-//! sample can place (so that a session which rests for a few milliseconds between statements finds it done),
-//! at once when one begins to wait, with the least gap where many do or the last sample did not do, rarely when idle;
+//! sample can place (so that a session which rests for a few milliseconds between statements finds it done; on a replica
+//! only where sessions have waited for that lately: those that only read do not), at once when one begins to wait, with the least gap where many do or the last sample did not do, rarely when idle;
 //! a question that is not answered in time, or a connection that breaks, voids what was known of the node
 //! before anything else happens. The cost does not grow with sessions or statements.
 //!
@@ -38,6 +38,10 @@ pub const UNKNOWN_TIMELINE: TimelineId = TimelineId(0);
 const IDLE_INTERVAL: Duration = Duration::from_secs(5);
 /// Notes are resolved this many times as often as samples are taken without any.
 const BRISK: u32 = 8;
+/// How long notes on a replica are resolved so often after somebody has had to wait for it: one statement in that time may
+/// wait, where otherwise a replica that is only read from would be asked hundreds of times a second for nobody. On the
+/// primary, always: what is known of it when it dies decides whether a loss can be told.
+const STAYS_BRISK: Duration = Duration::from_secs(1);
 /// How long a node stays busy after a session has leaned on it.
 const STAYS_ACTIVE: Duration = Duration::from_millis(250);
 /// The longest pause between attempts to connect; the first comes at once, then 50 ms, doubling.
@@ -250,10 +254,11 @@ impl Sampler {
         let positions = self.positions.node(self.node);
         let start = client.start().map(|start| Arc::clone(&start.id));
         let mut state = Known::new(positions.connected(), start, stream);
-        let mut pace = Pace { sent: None, active_until: Instant::now(), gap: Gap::default() };
+        let mut pace = Pace::new(Instant::now());
         loop {
             let settings = self.settings();
             client.answer_within(settings.deadline);
+            pace.replays = matches!(state.role, Some(Role::Replays(_)));
             if let Turn::Ended = pace.wait(positions, client, &settings).await {
                 return (answered, "the connection ended".to_owned());
             }
@@ -521,10 +526,24 @@ enum Turn {
 struct Pace {
     sent: Option<Instant>,
     active_until: Instant,
+    /// Until then a replica's notes are resolved soon.
+    brisk_until: Instant,
+    /// It is a replica.
+    replays: bool,
     gap: Gap,
 }
 
 impl Pace {
+    fn new(now: Instant) -> Pace {
+        Pace { sent: None, active_until: now, brisk_until: now, replays: false, gap: Gap::default() }
+    }
+
+    /// How long after a sample what has been shown since is placed by another, though nobody waits for that.
+    fn resolves_after(&self, now: Instant, settings: &SampleSettings) -> Duration {
+        let brisk = !self.replays || now < self.brisk_until;
+        if brisk { settings.interval / BRISK } else { settings.interval }
+    }
+
     fn is_active(&self, now: Instant) -> bool {
         now < self.active_until
     }
@@ -532,7 +551,7 @@ impl Pace {
     /// When the next sample is due if nobody waits for one, and whether the sampler idles until then.
     fn due(&self, sent: Instant, now: Instant, noted: bool, settings: &SampleSettings) -> (Instant, bool) {
         let (interval, idle) = match (noted, self.is_active(now)) {
-            (true, _) => (settings.interval / BRISK, false),
+            (true, _) => (self.resolves_after(now, settings), false),
             (false, true) => (settings.interval, false),
             (false, false) => (IDLE_INTERVAL, true),
         };
@@ -560,8 +579,8 @@ impl Pace {
             }
             // While sessions are active their notes are looked for by time: to be woken would cost them a
             // system call.
-            let brisk = settings.interval / BRISK;
-            let look = if idle { due } else { due.min(now + brisk.max(TIMER_GRAIN)) };
+            let soon = self.resolves_after(now, settings).max(TIMER_GRAIN);
+            let look = if idle { due } else { due.min(now + soon) };
             positions.set_idle(idle);
             if idle && positions.take_active() {
                 noted = true;
@@ -577,7 +596,8 @@ impl Pace {
         positions.set_idle(false);
         let Some(sent) = self.sent else { return Turn::Send };
         if positions.is_wanted() {
-            self.active_until = Instant::now() + STAYS_ACTIVE;
+            let now = Instant::now();
+            (self.active_until, self.brisk_until) = (now + STAYS_ACTIVE, now + STAYS_BRISK);
         }
         if !(1..=FEW).contains(&positions.waiting()) {
             self.gap.until(sent + settings.gap).await;
@@ -595,7 +615,7 @@ mod tests {
         let ms = Duration::from_millis;
         let settings = SampleSettings { interval: ms(20), gap: ms(1), deadline: ms(500) };
         let sent = Instant::now();
-        let pace = Pace { sent: Some(sent), active_until: sent + STAYS_ACTIVE, gap: Gap::default() };
+        let mut pace = Pace { sent: Some(sent), active_until: sent + STAYS_ACTIVE, ..Pace::new(sent) };
         let later = sent + STAYS_ACTIVE;
         assert_eq!(pace.due(sent, sent, true, &settings), (sent + ms(20) / BRISK, false));
         assert_eq!(pace.due(sent, sent, false, &settings), (sent + ms(20), false));
@@ -603,6 +623,13 @@ mod tests {
         assert_eq!(pace.due(sent, later, true, &settings), (sent + ms(20) / BRISK, false));
         let slow = SampleSettings { gap: ms(5), ..settings };
         assert_eq!(pace.due(sent, sent, true, &slow), (sent + ms(5), false));
+        // A replica for which nobody waits.
+        pace.replays = true;
+        assert_eq!(pace.due(sent, sent, true, &settings), (sent + ms(20), false));
+        assert_eq!(pace.due(sent, later, true, &settings), (sent + ms(20), false));
+        pace.brisk_until = later;
+        assert_eq!(pace.due(sent, sent, true, &settings), (sent + ms(20) / BRISK, false));
+        assert_eq!(pace.due(sent, later, true, &settings), (sent + ms(20), false));
     }
 
     fn at(insert: u64) -> PrimarySample {

@@ -1,10 +1,10 @@
 //! What a unit asks for: may it run on a replica, and what may it leave behind? A unit is held back
 //! only while everything in it is a read.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Buf;
+use hashbrown::HashMap;
 
 use super::exchange::Again;
 use super::messages::{self, Parse, Target};
@@ -221,6 +221,7 @@ impl Session {
                     let Some(parse) = Parse::read(body) else { return Ok(Demand::not_a_read()) };
                     let statement = self.shared.names.statement(&parse, self.settings.parse_fingerprint());
                     names.insert(prepared::key(parse.name).to_vec(), Some(statement.clone()));
+                    self.judged.get_or_insert_with(|| statement.clone());
                     let class = self.class_of(&statement).await;
                     if let Some(report) = self.take_hints(statement.text(), class.hints) {
                         self.fail_unit(report)?;

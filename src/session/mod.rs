@@ -399,6 +399,8 @@ pub struct Session {
     bad_hint: Option<Box<ErrorReport>>,
     /// The unit is a Query that is about one name.
     sql: Option<SqlCommand>,
+    /// What the unit's first Parse made when it was judged: the same when it is sent, once.
+    judged: Option<Arc<Statement>>,
     /// The unit is to run again because a shared statement was out of date.
     prepare_anew: bool,
     unit: Unit,
@@ -521,6 +523,7 @@ impl Session {
             asks_for_time: None,
             bad_hint: None,
             sql: None,
+            judged: None,
             prepare_anew: false,
             unit: Unit::none(),
             skipping: false,
@@ -858,7 +861,7 @@ impl Session {
         // What it was told speaks of notes that were taken before it was asked, and of no later ones.
         self.quorum = None;
         (self.asked_for, self.hinted) = (self.promise, false);
-        self.sql = None;
+        (self.sql, self.judged) = (None, None);
         (self.asks_sequences, self.asks_process) = (false, false);
         (self.asks_for_time, self.bad_hint) = (None, None);
         self.entered = Entered::No;

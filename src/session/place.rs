@@ -36,6 +36,9 @@ pub struct Placed {
 /// How often a primary that cannot be connected to is tried again while a statement waits for it.
 pub(super) const RETRY: Duration = Duration::from_millis(100);
 
+/// A few of the replicas are asked where they are so long before all are. One that streams gets there in less.
+const FEW_FOR: Duration = Duration::from_millis(2);
+
 thread_local! {
     /// Room for the candidates of one choice, for the next one.
     static CANDIDATES: Cell<Vec<Candidate>> = const { Cell::new(Vec::new()) };
@@ -152,6 +155,7 @@ impl Session {
         let mut queued = false;
         let mut avoid = avoid.to_vec();
         let mut waited = false;
+        let (few, ask_all_at) = (Ask::Few(rand::random()), begun + FEW_FOR);
         loop {
             let shared = self.shared.clone();
             let changed = pin!(shared.positions.changed_on(self.worker));
@@ -213,8 +217,13 @@ impl Session {
                 }
             }
             self.handle.facts.waits_for(Wait::For(WaitFor::Mark));
-            self.want_samples(&avoid, Asks::of(&mut waited));
-            if !self.wait(changed, wait_until).await? {
+            let (whom, until) = if Instant::now() < ask_all_at {
+                (few, wait_until.min(ask_all_at))
+            } else {
+                (Ask::All, wait_until)
+            };
+            self.want_samples(&avoid, Asks::of(&mut waited), whom);
+            if !self.wait(changed, until).await? {
                 return Ok(Tried::Failed(canceled()));
             }
         }
@@ -241,7 +250,7 @@ impl Session {
             Hope::NobodyServes => RouteReason::NoReplica,
             Hope::LateClocks => RouteReason::Clock,
             Hope::Soon | Hope::TooFar => {
-                self.want_samples(&[], Asks::First);
+                self.want_samples(&[], Asks::First, Ask::All);
                 RouteReason::Behind
             }
         }
@@ -368,7 +377,7 @@ impl Session {
                 }
                 Tried::Primary(_) => {}
             }
-            self.want_samples(avoid, Asks::Again);
+            self.want_samples(avoid, Asks::Again, Ask::All);
             if !self.wait(changed, until.min(Instant::now() + RETRY)).await? {
                 return Ok(Err(canceled()));
             }
@@ -451,7 +460,7 @@ impl Session {
     }
 
     /// Asks for the samples that would let a replica serve.
-    fn want_samples(&self, avoid: &[NodeId], asks: Asks) {
+    fn want_samples(&self, avoid: &[NodeId], asks: Asks, whom: Ask) {
         let topology = self.shared.topology.load();
         self.want_own_samples(asks);
         if self.asked_for.max_lag.is_some()
@@ -459,7 +468,10 @@ impl Session {
         {
             self.want(primary, asks);
         }
-        for view in topology.serving_replicas().filter(|v| !avoid.contains(&v.id)) {
+        let serving =
+            || topology.serving_replicas().filter(|v| !avoid.contains(&v.id) && !self.is_drained(v.id));
+        let asked = whom.among(serving().count());
+        for view in serving().chain(serving()).skip(asked.start).take(asked.len()) {
             self.want(view.id, asks);
         }
     }
@@ -824,6 +836,31 @@ enum Asks {
     Again,
 }
 
+/// Which of the replicas a read that waits asks where they are.
+#[derive(Clone, Copy)]
+enum Ask {
+    /// A few, drawn by this lot: a sample costs its node and us, and what it costs must not grow with the replicas that
+    /// there are.
+    Few(u32),
+    All,
+}
+
+impl Ask {
+    /// As many as are enough to choose between.
+    const FEW: usize = 2;
+
+    /// The places of those asked, of `count` that stand in a ring.
+    fn among(self, count: usize) -> std::ops::Range<usize> {
+        match self {
+            Ask::Few(lot) if count > Ask::FEW => {
+                let first = lot as usize % count;
+                first..first + Ask::FEW
+            }
+            Ask::Few(_) | Ask::All => 0..count,
+        }
+    }
+}
+
 impl Asks {
     /// From now on it has.
     fn of(before: &mut bool) -> Asks {
@@ -856,4 +893,23 @@ pub(super) fn unfit(why: &str) -> ErrorReport {
     ErrorReport::error("08006", "cannot log in to the node in this user's place")
         .detail(why.to_owned())
         .hint("Run highwater check.")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_many_replicas_two_are_asked_and_each_in_its_turn() {
+        assert_eq!(Ask::All.among(7), 0..7);
+        for lot in [0, 1, u32::MAX] {
+            assert_eq!(Ask::Few(lot).among(0), 0..0);
+            assert_eq!(Ask::Few(lot).among(2), 0..2);
+        }
+        let mut asked = [0; 5];
+        for lot in 0..5 {
+            Ask::Few(lot).among(5).for_each(|place| asked[place % 5] += 1);
+        }
+        assert_eq!(asked, [2; 5]);
+    }
 }

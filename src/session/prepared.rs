@@ -119,6 +119,11 @@ impl Statement {
         self.description.get().filter(|_| may_differ).map(|answer| &answer[..])
     }
 
+    /// Whether a Parse, under the settings that `settings` stands for, makes the same statement again.
+    pub fn is_made_by(&self, parse: &Parse<'_>, settings: &[u8]) -> bool {
+        !self.is_sql() && self.tail == parse.tail && *self.settings == *settings
+    }
+
     /// The text; of one that was prepared by SQL, the statement proper.
     pub fn text(&self) -> &[u8] {
         let text = &self.tail[..self.text_end];

@@ -548,8 +548,11 @@ impl Exchange<'_> {
         let body = self.body(len);
         let Some(parse) = Parse::read(&body) else { return self.translate_malformed(len) };
         let name = prepared::key(parse.name);
-        let statement =
-            self.session.shared.names.statement(&parse, self.session.settings.parse_fingerprint());
+        let settings = self.session.settings.parse_fingerprint();
+        let statement = match self.session.judged.take() {
+            Some(judged) if judged.is_made_by(&parse, settings) => judged,
+            _ => self.session.shared.names.statement(&parse, settings),
+        };
         // Units are classified before they are placed; what is parsed later in an open unit is
         // classified here, without asking for a second opinion: unknown is not a read.
         let class = self.session.known_class(&statement);

@@ -352,17 +352,20 @@ async fn figures_are_kept_by_user_and_by_statement_and_no_literal_is_shown() {
     })
     .await;
     let all = rows(&client, "SHOW STATEMENTS").await;
-    let of = |text: &str, column: &str| {
-        let row = all.iter().find(|row| row.get("statement") == Some(text));
+    // A read that came before the catalog facts has a row of its own: it was not known to be one.
+    let of = |text: &str, class: &str, column: &str| {
+        let is_it = |row: &&tokio_postgres::SimpleQueryRow| {
+            row.get("statement") == Some(text) && row.get("class") == Some(class)
+        };
+        let row = all.iter().find(is_it);
         let row = row.unwrap_or_else(|| panic!("{text} is not in {all:?}"));
         row.get(column).unwrap_or_default().to_owned()
     };
-    assert_eq!(of("INSERT INTO t VALUES (?)", "on_primary"), "6");
-    assert_eq!(of("INSERT INTO t VALUES (?)", "class"), "write");
-    assert_eq!(of("DELETE FROM t WHERE s = ? AND x > ?", "on_primary"), "1");
+    assert_eq!(of("INSERT INTO t VALUES (?)", "write", "on_primary"), "6");
+    assert_eq!(of("DELETE FROM t WHERE s = ? AND x > ?", "write", "on_primary"), "1");
     let read = "SELECT x FROM t WHERE s = ?";
-    assert_ne!(of(read, "on_replicas"), "0");
-    let (mean, most) = (of(read, "mean_seconds"), of(read, "max_seconds"));
+    assert_ne!(of(read, "read", "on_replicas"), "0");
+    let (mean, most) = (of(read, "read", "mean_seconds"), of(read, "read", "max_seconds"));
     assert!(mean.parse::<f64>().unwrap() <= most.parse::<f64>().unwrap(), "{mean} {most}");
     for row in &all {
         assert!(!row.get("statement").unwrap().contains("hunter2x"), "{row:?}");
