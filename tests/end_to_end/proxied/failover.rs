@@ -146,7 +146,7 @@ pub(super) struct Written {
 
 impl Written {
     /// How long after `at` the first write was acknowledged by the next primary: the end of the longest time without.
-    fn first_after(&self, at: Instant) -> Duration {
+    pub(super) fn first_after(&self, at: Instant) -> Duration {
         let mut times: Vec<Instant> = self.acknowledged.iter().map(|(when, _)| *when).collect();
         times.sort();
         let longest = times.windows(2).filter(|pair| pair[1] > at).max_by_key(|pair| pair[1] - pair[0]);

@@ -1,5 +1,7 @@
 //! Two proxies over one cluster, that agree by a real etcd.
 
+use std::time::Instant;
+
 use highwater::config::Config;
 use highwater::demo::port::ReservedPort;
 use nix::sys::signal::Signal;
@@ -78,6 +80,7 @@ async fn a_killed_primary_is_replaced_once_and_no_client_of_either_proxy_loses_a
     let there = Writers::start_from(second.port(), &cluster, 4, 1_000_000_000).await;
     here.more(200).await;
     there.more(200).await;
+    let killed = Instant::now();
     cluster.node(0).crash().await.unwrap();
     here.more(200).await;
     there.more(200).await;
@@ -87,6 +90,7 @@ async fn a_killed_primary_is_replaced_once_and_no_client_of_either_proxy_loses_a
         assert_eq!(primary(proxy).await, Some(name_of(new)));
     }
     for written in [here.finish().await, there.finish().await] {
+        println!("first write after {:?}", written.first_after(killed));
         assert_eq!(written.lost(&cluster, new).await, 0);
     }
     assert!(leads(&first).await && !leads(&second).await);
