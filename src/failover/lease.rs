@@ -228,6 +228,8 @@ pub enum Wanted {
     Draining(String),
     /// Nothing; connections to it are closed, and that is acknowledged if the leader asks for it.
     Closed(Option<u64>),
+    /// The same, as the record cannot be read: whatever may be asked in this attempt is acknowledged.
+    Away(Option<String>, Option<u64>),
 }
 
 /// See [`Wanted`]. `attempt` is the one of the record's intent.

@@ -303,7 +303,7 @@ impl Shell {
             match several.damaged {
                 false => lease::wanted(&several.record, kept.attempt.as_deref(), seen.close.as_ref()),
                 // Whatever it says: nothing is done, and nobody waits for this one.
-                true => Wanted::Closed(seen.close.as_ref().map(|close| close.revision)),
+                true => Wanted::Away(kept.attempt.clone(), seen.close.as_ref().map(|close| close.revision)),
             },
             primary,
         );
@@ -320,7 +320,7 @@ impl Shell {
         }
         several.obeyed = Some(wanted.clone());
         let (gate, speaker) = (Arc::clone(&self.gate), several.coordination.speaker());
-        several.obeying = match wanted {
+        let obeying = match wanted {
             Wanted::Open => {
                 gate.set(Posture::Open);
                 None
@@ -332,20 +332,37 @@ impl Shell {
                     speaker.drained(attempt);
                 }))
             }
-            Wanted::Closed(asked) => {
-                gate.set(Posture::Closed);
-                // The one of the record, and the one that sessions here go to, should that be another.
-                let nodes = [several.record.primary, primary];
-                nodes.into_iter().flatten().for_each(|node| gate.close_sockets(node));
-                Some(self.tasks.spawn(async move {
-                    for node in nodes.into_iter().flatten() {
-                        gate.sockets_closed(node).await;
-                    }
-                    if let Some(revision) = asked {
-                        speaker.closed(revision);
-                    }
-                }))
-            }
+            Wanted::Closed(closed) => self.close(None, closed, primary),
+            Wanted::Away(attempt, closed) => self.close(attempt, closed, primary),
         };
+        if let Some(several) = &mut self.several {
+            several.obeying = obeying;
+        }
+    }
+
+    /// Closes what leads to the primary, and then acknowledges what the leader has asked for.
+    fn close(
+        &mut self,
+        attempt: Option<String>,
+        closed: Option<u64>,
+        primary: Option<NodeId>,
+    ) -> Option<AbortHandle> {
+        let several = self.several.as_ref()?;
+        let (gate, speaker) = (Arc::clone(&self.gate), several.coordination.speaker());
+        // The one of the record, and the one that sessions here go to, should that be another.
+        let nodes = [several.record.primary, primary];
+        gate.set(Posture::Closed);
+        nodes.into_iter().flatten().for_each(|node| gate.close_sockets(node));
+        Some(self.tasks.spawn(async move {
+            for node in nodes.into_iter().flatten() {
+                gate.sockets_closed(node).await;
+            }
+            if let Some(attempt) = attempt {
+                speaker.drained(attempt);
+            }
+            if let Some(revision) = closed {
+                speaker.closed(revision);
+            }
+        }))
     }
 }

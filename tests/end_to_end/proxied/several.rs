@@ -447,6 +447,45 @@ async fn nothing_acknowledged_is_lost_whatever_becomes_of_proxies_and_etcd() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_that_cannot_read_the_record_keeps_from_the_primary_and_holds_nobody_up() {
+    let (cluster, etcd) = (Cluster::start(1).await, Etcd::start().await);
+    cluster.set_up(TABLE).await;
+    let (first, second) = pair(&cluster, &etcd, "").await;
+    let node = |name: &str, at: usize| {
+        format!("{{ name: {name}, host: 127.0.0.1, port: {} }}", cluster.link(at).port())
+    };
+    // It calls the nodes something else.
+    let several = format!(
+        "kind: etcd, endpoints: [ 'http://127.0.0.1:{}' ], prefix: /highwater/test, name: p3, ttl: 4s",
+        etcd.port()
+    );
+    let overrides = format!(
+        "nodes: [ {}, {} ]\nfailover: {{ mode: auto, pause_timeout: 500ms, coordination: {{ {several} }} }}",
+        node("x", 0),
+        node("y", 1)
+    );
+    let options = ProxyOptions { overrides: &overrides, start: Start::Listening, ..ProxyOptions::default() };
+    let stranger = Proxy::start_with(&cluster, options).await;
+    eventually("it is there", || async { dcs(&first, "proxies").await == 3.0 }).await;
+    eventually("it says so", || async { stranger.log().contains("the record in etcd cannot be used") }).await;
+    assert_eq!(dcs(&stranger, "lease").await, 0.0);
+    let mut client = stranger.raw_login().await;
+    assert_eq!(write(&mut client, 1).await, "EZ");
+    // It is heard of, and has nothing open.
+    let orders = console(&cluster, &first).await;
+    could_switch_over(&orders).await;
+    orders.batch_execute("SWITCHOVER TO b TIMEOUT '20s'").await.unwrap();
+    // Alone, it does not lead.
+    first.stop().await;
+    second.stop().await;
+    eventually("it is alone", || async { dcs(&stranger, "proxies").await == 1.0 }).await;
+    eventually("it has tried", || async { stranger.log().contains("coordination: this proxy leads") }).await;
+    eventually("it has given up", || async { dcs(&stranger, "leader").await == 0.0 }).await;
+    assert_eq!(write(&mut client, 2).await, "EZ");
+    assert_eq!(stranger.log().matches("coordination: this proxy leads").count(), 1);
+}
+
 #[tokio::test]
 async fn check_names_each_member_of_etcd_that_does_not_answer() {
     let (cluster, etcd) = (Cluster::start(1).await, Etcd::start().await);
