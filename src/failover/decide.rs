@@ -143,6 +143,8 @@ struct Known {
     fenced_start: Option<Option<std::sync::Arc<str>>>,
     /// No further order to it before this.
     retry_at: Option<Instant>,
+    /// No further order to it before this that nobody waits for.
+    mend_at: Option<Instant>,
     /// When it was last made to follow again: it may be connecting since.
     unsevered: Option<Instant>,
 }
@@ -229,8 +231,9 @@ pub(super) struct Pending {
 pub struct Machine {
     pub(super) settings: Settings,
     pub(super) record: Record,
-    /// The record as it was given out last.
-    written: Record,
+    /// The record that is on disk; `None`: one could not be written, and may be there all the same (its name in the
+    /// directory could not be flushed). Nothing leans on either before one has been written again.
+    written: Option<Record>,
     state: State,
     started: Instant,
     known: Vec<Known>,
@@ -268,7 +271,7 @@ impl Machine {
     pub fn new(settings: Settings, record: Record, now: Now) -> Machine {
         let count = settings.nodes.len();
         let mut machine = Machine {
-            written: record.clone(),
+            written: Some(record.clone()),
             state: State::Starting,
             started: now.at,
             known: vec![Known::default(); count],
@@ -345,8 +348,9 @@ impl Machine {
         }
         self.settle_gate();
         let mut actions = mem::take(&mut self.out);
-        if self.record != self.written {
-            self.written = self.record.clone();
+        let waits = self.written.is_none() && self.hold_until.is_some() && actions.is_empty();
+        if self.written.as_ref() != Some(&self.record) && !waits {
+            self.written = Some(self.record.clone());
             actions.insert(0, Action::Record(Box::new(self.record.clone())));
             self.undo = Some(before);
         }
@@ -424,11 +428,13 @@ impl Machine {
         }
     }
 
-    /// As if the step that wanted the record had not been: its actions were dropped. Tried again a little later.
+    /// As if the step that wanted the record had not been: its actions were dropped. Tried again a little later. Yet
+    /// a crash may find that record, and what the one before allows might make it untrue.
     fn record_failed(&mut self, cause: String, now: Instant) {
         if let Some(before) = self.undo.take() {
             *self = *before;
         }
+        self.written = None;
         // What is undone here was perhaps the news that the candidate has been promoted: should it not be reached from now
         // on, that is no refusal.
         let promoting =
@@ -479,9 +485,30 @@ impl Machine {
             && self.known.get(node.index()).is_some_and(|known| known.retry_at.is_none_or(|at| now >= at))
     }
 
-    fn retry_after(&mut self, node: NodeId, pause: Duration, now: Instant) {
+    /// The same for an order that nobody waits for.
+    fn is_free_to_mend(&self, node: NodeId, now: Instant) -> bool {
+        let rested = |known: &Known| known.mend_at.is_none_or(|at| now >= at);
+        self.is_free(node, now) && self.known.get(node.index()).is_some_and(rested)
+    }
+
+    /// The same for cutting it off. An order to follow a primary does not hold that up: it waits for long where that
+    /// primary is lost, too, and gives way to what comes behind it.
+    fn is_free_to_sever(&self, node: NodeId, now: Instant) -> bool {
+        let follows = |pending: &Pending| matches!(pending.order, Order::Repoint { .. });
+        self.settings.hands
+            && !self.orders.values().any(|pending| pending.node == node && !follows(pending))
+            && self.known.get(node.index()).is_some_and(|known| known.retry_at.is_none_or(|at| now >= at))
+    }
+
+    fn retry_after(&mut self, node: NodeId, now: Instant) {
         if let Some(known) = self.known.get_mut(node.index()) {
-            known.retry_at = Some(now + pause);
+            known.retry_at = Some(now + RETRY);
+        }
+    }
+
+    fn mend_after(&mut self, node: NodeId, now: Instant) {
+        if let Some(known) = self.known.get_mut(node.index()) {
+            known.mend_at = Some(now + MEND_RETRY);
         }
     }
 
@@ -1057,7 +1084,7 @@ impl Machine {
                 true => add(&mut self.record.repoint, *node),
                 false => self.follows_again(*node),
             }
-            if self.is_free(*node, now) {
+            if self.is_free_to_sever(*node, now) {
                 self.give(*node, Order::Sever, None);
             }
         }
@@ -1327,7 +1354,10 @@ impl Machine {
                 order,
                 Order::Sever | Order::SetSync { .. } | Order::Promote { .. } | Order::Kick { .. }
             );
-            self.retry_after(node, if quick { RETRY } else { MEND_RETRY }, now.at);
+            self.retry_after(node, now.at);
+            if !quick {
+                self.mend_after(node, now.at);
+            }
             if let (Order::Kick { .. }, Some(suspicion)) = (&order, &mut self.suspicion) {
                 suspicion.unsettled.insert(node, now.at);
             }
@@ -1362,7 +1392,7 @@ impl Machine {
             (Order::Repoint { .. }, OrderResult::Done) => {
                 self.record.repoint.retain(|of| *of != node);
                 // Until probes have seen it follow.
-                self.retry_after(node, MEND_RETRY, now.at);
+                self.mend_after(node, now.at);
             }
             (Order::Repoint { .. }, OrderResult::Diverged { .. }) => {
                 self.put_in_quarantine(node, Quarantine::Diverged);
@@ -1410,7 +1440,8 @@ impl Machine {
         if timeline.is_some() && timeline == self.record.timeline && self.record.repoint.contains(&node) {
             self.follows_again(node);
         }
-        if let Some(attempt) = &mut self.attempt {
+        let kept_out = self.quarantine(node).is_some();
+        if let Some(attempt) = self.attempt.as_mut().filter(|_| !kept_out) {
             attempt.cuts.insert(node, Cut { node, end, timeline, priority });
         }
     }
@@ -1469,7 +1500,7 @@ impl Machine {
         let standbys = self.standbys();
         // I12: a cut-off standby follows again, also while the primary is away.
         for node in self.record.severed.clone() {
-            if standbys.contains(&node) && self.is_free(node, now.at) {
+            if standbys.contains(&node) && self.is_free_to_mend(node, now.at) {
                 self.give(node, Order::Unsever, None);
             }
         }
@@ -1477,11 +1508,11 @@ impl Machine {
             self.find_strays(&standbys, now.at);
             for node in self.record.repoint.clone() {
                 let fork = self.fork_for(node);
-                if standbys.contains(&node) && self.is_free(node, now.at) {
+                if standbys.contains(&node) && self.is_free_to_mend(node, now.at) {
                     self.give(node, Order::Repoint { to, timeline, fork }, None);
                 }
             }
-            if self.record.fenced.contains(&to) && self.is_free(to, now.at) {
+            if self.record.fenced.contains(&to) && self.is_free_to_mend(to, now.at) {
                 self.give(to, Order::Unfence, None);
             }
         }
@@ -1524,7 +1555,7 @@ impl Machine {
         for (node, why) in self.record.quarantined.clone() {
             let open = self.known.get(node.index()).is_some_and(|known| known.fenced_start == Some(None));
             let older = self.writes(node).is_some_and(|timeline| Some(timeline) < self.record.timeline);
-            if why == Quarantine::OldPrimary && open && older && self.is_free(node, now) {
+            if why == Quarantine::OldPrimary && open && older && self.is_free_to_mend(node, now) {
                 add(&mut self.record.fenced, node);
                 self.give(node, Order::Fence, None);
             }
