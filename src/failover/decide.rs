@@ -157,6 +157,8 @@ struct Suspicion {
     gone_since: Option<Instant>,
     /// The standbys have said so once: that they were cut off after that takes nothing from it.
     confirmed: bool,
+    /// Since when they have said neither that it is gone nor that it lives.
+    undecided: Option<Instant>,
     heard: Vec<bool>,
     kicked: BTreeMap<NodeId, (Kick, Instant)>,
     /// Kicks that ended without a result: the standby may still be connecting anew, which says nothing.
@@ -778,6 +780,7 @@ impl Machine {
                 since: now.at,
                 gone_since: None,
                 confirmed: false,
+                undecided: None,
                 heard: vec![false; self.known.len()],
                 kicked: BTreeMap::new(),
                 unsettled: BTreeMap::new(),
@@ -846,7 +849,9 @@ impl Machine {
     fn confirm(&mut self, primary: NodeId, tick: bool, now: Now) {
         let Some(suspicion) = &mut self.suspicion else { return };
         let gone_since = *suspicion.gone_since.get_or_insert(now.at);
-        match self.testimony(primary, gone_since, now.at) {
+        let testimony = self.testimony(primary, gone_since, now.at);
+        let undecided = self.stays_undecided(&testimony, now.at);
+        match testimony {
             Testimony::Gone => {
                 self.suspicion.iter_mut().for_each(|suspicion| suspicion.confirmed = true);
                 self.begin_or_block(now);
@@ -856,6 +861,7 @@ impl Machine {
                 self.enter(State::Suspect);
                 self.alarm_once(Alarm::OnlyWeAreCutOff);
             }
+            Testimony::NobodyKnows if undecided => {}
             Testimony::NobodyKnows => {
                 self.blocked = None;
                 self.enter(State::Suspect);
@@ -867,6 +873,30 @@ impl Machine {
                 self.kick(nodes, now.at);
             }
         }
+    }
+
+    /// Standbys answer, and for so long none of them could say whether the primary is gone: it is not to be hoped that one
+    /// will. That is told as what it is (I12), and passes as soon as one can.
+    fn stays_undecided(&mut self, testimony: &Testimony, now: Instant) -> bool {
+        let decided = matches!(testimony, Testimony::Gone | Testimony::Alive);
+        let Some(suspicion) = &mut self.suspicion else { return false };
+        if decided {
+            suspicion.undecided = None;
+            return false;
+        }
+        let since = *suspicion.undecided.get_or_insert(now);
+        let standbys = self.standbys();
+        let patience = self.settings.kick_timeout * VOUCHED;
+        if standbys.is_empty() || now.saturating_duration_since(since) < patience {
+            return false;
+        }
+        let reason = match standbys.iter().all(|node| self.is_left_behind(*node)) {
+            true => BlockReason::LeftBehind { node: standbys[0] },
+            false => BlockReason::NoWitness,
+        };
+        self.blocked = Some(Blocked { reason: reason.clone(), retry_at: now, reachable: standbys });
+        self.enter(State::Blocked(reason));
+        true
     }
 
     fn keep_confirming(&mut self, primary: NodeId, tick: bool) {

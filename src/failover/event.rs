@@ -529,6 +529,9 @@ pub enum BlockReason {
         /// Needed.
         need: usize,
     },
+    /// The standbys that can be reached do not say whether the primary is gone: none follows it directly, or replay
+    /// stands still on those that do.
+    NoWitness,
     /// A reachable standby could not be cut off within `sever_timeout`.
     SeverTimeout {
         /// Which.
@@ -566,7 +569,7 @@ pub enum BlockReason {
 
 impl BlockReason {
     /// All labels, for the metric.
-    pub const LABELS: [&'static str; 17] = [
+    pub const LABELS: [&'static str; 18] = [
         "manual",
         "paused",
         "unprepared",
@@ -576,6 +579,7 @@ impl BlockReason {
         "data_loss",
         "behind",
         "minority",
+        "no_witness",
         "sever_timeout",
         "no_candidate",
         "left_behind",
@@ -598,6 +602,7 @@ impl BlockReason {
             BlockReason::DataLoss { .. } => "data_loss",
             BlockReason::Behind { .. } => "behind",
             BlockReason::Minority { .. } => "minority",
+            BlockReason::NoWitness => "no_witness",
             BlockReason::SeverTimeout { .. } => "sever_timeout",
             BlockReason::NoCandidate => "no_candidate",
             BlockReason::LeftBehind { .. } => "left_behind",
@@ -638,6 +643,10 @@ impl fmt::Display for BlockReason {
             BlockReason::Minority { have, need } => {
                 write!(f, "{have} standbys can be reached and it takes {need} (allow_minority does without)")
             }
+            BlockReason::NoWitness => f.write_str(
+                "no standby that can be reached says whether the primary is gone, as none follows it directly or replay stands \
+                 still there; FAILOVER replaces it, if you know that it is gone",
+            ),
             BlockReason::SeverTimeout { .. } => {
                 f.write_str("a standby that answers could not be cut off within sever_timeout")
             }
