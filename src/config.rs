@@ -103,6 +103,8 @@ pub struct NodeConfig {
     pub delayed_ok: bool,
     /// Where the other nodes reach it for replication, which need not be where the proxy does.
     pub replication: ReplicationAddress,
+    /// The zone or region that it is in; `None`: that is not told.
+    pub zone: Option<String>,
     /// It was taken out of the file while the proxy ran: it keeps its number, and is not used. Never read from a file.
     pub removed: bool,
 }
@@ -458,6 +460,8 @@ pub struct RoutingConfig {
     pub read_only_on_replicas: bool,
     /// What the operator knows of functions.
     pub functions: FunctionOverrides,
+    /// The zone that this proxy is in: replicas of it come first.
+    pub zone: Option<String>,
 }
 
 /// Where the statements of a user, of a database, or of a user in a database go.
@@ -617,6 +621,8 @@ pub struct FailoverConfig {
     pub lost_write: LostWrite,
     /// Who may be promoted; empty: all, alike.
     pub candidates: Vec<CandidateConfig>,
+    /// Only a standby of the primary's zone takes over, unless a command names another.
+    pub same_zone_only: bool,
     /// Whether an old primary that comes back is made read-only.
     pub fence_sql: bool,
     /// Synchronous replication.
@@ -688,7 +694,10 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "drain_timeout",
         ],
     ),
-    ("nodes[]", &["name", "host", "port", "weight", "delayed_ok", "replication_host", "replication_port"]),
+    (
+        "nodes[]",
+        &["name", "host", "port", "weight", "delayed_ok", "replication_host", "replication_port", "zone"],
+    ),
     ("control", &["user", "password", "password_env", "password_file", "database"]),
     ("auth", &["source", "users", "admins", "query", "login_timeout"]),
     ("auth.users[]", &["name", "password", "password_env", "password_file"]),
@@ -735,7 +744,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
     ("consistency.rules[]", &["user", "database", "level", "max_lag", "on_stale"]),
     ("durability", &["default", "rules"]),
     ("durability.rules[]", &["user", "database", "table", "durability"]),
-    ("routing", &["split", "shadow", "transactions", "read_only_transactions", "functions", "rules"]),
+    ("routing", &["split", "shadow", "transactions", "read_only_transactions", "functions", "rules", "zone"]),
     ("routing.rules[]", &["user", "database", "split", "route"]),
     ("routing.functions", &["safe", "primary"]),
     (
@@ -781,6 +790,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "allow_minority",
             "lost_write",
             "candidates",
+            "same_zone_only",
             "fence",
             "sync",
         ],
@@ -1514,6 +1524,7 @@ impl Reader<'_> {
             self.wrong(&trail, "the same address as `listen`");
         }
         let failover = self.failover(&top, &nodes);
+        let routing = self.routing(&top, &nodes);
         Some(Config {
             listen,
             listen_read_only,
@@ -1529,7 +1540,7 @@ impl Reader<'_> {
             node_tls: self.node_tls(&top),
             pool: self.pool(&top),
             consistency,
-            routing: self.routing(&top),
+            routing,
             limits: self.limits(&top),
             timeouts: self.timeouts(&top),
             replication: self.replication(&top),
@@ -1586,9 +1597,43 @@ impl Reader<'_> {
                     section.get("port").or(section.get("host")).map_or(section.trail.clone(), |(_, t)| t);
                 self.wrong(&at, message);
             }
-            nodes.push(NodeConfig { name, host, port, weight, delayed_ok, replication, removed: false });
+            let zone = self.zone(&section);
+            nodes.push(NodeConfig {
+                name,
+                host,
+                port,
+                weight,
+                delayed_ok,
+                replication,
+                zone,
+                removed: false,
+            });
         }
         nodes
+    }
+
+    /// The name of a zone. It is shown in answers and logs, and compared letter by letter.
+    fn zone(&mut self, section: &Section<'_>) -> Option<String> {
+        if let Some((Tree::Null, _)) = section.get("zone") {
+            return None;
+        }
+        let zone = self.text(section, "zone")?;
+        let odd = |c: char| !(c.is_ascii_alphanumeric() || "_-.".contains(c));
+        if zone.is_empty() || zone.len() > 63 || zone.chars().any(odd) {
+            let at = section.get("zone").map_or(section.trail.clone(), |(_, trail)| trail);
+            self.wrong(&at, "expected 1 to 63 letters, digits, and the signs - _ .");
+        }
+        Some(zone)
+    }
+
+    /// Where the proxy itself is. One that no node is in is no mistake by itself, but has no effect.
+    fn own_zone(&mut self, routing: &Section<'_>, nodes: &[NodeConfig]) -> Option<String> {
+        let zone = self.zone(routing)?;
+        if !nodes.iter().any(|node| node.zone.as_ref() == Some(&zone)) {
+            let at = routing.get("zone").map_or(routing.trail.clone(), |(_, trail)| trail);
+            self.ignored.push((at, "no node is in this zone: reads go to all replicas alike".to_owned()));
+        }
+        Some(zone)
     }
 
     fn control(&mut self, top: &Section<'_>) -> Option<ControlConfig> {
@@ -1911,7 +1956,7 @@ impl Reader<'_> {
         DurabilityConfig { default: self.choice(&section, "default", &words, &[], None), rules }
     }
 
-    fn routing(&mut self, top: &Section<'_>) -> RoutingConfig {
+    fn routing(&mut self, top: &Section<'_>, nodes: &[NodeConfig]) -> RoutingConfig {
         let section = self.child(top, "routing");
         let words = [("primary", Transactions::Primary), ("split", Transactions::Split)];
         let transactions = self.choice(&section, "transactions", &words, &[], Transactions::Primary);
@@ -1936,6 +1981,7 @@ impl Reader<'_> {
             shadow: self.flag(&section, "shadow", false),
             rules: self.routing_rules(&section),
             functions,
+            zone: self.own_zone(&section, nodes),
         }
     }
 
@@ -2014,6 +2060,7 @@ impl Reader<'_> {
             allow_minority: self.flag(&section, "allow_minority", false),
             lost_write: self.choice(&section, "lost_write", &told, &[], LostWrite::Error),
             candidates: self.candidates(&section, nodes),
+            same_zone_only: self.flag(&section, "same_zone_only", true),
             fence_sql: self.flag(&fence, "sql", true),
             sync: self.sync(&section, nodes),
         }
@@ -2407,6 +2454,30 @@ mod tests {
         std::fs::write(&file, b"listen: x\nhttp: \xff").unwrap();
         let error = Config::load(&file).unwrap_err();
         assert_eq!((error.problems[0].line, error.problems[0].column), (2, 7));
+    }
+
+    #[test]
+    fn zones_are_names_and_the_proxys_own_is_one_of_the_nodes() {
+        let file = |zone: &str, own: &str| {
+            let text = format!(
+                "nodes: [ {{ name: a, host: h, zone: {zone} }}, {{ name: b, host: i }} ]\n\
+                 control: {{ user: u, password: p }}\nrouting: {{ zone: {own} }}"
+            );
+            parse(&text)
+        };
+        let good = file("eu-1", "eu-1").unwrap();
+        assert_eq!((good.nodes[0].zone.as_deref(), good.nodes[1].zone.as_deref()), (Some("eu-1"), None));
+        assert_eq!([0, 1, 2].map(|index| good.is_near(index)), [true, false, false]);
+        assert!(good.failover.same_zone_only && good.warnings.is_empty());
+        let untold = file("eu-1", "null").unwrap();
+        assert!(!untold.is_near(0) && !untold.is_near(1), "nobody is near to nowhere");
+        let elsewhere = file("eu-1", "eu-2").unwrap();
+        assert!(elsewhere.warnings[0].contains("routing.zone: no node is in this zone"), "{elsewhere:?}");
+        let error = file("'eu 1'", "'ü'").unwrap_err().to_string();
+        assert!(
+            error.contains("nodes[0].zone: expected 1 to 63") && error.contains("routing.zone: "),
+            "{error}"
+        );
     }
 
     #[test]

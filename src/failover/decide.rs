@@ -58,6 +58,8 @@ pub struct NodeRule {
     pub name: String,
     /// Breaks ties between equal positions, the greater first; 0: never promoted.
     pub priority: u32,
+    /// Where it is; those that are nowhere are so together.
+    pub zone: Option<String>,
 }
 
 /// The part of the configuration that the machine goes by.
@@ -69,6 +71,8 @@ pub struct Settings {
     pub durability: Durability,
     /// The nodes, by [`NodeId`].
     pub nodes: Vec<NodeRule>,
+    /// Only a standby of the primary's zone takes over, unless a command names another.
+    pub same_zone_only: bool,
     /// Soft failures in a row before a node counts as gone.
     pub failure_threshold: u32,
     /// How long a walreceiver that was made to connect anew may take to stream.
@@ -110,6 +114,7 @@ impl Settings {
             mode: Mode::Auto,
             durability: Durability::Async,
             nodes,
+            same_zone_only: true,
             failure_threshold: 3,
             kick_timeout: Duration::from_secs(2),
             restart_grace: Duration::from_secs(10),
@@ -570,6 +575,28 @@ impl Machine {
         self.settings.nodes.get(node.index()).map_or(0, |rule| rule.priority)
     }
 
+    /// It is in another zone than the primary, so that nobody but a command that names it may choose it.
+    pub(super) fn is_elsewhere(&self, node: NodeId) -> bool {
+        let Some(primary) = self.record.primary else { return false };
+        self.settings.same_zone_only && self.zone(node) != self.zone(primary)
+    }
+
+    fn zone(&self, node: NodeId) -> Option<&str> {
+        self.settings.nodes.get(node.index())?.zone.as_deref()
+    }
+
+    /// A reason in a sentence, with the names that it is about.
+    pub fn explain(&self, reason: &BlockReason) -> String {
+        let BlockReason::OtherZone { node } = reason else { return reason.to_string() };
+        let of = |node| self.zone(node).map_or("no zone".to_owned(), |zone| format!("zone {zone}"));
+        let (name, there) = (self.name(*node), of(*node));
+        let here = self.record.primary.map_or(String::new(), of);
+        format!(
+            "{name} could take over, but is in {there}, and the lost primary in {here} (same_zone_only); \
+             FAILOVER TO {name} promotes it all the same"
+        )
+    }
+
     pub(super) fn verdict(&self, now: Instant) -> Verdict {
         self.watch.verdict(&self.patience(), now)
     }
@@ -958,14 +985,16 @@ impl Machine {
             let changed = blocked.reachable != reachable;
             let due = match blocked.reason {
                 // What was compared has shown this: as long as the same nodes are there, it stays so.
-                BlockReason::DataLoss { .. } | BlockReason::Behind { .. } => changed,
+                BlockReason::DataLoss { .. } | BlockReason::Behind { .. } | BlockReason::OtherZone { .. } => {
+                    changed
+                }
                 _ => changed || now.at >= blocked.retry_at,
             };
             if !due {
                 return;
             }
         }
-        match self.why_not_begin(&reachable, None) {
+        match self.why_not_begin(&reachable, None, None) {
             Some(reason) => self.stay_blocked(reason, now.at),
             None => {
                 let since = self.suspicion.as_ref().map_or(now.at, |s| s.since);
@@ -974,8 +1003,14 @@ impl Machine {
         }
     }
 
-    /// What speaks against a failover before anything has been touched. `allow_data_loss` is `Some` for an operator.
-    pub(super) fn why_not_begin(&self, reachable: &[NodeId], operator: Option<bool>) -> Option<BlockReason> {
+    /// What speaks against a failover, to this node or to whichever is best, before anything has been touched.
+    /// `operator` is `Some` for one: whether he gives up what may be lost.
+    pub(super) fn why_not_begin(
+        &self,
+        reachable: &[NodeId],
+        to: Option<NodeId>,
+        operator: Option<bool>,
+    ) -> Option<BlockReason> {
         if operator.is_none() {
             match self.settings.mode {
                 _ if self.record.paused => return Some(BlockReason::Paused),
@@ -994,8 +1029,15 @@ impl Machine {
                 return Some(BlockReason::Minority { have, need });
             }
         }
-        if !reachable.iter().any(|node| self.priority(*node) > 0) {
+        let fit = reachable.iter().copied().filter(|node| self.priority(*node) > 0);
+        let Some(best) = fit.max_by_key(|node| {
+            let here = Some(*node) == to || !self.is_elsewhere(*node);
+            (here, self.priority(*node), std::cmp::Reverse(*node))
+        }) else {
             return Some(BlockReason::NoCandidate);
+        };
+        if to.is_none() && self.is_elsewhere(best) {
+            return Some(BlockReason::OtherZone { node: best });
         }
         if self.settings.durability == Durability::Quorum && operator != Some(true) {
             return candidate::covers(&self.record.sync, |member| reachable.contains(&member)).err();
@@ -1364,7 +1406,7 @@ impl Machine {
 
     fn block(&mut self, reason: BlockReason, now: Instant) {
         let planned = self.record.intent.as_ref().is_some_and(|intent| intent.planned);
-        self.give_up(Err(reason.to_string()));
+        self.give_up(Err(self.explain(&reason)));
         match planned {
             true => self.enter(State::Suspect),
             false => self.stay_blocked(reason, now),
@@ -1465,14 +1507,14 @@ impl Machine {
     }
 
     fn severed(&mut self, node: NodeId, end: Lsn, timeline: Option<TimelineId>) {
-        let priority = self.priority(node);
+        let (priority, elsewhere) = (self.priority(node), self.is_elsewhere(node));
         let timeline = timeline.or(self.known.get(node.index()).and_then(|known| known.timeline));
         if timeline.is_some() && timeline == self.record.timeline && self.record.repoint.contains(&node) {
             self.follows_again(node);
         }
         let kept_out = self.quarantine(node).is_some();
         if let Some(attempt) = self.attempt.as_mut().filter(|_| !kept_out) {
-            attempt.cuts.insert(node, Cut { node, end, timeline, priority });
+            attempt.cuts.insert(node, Cut { node, end, timeline, priority, elsewhere });
         }
     }
 

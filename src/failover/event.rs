@@ -539,6 +539,11 @@ pub enum BlockReason {
     },
     /// No standby may be promoted.
     NoCandidate,
+    /// Who could take over is in another zone than the primary.
+    OtherZone {
+        /// The best of them.
+        node: NodeId,
+    },
     /// The standbys at hand never followed the lost primary: what it wrote since it took over is on none of them.
     LeftBehind {
         /// One of them.
@@ -569,7 +574,7 @@ pub enum BlockReason {
 
 impl BlockReason {
     /// All labels, for the metric.
-    pub const LABELS: [&'static str; 18] = [
+    pub const LABELS: [&'static str; 19] = [
         "manual",
         "paused",
         "unprepared",
@@ -582,6 +587,7 @@ impl BlockReason {
         "no_witness",
         "sever_timeout",
         "no_candidate",
+        "other_zone",
         "left_behind",
         "candidate_refused",
         "candidate_unreachable",
@@ -605,6 +611,7 @@ impl BlockReason {
             BlockReason::NoWitness => "no_witness",
             BlockReason::SeverTimeout { .. } => "sever_timeout",
             BlockReason::NoCandidate => "no_candidate",
+            BlockReason::OtherZone { .. } => "other_zone",
             BlockReason::LeftBehind { .. } => "left_behind",
             BlockReason::CandidateRefused { .. } => "candidate_refused",
             BlockReason::CandidateUnreachable { .. } => "candidate_unreachable",
@@ -651,6 +658,10 @@ impl fmt::Display for BlockReason {
                 f.write_str("a standby that answers could not be cut off within sever_timeout")
             }
             BlockReason::NoCandidate => f.write_str("no standby may be promoted"),
+            BlockReason::OtherZone { .. } => f.write_str(
+                "who could take over is in another zone than the lost primary (same_zone_only); \
+                 FAILOVER TO it promotes it all the same",
+            ),
             BlockReason::LeftBehind { .. } => f.write_str(
                 "the standbys that can be reached never followed the lost primary and have nothing of what it wrote; \
                  bring it back, or a standby that followed it",

@@ -630,7 +630,9 @@ impl Shell {
                     epoch,
                     after_ms,
                     reason = why.label(),
-                    "failover: {why}"
+                    node,
+                    "failover: {}",
+                    self.machine.explain(why)
                 );
             }
             _ => tracing::warn!(state = state_label, epoch, after_ms, node, "failover"),
@@ -707,6 +709,7 @@ fn about(state: &State) -> Option<NodeId> {
         | State::Blocked(
             BlockReason::SeverTimeout { node }
             | BlockReason::LeftBehind { node }
+            | BlockReason::OtherZone { node }
             | BlockReason::CandidateRefused { node, .. }
             | BlockReason::CandidateUnreachable { node },
         ) => Some(*node),
@@ -731,7 +734,7 @@ fn status(
         since,
         node: about(machine.state()).map(name),
         blocked: match machine.state() {
-            State::Blocked(why) => Some((why.label(), why.to_string())),
+            State::Blocked(why) => Some((why.label(), machine.explain(why))),
             _ => None,
         },
         paused: record.paused,
@@ -770,7 +773,7 @@ fn settings(config: &Config, hands: bool) -> Settings {
             (None, true) => 100,
             (None, false) => 0,
         };
-        NodeRule { name: node.name.clone(), priority }
+        NodeRule { name: node.name.clone(), priority, zone: node.zone.clone() }
     };
     Settings {
         mode: match failover.mode {
@@ -782,6 +785,7 @@ fn settings(config: &Config, hands: bool) -> Settings {
             DurabilityMode::Quorum => Durability::Quorum,
         },
         nodes: config.nodes.iter().map(rule).collect(),
+        same_zone_only: failover.same_zone_only,
         failure_threshold: failover.failure_threshold,
         kick_timeout: failover.kick_timeout,
         restart_grace: failover.restart_grace,

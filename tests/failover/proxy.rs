@@ -66,7 +66,7 @@ impl Proxy {
 }
 
 pub fn settings(plan: &Plan) -> Settings {
-    let rule = |at: usize| NodeRule { name: format!("n{at}"), priority: 100 - at as u32 };
+    let rule = |at: usize| NodeRule { name: format!("n{at}"), priority: 100 - at as u32, zone: None };
     Settings {
         mode: plan.mode,
         durability: plan.durability,

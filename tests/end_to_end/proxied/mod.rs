@@ -51,3 +51,4 @@ mod startup;
 mod switchover;
 mod tools;
 mod traps;
+mod zones;
