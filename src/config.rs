@@ -574,6 +574,25 @@ pub struct SyncConfig {
     pub strict: bool,
 }
 
+/// Replication slots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotsConfig {
+    /// Whether Highwater makes, moves and drops slots for the standbys.
+    pub manage: bool,
+    /// How their names begin; slots of other names are nobody's business.
+    pub prefix: String,
+    /// One that holds as much WAL is warned of.
+    pub warn_above: u64,
+}
+
+impl SlotsConfig {
+    /// The slot of the node of this name, in the letters that slots may have.
+    pub fn slot_of(&self, node: &str) -> String {
+        let fit = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '_' };
+        self.prefix.chars().chain(node.chars().map(fit)).collect()
+    }
+}
+
 /// How nodes are watched.
 #[derive(Clone, Debug)]
 pub struct FailoverConfig {
@@ -627,6 +646,8 @@ pub struct FailoverConfig {
     pub fence_sql: bool,
     /// Synchronous replication.
     pub sync: SyncConfig,
+    /// Replication slots.
+    pub slots: SlotsConfig,
 }
 
 /// How log lines look.
@@ -793,11 +814,13 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "same_zone_only",
             "fence",
             "sync",
+            "slots",
         ],
     ),
     ("failover.candidates[]", &["node", "priority"]),
     ("failover.fence", &["sql"]),
     ("failover.sync", &["manage", "num", "degrade_after", "strict"]),
+    ("failover.slots", &["manage", "prefix", "warn_above"]),
     ("log", &["format", "level", "slow_statement", "slow_per_second", "connections"]),
 ];
 
@@ -2063,7 +2086,36 @@ impl Reader<'_> {
             same_zone_only: self.flag(&section, "same_zone_only", true),
             fence_sql: self.flag(&fence, "sql", true),
             sync: self.sync(&section, nodes),
+            slots: self.slots(&section, nodes),
         }
+    }
+
+    fn slots(&mut self, failover: &Section<'_>, nodes: &[NodeConfig]) -> SlotsConfig {
+        let section = self.nested(failover, "slots", "failover.slots");
+        let slots = SlotsConfig {
+            manage: self.flag(&section, "manage", false),
+            prefix: self.text(&section, "prefix").unwrap_or_else(|| "hw_".to_owned()),
+            warn_above: self.size(&section, "warn_above", 1 << 30, 1..=usize::MAX) as u64,
+        };
+        let at = section.get("prefix").map_or(section.trail.clone(), |(_, trail)| trail);
+        let odd = |c: char| !(c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+        if slots.prefix.is_empty() || slots.prefix.len() > 32 || slots.prefix.chars().any(odd) {
+            self.wrong(&at, "expected 1 to 32 lower-case letters, digits and underscores");
+        }
+        for (index, node) in nodes.iter().enumerate().filter(|_| slots.manage) {
+            let slot = slots.slot_of(&node.name);
+            if slot.len() > 63 {
+                self.wrong(
+                    &at,
+                    format!("the slot of `{}` would have a name of more than 63 letters", node.name),
+                );
+            }
+            if let Some(other) = nodes[..index].iter().find(|other| slots.slot_of(&other.name) == slot) {
+                let message = format!("`{}` and `{}` would both have the slot {slot}", other.name, node.name);
+                self.wrong(&at, message);
+            }
+        }
+        slots
     }
 
     fn candidates(&mut self, failover: &Section<'_>, nodes: &[NodeConfig]) -> Vec<CandidateConfig> {
@@ -2478,6 +2530,27 @@ mod tests {
             error.contains("nodes[0].zone: expected 1 to 63") && error.contains("routing.zone: "),
             "{error}"
         );
+    }
+
+    #[test]
+    fn each_node_has_a_slot_of_its_own() {
+        let file = |other: &str, slots: &str| {
+            let text = format!(
+                "nodes: [ {{ name: Db-1, host: h }}, {{ name: {other}, host: i }} ]\n\
+                 control: {{ user: u, password: p }}\nfailover: {{ slots: {{ manage: true{slots} }} }}"
+            );
+            parse(&text)
+        };
+        let slots = file("b", "").unwrap().failover.slots;
+        assert_eq!([slots.slot_of("Db-1"), slots.slot_of("b")], ["hw_db_1", "hw_b"]);
+        for (other, given, why) in [
+            ("db.1", "", "would both have the slot hw_db_1"),
+            ("b", ", prefix: Hw", "lower-case letters"),
+            ("b", ", prefix: \"hw'\"", "lower-case letters"),
+        ] {
+            let error = file(other, given).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
     }
 
     #[test]

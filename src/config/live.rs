@@ -140,6 +140,7 @@ table! {
     "failover.durability" Restart failover.durability;
     "failover.state_dir" Restart failover.state_dir;
     "failover.sync" Restart failover.sync;
+    "failover.slots" Restart failover.slots;
     "failover.candidates" Live failover.candidates;
     "failover.same_zone_only" Live failover.same_zone_only;
     "failover.fence.sql" Live failover.fence_sql;
@@ -335,6 +336,12 @@ impl Config {
     /// Nodes at most over the life of a process that was started with this configuration.
     pub fn places(&self) -> usize {
         self.limits.nodes.max(self.nodes.len())
+    }
+
+    /// How many slots each node keeps, if `failover.slots` are kept.
+    pub fn slots_kept(&self) -> Option<usize> {
+        let nodes = self.nodes.iter().filter(|node| !node.removed).count();
+        self.failover.slots.manage.then(|| nodes.saturating_sub(1))
     }
 
     /// Whether the node with this index is in the zone that this proxy is told to be in (`routing.zone`).

@@ -547,7 +547,7 @@ impl Machine {
     }
 
     /// The standbys that can be reached: a single missed probe does not put one out of reach (I3).
-    pub(super) fn standbys(&self) -> Vec<NodeId> {
+    pub fn standbys(&self) -> Vec<NodeId> {
         let threshold = self.settings.failure_threshold.max(1);
         let reachable = |known: &Known| match (&known.fact, &known.seen) {
             (Some(Fact::Answered(_)), Some(_)) => true,

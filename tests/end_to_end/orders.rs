@@ -60,7 +60,7 @@ impl Proxyless {
 
     /// What stands in the way of a failover at `node`, in the eyes of a proxy of this identity.
     async fn findings(&self, node: NodeId, identity: &str) -> Vec<String> {
-        let needs = Needs { quorum: true, manage_sync: true };
+        let needs = Needs { quorum: true, manage_sync: true, slots: None };
         let deadline = Duration::from_secs(5);
         let found =
             examine(&self.config.load_full(), &self.nodes, node, needs, Some(identity), deadline).await;

@@ -45,6 +45,7 @@ mod schedules;
 mod settings;
 mod share_unnamed;
 mod sizes;
+mod slots;
 mod split;
 mod standby;
 mod startup;
