@@ -103,10 +103,14 @@ async fn without_the_right_to_make_slots_a_proxy_says_so_and_promotes_nobody_by_
     admin.batch_execute(take).await.unwrap();
     cluster.wait_caught_up(0).await.unwrap();
     let proxy = started(&cluster, &directory, MANAGE).await;
+    // On both nodes: only once all were asked it goes by that.
+    let missing = [
+        "it lacks: ALTER ROLE highwater REPLICATION",
+        "GRANT ALTER SYSTEM ON PARAMETER primary_slot_name TO highwater",
+    ];
     eventually("it names what is missing", || async {
         let log = proxy.log();
-        log.contains("it lacks: ALTER ROLE highwater REPLICATION")
-            && log.contains("GRANT ALTER SYSTEM ON PARAMETER primary_slot_name TO highwater")
+        missing.iter().all(|what| log.matches(what).count() >= 2)
     })
     .await;
     cluster.node(0).crash().await.unwrap();
