@@ -98,6 +98,8 @@ pub struct FailoverFigures {
     pub lost_acked_bytes_min: Option<u64>,
     /// With `durability: quorum`: whether acknowledged writes are covered now.
     pub sync: Option<bool>,
+    /// With `slots.manage`: the most WAL, in bytes, that one of the slots holds.
+    pub slots_held: u64,
 }
 
 /// Every value of the labels that are known beforehand, so that each series is there from the start.
@@ -736,6 +738,12 @@ impl Metrics {
             .set(as_gauge(figures.lost_acked_bytes_min.unwrap_or(0)));
         gauge(now, "highwater_sync_state", "1: acknowledged writes survive the primary; 0: they may not.")
             .set(i64::from(figures.sync == Some(true)));
+        gauge(
+            now,
+            "highwater_slot_wal_bytes",
+            "The most WAL that one of Highwater's replication slots holds.",
+        )
+        .set(as_gauge(figures.slots_held));
     }
 }
 

@@ -520,6 +520,7 @@ fn failover_figures(status: &control::Status) -> FailoverFigures {
         quarantined: status.quarantined.iter().map(|(_, why)| why.label()).collect(),
         lost_acked_bytes_min: status.loss.map(|loss| loss.acked_bytes_min),
         sync: (status.durability == "quorum").then_some(status.covered),
+        slots_held: status.slots_held,
     }
 }
 

@@ -23,6 +23,8 @@
 //! | `preconditions` | what nodes must grant and be set to, asked in advance |
 //! | `recipe` | how a node becomes a replica again, for an operator |
 //! | `keeper` | looks and statements for `sync` |
+//! | `slots` | which replication slots nodes should have |
+//! | `slot_keeper` | looks and statements for that |
 //! | `shell` | carries out what the machine decides |
 //! | `conninfo` | `primary_conninfo`, changed in host and port only |
 //!
@@ -44,6 +46,8 @@ pub mod preconditions;
 pub mod recipe;
 pub mod record;
 pub mod shell;
+pub mod slot_keeper;
+pub mod slots;
 pub mod store;
 pub mod sync;
 #[cfg(test)]
