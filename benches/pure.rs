@@ -101,7 +101,7 @@ fn mark(c: &mut Criterion) {
 fn route(c: &mut Criterion) {
     for count in [2, 7] {
         let candidates: Vec<Candidate> = (1..=count)
-            .map(|id| Candidate { node: NodeId(id), weight: 1, outstanding: u32::from(id) })
+            .map(|id| Candidate { node: NodeId(id), weight: 1, outstanding: u32::from(id), near: false })
             .collect();
         let mut chance: u64 = 1;
         c.bench_function(&format!("route: one of {count} replicas"), |b| {

@@ -179,6 +179,7 @@ async fn failover_findings(
     let needs = Needs {
         quorum: config.failover.durability == DurabilityMode::Quorum,
         manage_sync: config.failover.sync.manage,
+        slots: config.slots_kept(),
     };
     preconditions::examine(&config, &nodes, id, needs, None, deadline).await.map_err(|error| error.cause)
 }

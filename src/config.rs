@@ -104,6 +104,8 @@ pub struct NodeConfig {
     pub delayed_ok: bool,
     /// Where the other nodes reach it for replication, which need not be where the proxy does.
     pub replication: ReplicationAddress,
+    /// The zone or region that it is in; `None`: that is not told.
+    pub zone: Option<String>,
     /// It was taken out of the file while the proxy ran: it keeps its number, and is not used. Never read from a file.
     pub removed: bool,
 }
@@ -459,6 +461,8 @@ pub struct RoutingConfig {
     pub read_only_on_replicas: bool,
     /// What the operator knows of functions.
     pub functions: FunctionOverrides,
+    /// The zone that this proxy is in: replicas of it come first.
+    pub zone: Option<String>,
 }
 
 /// Where the statements of a user, of a database, or of a user in a database go.
@@ -573,6 +577,25 @@ pub struct SyncConfig {
     pub strict: bool,
 }
 
+/// Replication slots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotsConfig {
+    /// Whether Highwater makes, moves and drops slots for the standbys.
+    pub manage: bool,
+    /// How their names begin; slots of other names are nobody's business.
+    pub prefix: String,
+    /// One that holds as much WAL is warned of.
+    pub warn_above: u64,
+}
+
+impl SlotsConfig {
+    /// The slot of the node of this name, in the letters that slots may have.
+    pub fn slot_of(&self, node: &str) -> String {
+        let fit = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '_' };
+        self.prefix.chars().chain(node.chars().map(fit)).collect()
+    }
+}
+
 /// How nodes are watched.
 #[derive(Clone, Debug)]
 pub struct FailoverConfig {
@@ -620,12 +643,16 @@ pub struct FailoverConfig {
     pub lost_write: LostWrite,
     /// Who may be promoted; empty: all, alike.
     pub candidates: Vec<CandidateConfig>,
+    /// Only a standby of the primary's zone takes over, unless a command names another.
+    pub same_zone_only: bool,
     /// Whether an old primary that comes back is made read-only.
     pub fence_sql: bool,
     /// Synchronous replication.
     pub sync: SyncConfig,
     /// How several proxies over the cluster agree; `None`: there is one.
     pub coordination: Option<coordination::CoordinationConfig>,
+    /// Replication slots.
+    pub slots: SlotsConfig,
 }
 
 /// How log lines look.
@@ -693,7 +720,10 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "drain_timeout",
         ],
     ),
-    ("nodes[]", &["name", "host", "port", "weight", "delayed_ok", "replication_host", "replication_port"]),
+    (
+        "nodes[]",
+        &["name", "host", "port", "weight", "delayed_ok", "replication_host", "replication_port", "zone"],
+    ),
     ("control", &["user", "password", "password_env", "password_file", "database"]),
     ("auth", &["source", "users", "admins", "query", "login_timeout"]),
     ("auth.users[]", &["name", "password", "password_env", "password_file"]),
@@ -740,7 +770,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
     ("consistency.rules[]", &["user", "database", "level", "max_lag", "on_stale"]),
     ("durability", &["default", "rules"]),
     ("durability.rules[]", &["user", "database", "table", "durability"]),
-    ("routing", &["split", "shadow", "transactions", "read_only_transactions", "functions", "rules"]),
+    ("routing", &["split", "shadow", "transactions", "read_only_transactions", "functions", "rules", "zone"]),
     ("routing.rules[]", &["user", "database", "split", "route"]),
     ("routing.functions", &["safe", "primary", "extensions"]),
     (
@@ -786,9 +816,11 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "allow_minority",
             "lost_write",
             "candidates",
+            "same_zone_only",
             "fence",
             "sync",
             "coordination",
+            "slots",
         ],
     ),
     ("failover.candidates[]", &["node", "priority"]),
@@ -811,6 +843,7 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "ca",
         ],
     ),
+    ("failover.slots", &["manage", "prefix", "warn_above"]),
     ("log", &["format", "level", "slow_statement", "slow_per_second", "connections"]),
 ];
 
@@ -1538,6 +1571,7 @@ impl Reader<'_> {
             self.wrong(&trail, "the same address as `listen`");
         }
         let failover = self.failover(&top, &nodes);
+        let routing = self.routing(&top, &nodes);
         Some(Config {
             listen,
             listen_read_only,
@@ -1553,7 +1587,7 @@ impl Reader<'_> {
             node_tls: self.node_tls(&top),
             pool: self.pool(&top),
             consistency,
-            routing: self.routing(&top),
+            routing,
             limits: self.limits(&top),
             timeouts: self.timeouts(&top),
             replication: self.replication(&top),
@@ -1610,9 +1644,43 @@ impl Reader<'_> {
                     section.get("port").or(section.get("host")).map_or(section.trail.clone(), |(_, t)| t);
                 self.wrong(&at, message);
             }
-            nodes.push(NodeConfig { name, host, port, weight, delayed_ok, replication, removed: false });
+            let zone = self.zone(&section);
+            nodes.push(NodeConfig {
+                name,
+                host,
+                port,
+                weight,
+                delayed_ok,
+                replication,
+                zone,
+                removed: false,
+            });
         }
         nodes
+    }
+
+    /// The name of a zone. It is shown in answers and logs, and compared letter by letter.
+    fn zone(&mut self, section: &Section<'_>) -> Option<String> {
+        if let Some((Tree::Null, _)) = section.get("zone") {
+            return None;
+        }
+        let zone = self.text(section, "zone")?;
+        let odd = |c: char| !(c.is_ascii_alphanumeric() || "_-.".contains(c));
+        if zone.is_empty() || zone.len() > 63 || zone.chars().any(odd) {
+            let at = section.get("zone").map_or(section.trail.clone(), |(_, trail)| trail);
+            self.wrong(&at, "expected 1 to 63 letters, digits, and the signs - _ .");
+        }
+        Some(zone)
+    }
+
+    /// Where the proxy itself is. One that no node is in is no mistake by itself, but has no effect.
+    fn own_zone(&mut self, routing: &Section<'_>, nodes: &[NodeConfig]) -> Option<String> {
+        let zone = self.zone(routing)?;
+        if !nodes.iter().any(|node| node.zone.as_ref() == Some(&zone)) {
+            let at = routing.get("zone").map_or(routing.trail.clone(), |(_, trail)| trail);
+            self.ignored.push((at, "no node is in this zone: reads go to all replicas alike".to_owned()));
+        }
+        Some(zone)
     }
 
     fn control(&mut self, top: &Section<'_>) -> Option<ControlConfig> {
@@ -1935,7 +2003,7 @@ impl Reader<'_> {
         DurabilityConfig { default: self.choice(&section, "default", &words, &[], None), rules }
     }
 
-    fn routing(&mut self, top: &Section<'_>) -> RoutingConfig {
+    fn routing(&mut self, top: &Section<'_>, nodes: &[NodeConfig]) -> RoutingConfig {
         let section = self.child(top, "routing");
         let words = [("primary", Transactions::Primary), ("split", Transactions::Split)];
         let transactions = self.choice(&section, "transactions", &words, &[], Transactions::Primary);
@@ -1961,6 +2029,7 @@ impl Reader<'_> {
             shadow: self.flag(&section, "shadow", false),
             rules: self.routing_rules(&section),
             functions,
+            zone: self.own_zone(&section, nodes),
         }
     }
 
@@ -2042,10 +2111,40 @@ impl Reader<'_> {
             allow_minority: self.flag(&section, "allow_minority", false),
             lost_write: self.choice(&section, "lost_write", &told, &[], LostWrite::Error),
             candidates: self.candidates(&section, nodes),
+            same_zone_only: self.flag(&section, "same_zone_only", true),
             fence_sql: self.flag(&fence, "sql", true),
             sync: self.sync(&section, nodes),
             coordination,
+            slots: self.slots(&section, nodes),
         }
+    }
+
+    fn slots(&mut self, failover: &Section<'_>, nodes: &[NodeConfig]) -> SlotsConfig {
+        let section = self.nested(failover, "slots", "failover.slots");
+        let slots = SlotsConfig {
+            manage: self.flag(&section, "manage", false),
+            prefix: self.text(&section, "prefix").unwrap_or_else(|| "hw_".to_owned()),
+            warn_above: self.size(&section, "warn_above", 1 << 30, 1..=usize::MAX) as u64,
+        };
+        let at = section.get("prefix").map_or(section.trail.clone(), |(_, trail)| trail);
+        let odd = |c: char| !(c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+        if slots.prefix.is_empty() || slots.prefix.len() > 32 || slots.prefix.chars().any(odd) {
+            self.wrong(&at, "expected 1 to 32 lower-case letters, digits and underscores");
+        }
+        for (index, node) in nodes.iter().enumerate().filter(|_| slots.manage) {
+            let slot = slots.slot_of(&node.name);
+            if slot.len() > 63 {
+                self.wrong(
+                    &at,
+                    format!("the slot of `{}` would have a name of more than 63 letters", node.name),
+                );
+            }
+            if let Some(other) = nodes[..index].iter().find(|other| slots.slot_of(&other.name) == slot) {
+                let message = format!("`{}` and `{}` would both have the slot {slot}", other.name, node.name);
+                self.wrong(&at, message);
+            }
+        }
+        slots
     }
 
     fn candidates(&mut self, failover: &Section<'_>, nodes: &[NodeConfig]) -> Vec<CandidateConfig> {
@@ -2437,6 +2536,51 @@ mod tests {
         std::fs::write(&file, b"listen: x\nhttp: \xff").unwrap();
         let error = Config::load(&file).unwrap_err();
         assert_eq!((error.problems[0].line, error.problems[0].column), (2, 7));
+    }
+
+    #[test]
+    fn zones_are_names_and_the_proxys_own_is_one_of_the_nodes() {
+        let file = |zone: &str, own: &str| {
+            let text = format!(
+                "nodes: [ {{ name: a, host: h, zone: {zone} }}, {{ name: b, host: i }} ]\n\
+                 control: {{ user: u, password: p }}\nrouting: {{ zone: {own} }}"
+            );
+            parse(&text)
+        };
+        let good = file("eu-1", "eu-1").unwrap();
+        assert_eq!((good.nodes[0].zone.as_deref(), good.nodes[1].zone.as_deref()), (Some("eu-1"), None));
+        assert_eq!([0, 1, 2].map(|index| good.is_near(index)), [true, false, false]);
+        assert!(good.failover.same_zone_only && good.warnings.is_empty());
+        let untold = file("eu-1", "null").unwrap();
+        assert!(!untold.is_near(0) && !untold.is_near(1), "nobody is near to nowhere");
+        let elsewhere = file("eu-1", "eu-2").unwrap();
+        assert!(elsewhere.warnings[0].contains("routing.zone: no node is in this zone"), "{elsewhere:?}");
+        let error = file("'eu 1'", "'ü'").unwrap_err().to_string();
+        assert!(
+            error.contains("nodes[0].zone: expected 1 to 63") && error.contains("routing.zone: "),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn each_node_has_a_slot_of_its_own() {
+        let file = |other: &str, slots: &str| {
+            let text = format!(
+                "nodes: [ {{ name: Db-1, host: h }}, {{ name: {other}, host: i }} ]\n\
+                 control: {{ user: u, password: p }}\nfailover: {{ slots: {{ manage: true{slots} }} }}"
+            );
+            parse(&text)
+        };
+        let slots = file("b", "").unwrap().failover.slots;
+        assert_eq!([slots.slot_of("Db-1"), slots.slot_of("b")], ["hw_db_1", "hw_b"]);
+        for (other, given, why) in [
+            ("db.1", "", "would both have the slot hw_db_1"),
+            ("b", ", prefix: Hw", "lower-case letters"),
+            ("b", ", prefix: \"hw'\"", "lower-case letters"),
+        ] {
+            let error = file(other, given).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
     }
 
     #[test]

@@ -100,6 +100,8 @@ pub struct FailoverFigures {
     pub sync: Option<bool>,
     /// Where several proxies share the cluster: how it stands with them.
     pub coordination: Option<CoordinationFigures>,
+    /// With `slots.manage`: the most WAL, in bytes, that one of the slots holds.
+    pub slots_held: u64,
 }
 
 /// How it stands with several proxies over one cluster.
@@ -766,6 +768,12 @@ impl Metrics {
             gauge(now, "highwater_dcs_proxies", "Proxies that share the cluster and are there.")
                 .set(as_gauge(figures.proxies as u64));
         }
+        gauge(
+            now,
+            "highwater_slot_wal_bytes",
+            "The most WAL that one of Highwater's replication slots holds.",
+        )
+        .set(as_gauge(figures.slots_held));
     }
 }
 

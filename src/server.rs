@@ -527,6 +527,7 @@ fn failover_figures(status: &control::Status) -> FailoverFigures {
             valid: several.valid,
             proxies: several.proxies.len(),
         }),
+        slots_held: status.slots_held,
     }
 }
 

@@ -99,6 +99,7 @@ const PURE: &[&str] = &[
     "failover/command.rs",
     "failover/record.rs",
     "failover/sync.rs",
+    "failover/slots.rs",
     "failover/conninfo.rs",
     "failover/recipe.rs",
     "failover/text.rs",

@@ -33,8 +33,10 @@ GRANT SELECT, INSERT ON highwater.epoch TO highwater;
 -- highwater rejoin (pg_rewind goes by the new primary's last checkpoint).
 GRANT pg_checkpoint TO highwater;
 
--- Replicas that use slots (primary_slot_name): to create a missing one on the new primary.
+-- failover.slots.manage: true, and replicas that use slots of yours (primary_slot_name): to create a missing one on the new primary.
 ALTER ROLE highwater REPLICATION;
+-- failover.slots.manage: true.
+GRANT ALTER SYSTEM ON PARAMETER primary_slot_name TO highwater;
 
 -- highwater rejoin: what pg_rewind reads of the new primary.
 GRANT EXECUTE ON FUNCTION pg_catalog.pg_ls_dir(text, boolean, boolean) TO highwater;

@@ -560,6 +560,7 @@ mod tests {
         coordination: None,
         lost_acked_bytes_min: None,
         sync: None,
+        slots_held: 0,
     };
 
     fn view<'a>(topology: &'a Topology, history: &'a History) -> View<'a> {

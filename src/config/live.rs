@@ -120,6 +120,7 @@ table! {
     "routing.transactions" NewSessions routing.transactions;
     "routing.read_only_transactions" NewSessions routing.read_only_on_replicas;
     "routing.functions" Live routing.functions;
+    "routing.zone" Live routing.zone;
     "limits.unit_hold" Live limits.unit_hold;
     "limits.statement_text" Live limits.statement_text;
     "limits.statements_per_session" Live limits.statements_per_session;
@@ -140,7 +141,9 @@ table! {
     "failover.state_dir" Restart failover.state_dir;
     "failover.sync" Restart failover.sync;
     "failover.coordination" Restart failover.coordination;
+    "failover.slots" Restart failover.slots;
     "failover.candidates" Live failover.candidates;
+    "failover.same_zone_only" Live failover.same_zone_only;
     "failover.fence.sql" Live failover.fence_sql;
     "failover.max_paused" Live failover.max_paused;
     "failover.kick_timeout" Live failover.kick_timeout;
@@ -334,6 +337,18 @@ impl Config {
     /// Nodes at most over the life of a process that was started with this configuration.
     pub fn places(&self) -> usize {
         self.limits.nodes.max(self.nodes.len())
+    }
+
+    /// How many slots each node keeps, if `failover.slots` are kept.
+    pub fn slots_kept(&self) -> Option<usize> {
+        let nodes = self.nodes.iter().filter(|node| !node.removed).count();
+        self.failover.slots.manage.then(|| nodes.saturating_sub(1))
+    }
+
+    /// Whether the node with this index is in the zone that this proxy is told to be in (`routing.zone`).
+    pub fn is_near(&self, index: usize) -> bool {
+        let own = self.routing.zone.as_ref();
+        own.is_some_and(|own| self.nodes.get(index).is_some_and(|node| node.zone.as_ref() == Some(own)))
     }
 }
 

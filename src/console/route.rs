@@ -107,6 +107,17 @@ impl Asker<'_> {
         }
     }
 
+    /// What `routing.zone` says of a replica that may serve.
+    fn nearness(&self, node: &NodeView) -> String {
+        let config = self.console.shared.config.load();
+        let Some(own) = &config.routing.zone else { return String::new() };
+        match config.nodes.get(node.id.index()).and_then(|node| node.zone.as_deref()) {
+            Some(zone) if zone == own => format!("; it is in this proxy's zone {own}"),
+            Some(zone) => format!("; in zone {zone}: only while no replica of zone {own} may"),
+            None => format!("; in no zone: only while no replica of zone {own} may"),
+        }
+    }
+
     /// Whether this node may serve the statement, for a session that begins now.
     fn says(&self, topology: &Topology, node: &NodeView, mark: &Mark, reads: bool) -> String {
         let shared = &self.console.shared;
@@ -128,7 +139,7 @@ impl Asker<'_> {
                     _ => "its position is not known".to_owned(),
                 };
                 match mark.replica(positions, topology, node.id) {
-                    ReplicaVerdict::Serves { .. } => format!("yes: {replayed}"),
+                    ReplicaVerdict::Serves { .. } => format!("yes: {replayed}{}", self.nearness(node)),
                     ReplicaVerdict::Behind => format!("not yet: {replayed}, which is behind the mark"),
                     ReplicaVerdict::Unresolved | ReplicaVerdict::Unknown => format!("not yet: {replayed}"),
                 }

@@ -38,6 +38,7 @@ const NODES: Columns = &[
     ("lag_seconds", Float),
     ("running", Int),
     ("backends", Int),
+    ("zone", Text),
 ];
 
 const LAG: Columns = &[
@@ -295,6 +296,7 @@ impl Asker<'_> {
                 node.replay_lag.into(),
                 outstanding.map(|n| n.load(Ordering::Relaxed)).into(),
                 backends[at].into(),
+                address.and_then(|a| a.zone.as_deref()).into(),
             ]
         });
         Box::new(rows)

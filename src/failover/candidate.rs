@@ -21,6 +21,8 @@ pub struct Cut {
     pub timeline: Option<TimelineId>,
     /// 0: never promoted.
     pub priority: u32,
+    /// In another zone: promoted only if it is named.
+    pub elsewhere: bool,
 }
 
 /// What the choice goes by.
@@ -69,7 +71,7 @@ pub fn elect(all: &[Cut], election: &Election<'_>) -> Result<NodeId, BlockReason
     }
     let chosen = cuts
         .iter()
-        .filter(|cut| cut.priority > 0 && election.to.is_none_or(|to| to == cut.node))
+        .filter(|cut| cut.priority > 0 && election.to.map_or(!cut.elsewhere, |to| to == cut.node))
         .max_by_key(|cut| (cut.end, cut.priority, std::cmp::Reverse(cut.node)))
         .ok_or_else(|| nobody(all, election))?;
     if let Some(ahead) = cuts.iter().filter(|cut| cut.end > chosen.end).max_by_key(|cut| cut.end) {
@@ -79,6 +81,9 @@ pub fn elect(all: &[Cut], election: &Election<'_>) -> Result<NodeId, BlockReason
             && election.to.is_none()
             && bytes <= election.max_lost_bytes
             && election.barrier.is_none();
+        if strict && !allowed && election.to.is_none() && ahead.elsewhere && ahead.priority > 0 {
+            return Err(BlockReason::OtherZone { node: ahead.node });
+        }
         if strict && !allowed {
             return Err(BlockReason::Behind { ahead: ahead.node, bytes });
         }
@@ -96,6 +101,14 @@ pub fn elect(all: &[Cut], election: &Election<'_>) -> Result<NodeId, BlockReason
 }
 
 fn nobody(all: &[Cut], election: &Election<'_>) -> BlockReason {
+    let elsewhere = |cut: &&Cut| {
+        cut.elsewhere && cut.priority > 0 && cut.timeline.is_some() && cut.timeline == election.timeline
+    };
+    if election.to.is_none()
+        && let Some(cut) = all.iter().filter(elsewhere).max_by_key(|cut| (cut.end, cut.priority))
+    {
+        return BlockReason::OtherZone { node: cut.node };
+    }
     let behind = |cut: &&Cut| cut.priority > 0 && cut.timeline.is_some() && cut.timeline < election.timeline;
     all.iter().find(behind).map_or(BlockReason::NoCandidate, |cut| BlockReason::LeftBehind { node: cut.node })
 }
@@ -108,7 +121,45 @@ mod tests {
     const T: Option<TimelineId> = Some(TimelineId(1));
 
     fn cut(node: u16, end: u64, priority: u32) -> Cut {
-        Cut { node: NodeId(node), end: Lsn(end), timeline: T, priority }
+        Cut { node: NodeId(node), end: Lsn(end), timeline: T, priority, elsewhere: false }
+    }
+
+    fn elsewhere(node: u16, end: u64, priority: u32) -> Cut {
+        Cut { elsewhere: true, ..cut(node, end, priority) }
+    }
+
+    #[test]
+    fn nobody_of_another_zone_is_chosen_unless_named() {
+        let other = |node| Err(BlockReason::OtherZone { node: NodeId(node) });
+        let none = SyncState::default();
+        let of_async = election(Durability::Async, &none);
+        for (cuts, expected) in [
+            // Ahead, and of a higher priority.
+            (vec![cut(1, 950, 1), elsewhere(2, 990, 9)], Ok(NodeId(1))),
+            (vec![elsewhere(1, 950, 1), elsewhere(2, 990, 1)], other(2)),
+            // More than may be lost without asking; the one that has it is named, unless it may not be promoted.
+            (vec![cut(1, 850, 1), elsewhere(2, 990, 1)], other(2)),
+            (
+                vec![cut(1, 850, 1), elsewhere(2, 990, 0)],
+                Err(BlockReason::Behind { ahead: NodeId(2), bytes: 140 }),
+            ),
+            (vec![cut(1, 950, 0), elsewhere(2, 990, 0)], Err(BlockReason::NoCandidate)),
+            (
+                vec![Cut { timeline: Some(TimelineId(0)), ..elsewhere(1, 950, 1) }],
+                Err(BlockReason::LeftBehind { node: NodeId(1) }),
+            ),
+        ] {
+            assert_eq!(elect(&cuts, &of_async), expected, "{cuts:?}");
+        }
+        // What a quorum has confirmed counts wherever it is.
+        let both = two_of(1);
+        let quorum = election(Durability::Quorum, &both);
+        assert_eq!(elect(&[cut(1, 950, 1), elsewhere(2, 950, 9)], &quorum), Ok(NodeId(1)));
+        assert_eq!(elect(&[cut(1, 950, 1), elsewhere(2, 951, 1)], &quorum), other(2));
+        let named = Election { to: Some(NodeId(2)), ..quorum };
+        assert_eq!(elect(&[cut(1, 950, 1), elsewhere(2, 951, 1)], &named), Ok(NodeId(2)));
+        let lossy = Election { allow_data_loss: true, ..quorum };
+        assert_eq!(elect(&[cut(1, 950, 1), elsewhere(2, 951, 1)], &lossy), Ok(NodeId(1)));
     }
 
     fn two_of(num: u32) -> SyncState {

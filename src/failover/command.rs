@@ -94,10 +94,18 @@ impl Machine {
             self.why_not_switch_to(to)?;
             return Ok(to);
         }
-        let fit = self.standbys().into_iter().filter(|node| self.why_not_switch_to(*node).is_ok());
+        let fit = || self.standbys().into_iter().filter(|node| self.why_not_switch_to(*node).is_ok());
         let replay = |node: &NodeId| self.replayed(*node).unwrap_or(Lsn::ZERO);
-        fit.max_by_key(|node| (self.priority(*node), replay(node), std::cmp::Reverse(*node)))
-            .ok_or_else(|| "no standby streams from the primary and may be promoted".to_owned())
+        let here = fit().filter(|node| !self.is_elsewhere(*node));
+        here.max_by_key(|node| (self.priority(*node), replay(node), std::cmp::Reverse(*node))).ok_or_else(
+            || match fit().next() {
+                Some(other) => format!(
+                    "no standby of the primary's zone may take over (same_zone_only); SWITCHOVER TO {} would",
+                    self.name(other)
+                ),
+                None => "no standby streams from the primary and may be promoted".to_owned(),
+            },
+        )
     }
 
     fn why_not_switch_to(&self, node: NodeId) -> Result<(), String> {
@@ -167,8 +175,8 @@ impl Machine {
                 self.name(to)
             )));
         }
-        if let Some(reason) = self.why_not_begin(&reachable, Some(allow_data_loss)) {
-            return Some(Err(reason.to_string()));
+        if let Some(reason) = self.why_not_begin(&reachable, to, Some(allow_data_loss)) {
+            return Some(Err(self.explain(&reason)));
         }
         let mut attempt = Attempt::new(now.at);
         attempt.to = to;
@@ -211,6 +219,9 @@ impl Machine {
                 "manual, without state_dir: a primary that somebody promotes is found, nothing is promoted"
             }
             (Mode::Manual, true) => "manual: a lost primary is reported, and replaced when FAILOVER says so",
+            (Mode::Auto, true) if self.has_zones() => {
+                "auto: a lost primary is replaced by a standby of its own zone"
+            }
             (Mode::Auto, true) => "auto: a lost primary is replaced",
         };
         let level = match self.settings.durability {
@@ -224,6 +235,11 @@ impl Machine {
             }
         };
         format!("failover {mode}; durability {level}")
+    }
+
+    fn has_zones(&self) -> bool {
+        let nodes = &self.settings.nodes;
+        self.settings.same_zone_only && nodes.iter().any(|node| node.zone != nodes[0].zone)
     }
 
     /// `async` or `quorum`.

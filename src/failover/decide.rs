@@ -58,6 +58,8 @@ pub struct NodeRule {
     pub name: String,
     /// Breaks ties between equal positions, the greater first; 0: never promoted.
     pub priority: u32,
+    /// Where it is; those that are nowhere are so together.
+    pub zone: Option<String>,
 }
 
 /// The part of the configuration that the machine goes by.
@@ -69,6 +71,8 @@ pub struct Settings {
     pub durability: Durability,
     /// The nodes, by [`NodeId`].
     pub nodes: Vec<NodeRule>,
+    /// Only a standby of the primary's zone takes over, unless a command names another.
+    pub same_zone_only: bool,
     /// Soft failures in a row before a node counts as gone.
     pub failure_threshold: u32,
     /// How long a walreceiver that was made to connect anew may take to stream.
@@ -112,6 +116,7 @@ impl Settings {
             mode: Mode::Auto,
             durability: Durability::Async,
             nodes,
+            same_zone_only: true,
             failure_threshold: 3,
             kick_timeout: Duration::from_secs(2),
             restart_grace: Duration::from_secs(10),
@@ -146,6 +151,8 @@ struct Known {
     fenced_start: Option<Option<std::sync::Arc<str>>>,
     /// No further order to it before this.
     retry_at: Option<Instant>,
+    /// No further order to it before this that nobody waits for.
+    mend_at: Option<Instant>,
     /// When it was last made to follow again: it may be connecting since.
     unsevered: Option<Instant>,
 }
@@ -158,6 +165,8 @@ struct Suspicion {
     gone_since: Option<Instant>,
     /// The standbys have said so once: that they were cut off after that takes nothing from it.
     confirmed: bool,
+    /// Since when they have said neither that it is gone nor that it lives.
+    undecided: Option<Instant>,
     heard: Vec<bool>,
     kicked: BTreeMap<NodeId, (Kick, Instant)>,
     /// Kicks that ended without a result: the standby may still be connecting anew, which says nothing.
@@ -232,8 +241,9 @@ pub(super) struct Pending {
 pub struct Machine {
     pub(super) settings: Settings,
     pub(super) record: Record,
-    /// The record as it was given out last.
-    written: Record,
+    /// The record that is on disk; `None`: one could not be written, and may be there all the same (its name in the
+    /// directory could not be flushed). Nothing leans on either before one has been written again.
+    written: Option<Record>,
     state: State,
     started: Instant,
     known: Vec<Known>,
@@ -271,7 +281,7 @@ impl Machine {
     pub fn new(settings: Settings, record: Record, now: Now) -> Machine {
         let count = settings.nodes.len();
         let mut machine = Machine {
-            written: record.clone(),
+            written: Some(record.clone()),
             state: State::Starting,
             started: now.at,
             known: vec![Known::default(); count],
@@ -348,8 +358,9 @@ impl Machine {
         }
         self.settle_gate();
         let mut actions = mem::take(&mut self.out);
-        if self.record != self.written {
-            self.written = self.record.clone();
+        let waits = self.written.is_none() && self.hold_until.is_some() && actions.is_empty();
+        if self.written.as_ref() != Some(&self.record) && !waits {
+            self.written = Some(self.record.clone());
             actions.insert(0, Action::Record(Box::new(self.record.clone())));
             self.undo = Some(before);
         }
@@ -427,11 +438,13 @@ impl Machine {
         }
     }
 
-    /// As if the step that wanted the record had not been: its actions were dropped. Tried again a little later.
+    /// As if the step that wanted the record had not been: its actions were dropped. Tried again a little later. Yet
+    /// a crash may find that record, and what the one before allows might make it untrue.
     fn record_failed(&mut self, cause: String, now: Instant) {
         if let Some(before) = self.undo.take() {
             *self = *before;
         }
+        self.written = None;
         // What is undone here was perhaps the news that the candidate has been promoted: should it not be reached from now
         // on, that is no refusal.
         let promoting =
@@ -482,9 +495,30 @@ impl Machine {
             && self.known.get(node.index()).is_some_and(|known| known.retry_at.is_none_or(|at| now >= at))
     }
 
-    fn retry_after(&mut self, node: NodeId, pause: Duration, now: Instant) {
+    /// The same for an order that nobody waits for.
+    fn is_free_to_mend(&self, node: NodeId, now: Instant) -> bool {
+        let rested = |known: &Known| known.mend_at.is_none_or(|at| now >= at);
+        self.is_free(node, now) && self.known.get(node.index()).is_some_and(rested)
+    }
+
+    /// The same for cutting it off. An order to follow a primary does not hold that up: it waits for long where that
+    /// primary is lost, too, and gives way to what comes behind it.
+    fn is_free_to_sever(&self, node: NodeId, now: Instant) -> bool {
+        let follows = |pending: &Pending| matches!(pending.order, Order::Repoint { .. });
+        self.settings.hands
+            && !self.orders.values().any(|pending| pending.node == node && !follows(pending))
+            && self.known.get(node.index()).is_some_and(|known| known.retry_at.is_none_or(|at| now >= at))
+    }
+
+    fn retry_after(&mut self, node: NodeId, now: Instant) {
         if let Some(known) = self.known.get_mut(node.index()) {
-            known.retry_at = Some(now + pause);
+            known.retry_at = Some(now + RETRY);
+        }
+    }
+
+    fn mend_after(&mut self, node: NodeId, now: Instant) {
+        if let Some(known) = self.known.get_mut(node.index()) {
+            known.mend_at = Some(now + MEND_RETRY);
         }
     }
 
@@ -516,7 +550,7 @@ impl Machine {
     }
 
     /// The standbys that can be reached: a single missed probe does not put one out of reach (I3).
-    pub(super) fn standbys(&self) -> Vec<NodeId> {
+    pub fn standbys(&self) -> Vec<NodeId> {
         let threshold = self.settings.failure_threshold.max(1);
         let reachable = |known: &Known| match (&known.fact, &known.seen) {
             (Some(Fact::Answered(_)), Some(_)) => true,
@@ -542,6 +576,28 @@ impl Machine {
 
     pub(super) fn priority(&self, node: NodeId) -> u32 {
         self.settings.nodes.get(node.index()).map_or(0, |rule| rule.priority)
+    }
+
+    /// It is in another zone than the primary, so that nobody but a command that names it may choose it.
+    pub(super) fn is_elsewhere(&self, node: NodeId) -> bool {
+        let Some(primary) = self.record.primary else { return false };
+        self.settings.same_zone_only && self.zone(node) != self.zone(primary)
+    }
+
+    fn zone(&self, node: NodeId) -> Option<&str> {
+        self.settings.nodes.get(node.index())?.zone.as_deref()
+    }
+
+    /// A reason in a sentence, with the names that it is about.
+    pub fn explain(&self, reason: &BlockReason) -> String {
+        let BlockReason::OtherZone { node } = reason else { return reason.to_string() };
+        let of = |node| self.zone(node).map_or("no zone".to_owned(), |zone| format!("zone {zone}"));
+        let (name, there) = (self.name(*node), of(*node));
+        let here = self.record.primary.map_or(String::new(), of);
+        format!(
+            "{name} could take over, but is in {there}, and the lost primary in {here} (same_zone_only); \
+             FAILOVER TO {name} promotes it all the same"
+        )
     }
 
     pub(super) fn verdict(&self, now: Instant) -> Verdict {
@@ -754,6 +810,7 @@ impl Machine {
                 since: now.at,
                 gone_since: None,
                 confirmed: false,
+                undecided: None,
                 heard: vec![false; self.known.len()],
                 kicked: BTreeMap::new(),
                 unsettled: BTreeMap::new(),
@@ -822,7 +879,9 @@ impl Machine {
     fn confirm(&mut self, primary: NodeId, tick: bool, now: Now) {
         let Some(suspicion) = &mut self.suspicion else { return };
         let gone_since = *suspicion.gone_since.get_or_insert(now.at);
-        match self.testimony(primary, gone_since, now.at) {
+        let testimony = self.testimony(primary, gone_since, now.at);
+        let undecided = self.stays_undecided(&testimony, now.at);
+        match testimony {
             Testimony::Gone => {
                 self.suspicion.iter_mut().for_each(|suspicion| suspicion.confirmed = true);
                 self.begin_or_block(now);
@@ -832,6 +891,7 @@ impl Machine {
                 self.enter(State::Suspect);
                 self.alarm_once(Alarm::OnlyWeAreCutOff);
             }
+            Testimony::NobodyKnows if undecided => {}
             Testimony::NobodyKnows => {
                 self.blocked = None;
                 self.enter(State::Suspect);
@@ -843,6 +903,30 @@ impl Machine {
                 self.kick(nodes, now.at);
             }
         }
+    }
+
+    /// Standbys answer, and for so long none of them could say whether the primary is gone: it is not to be hoped that one
+    /// will. That is told as what it is (I12), and passes as soon as one can.
+    fn stays_undecided(&mut self, testimony: &Testimony, now: Instant) -> bool {
+        let decided = matches!(testimony, Testimony::Gone | Testimony::Alive);
+        let Some(suspicion) = &mut self.suspicion else { return false };
+        if decided {
+            suspicion.undecided = None;
+            return false;
+        }
+        let since = *suspicion.undecided.get_or_insert(now);
+        let standbys = self.standbys();
+        let patience = self.settings.kick_timeout * VOUCHED;
+        if standbys.is_empty() || now.saturating_duration_since(since) < patience {
+            return false;
+        }
+        let reason = match standbys.iter().all(|node| self.is_left_behind(*node)) {
+            true => BlockReason::LeftBehind { node: standbys[0] },
+            false => BlockReason::NoWitness,
+        };
+        self.blocked = Some(Blocked { reason: reason.clone(), retry_at: now, reachable: standbys });
+        self.enter(State::Blocked(reason));
+        true
     }
 
     fn keep_confirming(&mut self, primary: NodeId, tick: bool) {
@@ -904,14 +988,16 @@ impl Machine {
             let changed = blocked.reachable != reachable;
             let due = match blocked.reason {
                 // What was compared has shown this: as long as the same nodes are there, it stays so.
-                BlockReason::DataLoss { .. } | BlockReason::Behind { .. } => changed,
+                BlockReason::DataLoss { .. } | BlockReason::Behind { .. } | BlockReason::OtherZone { .. } => {
+                    changed
+                }
                 _ => changed || now.at >= blocked.retry_at,
             };
             if !due {
                 return;
             }
         }
-        match self.why_not_begin(&reachable, None) {
+        match self.why_not_begin(&reachable, None, None) {
             Some(reason) => self.stay_blocked(reason, now.at),
             None => {
                 let since = self.suspicion.as_ref().map_or(now.at, |s| s.since);
@@ -920,8 +1006,14 @@ impl Machine {
         }
     }
 
-    /// What speaks against a failover before anything has been touched. `allow_data_loss` is `Some` for an operator.
-    pub(super) fn why_not_begin(&self, reachable: &[NodeId], operator: Option<bool>) -> Option<BlockReason> {
+    /// What speaks against a failover, to this node or to whichever is best, before anything has been touched.
+    /// `operator` is `Some` for one: whether he gives up what may be lost.
+    pub(super) fn why_not_begin(
+        &self,
+        reachable: &[NodeId],
+        to: Option<NodeId>,
+        operator: Option<bool>,
+    ) -> Option<BlockReason> {
         if operator.is_none() {
             match self.settings.mode {
                 _ if self.record.paused => return Some(BlockReason::Paused),
@@ -940,8 +1032,15 @@ impl Machine {
                 return Some(BlockReason::Minority { have, need });
             }
         }
-        if !reachable.iter().any(|node| self.priority(*node) > 0) {
+        let fit = reachable.iter().copied().filter(|node| self.priority(*node) > 0);
+        let Some(best) = fit.max_by_key(|node| {
+            let here = Some(*node) == to || !self.is_elsewhere(*node);
+            (here, self.priority(*node), std::cmp::Reverse(*node))
+        }) else {
             return Some(BlockReason::NoCandidate);
+        };
+        if to.is_none() && self.is_elsewhere(best) {
+            return Some(BlockReason::OtherZone { node: best });
         }
         if self.settings.durability == Durability::Quorum && operator != Some(true) {
             return candidate::covers(&self.record.sync, |member| reachable.contains(&member)).err();
@@ -1061,7 +1160,7 @@ impl Machine {
                 true => add(&mut self.record.repoint, *node),
                 false => self.follows_again(*node),
             }
-            if self.is_free(*node, now) {
+            if self.is_free_to_sever(*node, now) {
                 self.give(*node, Order::Sever, None);
             }
         }
@@ -1313,7 +1412,7 @@ impl Machine {
 
     fn block(&mut self, reason: BlockReason, now: Instant) {
         let planned = self.record.intent.as_ref().is_some_and(|intent| intent.planned);
-        self.give_up(Err(reason.to_string()));
+        self.give_up(Err(self.explain(&reason)));
         match planned {
             true => self.enter(State::Suspect),
             false => self.stay_blocked(reason, now),
@@ -1333,7 +1432,10 @@ impl Machine {
                 order,
                 Order::Sever | Order::SetSync { .. } | Order::Promote { .. } | Order::Kick { .. }
             );
-            self.retry_after(node, if quick { RETRY } else { MEND_RETRY }, now.at);
+            self.retry_after(node, now.at);
+            if !quick {
+                self.mend_after(node, now.at);
+            }
             if let (Order::Kick { .. }, Some(suspicion)) = (&order, &mut self.suspicion) {
                 suspicion.unsettled.insert(node, now.at);
             }
@@ -1368,7 +1470,7 @@ impl Machine {
             (Order::Repoint { .. }, OrderResult::Done) => {
                 self.record.repoint.retain(|of| *of != node);
                 // Until probes have seen it follow.
-                self.retry_after(node, MEND_RETRY, now.at);
+                self.mend_after(node, now.at);
             }
             (Order::Repoint { .. }, OrderResult::Diverged { .. }) => {
                 self.put_in_quarantine(node, Quarantine::Diverged);
@@ -1411,13 +1513,14 @@ impl Machine {
     }
 
     fn severed(&mut self, node: NodeId, end: Lsn, timeline: Option<TimelineId>) {
-        let priority = self.priority(node);
+        let (priority, elsewhere) = (self.priority(node), self.is_elsewhere(node));
         let timeline = timeline.or(self.known.get(node.index()).and_then(|known| known.timeline));
         if timeline.is_some() && timeline == self.record.timeline && self.record.repoint.contains(&node) {
             self.follows_again(node);
         }
-        if let Some(attempt) = &mut self.attempt {
-            attempt.cuts.insert(node, Cut { node, end, timeline, priority });
+        let kept_out = self.quarantine(node).is_some();
+        if let Some(attempt) = self.attempt.as_mut().filter(|_| !kept_out) {
+            attempt.cuts.insert(node, Cut { node, end, timeline, priority, elsewhere });
         }
     }
 
@@ -1475,7 +1578,7 @@ impl Machine {
         let standbys = self.standbys();
         // I12: a cut-off standby follows again, also while the primary is away.
         for node in self.record.severed.clone() {
-            if standbys.contains(&node) && self.is_free(node, now.at) {
+            if standbys.contains(&node) && self.is_free_to_mend(node, now.at) {
                 self.give(node, Order::Unsever, None);
             }
         }
@@ -1483,11 +1586,11 @@ impl Machine {
             self.find_strays(&standbys, now.at);
             for node in self.record.repoint.clone() {
                 let fork = self.fork_for(node);
-                if standbys.contains(&node) && self.is_free(node, now.at) {
+                if standbys.contains(&node) && self.is_free_to_mend(node, now.at) {
                     self.give(node, Order::Repoint { to, timeline, fork }, None);
                 }
             }
-            if self.record.fenced.contains(&to) && self.is_free(to, now.at) {
+            if self.record.fenced.contains(&to) && self.is_free_to_mend(to, now.at) {
                 self.give(to, Order::Unfence, None);
             }
         }
@@ -1530,7 +1633,7 @@ impl Machine {
         for (node, why) in self.record.quarantined.clone() {
             let open = self.known.get(node.index()).is_some_and(|known| known.fenced_start == Some(None));
             let older = self.writes(node).is_some_and(|timeline| Some(timeline) < self.record.timeline);
-            if why == Quarantine::OldPrimary && open && older && self.is_free(node, now) {
+            if why == Quarantine::OldPrimary && open && older && self.is_free_to_mend(node, now) {
                 add(&mut self.record.fenced, node);
                 self.give(node, Order::Fence, None);
             }

@@ -533,6 +533,9 @@ pub enum BlockReason {
         /// Needed.
         need: usize,
     },
+    /// The standbys that can be reached do not say whether the primary is gone: none follows it directly, or replay
+    /// stands still on those that do.
+    NoWitness,
     /// A reachable standby could not be cut off within `sever_timeout`.
     SeverTimeout {
         /// Which.
@@ -540,6 +543,11 @@ pub enum BlockReason {
     },
     /// No standby may be promoted.
     NoCandidate,
+    /// Who could take over is in another zone than the primary.
+    OtherZone {
+        /// The best of them.
+        node: NodeId,
+    },
     /// The standbys at hand never followed the lost primary: what it wrote since it took over is on none of them.
     LeftBehind {
         /// One of them.
@@ -570,7 +578,7 @@ pub enum BlockReason {
 
 impl BlockReason {
     /// All labels, for the metric.
-    pub const LABELS: [&'static str; 17] = [
+    pub const LABELS: [&'static str; 19] = [
         "manual",
         "paused",
         "unprepared",
@@ -580,8 +588,10 @@ impl BlockReason {
         "data_loss",
         "behind",
         "minority",
+        "no_witness",
         "sever_timeout",
         "no_candidate",
+        "other_zone",
         "left_behind",
         "candidate_refused",
         "candidate_unreachable",
@@ -602,8 +612,10 @@ impl BlockReason {
             BlockReason::DataLoss { .. } => "data_loss",
             BlockReason::Behind { .. } => "behind",
             BlockReason::Minority { .. } => "minority",
+            BlockReason::NoWitness => "no_witness",
             BlockReason::SeverTimeout { .. } => "sever_timeout",
             BlockReason::NoCandidate => "no_candidate",
+            BlockReason::OtherZone { .. } => "other_zone",
             BlockReason::LeftBehind { .. } => "left_behind",
             BlockReason::CandidateRefused { .. } => "candidate_refused",
             BlockReason::CandidateUnreachable { .. } => "candidate_unreachable",
@@ -642,10 +654,18 @@ impl fmt::Display for BlockReason {
             BlockReason::Minority { have, need } => {
                 write!(f, "{have} standbys can be reached and it takes {need} (allow_minority does without)")
             }
+            BlockReason::NoWitness => f.write_str(
+                "no standby that can be reached says whether the primary is gone, as none follows it directly or replay stands \
+                 still there; FAILOVER replaces it, if you know that it is gone",
+            ),
             BlockReason::SeverTimeout { .. } => {
                 f.write_str("a standby that answers could not be cut off within sever_timeout")
             }
             BlockReason::NoCandidate => f.write_str("no standby may be promoted"),
+            BlockReason::OtherZone { .. } => f.write_str(
+                "who could take over is in another zone than the lost primary (same_zone_only); \
+                 FAILOVER TO it promotes it all the same",
+            ),
             BlockReason::LeftBehind { .. } => f.write_str(
                 "the standbys that can be reached never followed the lost primary and have nothing of what it wrote; \
                  bring it back, or a standby that followed it",

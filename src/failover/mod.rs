@@ -23,6 +23,8 @@
 //! | `preconditions` | what nodes must grant and be set to, asked in advance |
 //! | `recipe` | how a node becomes a replica again, for an operator |
 //! | `keeper` | looks and statements for `sync` |
+//! | `slots` | which replication slots nodes should have |
+//! | `slot_keeper` | looks and statements for that |
 //! | `shell` | carries out what the machine decides |
 //! | `lease` | what several proxies tell each other, and what follows from it |
 //! | `coordination` | this proxy among several: its lease in etcd, and whether it leads |
@@ -49,6 +51,8 @@ pub mod preconditions;
 pub mod recipe;
 pub mod record;
 pub mod shell;
+pub mod slot_keeper;
+pub mod slots;
 pub mod store;
 pub mod sync;
 #[cfg(test)]

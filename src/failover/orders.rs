@@ -526,7 +526,12 @@ impl Hand {
             }
         };
         let conninfo = parse_conninfo(&text)?.towards(&target.host, target.port).text();
-        self.provide_slot(to, until).await?;
+        let shown = self.run("SELECT current_setting('primary_slot_name')", until).await?;
+        let slot = self.slot_to_use(&first(&shown).unwrap_or_default());
+        self.provide_slot(&slot, to, until).await?;
+        if first(&shown).is_some_and(|shown| shown != slot) {
+            self.alter("primary_slot_name", Some(&slot), until).await?;
+        }
         self.alter("primary_conninfo", Some(&conninfo), until).await?;
         if let Some(kept) = &kept {
             self.restore_receiver(kept, until).await?;
@@ -662,23 +667,34 @@ impl Hand {
 
     /// A standby that uses a slot finds none of its name on a new primary. One is made there when the role may
     /// (that grant is the operator's leave to do so); else it is for the operator.
-    async fn provide_slot(&mut self, primary: NodeId, until: Instant) -> Result<(), Trouble> {
-        let slot = first(&self.run("SELECT current_setting('primary_slot_name')", until).await?);
-        let Some(slot) = slot.filter(|name| !name.is_empty()) else { return Ok(()) };
+    async fn provide_slot(&self, slot: &str, primary: NodeId, until: Instant) -> Result<(), Trouble> {
+        if slot.is_empty() {
+            return Ok(());
+        }
         let create = format!(
             "SELECT CASE WHEN EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = {0}) THEN 'there' \
              WHEN (SELECT rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user) \
              THEN (pg_create_physical_replication_slot({0}, true)).slot_name::text ELSE 'denied' END",
-            literal(&slot)
+            literal(slot)
         );
         match first(&self.look_at(primary, &create, until).await?).as_deref() {
             Some("denied") => Err(Trouble::Refused(format!(
                 "its slot `{slot}` does not exist on {}, and the role may not create it: \
                  SELECT pg_create_physical_replication_slot({}, true)",
                 self.nodes.name(primary),
-                literal(&slot)
+                literal(slot)
             ))),
             _ => Ok(()),
+        }
+    }
+
+    /// By which slot it is to stream; empty: none. One that an operator has chosen stays.
+    fn slot_to_use(&self, shown: &str) -> String {
+        let config = self.config.load();
+        let slots = &config.failover.slots;
+        match slots.manage && (shown.is_empty() || shown.starts_with(&slots.prefix)) {
+            true => slots.slot_of(&self.name()),
+            false => shown.to_owned(),
         }
     }
 

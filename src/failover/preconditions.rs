@@ -27,6 +27,8 @@ pub struct Needs {
     pub quorum: bool,
     /// `sync.manage`: `synchronous_standby_names` is changed while all is well.
     pub manage_sync: bool,
+    /// `slots.manage`: so many slots are kept on each node.
+    pub slots: Option<usize>,
 }
 
 const ROLES: &[&str] = &["pg_monitor", "pg_signal_backend"];
@@ -44,6 +46,9 @@ const PARAMETERS: &[&str] = &[
     "default_transaction_read_only",
     "synchronous_standby_names",
 ];
+
+/// With `slots.manage` besides.
+const SLOT: &str = "primary_slot_name";
 
 /// Asks `node`. `identity` is the `application_name` of this proxy's own orders: another's lock is a finding;
 /// `None`: the lock is not looked at.
@@ -69,7 +74,10 @@ pub async fn examine(
                 .to_owned(),
         ));
     }
-    found.extend(settings(&session, deadline).await?);
+    found.extend(settings(&session, needs, deadline).await?);
+    if let Some(count) = needs.slots {
+        found.extend(slots(&session, count, deadline).await?);
+    }
     found.extend(upstream(config, node, needs, &session, deadline).await?);
     found.extend(names(config, &session, deadline).await?);
     if let Some(identity) = identity {
@@ -97,7 +105,7 @@ fn missing_grants(parameters: bool, needs: Needs) -> String {
         rows.push(format!("({held}, 'GRANT EXECUTE ON FUNCTION {function} TO ')"));
     }
     if parameters {
-        for parameter in PARAMETERS {
+        for parameter in PARAMETERS.iter().chain(needs.slots.map(|_| &SLOT)) {
             let held = format!("has_parameter_privilege('{parameter}', 'ALTER SYSTEM')");
             rows.push(format!("({held}, 'GRANT ALTER SYSTEM ON PARAMETER {parameter} TO ')"));
         }
@@ -111,9 +119,14 @@ fn missing_grants(parameters: bool, needs: Needs) -> String {
     )
 }
 
-async fn settings(session: &ControlSession, deadline: Duration) -> Result<Vec<Finding>, NodeError> {
+async fn settings(
+    session: &ControlSession,
+    needs: Needs,
+    deadline: Duration,
+) -> Result<Vec<Finding>, NodeError> {
     let mut found = Vec::new();
-    let list: Vec<String> = PARAMETERS.iter().map(|name| format!("'{name}'")).collect();
+    let parameters = PARAMETERS.iter().chain(needs.slots.map(|_| &SLOT));
+    let list: Vec<String> = parameters.map(|name| format!("'{name}'")).collect();
     let fixed = format!(
         "SELECT name, source FROM pg_settings WHERE name IN ({}) AND source IN ('command line', 'environment variable')",
         list.join(", ")
@@ -154,6 +167,36 @@ async fn settings(session: &ControlSession, deadline: Duration) -> Result<Vec<Fi
         }
         if alter == "off" {
             found.push(refusal("allow_alter_system is off".to_owned()));
+        }
+    }
+    Ok(found)
+}
+
+/// What it takes to keep `count` slots.
+async fn slots(
+    session: &ControlSession,
+    count: usize,
+    deadline: Duration,
+) -> Result<Vec<Finding>, NodeError> {
+    let question = "SELECT rolreplication OR rolsuper, quote_ident(rolname), \
+        current_setting('max_replication_slots'), coalesce(current_setting('max_slot_wal_keep_size', true), '-1') \
+        FROM pg_roles WHERE rolname = current_user";
+    let mut found = Vec::new();
+    for row in session.ask(question, deadline).await? {
+        let [Some(replication), Some(role), Some(most), Some(kept)] = row.as_slice() else { continue };
+        if replication != "t" {
+            found.push(refusal(format!("it lacks: ALTER ROLE {role} REPLICATION (failover.slots.manage)")));
+        }
+        if most.parse::<usize>().is_ok_and(|most| most < count) {
+            found.push(refusal(format!(
+                "max_replication_slots is {most}, and failover.slots.manage keeps {count} on each node"
+            )));
+        }
+        if kept == "-1" {
+            found.push(warning(
+                "max_slot_wal_keep_size is -1: the slot of a standby that stays away holds WAL until the disk is full"
+                    .to_owned(),
+            ));
         }
     }
     Ok(found)

@@ -24,6 +24,7 @@ use crate::failover::keeper::{self, Keeper};
 use crate::failover::orders::{Hands, Limits};
 use crate::failover::preconditions::{self, Needs};
 use crate::failover::record::{Entry, Record, SyncState};
+use crate::failover::slot_keeper::{self, Rounds};
 use crate::failover::store::{Store, identity, order_identity};
 use crate::failover::sync::{Look, Quorum, SyncAction, SyncEvent};
 use crate::failover::text;
@@ -108,6 +109,8 @@ pub struct Status {
     pub history: Vec<Entry>,
     /// What the last one is known to have lost.
     pub loss: Option<Loss>,
+    /// With `slots.manage`: the most WAL that one of the slots held when they were looked at last.
+    pub slots_held: u64,
     /// The configured names, for the ids in the history.
     pub names: Arc<[String]>,
     /// How it stands with the other proxies; `None`: this one is alone.
@@ -158,6 +161,7 @@ pub struct Shell {
     config: Arc<Config>,
     nodes: Arc<Nodes>,
     keeper: Option<Keeper>,
+    slots: Rounds,
     prepared: bool,
     examine_at: Option<Instant>,
     tasks: JoinSet<()>,
@@ -184,6 +188,8 @@ pub enum Heard {
     Sync(Epoch, SyncEvent),
     /// The nodes were examined: what `auto` would stumble over.
     Examined(Vec<String>),
+    /// A round over the replication slots has ended: the most WAL that one of them holds.
+    Slots(u64),
 }
 
 /// Where results go: said in a later term than the one it was asked in, nothing is heard.
@@ -283,6 +289,7 @@ impl Shell {
             config: Arc::clone(config),
             nodes: Arc::clone(nodes),
             keeper: None,
+            slots: Rounds::default(),
             prepared: false,
             examine_at: None,
             tasks: JoinSet::new(),
@@ -346,6 +353,7 @@ impl Shell {
 
     fn publish_status(&self) {
         let mut status = status(&self.machine, self.mode, &self.names, self.since, self.loss);
+        status.slots_held = self.slots.most_held;
         if let Some(several) = &self.several {
             status.coordination = Some(several.status());
             if !self.leads() {
@@ -382,6 +390,7 @@ impl Shell {
         }
         while self.tasks.try_join_next().is_some() {}
         self.look();
+        self.keep_slots();
         self.examine();
         outcomes
     }
@@ -425,6 +434,12 @@ impl Shell {
                 }
             }
             Heard::Sync(epoch, event) => (epoch, event),
+            Heard::Slots(most_held) => {
+                self.slots.ended(most_held);
+                let status = Status { slots_held: most_held, ..Status::clone(&self.status.load()) };
+                self.status.store(Arc::new(status));
+                return Vec::new();
+            }
             Heard::Examined(found) => {
                 self.prepared = found.is_empty();
                 let what = (!found.is_empty()).then(|| found.join("; "));
@@ -483,6 +498,27 @@ impl Shell {
         self.tasks.spawn(async move {
             let found = examine(&config, &nodes).await;
             let _ = events.send(Heard::Examined(found)).await;
+        });
+    }
+
+    /// `slots.manage`: looks after the slots from time to time while all is well.
+    fn keep_slots(&mut self) {
+        let manages = self.config.failover.slots.manage && self.hands.is_some();
+        let interval = self.config.failover.check_interval;
+        let well = *self.machine.state() == State::Healthy;
+        if !manages || !well || !self.slots.begin(interval, Instant::now()) {
+            return;
+        }
+        let (record, standbys) = (self.machine.record(), self.machine.standbys());
+        let (primary, timeline) = (record.primary, record.timeline);
+        let (config, nodes, events) =
+            (Arc::clone(&self.config), Arc::clone(&self.nodes), self.events.clone());
+        self.tasks.spawn(async move {
+            let most_held = match primary {
+                Some(primary) => slot_keeper::round(config, nodes, primary, timeline, standbys).await,
+                None => 0,
+            };
+            let _ = events.send(Heard::Slots(most_held)).await;
         });
     }
 
@@ -724,7 +760,9 @@ impl Shell {
                     epoch,
                     after_ms,
                     reason = why.label(),
-                    "failover: {why}"
+                    node,
+                    "failover: {}",
+                    self.machine.explain(why)
                 );
             }
             _ => tracing::warn!(state = state_label, epoch, after_ms, node, "failover"),
@@ -771,7 +809,8 @@ impl Shell {
 /// What `auto` must not begin with.
 async fn examine(config: &Config, nodes: &Nodes) -> Vec<String> {
     let quorum = config.failover.durability == DurabilityMode::Quorum;
-    let needs = Needs { quorum, manage_sync: quorum && config.failover.sync.manage };
+    let slots = config.slots_kept();
+    let needs = Needs { quorum, manage_sync: quorum && config.failover.sync.manage, slots };
     let identity = order_identity(config);
     let mut refusals = Vec::new();
     for (id, node) in (0u16..).map(NodeId).zip(&config.nodes) {
@@ -801,6 +840,7 @@ fn about(state: &State) -> Option<NodeId> {
         | State::Blocked(
             BlockReason::SeverTimeout { node }
             | BlockReason::LeftBehind { node }
+            | BlockReason::OtherZone { node }
             | BlockReason::CandidateRefused { node, .. }
             | BlockReason::CandidateUnreachable { node },
         ) => Some(*node),
@@ -825,7 +865,7 @@ fn status(
         since,
         node: about(machine.state()).map(name),
         blocked: match machine.state() {
-            State::Blocked(why) => Some((why.label(), why.to_string())),
+            State::Blocked(why) => Some((why.label(), machine.explain(why))),
             _ => None,
         },
         paused: record.paused,
@@ -836,6 +876,7 @@ fn status(
         covered: machine.covered(),
         history: record.history.clone(),
         loss,
+        slots_held: 0,
         names: Arc::clone(names),
         coordination: None,
     }
@@ -865,7 +906,7 @@ fn settings(config: &Config, hands: bool) -> Settings {
             (None, true) => 100,
             (None, false) => 0,
         };
-        NodeRule { name: node.name.clone(), priority }
+        NodeRule { name: node.name.clone(), priority, zone: node.zone.clone() }
     };
     Settings {
         mode: match failover.mode {
@@ -877,6 +918,7 @@ fn settings(config: &Config, hands: bool) -> Settings {
             DurabilityMode::Quorum => Durability::Quorum,
         },
         nodes: config.nodes.iter().map(rule).collect(),
+        same_zone_only: failover.same_zone_only,
         failure_threshold: failover.failure_threshold,
         kick_timeout: failover.kick_timeout,
         restart_grace: failover.restart_grace,

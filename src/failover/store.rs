@@ -99,7 +99,8 @@ impl Store {
         Ok((Store { directory: directory.to_owned(), upstreams, _lock: lock }, record))
     }
 
-    /// Replaces the record. When this returns it is durable. Blocks for as long as the disk takes.
+    /// Replaces the record. When this returns it is durable; after an error either record may be found there by the next
+    /// start. Blocks for as long as the disk takes.
     pub fn write(&self, record: &str) -> Result<(), StoreError> {
         failpoint("record_before");
         write(&self.directory.join(RECORD), record)?;
@@ -193,7 +194,8 @@ impl Upstreams {
         self.lock().get(node).cloned()
     }
 
-    /// Keeps what `node` has; durable when this returns.
+    /// Keeps what `node` has; durable when this returns. After an error the node must not be severed: an entry that is on
+    /// disk all the same says what it still has.
     pub fn keep(&self, node: &str, upstream: Upstream) -> Result<(), StoreError> {
         let mut known = self.lock();
         let mut next = known.clone();
@@ -203,7 +205,8 @@ impl Upstreams {
         Ok(())
     }
 
-    /// Forgets `node`: its settings are its own again.
+    /// Forgets `node`: its settings are its own again. After an error that is to be tried again: whether the entry is still
+    /// there makes no difference to a node that has what it says.
     pub fn forget(&self, node: &str) -> Result<(), StoreError> {
         let mut known = self.lock();
         if !known.contains_key(node) {
@@ -243,6 +246,11 @@ fn checksum(body: &str) -> String {
 }
 
 fn write(path: &Path, body: &str) -> Result<(), StoreError> {
+    replace(path, body, |directory| File::open(directory)?.sync_all())
+}
+
+/// `flush` makes the names in a directory durable.
+fn replace(path: &Path, body: &str, flush: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), StoreError> {
     let failed = |what| move |error| StoreError::System(what, path.to_owned(), error);
     let beside = path.with_extension("new");
     let mut file = OpenOptions::new()
@@ -259,7 +267,7 @@ fn write(path: &Path, body: &str) -> Result<(), StoreError> {
     fs::rename(&beside, path).map_err(failed("replace"))?;
     // The name is in the directory, which has a life of its own on the disk.
     let directory = path.parent().unwrap_or(Path::new("."));
-    File::open(directory).and_then(|d| d.sync_all()).map_err(failed("flush the directory of"))
+    flush(directory).map_err(failed("flush the directory of"))
 }
 
 fn read(path: &Path) -> Result<Option<String>, StoreError> {
@@ -350,6 +358,21 @@ mod tests {
             let mode = fs::metadata(directory.join(file)).unwrap().permissions().mode();
             assert_eq!(mode & 0o077, 0, "{file} is open to others");
         }
+    }
+
+    #[test]
+    fn a_record_whose_name_could_not_be_flushed_may_be_there_and_the_next_one_takes_its_place() {
+        let home = tempfile::tempdir().unwrap();
+        let (store, _) = Store::open(home.path()).unwrap();
+        store.write("epoch 1\n").unwrap();
+        let broken = |_: &Path| Err(io::Error::other("the disk is gone"));
+        let error = replace(&home.path().join(RECORD), "epoch 2\n", broken).unwrap_err();
+        assert!(error.to_string().starts_with("cannot flush the directory of"), "{error}");
+        // As far as this process can see; a power cut may bring the one before back.
+        assert_eq!(read(&home.path().join(RECORD)).unwrap().as_deref(), Some("epoch 2\n"));
+        store.write("epoch 1\n").unwrap();
+        drop(store);
+        assert_eq!(Store::open(home.path()).unwrap().1.as_deref(), Some("epoch 1\n"));
     }
 
     #[test]

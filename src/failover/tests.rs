@@ -17,7 +17,7 @@ const T1: TimelineId = TimelineId(1);
 const T2: TimelineId = TimelineId(2);
 
 fn settings() -> Settings {
-    let rule = |name: &str| NodeRule { name: name.to_owned(), priority: 100 };
+    let rule = |name: &str| NodeRule { name: name.to_owned(), priority: 100, zone: None };
     Settings { max_lost_bytes: 1000, ..Settings::of_nodes(["a", "b", "c"].map(rule).to_vec()) }
 }
 

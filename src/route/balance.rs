@@ -11,33 +11,37 @@ pub struct Candidate {
     pub weight: u32,
     /// Statements of ours that it is working on.
     pub outstanding: u32,
+    /// It is in the proxy's own zone.
+    pub near: bool,
 }
 
-/// Power of two choices: of two candidates drawn by weight, the one with fewer outstanding statements
+/// The near ones first: the others count only where none is near, however much the near ones have to do. Among
+/// those, power of two choices: of two drawn by weight, the one with fewer outstanding statements
 /// per weight; the first on a tie. It follows load as well as a full scan does, without the herd that
 /// runs to the one least loaded node (Mitzenmacher 2001). `None` when there is no candidate.
 pub fn pick(candidates: &[Candidate], chance: u64) -> Option<NodeId> {
-    let total: u64 = candidates.iter().map(|c| u64::from(c.weight)).sum();
-    match candidates {
-        [] => None,
-        [only] => Some(only.node),
-        _ if total == 0 => Some(candidates[0].node),
-        _ => {
-            let first = draw(candidates, (chance & 0xFFFF_FFFF) % total);
-            let second = draw(candidates, (chance >> 32) % total);
-            Some(if lighter(second, first) { second.node } else { first.node })
-        }
+    if let [only] = candidates {
+        return Some(only.node);
     }
+    let near = candidates.iter().any(|c| c.near);
+    let meant = || candidates.iter().filter(|c| c.near == near);
+    let total: u64 = meant().map(|c| u64::from(c.weight)).sum();
+    if total == 0 {
+        return meant().next().map(|c| c.node);
+    }
+    let first = draw(meant(), (chance & 0xFFFF_FFFF) % total)?;
+    let second = draw(meant(), (chance >> 32) % total)?;
+    Some(if lighter(second, first) { second.node } else { first.node })
 }
 
-fn draw(candidates: &[Candidate], mut at: u64) -> &Candidate {
-    for candidate in candidates {
-        match at.checked_sub(u64::from(candidate.weight)) {
-            Some(rest) => at = rest,
-            None => return candidate,
+fn draw<'c>(mut candidates: impl Iterator<Item = &'c Candidate>, mut at: u64) -> Option<&'c Candidate> {
+    candidates.find(|candidate| match at.checked_sub(u64::from(candidate.weight)) {
+        Some(rest) => {
+            at = rest;
+            false
         }
-    }
-    &candidates[candidates.len() - 1]
+        None => true,
+    })
 }
 
 fn lighter(a: &Candidate, b: &Candidate) -> bool {
@@ -51,7 +55,25 @@ mod tests {
     use proptest::prelude::*;
 
     fn candidate(node: u16, weight: u32, outstanding: u32) -> Candidate {
-        Candidate { node: NodeId(node), weight, outstanding }
+        Candidate { node: NodeId(node), weight, outstanding, near: false }
+    }
+
+    fn near(node: u16, weight: u32, outstanding: u32) -> Candidate {
+        Candidate { near: true, ..candidate(node, weight, outstanding) }
+    }
+
+    #[test]
+    fn those_of_the_own_zone_come_first_and_the_others_when_there_is_none() {
+        let own_and_others = [candidate(0, 9, 0), near(1, 1, 50), candidate(2, 9, 0)];
+        let two_near = [candidate(0, 1, 0), near(1, 1, 5), near(2, 1, 7), near(3, 0, 0)];
+        for chance in [0, 1, 3 << 32, u64::MAX, 0x9E37_79B9_7F4A_7C15] {
+            assert_eq!(pick(&own_and_others, chance), Some(NodeId(1)), "busy, and yet near");
+            let others = [own_and_others[0], own_and_others[2]];
+            assert!(pick(&others, chance).is_some());
+        }
+        // Among themselves the near ones are chosen from as all are.
+        assert_eq!(pick(&two_near, 1 << 32), Some(NodeId(1)));
+        assert_eq!(pick(&two_near, 1 | 1 << 32), Some(NodeId(2)));
     }
 
     #[test]
@@ -76,13 +98,14 @@ mod tests {
     proptest! {
         #[test]
         fn a_pick_is_one_of_the_candidates(
-            weights in proptest::collection::vec((1u32..100, 0u32..1000), 1..8),
+            weights in proptest::collection::vec((1u32..100, 0u32..1000, any::<bool>()), 1..8),
             chance: u64,
         ) {
             let all: Vec<_> = weights.iter().enumerate()
-                .map(|(i, &(w, o))| candidate(i as u16, w, o)).collect();
+                .map(|(i, &(w, o, near))| Candidate { near, ..candidate(i as u16, w, o) }).collect();
             let picked = pick(&all, chance).unwrap();
-            prop_assert!(all.iter().any(|c| c.node == picked));
+            let picked = all.iter().find(|c| c.node == picked).unwrap();
+            prop_assert!(picked.near || all.iter().all(|c| !c.near));
         }
     }
 

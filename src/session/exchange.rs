@@ -550,6 +550,10 @@ impl Exchange<'_> {
             let full = self.backend.output.len() >= HIGH_WATER;
             again |= self.write_to_node(cx) && full;
             match self.read_from_node(cx) {
+                // It may have been said while this process was stopped, and the node be left since.
+                Poll::Ready(true) if self.backend.socket.is_closed() => {
+                    return Poll::Ready(self.told_to_close());
+                }
                 Poll::Ready(true) => again = true,
                 Poll::Ready(false) => return Poll::Ready(self.node_closed()),
                 Poll::Pending => {}

@@ -419,6 +419,7 @@ impl Session {
                     weight: view.weight,
                     outstanding: self.shared.pools.context.outstanding[view.id.index()]
                         .load(std::sync::atomic::Ordering::Relaxed),
+                    near: self.config.is_near(view.id.index()),
                 }),
                 ReplicaVerdict::Behind | ReplicaVerdict::Unresolved | ReplicaVerdict::Unknown => {
                     if self.soon(view.id, patience) {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use highwater::config::Config;
 use highwater::config::live::LiveConfig;
+use highwater::demo::cluster::ClusterOptions;
 use highwater::failover::event::{Kick, Order, OrderResult};
 use highwater::failover::orders::{Hands, Limits};
 use highwater::failover::preconditions::{Needs, examine};
@@ -60,7 +61,7 @@ impl Proxyless {
 
     /// What stands in the way of a failover at `node`, in the eyes of a proxy of this identity.
     async fn findings(&self, node: NodeId, identity: &str) -> Vec<String> {
-        let needs = Needs { quorum: true, manage_sync: true };
+        let needs = Needs { quorum: true, manage_sync: true, slots: Some(1) };
         let deadline = Duration::from_secs(5);
         let found =
             examine(&self.config.load_full(), &self.nodes, node, needs, Some(identity), deadline).await;
@@ -362,7 +363,10 @@ async fn synchronous_standby_names_are_set_on_a_standby_before_it_is_promoted() 
 
 #[tokio::test]
 async fn the_documented_grants_are_enough_and_each_missing_one_is_named() {
-    let cluster = Cluster::start(1).await;
+    // Else there is a warning about it.
+    let settings = vec![("max_slot_wal_keep_size".to_owned(), "1GB".to_owned())];
+    let options = ClusterOptions { replicas: 1, settings, ..ClusterOptions::default() };
+    let cluster = Cluster::start_with(options).await;
     let proxy = Proxyless::over(&cluster);
     for node in [A, B] {
         assert_eq!(proxy.findings(node, IDENTITY).await, Vec::<String>::new());
@@ -386,6 +390,9 @@ async fn the_documented_grants_are_enough_and_each_missing_one_is_named() {
         assert!(proxy.findings(A, IDENTITY).await.contains(&expected), "{expected:?} is not said");
         admin.batch_execute(grant).await.unwrap();
     }
+    admin.batch_execute("ALTER ROLE highwater NOREPLICATION").await.unwrap();
+    let expected = "it lacks: ALTER ROLE highwater REPLICATION (failover.slots.manage)".to_owned();
+    assert_eq!(proxy.findings(A, IDENTITY).await, [expected]);
 }
 
 #[tokio::test]
@@ -400,7 +407,8 @@ async fn settings_that_a_failover_would_stumble_over_are_named() {
     // A new session is told the names at once: nothing commits in it.
     let found = proxy.findings(A, IDENTITY).await;
     says(found.clone(), "`x`, which is no node");
-    says(found, "has `*`");
+    says(found.clone(), "has `*`");
+    says(found, "max_slot_wal_keep_size is -1");
     cluster.node(1).set("primary_conninfo", "host=127.0.0.1 application_name=walreceiver").await.unwrap();
     says(proxy.findings(B, IDENTITY).await, "it streams as `walreceiver`, not as `b`");
 }

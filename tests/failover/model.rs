@@ -4,16 +4,21 @@
 use std::ops::Range;
 
 use highwater::failover::decide::Durability;
+use highwater::failover::event::{BlockReason, State};
 
 use crate::plan::Plan;
 use crate::world::{Happened, Without, World};
 
-/// HIGHWATER_MODEL_RUNS: more, for a soak. HIGHWATER_MODEL_SEED: this one alone, with all that happens.
+/// HIGHWATER_MODEL_RUNS: more, for a soak; HIGHWATER_MODEL_FROM: from this one on. HIGHWATER_MODEL_SEED: this one alone,
+/// with all that happens.
 fn seeds(usually: u64) -> Range<u64> {
     let number = |name: &str| std::env::var(name).ok().map(|n| n.parse::<u64>().unwrap());
     match number("HIGHWATER_MODEL_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 1..1 + number("HIGHWATER_MODEL_RUNS").unwrap_or(usually),
+        None => {
+            let from = number("HIGHWATER_MODEL_FROM").unwrap_or(1);
+            from..from + number("HIGHWATER_MODEL_RUNS").unwrap_or(usually)
+        }
     }
 }
 
@@ -148,6 +153,16 @@ fn nobody_gets_to_an_old_primary_as_a_proxy_starts_that_was_about_to_replace_it(
 fn a_promotion_whose_success_could_not_be_recorded_is_not_given_up_for_a_refused_connection() {
     let world = run(Plan::random(26946, Durability::Async), Without::Nothing, false);
     assert_eq!(world.violations, Vec::<String>::new());
+}
+
+/// The only standby that was left streamed from an old primary that had just been made a standby, and had not followed yet:
+/// nobody could say that the new primary was gone, and nobody was told that nothing would come of it.
+#[test]
+fn where_no_standby_can_tell_whether_the_primary_is_gone_that_is_said() {
+    let world = run(Plan::random(182_109, Durability::Async), Without::Nothing, false);
+    assert_eq!(world.violations, Vec::<String>::new());
+    let ended = world.ended.map(|(state, _)| state);
+    assert_eq!(ended, Some(State::Blocked(BlockReason::NoWitness)));
 }
 
 #[test]

@@ -31,7 +31,10 @@ fn settings(words: &[&str]) -> Settings {
     };
     let rule = |name: &&str| {
         let never = words.iter().position(|word| *word == "never").is_some_and(|at| words[at + 1] == *name);
-        NodeRule { name: (*name).to_owned(), priority: if never { 0 } else { 100 } }
+        // `far c`: it is in another zone than the rest.
+        let far = words.windows(2).any(|pair| pair[0] == "far" && pair[1] == *name);
+        let zone = Some(if far { "there" } else { "here" }.to_owned());
+        NodeRule { name: (*name).to_owned(), priority: if never { 0 } else { 100 }, zone }
     };
     Settings {
         mode: if has("manual") { Mode::Manual } else { Mode::Auto },

@@ -763,8 +763,8 @@ impl World {
                 Rest::NeedsHelp
             }
             State::Blocked(_) if !lives => Rest::NeedsHelp,
-            // Nobody is left who could take over, or say anything.
-            State::Suspect if !lives && !self.has_successor(primary) => Rest::NeedsHelp,
+            // Nobody is left who could say anything.
+            State::Suspect if !lives && !self.is_answered(primary) => Rest::NeedsHelp,
             state => {
                 self.violate(format!("settles: {state:?}, primary n{primary} lives: {lives}"));
                 Rest::Waits
@@ -776,6 +776,15 @@ impl World {
         }
         self.check_diverged(primary);
         rests
+    }
+
+    /// By a standby that is not kept out.
+    fn is_answered(&self, primary: usize) -> bool {
+        let out = |at: usize| {
+            self.proxy.as_ref().and_then(|proxy| proxy.machine.quarantine(NodeId(at as u16))).is_some()
+        };
+        let answers = |at: usize| self.nodes[at].works(self.now) && self.nodes[at].recovery;
+        (0..self.nodes.len()).any(|at| at != primary && answers(at) && !out(at))
     }
 
     /// By the record.

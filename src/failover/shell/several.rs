@@ -17,6 +17,7 @@ use crate::failover::event::State;
 use crate::failover::lease::{self, Kept, Wanted};
 use crate::failover::orders::{Hands, Limits};
 use crate::failover::record::{Record, Stage};
+use crate::failover::slot_keeper::Rounds;
 use crate::failover::store::{Upstreams, failpoint, order_identity};
 use crate::failover::text;
 use crate::gate::Posture;
@@ -274,6 +275,8 @@ impl Shell {
         self.events.term = term.number;
         self.prepared = false;
         self.examine_at = None;
+        // The end of a round of before is not heard of.
+        self.slots = Rounds::default();
         self.machine = self.passive(record);
         self.change_label(self.machine.state().label());
         let wanted = self.machine.wanted_gate();

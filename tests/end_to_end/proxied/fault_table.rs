@@ -182,3 +182,72 @@ async fn what_was_sent_to_a_silent_primary_is_in_doubt_and_what_comes_later_wait
     };
     assert_eq!(cluster.node(new).query_text("SELECT count(*) FROM t WHERE x = 2").await.unwrap(), "1");
 }
+
+/// As docs/FAILOVER.md says for `left_behind`: promote one by hand, stop the proxy, move its state away, start it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_only_standbys_are_left_that_never_followed_the_lost_primary_an_operator_promotes_one() {
+    let cluster = Cluster::start(3).await;
+    cluster.set_up(TABLE).await;
+    let directory = tempfile::tempdir().unwrap();
+    let more = "allow_minority: true, min_failover_interval: 0s, kick_timeout: 500ms";
+    let proxy = started(&cluster, &directory, more).await;
+    let client = proxy.connect().await;
+    client.execute("INSERT INTO t VALUES (1)", &[]).await.unwrap();
+    cluster.wait_caught_up(0).await.unwrap();
+    for away in [2, 3] {
+        cluster.node(away).stop_fast().await.unwrap();
+    }
+    cluster.node(0).crash().await.unwrap();
+    eventually("b takes over", || async {
+        is_in(&proxy, "healthy").await && primary(&proxy).await.as_deref() == Some("b")
+    })
+    .await;
+    cluster.node(1).execute("INSERT INTO t VALUES (2)").await.unwrap();
+    cluster.node(1).crash().await.unwrap();
+    for back in [2, 3] {
+        cluster.node(back).start().await.unwrap();
+    }
+    eventually("it says that nobody can take over", || async {
+        proxy.metrics().await.sum("highwater_failover_blocked", &[("reason", "left_behind")]) == 1.0
+    })
+    .await;
+    let refused = super::console::psql(&cluster, &proxy, "FAILOVER TO c ALLOW DATA LOSS;").await;
+    let refused = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.contains("never followed the lost primary"), "{refused}");
+    eventually("it is blocked again", || async {
+        proxy.metrics().await.sum("highwater_failover_blocked", &[("reason", "left_behind")]) == 1.0
+    })
+    .await;
+
+    cluster.node(2).execute("SELECT pg_promote()").await.unwrap();
+    assert_eq!(only_primary(&cluster).await, 2);
+    // By its timeline it cannot be told from the one that is gone: it is not followed by itself.
+    assert_eq!(primary(&proxy).await.as_deref(), Some("b"));
+    assert!(proxy.stop().await.success());
+    let state = directory.path().join("state");
+    std::fs::rename(&state, directory.path().join("state.before")).unwrap();
+    let overrides = auto(&directory, more);
+    let options = ProxyOptions { overrides: &overrides, start: Start::Ready, ..ProxyOptions::default() };
+    let proxy = Proxy::start_with(&cluster, options).await;
+    assert_eq!(primary(&proxy).await.as_deref(), Some("c"));
+    let client = proxy.connect().await;
+    client.execute("INSERT INTO t VALUES (3)", &[]).await.unwrap();
+    // The other standbys are pointed at it by hand, those of the lost time are made anew.
+    cluster.node(3).follow(cluster.node(2)).await.unwrap();
+    cluster.node(1).rebuild_from(cluster.node(2)).await.unwrap();
+    eventually("both serve", || async { is_in(&proxy, "healthy").await && proxy.usable_nodes().await == 3 })
+        .await;
+    for node in [1, 3] {
+        cluster
+            .node(node)
+            .wait_for("SELECT string_agg(x::text, ',' ORDER BY x) FROM t", "1,3")
+            .await
+            .unwrap();
+    }
+    // And the next failover is one as any other.
+    cluster.node(2).crash().await.unwrap();
+    eventually("another one takes over", || async {
+        is_in(&proxy, "healthy").await && primary(&proxy).await.is_some_and(|name| name != "c")
+    })
+    .await;
+}
