@@ -9,8 +9,10 @@ use std::sync::Arc;
 
 use tokio_postgres::Client;
 
+use crate::config::coordination::CoordinationConfig;
 use crate::config::live::LiveConfig;
 use crate::config::{AuthSource, Config, DurabilityMode, FailoverMode, NodeConfig, Transactions};
+use crate::etcd::Etcd;
 use crate::failover::preconditions::{self, Finding, Needs};
 use crate::net::{ClientTls, NodeTls};
 use crate::node::Nodes;
@@ -99,7 +101,23 @@ pub async fn check(config: &Config, progress: &mut dyn FnMut(&str)) -> Report {
             nodes[index].1 = answer;
         }
     }
-    Report { problems: problems(config, &nodes), routing: routing(config, &nodes), nodes }
+    let mut problems = problems(config, &nodes);
+    problems.extend(etcd_problems(config).await);
+    Report { problems, routing: routing(config, &nodes), nodes }
+}
+
+/// Each member of etcd that does not answer.
+async fn etcd_problems(config: &Config) -> Vec<String> {
+    let mut found = Vec::new();
+    let Some(several) = &config.failover.coordination else { return found };
+    for endpoint in &several.endpoints {
+        let one = CoordinationConfig { endpoints: vec![endpoint.clone()], ..several.clone() };
+        match Etcd::new(&one) {
+            Ok(etcd) => found.extend(etcd.range(&several.prefix).await.err().map(|error| error.to_string())),
+            Err(error) => found.push(error.to_string()),
+        }
+    }
+    found
 }
 
 /// What there is to say when node_tls cannot even be set up: `run` would not start.

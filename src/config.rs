@@ -15,6 +15,7 @@ use serde::de::{self, DeserializeSeed as _};
 
 use crate::consistency::{Durability, LagLimit, Level, OnStale, Override, Promise, Route};
 
+pub mod coordination;
 pub mod given;
 pub mod live;
 pub mod near;
@@ -648,6 +649,8 @@ pub struct FailoverConfig {
     pub fence_sql: bool,
     /// Synchronous replication.
     pub sync: SyncConfig,
+    /// How several proxies over the cluster agree; `None`: there is one.
+    pub coordination: Option<coordination::CoordinationConfig>,
     /// Replication slots.
     pub slots: SlotsConfig,
 }
@@ -816,12 +819,30 @@ pub const SECTIONS: &[(&str, &[&str])] = &[
             "same_zone_only",
             "fence",
             "sync",
+            "coordination",
             "slots",
         ],
     ),
     ("failover.candidates[]", &["node", "priority"]),
     ("failover.fence", &["sql"]),
     ("failover.sync", &["manage", "num", "degrade_after", "strict"]),
+    (
+        "failover.coordination",
+        &[
+            "kind",
+            "endpoints",
+            "prefix",
+            "name",
+            "ttl",
+            "timeout",
+            "interval",
+            "user",
+            "password",
+            "password_env",
+            "password_file",
+            "ca",
+        ],
+    ),
     ("failover.slots", &["manage", "prefix", "warn_above"]),
     ("log", &["format", "level", "slow_statement", "slow_per_second", "connections"]),
 ];
@@ -2057,8 +2078,11 @@ impl Reader<'_> {
         let durability = self.choice(&section, "durability", &levels, &[], DurabilityMode::Async);
         let told = [("error", LostWrite::Error), ("notice", LostWrite::Notice)];
         let state_dir = self.path(&section, "state_dir");
+        let found_wrong = self.found.len();
+        let coordination = self.coordination(&section, mode, state_dir.is_some());
         let at = section.get("mode").map_or(section.trail.clone(), |(_, trail)| trail);
-        if mode == FailoverMode::Auto && state_dir.is_none() {
+        let alone = coordination.is_none() && self.found.len() == found_wrong;
+        if mode == FailoverMode::Auto && state_dir.is_none() && alone {
             self.wrong(&at, "`auto` keeps what it does on disk: failover.state_dir is missing");
         }
         let fence = self.nested(&section, "fence", "failover.fence");
@@ -2090,6 +2114,7 @@ impl Reader<'_> {
             same_zone_only: self.flag(&section, "same_zone_only", true),
             fence_sql: self.flag(&fence, "sql", true),
             sync: self.sync(&section, nodes),
+            coordination,
             slots: self.slots(&section, nodes),
         }
     }
@@ -2394,6 +2419,7 @@ mod tests {
                         "failover.candidates[]" => format!("failover: {{ candidates: [ {{ {entry} }} ] }}"),
                         "failover.fence" => format!("failover: {{ fence: {{ {entry} }} }}"),
                         "failover.sync" => format!("failover: {{ sync: {{ {entry} }} }}"),
+                        "failover.coordination" => format!("failover: {{ coordination: {{ {entry} }} }}"),
                         "durability.rules[]" => format!("durability: {{ rules: [ {{ {entry} }} ] }}"),
                         "consistency.quorum_reads" => {
                             format!("consistency: {{ quorum_reads: {{ {entry} }} }}")

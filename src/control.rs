@@ -21,8 +21,10 @@ use tokio::time::{MissedTickBehavior, interval, sleep_until};
 
 use crate::config::live::LiveConfig;
 use crate::config::{Config, FailoverMode, NodeConfig};
-use crate::failover::event::{Event as Happening, Fact, Role, Seen as FactSeen, Target, Walreceiver};
+use crate::failover::coordination::Seen as Others;
+use crate::failover::event::{Event as Happening, Fact, Loss, Role, Seen as FactSeen, Target, Walreceiver};
 use crate::failover::record::{Forked, Record};
+use crate::failover::shell::several::news;
 use crate::failover::shell::{Ears, Outcome, Shell, StateError};
 use crate::gate::Gate;
 use crate::metrics::Metrics;
@@ -208,6 +210,7 @@ impl Loop {
                     let outcomes = self.shell.hear(heard);
                     self.take_outcomes(outcomes);
                 }
+                seen = news(&mut ears.seen) => self.take_news(&seen),
                 Some((command, reply)) = ears.commands.recv() => {
                     let outcomes = self.shell.command(command, reply);
                     self.take_outcomes(outcomes);
@@ -310,6 +313,35 @@ impl Loop {
         Fact::Answered(FactSeen { system_identifier: seen.answer.system_identifier, start, role })
     }
 
+    /// Of several proxies: what the others say, and whether this one leads.
+    fn take_news(&mut self, seen: &Arc<Others>) {
+        let primary = self.topology.load().primary;
+        let led = self.shell.acts();
+        let outcomes = self.shell.take_seen(seen, primary);
+        self.take_outcomes(outcomes);
+        self.shell.resume();
+        if self.shell.acts() && !led {
+            // Who leads from now on has seen nothing yet.
+            self.watch.probe_all();
+        }
+    }
+
+    /// Another proxy, or this one in another life, has recorded this.
+    fn take_known(&mut self, record: &Record, kept: bool) {
+        let before = self.topology.load_full();
+        let next = match before.primary {
+            None => remember(&before, record),
+            Some(_) => successor(&before, record, kept, self.track.last_sample()),
+        };
+        let successor = next.as_ref().filter(|_| before.primary.is_some()).and_then(|next| next.primary);
+        if let Some(facts) = successor.and_then(|primary| self.facts.get_mut(primary.index())) {
+            facts.promoted = Some(Instant::now());
+        }
+        if let Some(next) = next {
+            self.publish(&before, next);
+        }
+    }
+
     /// Failover hears it, and what it wants of this loop is done.
     fn tell(&mut self, happening: Happening) {
         let outcomes = self.shell.step(happening);
@@ -329,6 +361,7 @@ impl Loop {
         for outcome in outcomes {
             match outcome {
                 Outcome::Probe(node) => self.watch.probe(node),
+                Outcome::Known { record, kept } => self.take_known(&record, kept),
                 Outcome::Left(state, time) => self.metrics.failover_phase(state, time),
                 Outcome::Blocked(reason) => self.metrics.failover_blocks.inc(reason),
                 Outcome::Begun(after) => self.metrics.failover_begun(after),
@@ -401,7 +434,7 @@ impl Loop {
             facts.quarantine = self.shell.machine().quarantine(id);
         }
         let hold = self.shell.acts() && !self.shell.machine().may_adopt();
-        let policy = Policy { hold, ..Policy::of(&self.config.load()) };
+        let policy = Policy { hold, follows: self.shell.follows(), ..Policy::of(&self.config.load()) };
         let next = decide(&before, &self.facts, &policy, self.track.last_sample(), now);
         self.compare_clocks(next.primary, now);
         if has_reachable_primary(&next) {
@@ -434,6 +467,7 @@ impl Loop {
             // Before anybody can act on the new one: whatever the old one still says is not passed on.
             self.gate.close_sockets(old);
         }
+        self.gate.leads_to(primary);
         self.topology.publish(next);
         if new_epoch {
             // Samples carry the epoch, and lags start anew: both are needed at once.
@@ -486,12 +520,19 @@ pub struct Policy {
     pub max_lag: Duration,
     /// Failover is at work: until it publishes, nobody else is believed to be the primary.
     pub hold: bool,
+    /// Another proxy leads: it says who the primary is, once there is one.
+    pub follows: bool,
 }
 
 impl Policy {
     /// What the configuration says.
     pub fn of(config: &Config) -> Policy {
-        Policy { mode: config.failover.mode, max_lag: config.consistency.max_lag, hold: false }
+        Policy {
+            mode: config.failover.mode,
+            max_lag: config.consistency.max_lag,
+            hold: false,
+            follows: false,
+        }
     }
 }
 
@@ -554,7 +595,8 @@ pub fn decide(
     now: Instant,
 ) -> Topology {
     let mut next = before.clone();
-    let choice = if policy.hold { Choice::Keep } else { choose_primary(before, facts, policy) };
+    let told = policy.hold || (policy.follows && before.primary.is_some());
+    let choice = if told { Choice::Keep } else { choose_primary(before, facts, policy) };
     if let Choice::Take(chosen) = choice {
         take_primary(&mut next, chosen, facts, last_sample);
     }
@@ -673,6 +715,41 @@ fn follow_restart(next: &mut Topology, facts: &[NodeFacts], last_sample: Option<
     };
     push_switch(next, end);
     next.epoch = Epoch(next.epoch.0 + 1);
+}
+
+/// With the write target of `record`, if it comes after the one that is believed in.
+fn successor(
+    before: &Topology,
+    record: &Record,
+    kept: bool,
+    last_sample: Option<(u64, Lsn)>,
+) -> Option<Topology> {
+    let (old_primary, primary, timeline) = (before.primary?, record.primary?, record.timeline?);
+    let is_later = primary != old_primary && Some(timeline) > before.timeline;
+    if !is_later || primary.index() >= before.nodes.len() {
+        return None;
+    }
+    let fork = record.forks.iter().rev().find(|fork| Some(fork.old_timeline) == before.timeline);
+    // Where there was another one in between, what that one kept is not known here.
+    let directly = record.forks.last() == fork;
+    let target = Target {
+        primary,
+        epoch: record.epoch.max(Epoch(before.epoch.0 + 1)),
+        timeline,
+        fork: fork.map_or(Lsn::ZERO, |fork| fork.fork),
+        old_primary,
+        planned: false,
+        kept: kept && directly && fork.is_some(),
+        loss: Loss::default(),
+    };
+    let mut next = before.clone();
+    take_target(&mut next, &target, last_sample);
+    if fork.is_none()
+        && let Some(switch) = next.switches.last_mut()
+    {
+        (switch.fork, switch.gone_from) = (None, None);
+    }
+    Some(next)
 }
 
 /// Failover has made another write target.
@@ -1009,7 +1086,7 @@ mod tests {
     const HEALTH: HealthSettings =
         HealthSettings { failure_threshold: 3, eject_time: Duration::from_secs(1) };
     const FOLLOW: Policy =
-        Policy { mode: FailoverMode::Follow, max_lag: Duration::from_secs(10), hold: false };
+        Policy { mode: FailoverMode::Follow, max_lag: Duration::from_secs(10), hold: false, follows: false };
 
     fn nodes(count: u16) -> Topology {
         let view = |id| NodeView {
@@ -1348,6 +1425,37 @@ mod tests {
             let next = decide(&settled(now), &facts, &FOLLOW, None, now);
             assert_eq!(labels(&next)[1], expected, "{read_only} {quarantine:?}");
         }
+    }
+
+    #[test]
+    fn a_proxy_that_follows_believes_in_another_primary_only_by_the_record() {
+        let now = Instant::now();
+        let before = settled(now);
+        let facts = [writer(now, 1, Some("")), writer(now, 2, Some("1 0/500 x")), streaming(now, 1)];
+        let follows = Policy { follows: true, ..FOLLOW };
+        assert_eq!(decide(&before, &facts, &FOLLOW, None, now).primary, Some(NodeId(1)));
+        let next = decide(&before, &facts, &follows, None, now);
+        assert_eq!((next.primary, next.epoch), (Some(NodeId(0)), Epoch(1)));
+        // Where nothing is known yet, it finds the first one by itself.
+        let found = decide(&nodes(3), &facts, &follows, None, now);
+        assert_eq!(found.primary, Some(NodeId(1)));
+        let forked = |old| Forked { old_primary: NodeId(0), old_timeline: TimelineId(old), fork: Lsn(0x500) };
+        let mut record = Record {
+            epoch: Epoch(7),
+            primary: Some(NodeId(1)),
+            timeline: Some(TimelineId(2)),
+            forks: vec![forked(1)],
+            ..Record::default()
+        };
+        let taken = successor(&before, &record, true, None).unwrap();
+        assert_eq!((taken.primary, taken.epoch), (Some(NodeId(1)), Epoch(7)));
+        assert_eq!(taken.switches.last().map(|s| (s.fork, s.kept)), Some((Some(Lsn(0x500)), true)));
+        // What is recorded of where it began is of another timeline.
+        record.forks = vec![forked(9)];
+        let taken = successor(&before, &record, true, None).unwrap();
+        assert_eq!(taken.switches.last().map(|s| (s.fork, s.kept)), Some((None, false)));
+        record.timeline = Some(TimelineId(1));
+        assert!(successor(&before, &record, true, None).is_none(), "it does not come after");
     }
 
     #[test]

@@ -6,12 +6,18 @@
 //! a node still says can reach a client; those who wait are let in in the order in which they came. Open, it costs a
 //! session two additions to a counter of its own thread, and a connection one load.
 //!
+//! Where several proxies share the cluster, a gate is *leased* ([`Gate::leased`]): it is closed, whatever was wanted of
+//! it, unless this proxy is known to be heard of by the others, and from the moment that the lease ends no connection
+//! to the primary passes anything on, by the clock and not by whoever may be late to close it.
+//!
 //! Deliberately not here: what a client is told, and when the gate is to be opened or closed.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use nix::time::{ClockId, clock_gettime};
 use tokio::sync::{Notify, oneshot};
 
 use crate::topology::NodeId;
@@ -57,6 +63,36 @@ struct Signal {
     posture: AtomicU8,
     /// The posture has changed, or somebody has left who was waited for.
     changed: Notify,
+    lease: Lease,
+}
+
+/// Until when this proxy may use the primary. Only a leased gate looks.
+#[derive(Debug, Default)]
+struct Lease {
+    /// By [`boottime`].
+    until_ms: AtomicU64,
+    /// One more than the node that it is about; 0: none.
+    primary: AtomicUsize,
+}
+
+impl Lease {
+    fn is_over(&self) -> bool {
+        millis(boottime()) >= self.until_ms.load(Ordering::SeqCst)
+    }
+
+    fn is_about(&self, node: NodeId) -> bool {
+        self.primary.load(Ordering::SeqCst) == node.index() + 1
+    }
+}
+
+/// Time that goes on while the machine is suspended, since its start.
+pub fn boottime() -> Duration {
+    // It cannot fail for a clock that there is; a lease would be over.
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::MAX, Duration::from)
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl Signal {
@@ -85,6 +121,18 @@ pub struct Gate {
     nodes: Box<[Mutex<NodeSockets>]>,
     /// How often connections were told to close.
     closings: AtomicU64,
+    wanted: Mutex<Wanted>,
+    leased: bool,
+}
+
+/// What the posture comes from.
+#[derive(Debug, Default)]
+struct Wanted {
+    posture: Posture,
+    /// The lease has ended, or there has been none yet: closed.
+    lapsed: bool,
+    /// How often.
+    lapses: u64,
 }
 
 /// The connections to one node.
@@ -103,15 +151,18 @@ struct Sockets {
     closed: AtomicBool,
     told: Notify,
     open: AtomicUsize,
+    /// The node, where the gate is leased.
+    leased: Option<NodeId>,
     signal: Arc<Signal>,
 }
 
 impl Sockets {
-    fn new(signal: &Arc<Signal>) -> Arc<Sockets> {
+    fn new(signal: &Arc<Signal>, leased: Option<NodeId>) -> Arc<Sockets> {
         Arc::new(Sockets {
             closed: AtomicBool::new(false),
             told: Notify::new(),
             open: AtomicUsize::new(0),
+            leased,
             signal: signal.clone(),
         })
     }
@@ -124,24 +175,94 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Gate {
     /// Open. `most_waiting`: sessions that may wait at once.
     pub fn new(nodes: usize, workers: usize, most_waiting: usize) -> Gate {
+        Gate::with(nodes, workers, most_waiting, false)
+    }
+
+    /// Closed until [`lease`](Self::lease) and [`resume`](Self::resume).
+    pub fn leased(nodes: usize, workers: usize, most_waiting: usize) -> Gate {
+        let gate = Gate::with(nodes, workers, most_waiting, true);
+        lock(&gate.wanted).lapsed = true;
+        gate.apply(Posture::Closed);
+        gate
+    }
+
+    fn with(nodes: usize, workers: usize, most_waiting: usize, leased: bool) -> Gate {
         let signal = Arc::new(Signal::default());
         let shard = || Arc::new(Shard { here: AtomicUsize::new(0), signal: signal.clone() });
-        let sockets =
-            || Mutex::new(NodeSockets { current: Sockets::new(&signal), closing: Vec::new(), shut: false });
+        let sockets = |node: u16| {
+            let current = Sockets::new(&signal, leased.then_some(NodeId(node)));
+            Mutex::new(NodeSockets { current, closing: Vec::new(), shut: false })
+        };
         Gate {
             shards: (0..workers.max(1)).map(|_| shard()).collect(),
             line: Mutex::default(),
             most_waiting: AtomicUsize::new(most_waiting),
-            nodes: (0..nodes).map(|_| sockets()).collect(),
+            nodes: (0u16..).take(nodes).map(sockets).collect(),
             closings: AtomicU64::new(0),
+            wanted: Mutex::default(),
+            leased,
             signal,
         }
     }
 
     // For the way of the cluster.
 
-    /// Opens or closes. Opened, it lets in who waits, the first first.
+    /// Opens or closes. Opened, it lets in who waits, the first first. Without a lease it is closed all the same.
     pub fn set(&self, posture: Posture) {
+        let mut wanted = lock(&self.wanted);
+        wanted.posture = posture;
+        self.apply(if wanted.lapsed { Posture::Closed } else { posture });
+    }
+
+    /// The primary that the lease is about: from when on it ends, nothing of it is passed on.
+    pub fn leads_to(&self, primary: Option<NodeId>) {
+        let primary = primary.map_or(0, |primary| primary.index() + 1);
+        self.signal.lease.primary.store(primary, Ordering::SeqCst);
+    }
+
+    /// The lease lasts until then, by [`boottime`]. It opens nothing.
+    pub fn lease(&self, until: Duration) {
+        self.signal.lease.until_ms.store(millis(until), Ordering::SeqCst);
+    }
+
+    /// Whether the lease lasts; of a gate that is not leased, always.
+    pub fn holds_lease(&self) -> bool {
+        !self.leased || !self.signal.lease.is_over()
+    }
+
+    /// Nothing may go to the primary, or come from it, until [`resume`](Self::resume).
+    pub fn lapse(&self) {
+        {
+            let mut wanted = lock(&self.wanted);
+            wanted.lapsed = true;
+            wanted.lapses += 1;
+            self.apply(Posture::Closed);
+        }
+        if let Some(node) = self.signal.lease.primary.load(Ordering::SeqCst).checked_sub(1) {
+            self.close_sockets(NodeId(u16::try_from(node).unwrap_or(u16::MAX)));
+        }
+    }
+
+    /// How often that was.
+    pub fn lapses(&self) -> u64 {
+        lock(&self.wanted).lapses
+    }
+
+    /// What is wanted counts again, if there was no further lapse than the `lapses` that are known of.
+    pub fn resume(&self, lapses: u64) {
+        let mut wanted = lock(&self.wanted);
+        if wanted.lapsed && wanted.lapses == lapses {
+            wanted.lapsed = false;
+            self.apply(wanted.posture);
+        }
+    }
+
+    /// Whether it is closed for want of a lease.
+    pub fn is_lapsed(&self) -> bool {
+        self.leased && lock(&self.wanted).lapsed
+    }
+
+    fn apply(&self, posture: Posture) {
         self.signal.posture.store(posture as u8, Ordering::SeqCst);
         if posture == Posture::Open {
             self.nodes.iter().for_each(|node| lock(node).shut = false);
@@ -160,7 +281,8 @@ impl Gate {
         let told = {
             let mut sockets = lock(sockets);
             sockets.shut |= self.posture() == Posture::Closed;
-            let told = std::mem::replace(&mut sockets.current, Sockets::new(&self.signal));
+            let fresh = Sockets::new(&self.signal, sockets.current.leased);
+            let told = std::mem::replace(&mut sockets.current, fresh);
             told.closed.store(true, Ordering::SeqCst);
             sockets.closing.push(told.clone());
             told
@@ -176,6 +298,16 @@ impl Gate {
         let closing = &mut lock(sockets).closing;
         closing.retain(|told| told.open.load(Ordering::SeqCst) > 0);
         closing.iter().map(|told| told.open.load(Ordering::SeqCst)).sum()
+    }
+
+    /// How many connections of sessions there are, to all nodes.
+    pub fn sockets_open(&self) -> usize {
+        let open = |sockets: &Arc<Sockets>| sockets.open.load(Ordering::SeqCst);
+        let of = |node: &Mutex<NodeSockets>| {
+            let sockets = lock(node);
+            open(&sockets.current) + sockets.closing.iter().map(open).sum::<usize>()
+        };
+        self.nodes.iter().map(of).sum()
     }
 
     /// Resolves when all connections to `node` that were told to close are gone.
@@ -335,9 +467,14 @@ impl Drop for Place<'_> {
 pub struct Socket(Arc<Sockets>);
 
 impl Socket {
-    /// Whether it was told to close.
+    /// Whether it was told to close, or leads to the primary and the lease is over: a process that was stopped meanwhile
+    /// may go on with this connection before anybody could tell it to close.
     pub fn is_closed(&self) -> bool {
-        self.0.closed.load(Ordering::Relaxed)
+        self.0.closed.load(Ordering::Relaxed) || self.0.leased.is_some_and(|node| self.is_over(node))
+    }
+
+    fn is_over(&self, node: NodeId) -> bool {
+        self.0.signal.lease.is_about(node) && self.0.signal.lease.is_over()
     }
 
     /// Resolves when it is told to close.
@@ -475,6 +612,37 @@ mod tests {
         assert!(gate.socket(OTHER).is_some(), "reads go on there");
         gate.set(Posture::Open);
         assert!(gate.socket(NODE).is_some());
+    }
+
+    #[test]
+    fn without_a_lease_it_is_closed_whatever_is_wanted_and_nothing_of_the_primary_is_passed_on() {
+        let gate = Gate::leased(2, 1, 2);
+        gate.leads_to(Some(NODE));
+        gate.set(Posture::Open);
+        assert_eq!(gate.posture(), Posture::Closed);
+        assert!(gate.is_lapsed() && !gate.holds_lease());
+        gate.lease(boottime() + Duration::from_secs(3600));
+        gate.resume(gate.lapses());
+        assert!(gate.holds_lease() && !gate.is_lapsed());
+        let (primary, replica) = (gate.socket(NODE).unwrap(), gate.socket(OTHER).unwrap());
+        assert_eq!((gate.posture(), primary.is_closed()), (Posture::Open, false));
+        // The time is over, and nobody has said so yet.
+        gate.lease(boottime());
+        assert!(primary.is_closed() && !replica.is_closed() && !gate.holds_lease());
+        assert_eq!(gate.sockets_open(), 2);
+        let known = gate.lapses();
+        gate.lapse();
+        assert!(is_done(primary.closed()) && !is_done(replica.closed()));
+        assert!(gate.socket(NODE).is_none());
+        gate.resume(known);
+        assert_eq!(gate.posture(), Posture::Closed, "somebody who did not know of the lapse");
+        gate.resume(gate.lapses());
+        assert_eq!(gate.posture(), Posture::Open);
+        // What is wanted meanwhile counts afterwards.
+        gate.lapse();
+        gate.set(Posture::Paused);
+        gate.resume(gate.lapses());
+        assert_eq!(gate.posture(), Posture::Paused);
     }
 
     #[tokio::test]

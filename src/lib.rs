@@ -23,6 +23,7 @@ pub mod scram;
 // The way of the cluster.
 pub mod catalogs;
 pub mod control;
+pub mod etcd;
 pub mod failover;
 pub mod gate;
 pub mod monitor;

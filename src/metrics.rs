@@ -98,8 +98,23 @@ pub struct FailoverFigures {
     pub lost_acked_bytes_min: Option<u64>,
     /// With `durability: quorum`: whether acknowledged writes are covered now.
     pub sync: Option<bool>,
+    /// Where several proxies share the cluster: how it stands with them.
+    pub coordination: Option<CoordinationFigures>,
     /// With `slots.manage`: the most WAL, in bytes, that one of the slots holds.
     pub slots_held: u64,
+}
+
+/// How it stands with several proxies over one cluster.
+#[derive(Clone, Copy, Debug)]
+pub struct CoordinationFigures {
+    /// Whether etcd has answered last.
+    pub up: bool,
+    /// Whether this proxy leads.
+    pub leads: bool,
+    /// Whether it may use the primary.
+    pub valid: bool,
+    /// How many proxies there are.
+    pub proxies: usize,
 }
 
 /// Every value of the labels that are known beforehand, so that each series is there from the start.
@@ -738,6 +753,21 @@ impl Metrics {
             .set(as_gauge(figures.lost_acked_bytes_min.unwrap_or(0)));
         gauge(now, "highwater_sync_state", "1: acknowledged writes survive the primary; 0: they may not.")
             .set(i64::from(figures.sync == Some(true)));
+        if let Some(figures) = &figures.coordination {
+            for (name, help, value) in [
+                ("highwater_dcs_up", "1: etcd has answered when it was asked last.", figures.up),
+                ("highwater_dcs_leader", "1: this proxy leads: it decides on failovers.", figures.leads),
+                (
+                    "highwater_dcs_lease",
+                    "1: its lease holds; 0: it sends nothing to the primary.",
+                    figures.valid,
+                ),
+            ] {
+                gauge(now, name, help).set(i64::from(value));
+            }
+            gauge(now, "highwater_dcs_proxies", "Proxies that share the cluster and are there.")
+                .set(as_gauge(figures.proxies as u64));
+        }
         gauge(
             now,
             "highwater_slot_wal_bytes",
@@ -749,7 +779,7 @@ impl Metrics {
 
 /// How long it was well is no figure of a failover.
 fn is_phase(state: &str) -> bool {
-    !matches!(state, "healthy" | "starting")
+    !matches!(state, "healthy" | "starting" | "following")
 }
 
 fn as_gauge(count: u64) -> i64 {

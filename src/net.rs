@@ -393,6 +393,31 @@ impl NodeTls {
     }
 }
 
+impl NodeTls {
+    /// The same TLS for HTTP.
+    pub fn https(&self) -> HttpsConnector {
+        let mut config = (*self.config).clone();
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        HttpsConnector(TlsConnector::from(Arc::new(config)))
+    }
+}
+
+/// Makes TLS connections that speak HTTP.
+pub struct HttpsConnector(TlsConnector);
+
+impl HttpsConnector {
+    /// Handshakes; the certificate must be `host`'s.
+    pub async fn connect(
+        &self,
+        host: &str,
+        tcp: TcpStream,
+    ) -> io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
+        let name = ServerName::try_from(host.to_owned())
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        self.0.connect(name, tcp).await
+    }
+}
+
 fn system_roots() -> Result<RootCertStore, TlsError> {
     let mut store = RootCertStore::empty();
     let found = rustls_native_certs::load_native_certs();

@@ -34,7 +34,7 @@ use crate::failover::event::{BlockReason, State};
 use crate::gate::Gate;
 use crate::listener::{self, Door};
 use crate::log;
-use crate::metrics::{ClassCacheFigures, FailoverFigures, Labels, Metrics, PoolFigure};
+use crate::metrics::{ClassCacheFigures, CoordinationFigures, FailoverFigures, Labels, Metrics, PoolFigure};
 use crate::net::{ClientTls, NodeTls};
 use crate::node::Nodes;
 use crate::positions::Positions;
@@ -297,7 +297,8 @@ async fn build(config: Config, reload: Reload) -> Result<Parts, StartError> {
 
     let topology = Arc::new(TopologyHandle::new(Topology::initial(config)));
     let positions = Arc::new(Positions::for_workers(places, config.workers));
-    let gate = Arc::new(Gate::new(places, config.workers, config.failover.max_paused));
+    let new_gate = if config.failover.coordination.is_some() { Gate::leased } else { Gate::new };
+    let gate = Arc::new(new_gate(places, config.workers, config.failover.max_paused));
     let names: Vec<String> = config.nodes.iter().map(|n| n.name.clone()).collect();
     let metrics = Arc::new(Metrics::new(&names, &labels()));
     let nodes = Nodes::new(live.clone(), &node_tls);
@@ -520,6 +521,12 @@ fn failover_figures(status: &control::Status) -> FailoverFigures {
         quarantined: status.quarantined.iter().map(|(_, why)| why.label()).collect(),
         lost_acked_bytes_min: status.loss.map(|loss| loss.acked_bytes_min),
         sync: (status.durability == "quorum").then_some(status.covered),
+        coordination: status.coordination.as_ref().map(|several| CoordinationFigures {
+            up: several.up,
+            leads: several.leads,
+            valid: several.valid,
+            proxies: several.proxies.len(),
+        }),
         slots_held: status.slots_held,
     }
 }

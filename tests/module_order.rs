@@ -26,8 +26,9 @@ const MAY_USE: &[(&str, &str)] = &[
     ("net", "config wire"),
     // The way of the cluster.
     ("node", "config net topology wal"),
+    ("etcd", "config net"),
     ("monitor", "config metrics node topology positions wal"),
-    ("failover", "config gate node topology wal"),
+    ("failover", "config etcd gate node topology wal"),
     ("control", "config failover gate metrics monitor node topology positions wal"),
     ("catalogs", "classify config metrics node topology wal"),
     // The way of a statement. A session and its backends tell `control` and `node` of failures they
@@ -46,7 +47,7 @@ const MAY_USE: &[(&str, &str)] = &[
     ),
     ("log", "config"),
     ("admin", "config metrics positions topology wal"),
-    ("check", "config failover monitor net node topology wal"),
+    ("check", "config etcd failover monitor net node topology wal"),
     ("rejoin", "config failover net node topology"),
     ("explain", "catalogs classify config consistency net node topology wal"),
     ("reload", "config"),
@@ -88,6 +89,7 @@ const PURE: &[&str] = &[
     "failover/event.rs",
     "monitor/clock.rs",
     "failover/decide.rs",
+    "failover/lease.rs",
     "failover/detect.rs",
     "failover/candidate.rs",
     "admin/history.rs",

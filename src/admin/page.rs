@@ -557,6 +557,7 @@ mod tests {
         state: "healthy",
         blocked: None,
         quarantined: Vec::new(),
+        coordination: None,
         lost_acked_bytes_min: None,
         sync: None,
         slots_held: 0,

@@ -140,6 +140,7 @@ table! {
     "failover.durability" Restart failover.durability;
     "failover.state_dir" Restart failover.state_dir;
     "failover.sync" Restart failover.sync;
+    "failover.coordination" Restart failover.coordination;
     "failover.slots" Restart failover.slots;
     "failover.candidates" Live failover.candidates;
     "failover.same_zone_only" Live failover.same_zone_only;

@@ -219,9 +219,15 @@ impl Asker<'_> {
         };
         match answer {
             Ok(said) => Ok(done(tag, vec![said])),
-            Err(why) => Err(ErrorReport::error("55000", why).hint(
-                "SHOW FAILOVER and SHOW NODES show how things stand; docs/FAILOVER.md has each reason.",
-            )),
+            Err(why) => {
+                let several = self.console.failover.status().coordination.clone();
+                let leader = several.filter(|several| !several.leads).and_then(|several| several.leader);
+                Err(ErrorReport::error("55000", why).hint(match leader {
+                    Some(leader) => format!("Give the command on the admin console of \"{leader}\"."),
+                    None => "SHOW FAILOVER and SHOW NODES show how things stand; docs/FAILOVER.md has each reason."
+                        .to_owned(),
+                }))
+            }
         }
     }
 

@@ -565,6 +565,16 @@ fn failover_standing(status: &Status) -> Vec<(&'static str, Value)> {
         ("quarantined", Some(kept_out.join(", ")).filter(|names| !names.is_empty()).into()),
         ("last_loss", lost.into()),
     ]);
+    if let Some(several) = &status.coordination {
+        rows.extend([
+            ("proxy", several.name.clone().into()),
+            ("leader", several.leader.clone().into()),
+            ("leads", yes_or_no(several.leads)),
+            ("etcd_answers", yes_or_no(several.up)),
+            ("lease", if several.valid { "valid" } else { "lapsed" }.into()),
+            ("proxies", several.proxies.join(", ").into()),
+        ]);
+    }
     rows
 }
 

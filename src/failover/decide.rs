@@ -105,6 +105,8 @@ pub struct Settings {
     pub sync_strict: bool,
     /// Whether orders may be given at all: they take a durable record (`state_dir`).
     pub hands: bool,
+    /// So much longer than `sever_timeout` connections may take to close: another proxy that is gone is waited out.
+    pub close_wait: Duration,
 }
 
 impl Settings {
@@ -131,6 +133,7 @@ impl Settings {
             sync_num: 1,
             sync_strict: false,
             hands: true,
+            close_wait: Duration::ZERO,
         }
     }
 }
@@ -1144,7 +1147,8 @@ impl Machine {
         let since = *attempt.severing_since.get_or_insert(now);
         let open: Vec<NodeId> = targets.iter().copied().filter(|n| !attempt.cuts.contains_key(n)).collect();
         let closed = attempt.sockets_closed;
-        let late = now.saturating_duration_since(since) >= self.settings.sever_timeout;
+        let severing = now.saturating_duration_since(since);
+        let late = severing >= self.settings.sever_timeout;
         if !matches!(self.state, State::Electing(_)) || !open.is_empty() {
             self.enter(State::Severing);
         }
@@ -1163,7 +1167,9 @@ impl Machine {
         match open.first() {
             Some(node) if late => self.block(BlockReason::SeverTimeout { node: *node }, now),
             Some(_) => {}
-            None if !closed && late => self.block(BlockReason::SocketsOpen, now),
+            None if !closed && severing >= self.settings.sever_timeout + self.settings.close_wait => {
+                self.block(BlockReason::SocketsOpen, now);
+            }
             None => self.elect(intent, closed, late, now),
         }
     }

@@ -452,11 +452,13 @@ pub enum State {
     Draining(NodeId),
     /// A switchover: the old primary takes no more writes, the new one catches up.
     AtBarrier(NodeId),
+    /// Another proxy leads, and decides: not a state of the machine's.
+    Following,
 }
 
 impl State {
     /// All labels, for the metric.
-    pub const LABELS: [&'static str; 12] = [
+    pub const LABELS: [&'static str; 13] = [
         "starting",
         "healthy",
         "suspect",
@@ -469,6 +471,7 @@ impl State {
         "blocked",
         "draining",
         "barrier",
+        "following",
     ];
 
     /// One word for a metric label or a log field.
@@ -486,6 +489,7 @@ impl State {
             State::Blocked(_) => "blocked",
             State::Draining(_) => "draining",
             State::AtBarrier(_) => "barrier",
+            State::Following => "following",
         }
     }
 }

@@ -26,6 +26,9 @@
 //! | `slots` | which replication slots nodes should have |
 //! | `slot_keeper` | looks and statements for that |
 //! | `shell` | carries out what the machine decides |
+//! | `lease` | what several proxies tell each other, and what follows from it |
+//! | `coordination` | this proxy among several: its lease in etcd, and whether it leads |
+//! | `several` | the shell of a proxy that is one of several |
 //! | `conninfo` | `primary_conninfo`, changed in host and port only |
 //!
 //! Promises (the invariants' numbers are those of docs/FAILOVER.md): one write target per epoch, each epoch durable
@@ -37,10 +40,12 @@
 pub mod candidate;
 mod command;
 pub mod conninfo;
+pub mod coordination;
 pub mod decide;
 pub mod detect;
 pub mod event;
 pub mod keeper;
+pub mod lease;
 pub mod orders;
 pub mod preconditions;
 pub mod recipe;

@@ -19,6 +19,7 @@ use tokio::sync::{Mutex, MutexGuard};
 
 use crate::config::live::LiveConfig;
 use crate::failover::conninfo::Conninfo;
+use crate::failover::coordination::Leave;
 use crate::failover::event::{Kick, Order, OrderResult};
 use crate::failover::store::{Setting, StoreError, Upstream, Upstreams, failpoint};
 use crate::failover::sync::{self, Quorum};
@@ -93,12 +94,14 @@ pub struct Hands {
 
 impl Hands {
     /// `identity` tells this proxy from others (and from nobody else: it is the sessions' `application_name`).
+    /// `leave`: of several proxies that give orders one at a time, asked before each statement.
     pub fn new(
         config: &Arc<LiveConfig>,
         nodes: &Arc<Nodes>,
         upstreams: &Arc<Upstreams>,
         identity: &str,
         limits: Limits,
+        leave: Option<&Leave>,
     ) -> Hands {
         let hand = |index: usize| {
             let behind = Arc::new(AtomicUsize::new(0));
@@ -110,6 +113,7 @@ impl Hands {
                 identity: identity.to_owned(),
                 node: NodeId(index as u16),
                 limits,
+                leave: leave.cloned(),
                 session: None,
             };
             (Mutex::new(hand), behind)
@@ -192,6 +196,7 @@ struct Hand {
     identity: String,
     node: NodeId,
     limits: Limits,
+    leave: Option<Leave>,
     session: Option<ControlSession>,
     /// Orders that wait for this one to end.
     behind: Arc<AtomicUsize>,
@@ -863,6 +868,8 @@ impl Hand {
             Some(session) if !session.is_closed() => session,
             _ => self.take_over(until).await?,
         };
+        // With the lock in hand: whoever leads now has not had it since, or this session would have been ended (I10).
+        self.require_leave()?;
         match session.ask(statement, self.left(until, most)).await {
             Ok(rows) => {
                 self.session = Some(session);
@@ -891,8 +898,17 @@ impl Hand {
                 session.ask(SETTINGS, self.left(until, self.limits.statement)).await.map_err(unknown)?;
                 return Ok(session);
             }
+            self.require_leave()?;
             session.ask(&end_holders, self.left(until, self.limits.statement)).await.map_err(unknown)?;
             self.wait(until, || "the session that holds the control lock does not end".to_owned()).await?;
+        }
+    }
+
+    /// Another proxy may give orders now. What was sent before that has an unknown outcome.
+    fn require_leave(&self) -> Result<(), Trouble> {
+        match self.leave.as_ref().is_none_or(Leave::is_given) {
+            true => Ok(()),
+            false => Err(Trouble::Unknown("this proxy does not lead any more".to_owned())),
         }
     }
 

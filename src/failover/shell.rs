@@ -9,11 +9,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::config::live::LiveConfig;
 use crate::config::{Config, DurabilityMode, FailoverMode};
+use crate::failover::coordination::{Coordination, Seen};
 use crate::failover::decide::{Durability, Machine, Mode, NodeRule, Settings};
 use crate::failover::event::{
     Action, Alarm, BlockReason, Command, CommandId, Event, Gate as Wanted, Loss, Now, Order, OrderId, State,
@@ -24,12 +25,16 @@ use crate::failover::orders::{Hands, Limits};
 use crate::failover::preconditions::{self, Needs};
 use crate::failover::record::{Entry, Record, SyncState};
 use crate::failover::slot_keeper::{self, Rounds};
-use crate::failover::store::{Store, identity};
+use crate::failover::store::{Store, identity, order_identity};
 use crate::failover::sync::{Look, Quorum, SyncAction, SyncEvent};
 use crate::failover::text;
 use crate::gate::{Gate, Posture};
 use crate::node::Nodes;
 use crate::topology::{Epoch, NodeId, Quarantine};
+
+pub mod several;
+
+use self::several::{Coordinated, Several};
 
 /// Results that wait to be taken: at most one order per node, the sockets and the drain.
 const QUEUE: usize = 256;
@@ -108,6 +113,8 @@ pub struct Status {
     pub slots_held: u64,
     /// The configured names, for the ids in the history.
     pub names: Arc<[String]>,
+    /// How it stands with the other proxies; `None`: this one is alone.
+    pub coordination: Option<Coordinated>,
 }
 
 /// What the control loop has to do.
@@ -115,6 +122,13 @@ pub struct Status {
 pub enum Outcome {
     /// A new write target.
     Publish(Target),
+    /// Of several proxies: what is recorded, and whether its write target is known to have all that was acknowledged.
+    Known {
+        /// The record.
+        record: Box<Record>,
+        /// See there.
+        kept: bool,
+    },
     /// Probe this node at once.
     Probe(NodeId),
     /// The state before was left after this long.
@@ -139,8 +153,11 @@ pub struct Shell {
     mode: FailoverMode,
     store: Option<Store>,
     hands: Option<Arc<Hands>>,
+    /// `None`: this proxy is alone.
+    several: Option<Several>,
     gate: Arc<Gate>,
-    events: mpsc::Sender<Heard>,
+    events: Reports,
+    live: Arc<LiveConfig>,
     config: Arc<Config>,
     nodes: Arc<Nodes>,
     keeper: Option<Keeper>,
@@ -175,10 +192,25 @@ pub enum Heard {
     Slots(u64),
 }
 
+/// Where results go: said in a later term than the one it was asked in, nothing is heard.
+#[derive(Clone)]
+struct Reports {
+    term: u64,
+    queue: mpsc::Sender<(u64, Heard)>,
+}
+
+impl Reports {
+    async fn send(&self, heard: Heard) -> Result<(), mpsc::error::SendError<(u64, Heard)>> {
+        self.queue.send((self.term, heard)).await
+    }
+}
+
 /// What the control loop listens to.
 pub struct Ears {
     /// Results, for [`Shell::hear`].
-    pub events: mpsc::Receiver<Heard>,
+    pub events: mpsc::Receiver<(u64, Heard)>,
+    /// Of the other proxies, for [`Shell::take_seen`].
+    pub seen: Option<watch::Receiver<Arc<Seen>>>,
     /// Commands, for [`Shell::command`].
     pub commands: mpsc::Receiver<(Command, oneshot::Sender<Answer>)>,
 }
@@ -206,7 +238,14 @@ impl Shell {
         let config = &live.load_full();
         let names: Arc<[String]> = config.nodes.iter().map(|node| node.name.clone()).collect();
         let acts = matches!(config.failover.mode, FailoverMode::Manual | FailoverMode::Auto);
-        let directory = config.failover.state_dir.as_ref().filter(|_| acts);
+        let (several, seen) = match &config.failover.coordination {
+            None => (None, None),
+            Some(config) => {
+                let (coordination, seen) = Coordination::start(config, gate, acts).map_err(StateError)?;
+                (Some(Several::new(coordination)), Some(seen))
+            }
+        };
+        let directory = config.failover.state_dir.as_ref().filter(|_| acts && several.is_none());
         let (store, record) = match directory {
             None => (None, Record::default()),
             Some(directory) => {
@@ -221,11 +260,12 @@ impl Shell {
         };
         let hands = store.as_ref().zip(directory).map(|(store, directory)| {
             let limits = Limits { sever: config.failover.sever_timeout, ..Limits::default() };
-            Arc::new(Hands::new(live, nodes, &store.upstreams(), &identity(directory), limits))
+            Arc::new(Hands::new(live, nodes, &store.upstreams(), &identity(directory), limits, None))
         });
-        let machine = Machine::new(settings(config, hands.is_some()), record, now());
+        let machine = Machine::new(settings(config, hands.is_some() || several.is_some()), record, now());
         tracing::info!(mode = mode_label(config.failover.mode), "{}", machine.promises());
-        let (events, results) = mpsc::channel(QUEUE);
+        let (queue_results, results) = mpsc::channel(QUEUE);
+        let events = Reports { term: 0, queue: queue_results };
         let (queue, commands) = mpsc::channel(COMMANDS);
         let status = Arc::new(ArcSwap::from_pointee(status(
             &machine,
@@ -242,8 +282,10 @@ impl Shell {
             mode: config.failover.mode,
             store,
             hands,
+            several,
             gate: Arc::clone(gate),
             events,
+            live: Arc::clone(live),
             config: Arc::clone(config),
             nodes: Arc::clone(nodes),
             keeper: None,
@@ -265,7 +307,11 @@ impl Shell {
         if wanted != Wanted::Open {
             shell.set_gate(wanted);
         }
-        Ok((shell, Ears { events: results, commands }, Commands { queue, status }))
+        if shell.several.is_some() {
+            shell.label = State::Following.label();
+            shell.publish_status();
+        }
+        Ok((shell, Ears { events: results, seen, commands }, Commands { queue, status }))
     }
 
     /// Why the machine cannot go by another configuration now.
@@ -287,6 +333,9 @@ impl Shell {
         self.config = Arc::clone(config);
         // It begins anew with what is recorded.
         self.keeper = None;
+        if let Some(several) = &mut self.several {
+            several.read_again();
+        }
         self.names = config.nodes.iter().map(|node| node.name.clone()).collect();
         self.gate.bound(config.failover.max_paused);
         if let Some(hands) = &self.hands {
@@ -299,14 +348,25 @@ impl Shell {
             self.machine =
                 Machine::new(settings(config, self.hands.is_some()), record, now()).without(removed);
         }
+        self.publish_status();
+    }
+
+    fn publish_status(&self) {
         let mut status = status(&self.machine, self.mode, &self.names, self.since, self.loss);
         status.slots_held = self.slots.most_held;
+        if let Some(several) = &self.several {
+            status.coordination = Some(several.status());
+            if !self.leads() {
+                (status.state, status.node, status.blocked) = (State::Following.label(), None, None);
+            }
+        }
         self.status.store(Arc::new(status));
     }
 
-    /// Whether the machine takes part at all; else the modes `off` and `follow` go by what others do.
+    /// Whether the machine takes part at all; else the modes `off` and `follow` go by what others do, and of several
+    /// proxies those that do not lead by what the leader records.
     pub fn acts(&self) -> bool {
-        matches!(self.mode, FailoverMode::Manual | FailoverMode::Auto)
+        matches!(self.mode, FailoverMode::Manual | FailoverMode::Auto) && self.leads()
     }
 
     /// The machine.
@@ -316,7 +376,7 @@ impl Shell {
 
     /// Whether nothing is under way or wrong: time alone changes little then.
     pub fn is_calm(&self) -> bool {
-        matches!(self.machine.state(), State::Healthy | State::Starting)
+        !self.acts() || matches!(self.machine.state(), State::Healthy | State::Starting)
     }
 
     /// Tells the machine, and does what it says.
@@ -357,7 +417,10 @@ impl Shell {
     }
 
     /// Takes what has come back.
-    pub fn hear(&mut self, heard: Heard) -> Vec<Outcome> {
+    pub fn hear(&mut self, (term, heard): (u64, Heard)) -> Vec<Outcome> {
+        if term != self.events.term {
+            return Vec::new();
+        }
         let (epoch, event) = match heard {
             Heard::Machine(event) => return self.step(event),
             Heard::Looked(epoch, look) => {
@@ -490,6 +553,10 @@ impl Shell {
 
     /// Gives the machine a command; it is answered through `reply`.
     pub fn command(&mut self, command: Command, reply: oneshot::Sender<Answer>) -> Vec<Outcome> {
+        if !self.leads() {
+            let _ = reply.send(self.not_leading());
+            return Vec::new();
+        }
         if !self.acts() {
             let _ = reply.send(Err(format!(
                 "failover.mode is {}: somebody else replaces primaries",
@@ -526,16 +593,18 @@ impl Shell {
                 self.act(action, outcomes);
             }
         }
-        let mut status = status(&self.machine, self.mode, &self.names, self.since, self.loss);
-        status.slots_held = self.slots.most_held;
-        self.status.store(Arc::new(status));
+        self.publish_status();
     }
 
-    fn write(&self, record: &Record) -> Result<(), String> {
-        match &self.store {
+    fn write(&mut self, record: &Record) -> Result<(), String> {
+        match (&self.store, &mut self.several) {
             // A few milliseconds on the thread of the control loop: what is behind it must wait anyway.
-            Some(store) => store.write(&text::write(record, &self.names)).map_err(|error| error.to_string()),
-            None => Ok(()),
+            (Some(store), _) => {
+                store.write(&text::write(record, &self.names)).map_err(|error| error.to_string())
+            }
+            // The same, as long as etcd answers; else the leadership is over.
+            (None, Some(several)) => several.write(record, &text::write(record, &self.names)),
+            (None, None) => Ok(()),
         }
     }
 
@@ -554,9 +623,7 @@ impl Shell {
             Action::Enter(state) => {
                 let time = self.entered.elapsed();
                 outcomes.push(Outcome::Left(self.label, time));
-                self.label = state.label();
-                self.entered = Instant::now();
-                self.since = SystemTime::now();
+                self.change_label(state.label());
                 self.log_state(&state, time);
                 self.warm(&state);
                 if let State::Blocked(why) = &state {
@@ -566,6 +633,12 @@ impl Shell {
             Action::Reply { id, answer } => self.answer(id, answer),
             Action::Alarm(alarm) => self.log_alarm(&alarm),
         }
+    }
+
+    fn change_label(&mut self, label: &'static str) {
+        self.label = label;
+        self.entered = Instant::now();
+        self.since = SystemTime::now();
     }
 
     /// Orders are likely: their sessions are opened while something else is waited for.
@@ -617,8 +690,15 @@ impl Shell {
         });
         if wanted == Wanted::Draining {
             let (gate, events) = (Arc::clone(&self.gate), self.events.clone());
+            let others = self.several.as_mut().map(Several::drained);
             self.drain = Some(self.tasks.spawn(async move {
                 gate.drained().await;
+                if let Some(others) = others
+                    && others.await.is_err()
+                {
+                    // The term is over.
+                    return;
+                }
                 let _ = events.send(Heard::Machine(Event::Drained)).await;
             }));
         }
@@ -631,9 +711,22 @@ impl Shell {
         if let Some(node) = node {
             gate.close_sockets(node);
         }
+        let others = self.several.as_mut().map(Several::closed);
         self.tasks.spawn(async move {
-            if let Some(node) = node {
-                gate.sockets_closed(node).await;
+            let own = async {
+                if let Some(node) = node {
+                    gate.sockets_closed(node).await;
+                }
+            };
+            let others = async {
+                match others {
+                    Some(others) => others.await,
+                    None => Ok(()),
+                }
+            };
+            if let ((), Err(())) = tokio::join!(own, others) {
+                // The term is over.
+                return;
             }
             let _ = events.send(Heard::Machine(Event::SocketsClosed { epoch })).await;
         });
@@ -718,7 +811,7 @@ async fn examine(config: &Config, nodes: &Nodes) -> Vec<String> {
     let quorum = config.failover.durability == DurabilityMode::Quorum;
     let slots = config.slots_kept();
     let needs = Needs { quorum, manage_sync: quorum && config.failover.sync.manage, slots };
-    let identity = config.failover.state_dir.as_deref().map(identity);
+    let identity = order_identity(config);
     let mut refusals = Vec::new();
     for (id, node) in (0u16..).map(NodeId).zip(&config.nodes) {
         let deadline = config.pool.connect_timeout;
@@ -785,6 +878,7 @@ fn status(
         loss,
         slots_held: 0,
         names: Arc::clone(names),
+        coordination: None,
     }
 }
 
@@ -841,5 +935,6 @@ fn settings(config: &Config, hands: bool) -> Settings {
         sync_num: failover.sync.num,
         sync_strict: failover.sync.strict,
         hands,
+        close_wait: failover.coordination.as_ref().map_or(Duration::ZERO, |several| several.ttl),
     }
 }

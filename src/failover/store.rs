@@ -20,6 +20,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use crate::config::Config;
+use crate::failover::coordination::Leave;
+
 /// The first line of each file; a later version of the format has another number.
 const HEADER: &str = "highwater failover 1";
 const RECORD: &str = "failover.state";
@@ -37,6 +40,8 @@ pub enum StoreError {
     Damaged(PathBuf, String),
     /// What was tried, where, and the system's answer.
     System(&'static str, PathBuf, io::Error),
+    /// It could not be written to etcd.
+    Etcd(String),
 }
 
 impl fmt::Display for StoreError {
@@ -55,6 +60,7 @@ impl fmt::Display for StoreError {
                 path.display()
             ),
             StoreError::System(what, path, error) => write!(f, "cannot {what} {}: {error}", path.display()),
+            StoreError::Etcd(why) => f.write_str(why),
         }
     }
 }
@@ -116,6 +122,15 @@ pub fn identity(directory: &Path) -> String {
     format!("highwater control {}", checksum(&format!("{}:{}", host.trim(), path.display())))
 }
 
+/// The same where several proxies give them, one at a time: one for all of them. `None`: nothing is kept, and no orders
+/// are given.
+pub fn order_identity(config: &Config) -> Option<String> {
+    match (&config.failover.coordination, &config.failover.state_dir) {
+        (Some(several), _) => Some(format!("highwater control {}", checksum(&several.prefix))),
+        (None, directory) => directory.as_deref().map(identity),
+    }
+}
+
 /// A setting as it was.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Setting {
@@ -141,8 +156,16 @@ pub struct Upstream {
 /// What the severed standbys had, by the node's name, durably: the value is gone from the node itself. The file
 /// is readable by its owner only, as a `primary_conninfo` may hold a password.
 pub struct Upstreams {
-    path: PathBuf,
+    place: Place,
     known: Mutex<BTreeMap<String, Upstream>>,
+}
+
+/// Where they are kept.
+enum Place {
+    /// All in one file.
+    File(PathBuf),
+    /// Each under a key of its own.
+    Etcd(Leave),
 }
 
 impl Upstreams {
@@ -152,7 +175,18 @@ impl Upstreams {
             Some(text) => serde_json::from_str(&text)
                 .map_err(|error| StoreError::Damaged(path.clone(), error.to_string()))?,
         };
-        Ok(Upstreams { path, known: Mutex::new(known) })
+        Ok(Upstreams { place: Place::File(path), known: Mutex::new(known) })
+    }
+
+    /// Kept in etcd, where they were found as `values` by node.
+    pub fn of_term(leave: Leave, values: &[(String, String)]) -> Result<Upstreams, StoreError> {
+        let mut known = BTreeMap::new();
+        for (node, value) in values {
+            let upstream = serde_json::from_str(value)
+                .map_err(|error| StoreError::Etcd(format!("what is kept of {node} is damaged: {error}")))?;
+            known.insert(node.clone(), upstream);
+        }
+        Ok(Upstreams { place: Place::Etcd(leave), known: Mutex::new(known) })
     }
 
     /// What `node` had.
@@ -166,7 +200,7 @@ impl Upstreams {
         let mut known = self.lock();
         let mut next = known.clone();
         next.insert(node.to_owned(), upstream);
-        self.write(&next)?;
+        self.write(&next, node)?;
         *known = next;
         Ok(())
     }
@@ -180,15 +214,25 @@ impl Upstreams {
         }
         let mut next = known.clone();
         next.remove(node);
-        self.write(&next)?;
+        self.write(&next, node)?;
         *known = next;
         Ok(())
     }
 
-    fn write(&self, next: &BTreeMap<String, Upstream>) -> Result<(), StoreError> {
-        let text = serde_json::to_string(next)
-            .map_err(|error| StoreError::Damaged(self.path.clone(), error.to_string()))?;
-        write(&self.path, &text)
+    /// All of `next`, in which `node` is what has changed.
+    fn write(&self, next: &BTreeMap<String, Upstream>, node: &str) -> Result<(), StoreError> {
+        match &self.place {
+            Place::File(path) => {
+                let text = serde_json::to_string(next)
+                    .map_err(|error| StoreError::Damaged(path.clone(), error.to_string()))?;
+                write(path, &text)
+            }
+            Place::Etcd(leave) => {
+                let value = next.get(node).map(serde_json::to_string).transpose();
+                let value = value.map_err(|error| StoreError::Etcd(error.to_string()))?;
+                leave.write(&leave.upstream(node), value).map(drop).map_err(StoreError::Etcd)
+            }
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Upstream>> {
@@ -253,23 +297,28 @@ fn read(path: &Path) -> Result<Option<String>, StoreError> {
 }
 
 /// Kills the process, as a power cut would, when `HIGHWATER_FAILPOINT` is `name`, or `name#n` and this is the
-/// n-th time that it is passed. Nothing in release builds.
+/// n-th time that it is passed; or stops it there, with `stop:` before the name. Nothing in release builds.
 pub fn failpoint(name: &str) {
     if !cfg!(debug_assertions) {
         return;
     }
+    use nix::sys::signal::Signal;
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicU32, Ordering};
-    static WANTED: OnceLock<Option<(String, AtomicU32)>> = OnceLock::new();
+    static WANTED: OnceLock<Option<(Signal, String, AtomicU32)>> = OnceLock::new();
     let wanted = WANTED.get_or_init(|| {
         let text = std::env::var("HIGHWATER_FAILPOINT").ok()?;
-        let (name, count) = text.split_once('#').unwrap_or((&text, "1"));
-        Some((name.to_owned(), AtomicU32::new(count.parse().ok()?)))
-    });
-    let Some((wanted, left)) = wanted else { return };
-    if wanted == name && left.fetch_sub(1, Ordering::SeqCst) == 1 {
         // Not `abort`: no core file, no handler, nothing flushed.
-        let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
+        let (signal, text) = match text.strip_prefix("stop:") {
+            Some(text) => (Signal::SIGSTOP, text),
+            None => (Signal::SIGKILL, text.as_str()),
+        };
+        let (name, count) = text.split_once('#').unwrap_or((text, "1"));
+        Some((signal, name.to_owned(), AtomicU32::new(count.parse().ok()?)))
+    });
+    let Some((signal, wanted, left)) = wanted else { return };
+    if wanted == name && left.fetch_sub(1, Ordering::SeqCst) == 1 {
+        let _ = nix::sys::signal::raise(*signal);
     }
 }
 

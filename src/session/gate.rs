@@ -62,7 +62,12 @@ impl Session {
         }
         if Instant::now() >= until && shared.gate.posture() != Posture::Open {
             shared.metrics.gate_refused.inc(TIMEOUT);
-            return Ok(Err(still_shut(shared.gate.posture(), self.config.failover.pause_timeout)));
+            let what = match shared.gate.posture() {
+                _ if shared.gate.is_lapsed() => "this proxy has lost touch with etcd",
+                Posture::Paused => "the primary cannot be reached",
+                _ => "the primary is being changed",
+            };
+            return Ok(Err(still_shut(what, self.config.failover.pause_timeout)));
         }
         Ok(Ok(()))
     }
@@ -79,11 +84,7 @@ impl Session {
     }
 }
 
-fn still_shut(posture: Posture, pause: Duration) -> ErrorReport {
-    let what = match posture {
-        Posture::Paused => "the primary cannot be reached",
-        _ => "the primary is being changed",
-    };
+fn still_shut(what: &str, pause: Duration) -> ErrorReport {
     ErrorReport::error("57P03", what)
         .detail(format!("Waited {pause:?} (failover.pause_timeout). The statement was not sent to any node."))
 }

@@ -70,7 +70,7 @@ pub struct Link {
 }
 
 impl Link {
-    async fn to(node: u16) -> Link {
+    pub async fn to(node: u16) -> Link {
         let port = ReservedPort::claim().unwrap();
         let (passage, watched) = watch::channel(Passage::Open);
         let first = Link::listen(port.number()).unwrap();
@@ -425,6 +425,12 @@ impl Proxy {
         (*self.process.lock().unwrap(), *watcher) = (process, next);
     }
 
+    /// Whether it has been stopped (SIGSTOP), by its failpoint or a test.
+    pub fn is_stopped(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
+    }
+
     /// Waits until it has been killed, by its failpoint or a test, and runs it again until it listens.
     pub async fn revive(&self) {
         let status = wait_ended(&self.process).await;
@@ -598,7 +604,13 @@ fn run_proxy(directory: &Path, failpoint: &str) -> (Child, Child) {
         .stderr(log)
         .spawn()
         .unwrap();
-    let watcher = Command::new("/bin/sh")
+    let watcher = watch_over(&process, directory);
+    (process, watcher)
+}
+
+/// Kills the process and removes its directory should we be killed.
+pub fn watch_over(process: &Child, directory: &Path) -> Child {
+    Command::new("/bin/sh")
         .args(["-c", "trap '' INT TERM HUP; read -r _; kill -KILL $1; rm -rf \"$2\"", "watcher"])
         .arg(process.id().to_string())
         .arg(directory)
@@ -606,8 +618,7 @@ fn run_proxy(directory: &Path, failpoint: &str) -> (Child, Child) {
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
-        .unwrap();
-    (process, watcher)
+        .unwrap()
 }
 
 impl Drop for Proxy {

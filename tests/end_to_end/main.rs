@@ -5,6 +5,7 @@
 mod allow_lists;
 mod browser;
 mod errors;
+mod etcd;
 mod extension_users;
 mod fixture;
 mod fixture_holds;

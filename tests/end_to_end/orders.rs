@@ -51,7 +51,7 @@ impl Proxyless {
         let (store, _) = Store::open(directory.path()).unwrap();
         // Loaded machines are slow; what must be fast is measured apart.
         let limits = Limits { sever: Duration::from_secs(20), ..Limits::default() };
-        let hands = Hands::new(&config, &nodes, &store.upstreams(), IDENTITY, limits);
+        let hands = Hands::new(&config, &nodes, &store.upstreams(), IDENTITY, limits, None);
         Proxyless { hands, config, nodes, _store: store, directory }
     }
 

@@ -234,6 +234,20 @@ impl World {
         }
     }
 
+    /// The next statement of a job leaves a proxy that was stopped before it could.
+    pub fn sends_late(&mut self, job: &mut Job, session: u64) {
+        let node = job.node;
+        let Some(effect) = (!job.effects.is_empty()).then(|| job.effects.remove(0)) else { return };
+        if effect == Effect::Promote {
+            self.leaves(job);
+        }
+        let effect = match (effect, self.nodes[node].saved) {
+            (Effect::Unsever, Some(to)) => Effect::Follow(to),
+            (effect, _) => effect,
+        };
+        self.nodes[node].stuck.push(crate::nodes::Stuck { session, effect });
+    }
+
     fn send(&mut self, job: &mut Job, effect: &Effect) -> Option<Outcome> {
         let node = job.node;
         self.leaves(job);

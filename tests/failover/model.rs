@@ -75,9 +75,13 @@ fn report(seed: u64, plan: &Plan, broken: &str) {
 }
 
 fn runs(durability: Durability, without: Without, seeds: Range<u64>) -> Happened {
+    runs_of(|seed| Plan::random(seed, durability), without, seeds)
+}
+
+fn runs_of(plan: impl Fn(u64) -> Plan, without: Without, seeds: Range<u64>) -> Happened {
     let mut total = Happened::default();
-    for seed in seeds.clone() {
-        let plan = Plan::random(seed, durability);
+    for seed in seeds {
+        let plan = plan(seed);
         let world = run(plan.clone(), without, false);
         add(&mut total, &world.happened);
         if let Some(broken) = world.violations.first().filter(|_| without == Without::Nothing) {
@@ -105,6 +109,21 @@ fn under_quorum_nothing_acknowledged_is_lost_and_nobody_acknowledges_beside_the_
         assert!(happened.proxy_crashes > each / 5 && happened.proven > each / 2, "{happened:?}");
         assert!(happened.degraded > each / 40 && happened.blocked > each / 80, "{happened:?}");
         assert!(happened.settled_healthy > each / 2, "{happened:?}");
+    }
+}
+
+#[test]
+fn a_leader_that_is_stopped_and_goes_on_breaks_nothing_that_holds_for_one_proxy() {
+    for durability in [Durability::Quorum, Durability::Async] {
+        let seeds = seeds(300);
+        let each = (seeds.end - seeds.start) as usize;
+        let happened = runs_of(|seed| Plan::deposing(seed, durability), Without::Nothing, seeds);
+        println!("{durability:?} {happened:?}");
+        assert_eq!(happened.violations, 0, "{durability:?} {happened:?}");
+        if each > 100 {
+            assert!(happened.proxy_crashes > each && happened.late_effects > each / 8, "{happened:?}");
+            assert!(happened.promotions > each / 4 && happened.settled_healthy > each / 3, "{happened:?}");
+        }
     }
 }
 

@@ -19,6 +19,9 @@ pub enum Fault {
     Block(usize),
     CrashProxy,
     StartProxy,
+    /// The proxy that leads is stopped, and another one takes over from the record. What the first was about to send it sends
+    /// when it goes on.
+    Depose,
     /// The machine is gone for good, and the operator says so.
     Destroy(usize),
     Command(Command),
@@ -85,6 +88,21 @@ impl Plan {
                 let within = if chance.one_in(3) { 5000 } else { 900 };
                 let at = start + chance.between(0, within);
                 plan.fault(at, &mut chance);
+            }
+        }
+        plan.faults.retain(|(at, _)| *at < plan.faults_end);
+        plan.faults.sort_by_key(|(at, _)| *at);
+        plan
+    }
+
+    /// The same, with leaders that are stopped while much is under way.
+    pub fn deposing(seed: u64, durability: Durability) -> Plan {
+        let mut plan = Plan::random(seed, durability);
+        let mut chance = Chance::new(seed ^ 0xdeb0);
+        for at in plan.faults.iter().map(|(at, _)| *at).collect::<Vec<_>>() {
+            let times = chance.below(3);
+            for _ in 0..times {
+                plan.faults.push((at + chance.between(0, 1500), Fault::Depose));
             }
         }
         plan.faults.retain(|(at, _)| *at < plan.faults_end);

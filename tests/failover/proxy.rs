@@ -57,6 +57,11 @@ pub struct Proxy {
 }
 
 impl Proxy {
+    /// A record of which it does not know whether it is written.
+    pub fn unanswered_record(&self) -> Option<Record> {
+        self.writing.as_ref().map(|(record, _)| record.clone())
+    }
+
     /// Where writes go now, and as whose.
     pub fn writes_to(&self) -> Option<(usize, Writer)> {
         let (node, epoch) = self.target?;

@@ -362,6 +362,7 @@ impl World {
                     self.start_proxy();
                 }
             }
+            Fault::Depose => self.depose(),
             Fault::Destroy(node) => {
                 // Only what is certain not to come back may be forgotten, and an operator forgets no living primary.
                 self.nodes[*node].kill();
@@ -387,6 +388,28 @@ impl World {
             Fault::RecordFails(fails) => self.record_fails = *fails,
             Fault::Rejoin(node) => self.rejoin(*node),
         }
+    }
+
+    /// Who takes over reads what etcd has; the other's lease is over by then, at which each statement looks: one that it
+    /// was just sending may still leave it. Its record cannot be written any more.
+    fn depose(&mut self) {
+        let Some(old) = self.proxy.take() else { return };
+        self.happened.proxy_crashes += 1;
+        if let Some(record) = old.unanswered_record()
+            && self.chance.one_in(2)
+        {
+            self.disk = record;
+        }
+        let durable = self.disk.epoch.0;
+        self.targets.retain(|epoch, _| *epoch <= durable);
+        for mut job in old.jobs.into_values() {
+            let session = old.sessions[job.node];
+            let holds = job.locked && session != 0 && self.nodes[job.node].lock == session;
+            if holds && self.chance.one_in(2) {
+                self.sends_late(&mut job, session);
+            }
+        }
+        self.start_proxy();
     }
 
     /// An operator makes a node that is out a fresh standby.

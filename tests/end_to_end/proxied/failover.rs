@@ -71,9 +71,14 @@ pub(super) struct Writers {
 
 impl Writers {
     pub(super) async fn start(port: u16, cluster: &Cluster, clients: usize) -> Writers {
+        Writers::start_from(port, cluster, clients, 0).await
+    }
+
+    /// With rows from `first` on.
+    pub(super) async fn start_from(port: u16, cluster: &Cluster, clients: usize, first: i64) -> Writers {
         let writers = Writers {
             stop: Arc::default(),
-            next: Arc::default(),
+            next: Arc::new(AtomicI64::new(first)),
             acknowledged: Arc::default(),
             errors: Arc::default(),
             tasks: Vec::new(),
@@ -141,7 +146,7 @@ pub(super) struct Written {
 
 impl Written {
     /// How long after `at` the first write was acknowledged by the next primary: the end of the longest time without.
-    fn first_after(&self, at: Instant) -> Duration {
+    pub(super) fn first_after(&self, at: Instant) -> Duration {
         let mut times: Vec<Instant> = self.acknowledged.iter().map(|(when, _)| *when).collect();
         times.sort();
         let longest = times.windows(2).filter(|pair| pair[1] > at).max_by_key(|pair| pair[1] - pair[0]);

@@ -43,6 +43,7 @@ mod replication;
 mod routing;
 mod schedules;
 mod settings;
+mod several;
 mod share_unnamed;
 mod sizes;
 mod slots;
