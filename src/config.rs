@@ -1525,7 +1525,7 @@ impl Reader<'_> {
 
     fn config(&mut self, tree: &Tree) -> Option<Config> {
         let top = self.section("", tree, Trail::default());
-        // A worker that has less to do at once wakes up more often for each statement: docs/decisions/0014.
+        // A worker that has less to do at once wakes up more often for each statement: docs/decisions/0015.
         let workers = std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).max(1));
         let nodes = self.nodes(&top);
         let consistency = self.consistency(&top, &nodes);

@@ -40,7 +40,7 @@ use self::several::{Coordinated, Several};
 const QUEUE: usize = 256;
 /// Commands that wait to be taken.
 const COMMANDS: usize = 16;
-/// Nodes that were not prepared are examined again after this.
+/// Nodes that were not prepared, or did not answer, are examined again after this.
 const EXAMINE_AGAIN: Duration = Duration::from_secs(30);
 /// The least time between two log lines about the same order on the same node.
 const QUIET: Duration = Duration::from_secs(5);
@@ -177,6 +177,15 @@ pub struct Shell {
     status: Arc<ArcSwap<Status>>,
 }
 
+/// The nodes were examined.
+#[derive(Debug)]
+pub struct Examined {
+    /// What `auto` would stumble over.
+    refusals: Vec<String>,
+    /// None of them was silent.
+    all_answered: bool,
+}
+
 /// What comes back to the shell.
 #[derive(Debug)]
 pub enum Heard {
@@ -186,8 +195,8 @@ pub enum Heard {
     Looked(Epoch, Option<Look>),
     /// A statement of it has ended.
     Sync(Epoch, SyncEvent),
-    /// The nodes were examined: what `auto` would stumble over.
-    Examined(Vec<String>),
+    /// The nodes were examined.
+    Examined(Examined),
     /// A round over the replication slots has ended: the most WAL that one of them holds.
     Slots(u64),
 }
@@ -440,9 +449,9 @@ impl Shell {
                 self.status.store(Arc::new(status));
                 return Vec::new();
             }
-            Heard::Examined(found) => {
-                self.prepared = found.is_empty();
-                let what = (!found.is_empty()).then(|| found.join("; "));
+            Heard::Examined(Examined { refusals, all_answered }) => {
+                self.prepared = refusals.is_empty() && all_answered;
+                let what = (!refusals.is_empty()).then(|| refusals.join("; "));
                 return self.step(Event::Prepared(what));
             }
         };
@@ -807,26 +816,27 @@ impl Shell {
 }
 
 /// What `auto` must not begin with.
-async fn examine(config: &Config, nodes: &Nodes) -> Vec<String> {
+async fn examine(config: &Config, nodes: &Nodes) -> Examined {
     let quorum = config.failover.durability == DurabilityMode::Quorum;
     let slots = config.slots_kept();
     let needs = Needs { quorum, manage_sync: quorum && config.failover.sync.manage, slots };
     let identity = order_identity(config);
-    let mut refusals = Vec::new();
+    let mut examined = Examined { refusals: Vec::new(), all_answered: true };
     for (id, node) in (0u16..).map(NodeId).zip(&config.nodes) {
         let deadline = config.pool.connect_timeout;
-        // One that does not answer says nothing for or against.
         let found = preconditions::examine(config, nodes, id, needs, identity.as_deref(), deadline).await;
+        // One that does not answer says nothing for or against, and is asked again.
+        examined.all_answered &= found.is_ok();
         for finding in found.unwrap_or_default().into_iter().filter(|finding| finding.refuses) {
             tracing::error!(
                 node = node.name,
                 "failover by itself waits until this is mended: {}",
                 finding.what
             );
-            refusals.push(format!("{}: {}", node.name, finding.what));
+            examined.refusals.push(format!("{}: {}", node.name, finding.what));
         }
     }
-    refusals
+    examined
 }
 
 /// The node that a state is about.
