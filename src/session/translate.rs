@@ -901,6 +901,11 @@ impl Exchange<'_> {
             }
             Vec::new()
         } else if !by_shared_name && (self.session.uses_own_names() || statement.is_sql() || shows) {
+            if self.is_refused_here(&statement) && !self.backend.own_names.contains(name) {
+                // It cannot be given there: the server would refuse that, and the client wait for its shape for ever.
+                self.own_error(aborted_transaction());
+                return Resolved::Stopped(Step::On);
+            }
             self.give(name, &statement);
             name.to_vec()
         } else {
@@ -1098,6 +1103,10 @@ impl Exchange<'_> {
     /// The same ahead of a unit of the extended protocol; and what is prepared there of EXECUTE is described by
     /// what it names when it is parsed.
     fn prepare_for(&mut self, leaves: Leaves, text: &[u8]) {
+        if self.session.status == TransactionStatus::Failed {
+            // Nothing can be given there, and all but what ends the transaction fails anyway.
+            return;
+        }
         let earlier = self.unit.expects.len();
         if leaves.has(SQL_PREPARE) || self.may_name_statements(leaves, text) {
             self.leave(SQL_PREPARE);
@@ -1248,6 +1257,12 @@ fn rows_of_another(asked: &mut Asked) -> Option<(Vec<u8>, Asked)> {
     let told = asked.told.replace(Box::default());
     let (statement, reader) = (asked.statement.clone(), ShapeReader::default());
     Some((name, Asked { statement, on: NameOnServer::Unknown, compare: false, told, reader }))
+}
+
+/// What a server says to a Bind in a transaction that has failed.
+fn aborted_transaction() -> ErrorReport {
+    let words = "current transaction is aborted, commands ignored until end of transaction block";
+    ErrorReport::error("25P02", words).routine("exec_bind_message")
 }
 
 /// The server's own words. Drivers prepare anew when they see this code together with this routine.

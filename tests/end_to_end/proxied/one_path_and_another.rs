@@ -104,6 +104,22 @@ async fn in_a_failed_transaction_nothing_but_its_end_is_prepared() {
     );
 }
 
+/// Of an EXECUTE that failed the backend does not keep the name, and in a failed transaction it cannot be given one.
+#[tokio::test]
+async fn a_failed_execute_is_refused_when_it_is_bound_in_a_failed_transaction() {
+    let (_cluster, proxy) = start(0, ONE_BACKEND).await;
+    let mut client = proxy.raw_login().await;
+    let run = [parse("s", "EXECUTE missing(5)"), bind("s", &[]), execute(), sync()].concat();
+    assert_eq!(code(&client.ask(&run).await).as_deref(), Some("26000"));
+    assert_eq!(tags(&client.ask(&query("BEGIN; SELECT 1/0")).await), "CEZ");
+    let again = [bind("s", &[]), execute(), sync()].concat();
+    let answer = tokio::time::timeout(PATIENCE, client.ask(&again)).await.expect("an answer");
+    assert_eq!(code(&answer).as_deref(), Some("25P02"), "{answer:?}");
+    assert_eq!(answer.last().unwrap().body, b"E");
+    succeed(&mut client, "ROLLBACK").await;
+    assert_eq!(code(&client.ask(&again).await).as_deref(), Some("26000"));
+}
+
 fn close_statement(name: &str) -> Vec<u8> {
     message(b'C', &[b"S", name.as_bytes(), b"\0"].concat())
 }
