@@ -903,7 +903,7 @@ impl Exchange<'_> {
         } else if !by_shared_name && (self.session.uses_own_names() || statement.is_sql() || shows) {
             if self.is_refused_here(&statement) && !self.backend.own_names.contains(name) {
                 // It cannot be given there: the server would refuse that, and the client wait for its shape for ever.
-                self.own_error(aborted_transaction());
+                self.own_error(aborted_transaction(to));
                 return Resolved::Stopped(Step::On);
             }
             self.give(name, &statement);
@@ -1259,10 +1259,14 @@ fn rows_of_another(asked: &mut Asked) -> Option<(Vec<u8>, Asked)> {
     Some((name, Asked { statement, on: NameOnServer::Unknown, compare: false, told, reader }))
 }
 
-/// What a server says to a Bind in a transaction that has failed.
-fn aborted_transaction() -> ErrorReport {
+/// What a server says to a Bind or a Describe in a transaction that has failed.
+fn aborted_transaction(to: Use) -> ErrorReport {
     let words = "current transaction is aborted, commands ignored until end of transaction block";
-    ErrorReport::error("25P02", words).routine("exec_bind_message")
+    let routine = match to {
+        Use::Run => "exec_bind_message",
+        Use::Describe => "exec_describe_statement_message",
+    };
+    ErrorReport::error("25P02", words).routine(routine)
 }
 
 /// The server's own words. Drivers prepare anew when they see this code together with this routine.
