@@ -457,15 +457,21 @@ pub fn stays_in_transaction(text: &[u8]) -> bool {
         _ => return false,
     }
     let word = lexer.name();
-    if matches!(word, b"commit" | b"rollback" | b"abort" | b"end" | b"prepare") {
+    if matches!(word, b"commit" | b"rollback" | b"abort" | b"end") {
+        return false;
+    }
+    let prepares = word == b"prepare";
+    let mut token = lexer.next_token();
+    // PREPARE TRANSACTION, or a statement of that name.
+    if prepares && token == Token::Word && lexer.name() == b"transaction" {
         return false;
     }
     loop {
-        match lexer.next_token() {
+        match token {
             Token::End => return true,
             Token::Unclear => return false,
             Token::Punctuation(b';') => return lexer.next_token() == Token::End,
-            _ => {}
+            _ => token = lexer.next_token(),
         }
     }
 }

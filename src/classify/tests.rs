@@ -642,3 +642,36 @@ fn report_corpus() {
         println!("{:?} {}", class(text), text.split_whitespace().collect::<Vec<_>>().join(" "));
     }
 }
+
+#[test]
+fn what_may_end_a_transaction_is_told_from_what_cannot() {
+    for stays in [
+        "",
+        "select 1",
+        "select 1;",
+        "(select 1)",
+        "savepoint a",
+        "prepare p as select 1",
+        "PREPARE \"transaction\" AS SELECT 1",
+        "begin",
+        "prepare /* transaction */ p (int) as select $1",
+        "execute p",
+    ] {
+        assert!(stays_in_transaction(stays.as_bytes()), "{stays}");
+    }
+    for ends in [
+        "commit",
+        "ROLLBACK TO a",
+        "abort",
+        "end;",
+        "prepare transaction 'x'",
+        "PREPARE --\n TRANSACTION 'x'",
+        "prepare transaction as select 1",
+        "select 1; commit",
+        "; commit",
+        "select 'a",
+        "/* commit",
+    ] {
+        assert!(!stays_in_transaction(ends.as_bytes()), "{ends}");
+    }
+}
