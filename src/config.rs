@@ -1525,8 +1525,7 @@ impl Reader<'_> {
 
     fn config(&mut self, tree: &Tree) -> Option<Config> {
         let top = self.section("", tree, Trail::default());
-        // A worker that has less to do at once wakes up more often for each statement: docs/decisions/0015.
-        let workers = std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).max(1));
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let nodes = self.nodes(&top);
         let consistency = self.consistency(&top, &nodes);
         let control = self.control(&top);
@@ -1578,7 +1577,7 @@ impl Reader<'_> {
             http,
             http_token,
             http_history: self.time_within(&top, "http_history", Duration::from_secs(600), HTTP_HISTORY),
-            workers: self.number(&top, "workers", 1..=1024, workers as u64) as usize,
+            workers: self.number(&top, "workers", 1..=1024, cores as u64) as usize,
             max_clients,
             reserved_clients,
             nodes,

@@ -140,7 +140,7 @@ impl Given {
                     continue;
                 }
                 let default = match key.as_str() {
-                    "workers" => Some("one per two cores".to_owned()),
+                    "workers" => Some("one per core".to_owned()),
                     _ if NO_DEFAULT.contains(&key.as_str()) => None,
                     _ => example.get(&key).cloned().flatten(),
                 };
