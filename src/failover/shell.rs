@@ -445,8 +445,7 @@ impl Shell {
             Heard::Sync(epoch, event) => (epoch, event),
             Heard::Slots(most_held) => {
                 self.slots.ended(most_held);
-                let status = Status { slots_held: most_held, ..Status::clone(&self.status.load()) };
-                self.status.store(Arc::new(status));
+                self.publish_status();
                 return Vec::new();
             }
             Heard::Examined(Examined { refusals, all_answered }) => {

@@ -1070,6 +1070,10 @@ impl Exchange<'_> {
     /// Gives the backend those of the session's statements that it lacks, each for itself: one that cannot be prepared
     /// any more, as what it is about was dropped, keeps no other away.
     fn give_all(&mut self, which: impl Fn(&[u8], &Statement) -> bool) {
+        if self.session.status == TransactionStatus::Failed {
+            // Nothing can be given there, and all but what ends the transaction fails anyway.
+            return;
+        }
         let missing: Vec<(Vec<u8>, Arc<Statement>)> = self
             .session
             .statements
@@ -1103,10 +1107,6 @@ impl Exchange<'_> {
     /// The same ahead of a unit of the extended protocol; and what is prepared there of EXECUTE is described by
     /// what it names when it is parsed.
     fn prepare_for(&mut self, leaves: Leaves, text: &[u8]) {
-        if self.session.status == TransactionStatus::Failed {
-            // Nothing can be given there, and all but what ends the transaction fails anyway.
-            return;
-        }
         let earlier = self.unit.expects.len();
         if leaves.has(SQL_PREPARE) || self.may_name_statements(leaves, text) {
             self.leave(SQL_PREPARE);

@@ -25,8 +25,7 @@ fn classifier() -> Classifier {
     })
 }
 
-async fn is_read(catalog: &Catalog, text: &str) -> bool {
-    let classifier = classifier();
+async fn is_read(classifier: &Classifier, catalog: &Catalog, text: &str) -> bool {
     let statement = Statement { text: text.as_bytes(), parameter_types: &[], catalog, lexing: Lexing::Utf8 };
     let class = match classifier.lookup(&statement) {
         Lookup::Known(class, _) => class,
@@ -37,9 +36,9 @@ async fn is_read(catalog: &Catalog, text: &str) -> bool {
 
 /// The texts that are not what they should be.
 async fn misjudged<'a>(catalog: &Catalog, texts: &[&'a str], reads: bool) -> Vec<&'a str> {
-    let mut found = Vec::new();
+    let (classifier, mut found) = (classifier(), Vec::new());
     for text in texts {
-        if is_read(catalog, text).await != reads {
+        if is_read(&classifier, catalog, text).await != reads {
             found.push(*text);
         }
     }

@@ -65,6 +65,15 @@ fn name_of(index: usize) -> String {
     ["a", "b", "c"][index].to_owned()
 }
 
+/// Waits until a client of `proxy` can write.
+async fn writes_again(proxy: &Proxy, x: i64) {
+    eventually("it is written again", || async {
+        let mut client = proxy.raw_login().await;
+        write(&mut client, x).await == "CZ"
+    })
+    .await;
+}
+
 async fn write(client: &mut RawClient, x: i64) -> String {
     tags(&client.ask(&query(&format!("INSERT INTO t VALUES ({x})"))).await)
 }
@@ -154,11 +163,7 @@ async fn a_proxy_that_does_not_answer_is_waited_out_before_another_primary_takes
     assert_eq!(dcs(&first, "proxies").await, 1.0, "{}", first.log());
     second.signal(Signal::SIGCONT);
     eventually("the second follows", || async { primary(&second).await == primary(&first).await }).await;
-    eventually("it is written again", || async {
-        let mut client = second.raw_login().await;
-        write(&mut client, 2).await == "CZ"
-    })
-    .await;
+    writes_again(&second, 2).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -241,11 +246,7 @@ async fn without_etcd_nobody_is_promoted_and_writes_stop_until_it_is_back() {
     }
     etcd.start_again().await;
     for (x, proxy) in (10..).zip([&first, &second]) {
-        eventually("it is written again", || async {
-            let mut client = proxy.raw_login().await;
-            write(&mut client, x).await == "CZ"
-        })
-        .await;
+        writes_again(proxy, x).await;
     }
     let new = only_running_primary(&cluster, [1, 2]).await;
     assert_eq!(timeline(&cluster, new).await, "2");
@@ -289,11 +290,7 @@ async fn a_leader_cut_off_from_etcd_stops_writes_and_another_one_leads() {
         dcs(&first, "lease").await == 1.0 && primary(&first).await.as_deref() == Some("b")
     })
     .await;
-    eventually("it is written again", || async {
-        let mut client = first.raw_login().await;
-        write(&mut client, 7).await == "CZ"
-    })
-    .await;
+    writes_again(&first, 7).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
