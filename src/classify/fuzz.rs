@@ -3,7 +3,8 @@
 //!
 //! What must hold of any text: the scan ends, after looking at each byte a bounded number of times (counted, not timed);
 //! the same text gives the same verdict; a comment changes nothing; a write that stands at the border of two tokens,
-//! or behind a semicolon, is seen. A failure prints the text and the seed that makes it.
+//! or behind a semicolon, is seen; the small reader (`plain`) parts it as the scan does, and the second parser knows of nothing that
+//! it has overlooked. A failure prints the text and the seed that makes it.
 
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,8 @@ use siphasher::sip128::SipHasher13;
 use super::builtin::Vocabulary;
 use super::catalog::{Catalog, CatalogRows};
 use super::lexer::{Lexer, Token, work};
+use super::opinion;
+use super::plain;
 use super::scan::{self, Scanned};
 use super::shape;
 use super::{Classifier, Kind, Lexing, Lookup, Statement};
@@ -143,6 +146,14 @@ impl Bench {
         if with(b"", b"\n;delete from t").class.kind == Kind::Read {
             return Err("a write behind it is not seen".to_owned());
         }
+        if let Some(tokens) = plain::read(text, 18) {
+            if tokens as usize != borders.len() {
+                return Err(format!("{tokens} tokens for the small reader, {} for the scan", borders.len()));
+            }
+            if opinion::is_surely_none(text) {
+                return Err("plain, and the second parser sees more than a read in it".to_owned());
+            }
+        }
         if scanned.class.kind == Kind::Read {
             for padded in [with(b"/* c */ ", b""), with(b"-- c\n", b"\n/* c */"), with(b" \t", b"\n--")] {
                 if padded != scanned {
@@ -254,6 +265,107 @@ fn mutations_of_what_one_writes_are_understood_or_refused() {
 #[test]
 fn a_megabyte_of_anything_takes_a_megabytes_time() {
     play(2, 0, 6);
+}
+
+/// What the small reader knows, and what it must stop at.
+const PLAIN: &[&str] = &[
+    "select",
+    "a",
+    "t.a",
+    "\"b\"",
+    ",",
+    ".",
+    "(",
+    ")",
+    "(a)",
+    "=",
+    "<>",
+    "*",
+    "-",
+    "->>",
+    "1",
+    "2.5",
+    "'x'",
+    "'x''y'",
+    "$1",
+    "::",
+    "int",
+    "from",
+    "where",
+    "and",
+    "in (",
+    "as",
+    "into",
+    "for",
+    "for share",
+    "with",
+    "update",
+    "f(",
+    ";",
+    "--",
+    "/*",
+    "\\",
+    "'",
+    "\"",
+    "e",
+    "\u{e9}",
+    "union",
+    "not",
+    "null",
+    "\n",
+    "E'",
+    "''",
+    "\"\"",
+    "case",
+    "end",
+    "is",
+    "group by",
+    "$",
+    "[",
+    "\0",
+];
+
+/// A text that the small reader knows, with pieces put in, taken out and glued together.
+fn nearly_plain(rng: &mut StdRng) -> Vec<u8> {
+    let mut words: Vec<&str> = [
+        "select a , t.b as c from t where t.a = $1 and b in ( 1 , 'x' ) order by a limit 5",
+        "select count( * ) , lower( \"b\" ) from \"s\" . t left join u on u.id = t.id :: int group by a",
+        "select * from t where not a is null and exists ( select 1 from u where a ->> 'k' <> '' ) union all select 2 ;",
+    ]
+    .choose(rng)
+    .map(|seed| seed.split(' ').collect())
+    .unwrap_or_default();
+    for _ in 0..rng.random_range(0..4) {
+        let at = rng.random_range(0..=words.len());
+        if rng.random() || at == words.len() {
+            words.insert(at, PLAIN.choose(rng).copied().unwrap_or_default());
+        } else {
+            words.remove(at);
+        }
+    }
+    let mut text = Vec::new();
+    for word in words {
+        text.extend_from_slice(word.as_bytes());
+        text.extend_from_slice([&b" "[..], b" ", b" ", b"\n", b""].choose(rng).copied().unwrap_or_default());
+    }
+    text
+}
+
+#[test]
+fn what_the_small_reader_takes_the_others_take_too() {
+    let (bench, mut rng) = (Bench::new(), StdRng::seed_from_u64(3));
+    let (mut plain, mut not) = (0, 0);
+    for _ in 0..20_000 {
+        let text = nearly_plain(&mut rng);
+        if let Err(what) = bench.check(&text, &mut rng) {
+            panic!("{what}:\n{}", text.escape_ascii());
+        }
+        match plain::read(&text, 18) {
+            Some(_) => plain += 1,
+            None => not += 1,
+        }
+    }
+    assert!(plain > 4_000 && not > 4_000, "{plain} were plain, {not} not");
 }
 
 #[test]

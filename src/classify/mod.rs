@@ -2,8 +2,8 @@
 //!
 //! The stages: a token scan of the text (`scan`, over `lexer`), built-in functions by allow-list
 //! (`builtin`), the database's unsafe names and proven functions (`catalog`, with `tree` for stored expressions, `body`
-//! for functions' texts and `extension` for compiled code), the second opinion of `sqlparser` on a thread of its own
-//! (`opinion`), and a cache of verdicts (`cache`): by the whole text, by its bytes without its values (`shape`), and by the
+//! for functions' texts and `extension` for compiled code), a second reader: of texts as mappers write them a small one of
+//! our own (`plain`), of all others `sqlparser` on a thread of its own (`opinion`), and a cache of verdicts (`cache`): by the whole text, by its bytes without its values (`shape`), and by the
 //! scan's skeleton.
 //! `refusal` reads what a replica's error says about all of that.
 //!
@@ -26,6 +26,7 @@ mod leaves;
 mod lexer;
 mod named;
 mod opinion;
+mod plain;
 pub mod refusal;
 mod scan;
 pub mod setting;
@@ -324,6 +325,12 @@ impl Classifier {
             let class = StatementClass { hints, ..StatementClass::write(ClassReason::SecondOpinion) };
             return Lookup::Known(class, key);
         }
+        if plain::read(statement.text, statement.catalog.server_major()).is_some() {
+            let class = StatementClass { hints, ..StatementClass::READ };
+            self.cache.put_skeleton(key.skeleton, class);
+            remember(class);
+            return Lookup::Known(class, key);
+        }
         Lookup::Ask(Question { text: statement.text.into(), key, hints })
     }
 
@@ -575,7 +582,7 @@ impl ClassReason {
     pub const fn explained(self) -> (&'static str, &'static str) {
         match self {
             ClassReason::Read => {
-                ("nothing in it does more than read", "the second parser, which agrees with the token scan")
+                ("nothing in it does more than read", "the token scan and a second reader, which agree")
             }
             ClassReason::Command => ("it is a command that writes, locks or defines", "the token scan"),
             ClassReason::WriteClause => {

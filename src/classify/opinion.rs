@@ -196,6 +196,14 @@ pub(super) fn is_one_read(text: &[u8]) -> bool {
     statements.is_some_and(|all| matches!(&all[..], [statement] if statement_reads(statement)))
 }
 
+/// Whether the second parser understands the text and takes it for anything but one query that reads.
+#[cfg(test)]
+pub(super) fn is_surely_none(text: &[u8]) -> bool {
+    let parsed =
+        std::str::from_utf8(text).ok().and_then(|text| Parser::parse_sql(&PostgreSqlDialect {}, text).ok());
+    parsed.is_some_and(|all| !matches!(&all[..], [statement] if statement_reads(statement)))
+}
+
 /// The text without forms that the parser does not know, and that the scan has accounted for: `OPERATOR(pg_catalog.~)`
 /// becomes the operator, and COLLATE goes with its name; an operator that is not among the usual ones becomes `+`, which
 /// stands wherever an operator may; SYMMETRIC goes behind BETWEEN, VARIADIC before an argument, a FROM with nothing to
