@@ -433,6 +433,7 @@ impl Loop {
             facts.alive = self.track.alive().filter(|_| before.primary == Some(id));
             facts.quarantine = self.shell.machine().quarantine(id);
         }
+        self.shell.reaches(any_answers(&self.facts));
         let hold = self.shell.acts() && !self.shell.machine().may_adopt();
         let policy = Policy { hold, follows: self.shell.follows(), ..Policy::of(&self.config.load()) };
         let next = decide(&before, &self.facts, &policy, self.track.last_sample(), now);
@@ -611,6 +612,11 @@ pub fn decide(
         }
     }
     next
+}
+
+/// Whether there is a node that has not been found to be out of reach.
+fn any_answers(facts: &[NodeFacts]) -> bool {
+    facts.iter().any(|known| !known.removed && !matches!(known.health.answering(), Answering::No(_)))
 }
 
 /// What to do about the primary.

@@ -274,6 +274,11 @@ impl Speaker {
         self.0.bell.notify_one();
     }
 
+    /// Whether any node answers this proxy.
+    pub fn reaches(&self, any: bool) {
+        lock(&self.0.state).said.away = !any;
+    }
+
     /// The word to close of this revision was followed: no connection to the old primary is left.
     pub fn closed(&self, revision: u64) {
         let mut state = lock(&self.0.state);
@@ -397,7 +402,16 @@ impl Shared {
             self.lose("its key is not in etcd any more");
             return Ok(());
         }
-        if self.may_claim(&view, &held) {
+        let (term, away) = {
+            let state = lock(&self.state);
+            let term = state.term.as_ref().map(|running| running.term.number);
+            (term, lease::yields(&held.proxy, &state.said, &view.peers))
+        };
+        if let Some(term) = term.filter(|_| away) {
+            self.resign(term, "no node answers this proxy, and others are answered: one of them is to lead");
+            return Ok(());
+        }
+        if !away && self.may_claim(&view, &held) {
             let put = Change::Put(self.keys.leader(), held.proxy.clone(), Some(held.id));
             let free = Compare::Created(self.keys.leader(), 0);
             let done = self.asks.transaction(&[free], &[put], self.keys.prefix()).await?;

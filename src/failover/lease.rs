@@ -127,18 +127,27 @@ pub struct Said {
     pub drained: Option<String>,
     /// The latest word to close that it has followed: none of its connections to the old primary is there.
     pub closed: u64,
+    /// No node answers it.
+    pub away: bool,
 }
 
 impl Said {
     /// The key's value.
     pub fn value(&self) -> String {
-        format!("{} {}", self.drained.as_deref().unwrap_or("-"), self.closed)
+        let away = if self.away { " away" } else { "" };
+        format!("{} {}{away}", self.drained.as_deref().unwrap_or("-"), self.closed)
     }
 
     fn read(value: &str) -> Option<Said> {
-        let (drained, closed) = value.split_once(' ')?;
-        let drained = Some(drained.to_owned()).filter(|drained| drained != "-");
-        Some(Said { drained, closed: closed.parse().ok()? })
+        let mut words = value.split(' ');
+        let drained = words.next().filter(|drained| *drained != "-").map(str::to_owned);
+        let closed = words.next()?.parse().ok()?;
+        let away = match (words.next(), words.next()) {
+            (None, _) => false,
+            (Some("away"), None) => true,
+            _ => return None,
+        };
+        Some(Said { drained, closed, away })
     }
 }
 
@@ -214,6 +223,12 @@ impl View {
     }
 }
 
+/// Whether `own` is not to lead: no node answers it, and there are others whom one answers. Where that holds for all, the nodes
+/// are what is gone, and another leader would see no more.
+pub fn yields(own: &str, said: &Said, peers: &[Peer]) -> bool {
+    said.away && peers.iter().any(|peer| peer.proxy != own && !peer.said.away)
+}
+
 /// Until when a proxy may use the primary that sent its last confirmed sign of life at `sent`.
 pub fn until(sent: Duration, ttl: Duration, margin: Duration) -> Duration {
     sent + ttl.saturating_sub(margin)
@@ -262,13 +277,13 @@ mod tests {
 
     fn peer(proxy: &str, drained: Option<&str>, closed: u64) -> Peer {
         let drained = drained.map(str::to_owned);
-        Peer { proxy: proxy.to_owned(), said: Said { drained, closed } }
+        Peer { proxy: proxy.to_owned(), said: Said { drained, closed, away: false } }
     }
 
     #[test]
     fn what_is_written_is_read_the_same() {
         let keys = Keys::new("/highwater/x");
-        let said = Said { drained: Some("7.1".to_owned()), closed: 12 };
+        let said = Said { drained: Some("7.1".to_owned()), closed: 12, away: true };
         let entries = vec![
             entry(keys.close(), "7.1", 8, 12),
             entry(keys.leader(), "p1/aa", 7, 7),
@@ -283,16 +298,28 @@ mod tests {
         let attempt = Some("7.1".to_owned());
         assert_eq!(view.record, Some(Kept { attempt, text: "epoch 3\n".to_owned(), revision: 9 }));
         assert_eq!(view.close, Some(Close { attempt: "7.1".to_owned(), revision: 12 }));
-        assert_eq!(view.peers, [peer("p1/aa", None, 0), peer("p2/bb", Some("7.1"), 12)]);
+        assert_eq!(view.peers[0], peer("p1/aa", None, 0));
+        assert_eq!(view.peers[1], Peer { proxy: "p2/bb".to_owned(), said });
         assert_eq!(view.upstreams, [("b".to_owned(), "{}".to_owned())]);
-        for (key, value) in [(keys.record(), "epoch 3"), (keys.proxy("p", "a"), "x"), (keys.upstream(""), "")]
+        let proxy = |value| (keys.proxy("p", "a"), value);
+        for (key, value) in [(keys.record(), "epoch 3"), ("/highwater/x/what".to_owned(), "")]
             .into_iter()
-            .take(2)
-            .chain([("/highwater/x/what".to_owned(), "")])
+            .chain(["x", "- x", "- 1 x", "- 1 away x", "- "].map(proxy))
         {
             let entries = vec![entry(key.clone(), value, 1, 1)];
             assert!(View::read(&keys, &Entries { revision: 1, entries }).unwrap_err().contains(&key));
         }
+    }
+
+    #[test]
+    fn whom_no_node_answers_leaves_the_lead_to_whom_one_answers() {
+        let away = Said { away: true, ..Said::default() };
+        let cut_off = |proxy: &str| Peer { proxy: proxy.to_owned(), said: away.clone() };
+        assert!(yields("p1/aa", &away, &[cut_off("p1/aa"), peer("p2/bb", None, 0)]));
+        // What is under its own key may be of before.
+        assert!(!yields("p1/aa", &away, &[peer("p1/aa", None, 0)]));
+        assert!(!yields("p1/aa", &away, &[cut_off("p1/aa"), cut_off("p2/bb")]));
+        assert!(!yields("p1/aa", &Said::default(), &[cut_off("p1/aa"), peer("p2/bb", None, 0)]));
     }
 
     #[test]

@@ -58,6 +58,8 @@ pub(super) struct Several {
     covered: Option<(Epoch, bool)>,
     obeyed: Option<Wanted>,
     obeying: Option<AbortHandle>,
+    /// Whether any node answers this proxy, as the others were told.
+    reaches: bool,
 }
 
 impl Several {
@@ -74,6 +76,7 @@ impl Several {
             covered: None,
             obeyed: None,
             obeying: None,
+            reaches: true,
         }
     }
 
@@ -197,6 +200,14 @@ impl Shell {
     pub fn resume(&self) {
         if let Some(several) = self.several.as_ref().filter(|several| !several.damaged) {
             several.coordination.resume(&several.seen);
+        }
+    }
+
+    /// Whether any node answers this proxy: one whom none answers is not to lead while others are there.
+    pub fn reaches(&mut self, any: bool) {
+        if let Some(several) = self.several.as_mut().filter(|several| several.reaches != any) {
+            several.reaches = any;
+            several.coordination.speaker().reaches(any);
         }
     }
 

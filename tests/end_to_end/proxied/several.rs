@@ -13,12 +13,17 @@ use crate::fixture::*;
 
 /// One of the proxies, which reaches etcd at `port`.
 async fn one_with(cluster: &Cluster, name: &str, port: u16, more: &str, failpoint: &str) -> Proxy {
+    one_to(cluster, "", name, port, more, failpoint).await
+}
+
+/// One which goes to these nodes; empty: to those of the cluster.
+async fn one_to(cluster: &Cluster, nodes: &str, name: &str, port: u16, more: &str, failpoint: &str) -> Proxy {
     let more = if more.is_empty() { String::new() } else { format!(", {more}") };
     let several = format!(
         "kind: etcd, endpoints: [ 'http://127.0.0.1:{port}' ], prefix: /highwater/test, name: {name}, ttl: 4s"
     );
     let overrides = format!(
-        "failover: {{ mode: auto, startup_grace: 1s, sever_timeout: 20s, coordination: {{ {several} }}{more} }}"
+        "{nodes}\nfailover: {{ mode: auto, startup_grace: 1s, sever_timeout: 20s, coordination: {{ {several} }}{more} }}"
     );
     let options = ProxyOptions { overrides: &overrides, failpoint, ..ProxyOptions::default() };
     Proxy::start_with(cluster, options).await
@@ -291,6 +296,44 @@ async fn a_leader_cut_off_from_etcd_stops_writes_and_another_one_leads() {
     })
     .await;
     writes_again(&first, 7).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_whom_no_node_answers_leaves_the_lead_to_one_whom_they_answer() {
+    let (cluster, etcd) = (Cluster::start(2).await, Etcd::start().await);
+    cluster.set_up(TABLE).await;
+    let (mut links, mut nodes) = (Vec::new(), Vec::new());
+    for at in 0..3 {
+        let link = Link::to(cluster.node(at).port()).await;
+        nodes.push(format!("{{ name: {}, host: 127.0.0.1, port: {} }}", name_of(at), link.port()));
+        links.push(link);
+    }
+    let nodes = format!("nodes: [ {} ]", nodes.join(", "));
+    let first = one_to(&cluster, &nodes, "p1", etcd.port(), "", "").await;
+    eventually("p1 leads", || leads(&first)).await;
+    let second = one(&cluster, "p2", &etcd, "").await;
+    settled(&first, &second).await;
+    links.iter().for_each(Link::silence);
+    eventually("the second leads", || leads(&second)).await;
+    assert!(first.log().contains("no node answers this proxy, and others are answered"), "{}", first.log());
+    // As long as that lasts, and there is another to lead.
+    eventually("it goes on as before", || is_in(&second, "healthy")).await;
+    writes_again(&second, 1).await;
+    cluster.node(0).crash().await.unwrap();
+    writes_again(&second, 2).await;
+    assert_eq!(dcs(&first, "leader").await, 0.0);
+    links.iter().for_each(Link::heal);
+    eventually("the first follows", || async {
+        dcs(&first, "lease").await == 1.0 && primary(&first).await == primary(&second).await
+    })
+    .await;
+    writes_again(&first, 3).await;
+    let new = only_running_primary(&cluster, [1, 2]).await;
+    assert_eq!(timeline(&cluster, new).await, "2");
+    // Who is alone leads even so.
+    second.stop().await;
+    links.iter().for_each(Link::silence);
+    eventually("the first leads", || leads(&first)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
