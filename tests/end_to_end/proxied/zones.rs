@@ -14,6 +14,14 @@ fn nodes(cluster: &Cluster, zones: &[&str]) -> String {
     format!("nodes: [ {} ]\n", zones.iter().enumerate().map(node).collect::<Vec<_>>().join(", "))
 }
 
+/// Each node's zone as /topology shows it.
+async fn shown(proxy: &Proxy) -> Vec<String> {
+    let (_, text) = proxy.get("/topology").await.unwrap();
+    let topology: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let nodes = topology["nodes"].as_array().unwrap().iter();
+    nodes.map(|node| node.get("zone").unwrap().as_str().unwrap_or("none").to_owned()).collect()
+}
+
 async fn reads(proxy: &Proxy, node: &str) -> f64 {
     proxy.metrics().await.sum("highwater_statements_total", &[("node", node), ("reason", "read")])
 }
@@ -37,7 +45,8 @@ async fn reads_settle_on(proxy: &Proxy, app: &tokio_postgres::Client, node: &str
 async fn reads_go_to_the_proxys_own_zone_while_a_replica_there_may_serve() {
     let cluster = Cluster::start(2).await;
     cluster.set_up("CREATE TABLE t (x int)").await;
-    let nodes = nodes(&cluster, &["near", "near", "far"]);
+    let in_zones = nodes;
+    let nodes = in_zones(&cluster, &["near", "near", "far"]);
     // However loaded the machine is, a replica is waited for.
     let patient = "consistency: { catch_up_wait: 30s }\n";
     let here = format!("{nodes}{patient}routing: {{ zone: near }}");
@@ -47,6 +56,7 @@ async fn reads_go_to_the_proxys_own_zone_while_a_replica_there_may_serve() {
     let app = proxy.connect().await;
     let (near, far) = reads_settle_on(&proxy, &app, "b").await;
     assert!(near > 0.0 && far == 0.0, "near {near}, far {far}");
+    assert_eq!(shown(&proxy).await, ["near", "near", "far"]);
     assert_eq!(cell(&client, "nodes", ("name", "c"), "zone").await.as_deref(), Some("far"));
     let said = |node: &'static str, what: &'static str| {
         let client = &client;
@@ -74,6 +84,13 @@ async fn reads_go_to_the_proxys_own_zone_while_a_replica_there_may_serve() {
     assert!(proxy.reload().await);
     let (near, far) = reads_settle_on(&proxy, &app, "c").await;
     assert!(near == 0.0 && far > 0.0, "near {near}, far {far}");
+    // And so of nodes.
+    let moved = in_zones(&cluster, &["near", "far", "null"]);
+    proxy.configure(&cluster, &format!("{moved}{patient}routing: {{ zone: far }}"));
+    assert!(proxy.reload().await);
+    let (b, c) = reads_settle_on(&proxy, &app, "b").await;
+    assert!(b > 0.0 && c == 0.0, "b {b}, c {c}");
+    eventually("/topology shows it", || async { shown(&proxy).await == ["near", "far", "none"] }).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
