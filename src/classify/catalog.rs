@@ -10,7 +10,8 @@
 //! A user's function is harmless when its body is known: a stored query, a text that the scan calls a read (`body`), a
 //! built-in or a known extension's code (`extension`), an aggregate of such. What it is declared to be decides
 //! nothing: IMMUTABLE may lie, and VOLATILE is only what nobody has said otherwise
-//! (docs/decisions/0012). A name is taken for all functions that bear it, in whatever schema.
+//! (docs/decisions/0012). A name is taken for all functions that bear it, in whatever schema; behind a schema's name
+//! (`s.f(..)`), for those of that schema (docs/decisions/0015).
 //!
 //! An unsafe operator makes its token unsafe, unless both operands are of users' types to which nothing built-in
 //! is cast implicitly and a built-in operator of that token wins over it for constants: then only an unsafe
@@ -18,6 +19,8 @@
 //!
 //! Of what a write runs (triggers, defaults, checks, rules) it is only looked at what of session state that may leave behind.
 //! Deliberately not looked at: temporary relations (a session that made one is pinned).
+
+use std::collections::BTreeMap;
 
 use hashbrown::{HashMap, HashSet};
 
@@ -43,6 +46,9 @@ pub struct Catalog {
 struct Facts {
     server_major: u16,
     names: HashMap<Box<[u8]>, Flags>,
+    /// Schemas, by their numbers ([`Flags::schema`], from 1 on), with the names of functions that are harmless there and
+    /// unsafe elsewhere.
+    schemas: Vec<(Box<[u8]>, HashSet<Box<[u8]>>)>,
     operators: HashSet<Box<[u8]>>,
     safe_types: HashSet<u32>,
     /// Code that is not known can be reached where no name shows it: a cast between built-in types, an
@@ -73,6 +79,8 @@ pub struct Flags {
     pub proven: bool,
     /// A relation or function that asks for the time of its transaction, or whose code may.
     pub moment: bool,
+    /// A schema in which a function is harmless although another of its name is not: its number; else 0.
+    pub schema: u16,
 }
 
 /// The rows of the catalog queries, as they come.
@@ -492,6 +500,10 @@ impl CatalogRows {
                 }),
             }
         }
+        let schemas = self.harmless_in_their_schemas(&reached);
+        for (number, (schema, _)) in (1..).zip(&schemas) {
+            flag(schema, &|flags| flags.schema = number);
+        }
         for name in &self.setters {
             flag(name, &|flags| flags.sets = true);
         }
@@ -527,7 +539,56 @@ impl CatalogRows {
             .filter(|row| !row.outdone || row.operands.iter().any(|operand| implicit.contains(operand)))
             .map(|row| row.token.as_bytes().into())
             .collect();
+        facts.schemas = schemas
+            .into_iter()
+            .map(|(schema, names)| {
+                (schema.as_bytes().into(), names.into_iter().map(|n| n.as_bytes().into()).collect())
+            })
+            .collect();
         facts
+    }
+
+    /// What is unsafe, without what only [`Catalog::from_rows`] adds. Functions whose bodies are texts count as harmless until
+    /// one of them is seen to be more than calls of harmless ones: what is left in the end does nothing itself and calls
+    /// nothing that does, be it in a circle.
+    pub(super) fn closed(&self) -> Catalog {
+        let vocabulary = Vocabulary::new();
+        let implicit = self.implicitly_reached();
+        let mut texts: Vec<&FunctionRow> = self.functions.iter().filter(|row| row.has_a_text()).collect();
+        let mut rounds = 0;
+        loop {
+            let proven: HashSet<u32> = texts.iter().map(|row| row.oid).collect();
+            let catalog = Catalog { identity: 0, facts: Some(self.facts(&proven, &implicit)) };
+            let before = texts.len();
+            texts.retain(|row| {
+                body::only_reads(&row.language, row.source.as_bytes(), self.utf8, &vocabulary, &catalog)
+            });
+            if texts.len() == before {
+                return catalog;
+            }
+            rounds += 1;
+            if rounds == MAX_ROUNDS {
+                texts.clear();
+            }
+        }
+    }
+
+    /// The schemas that have harmless functions of names of which others have unsafe ones. PostgreSQL's own is left out:
+    /// its functions are no rows.
+    fn harmless_in_their_schemas(&self, reached: &HashMap<Object, Mark>) -> Vec<(&str, HashSet<&str>)> {
+        let is_unsafe = |row: &&FunctionRow| reached.contains_key(&Object::Function(row.oid));
+        let unsafe_names: HashSet<&str> =
+            self.functions.iter().filter(is_unsafe).map(|row| &*row.name).collect();
+        let unsafe_ones: HashSet<(&str, &str)> =
+            self.functions.iter().filter(is_unsafe).map(|row| (&*row.schema, &*row.name)).collect();
+        let mut found: BTreeMap<&str, HashSet<&str>> = BTreeMap::new();
+        for row in self.functions.iter().filter(|row| row.schema != "pg_catalog") {
+            if unsafe_names.contains(&*row.name) && !unsafe_ones.contains(&(&*row.schema, &*row.name)) {
+                found.entry(&row.schema).or_default().insert(&row.name);
+            }
+        }
+        // Their numbers have 16 bits.
+        found.into_iter().take(usize::from(u16::MAX)).collect()
     }
 }
 
@@ -542,7 +603,7 @@ impl FunctionRow {
     }
 
     /// Harmless by itself; what it consists of is among the edges. `trusted`: the extensions that the operator vouches for.
-    fn is_harmless(&self, trusted: &[String]) -> bool {
+    pub(super) fn is_harmless(&self, trusted: &[String]) -> bool {
         if self.settings || self.kind == "p" {
             return false;
         }
@@ -580,30 +641,9 @@ impl Catalog {
         Catalog { identity, facts: None }
     }
 
-    /// From the queries' rows. Functions whose bodies are texts count as harmless until one of them is seen to be
-    /// more than calls of harmless ones: what is left in the end does nothing itself and calls nothing that does,
-    /// be it in a circle.
+    /// From the queries' rows.
     pub fn from_rows(identity: u64, rows: CatalogRows) -> Catalog {
-        let vocabulary = Vocabulary::new();
-        let implicit = rows.implicitly_reached();
-        let mut texts: Vec<&FunctionRow> = rows.functions.iter().filter(|row| row.has_a_text()).collect();
-        let mut rounds = 0;
-        let facts = loop {
-            let proven: HashSet<u32> = texts.iter().map(|row| row.oid).collect();
-            let catalog = Catalog { identity, facts: Some(rows.facts(&proven, &implicit)) };
-            let before = texts.len();
-            texts.retain(|row| {
-                body::only_reads(&row.language, row.source.as_bytes(), rows.utf8, &vocabulary, &catalog)
-            });
-            if texts.len() == before {
-                break catalog.facts;
-            }
-            rounds += 1;
-            if rounds == MAX_ROUNDS {
-                texts.clear();
-            }
-        };
-        let mut catalog = Catalog { identity, facts };
+        let mut catalog = Catalog { identity, ..rows.closed() };
         rows.mark_definers(&mut catalog);
         rows.mark_moments(&mut catalog);
         if let Some(facts) = &mut catalog.facts {
@@ -620,7 +660,11 @@ impl Catalog {
             let now = self.name(name);
             then.code && !now.code || then.called && !now.called || then.attribute && !now.attribute
         };
+        let safer_there = |schema: &[u8], name: &[u8]| {
+            before.name(name).called && !before.is_harmless_within(before.name(schema).schema, name)
+        };
         then.anywhere && !now.anywhere
+            || now.schemas.iter().any(|(schema, names)| names.iter().any(|name| safer_there(schema, name)))
             || then.names.iter().any(|(name, flags)| safer(name, flags))
             || then.operators.iter().any(|token| !now.operators.contains(token))
     }
@@ -652,6 +696,14 @@ impl Catalog {
             Some(facts) => facts.names.get(name).copied().unwrap_or_default(),
             None => Flags::default(),
         }
+    }
+
+    /// Whether all functions of this name in the schema of this number ([`Flags::schema`]) are harmless, which those of
+    /// other schemas are not.
+    pub fn is_harmless_within(&self, schema: u16, name: &[u8]) -> bool {
+        let Some(place) = usize::from(schema).checked_sub(1) else { return false };
+        let schema = self.facts.as_ref().and_then(|facts| facts.schemas.get(place));
+        schema.is_some_and(|(_, names)| names.contains(name))
     }
 
     /// Whether an operator's token may mean a user's function.
@@ -1157,6 +1209,44 @@ mod tests {
         for name in ["reads", "calls_it", "lower", "upper"] {
             assert!(primary.name(name.as_bytes()).called, "{name}");
         }
+    }
+
+    #[test]
+    fn behind_a_schemas_name_only_its_own_functions_count() {
+        let with = |schemas: [&str; 3], body: &str| {
+            let mut rows = rows();
+            for (schema, (oid, body)) in
+                schemas.into_iter().zip([(31_000, "select 1"), (31_001, body), (31_002, "select 2")])
+            {
+                rows.functions
+                    .push(FunctionRow { schema: schema.into(), ..function(oid, "shared", "sql", body) });
+            }
+            rows.functions.push(function(31_003, "through", "sql", "select good.shared(1)"));
+            rows.functions.push(function(31_004, "without", "sql", "select shared(1)"));
+            Catalog::from_rows(1, rows)
+        };
+        let locks = "select pg_advisory_lock(1)";
+        let catalog = with(["good", "bad", "good"], locks);
+        let within = |catalog: &Catalog, schema: &str| {
+            catalog.is_harmless_within(catalog.name(schema.as_bytes()).schema, b"shared")
+        };
+        assert!(catalog.name(b"shared").called);
+        assert!(within(&catalog, "good") && !within(&catalog, "bad") && !within(&catalog, "public"));
+        assert!(catalog.name(b"through").proven && catalog.name(b"without").called);
+        for schemas in [["good", "good", "good"], ["good", "bad", "bad"], ["pg_catalog", "bad", "pg_catalog"]]
+        {
+            let catalog = with(schemas, locks);
+            assert!(catalog.name(b"shared").called, "{schemas:?}");
+            assert_eq!(within(&catalog, "good"), schemas[2] == "bad", "{schemas:?}");
+            assert!(!within(&catalog, "pg_catalog") && !within(&catalog, "bad"), "{schemas:?}");
+        }
+        let harmless = with(["good", "bad", "good"], "select 3");
+        assert!(harmless.name(b"shared").proven && !within(&harmless, "good"));
+        // Late replicas have still what was there.
+        let before = with(["good", "bad", "bad"], locks);
+        assert!(!before.allows_more_than(&before) && !catalog.allows_more_than(&catalog));
+        let moved = with(["good", "bad", "other"], locks);
+        assert!(moved.allows_more_than(&before) && !before.allows_more_than(&moved));
     }
 
     #[test]
