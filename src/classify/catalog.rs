@@ -94,6 +94,8 @@ pub struct CatalogRows {
     pub overrides: FunctionOverrides,
     /// [`SAFE_FUNCTIONS_SQL`]
     pub safe_functions: HashSet<u32>,
+    /// [`TEXT_SEARCH_SQL`]: built-in objects that may run users' code, with their names.
+    pub text_search: HashMap<Object, String>,
     /// [`ATTRIBUTES_SQL`]
     pub attributes: Vec<String>,
     /// [`UNSAFE_RELATIONS_SQL`]
@@ -232,7 +234,9 @@ impl Mark {
 impl CatalogRows {
     /// A stored expression of `owner`: what it mentions makes the owner unsafe. Needs the system's rows.
     pub fn tree(&mut self, owner: Object, tree: &str, used: Use) {
-        let CatalogRows { safe_functions, unsafe_relations, in_sql, marks, edges, moments, .. } = self;
+        let CatalogRows {
+            safe_functions, unsafe_relations, text_search, in_sql, marks, edges, moments, ..
+        } = self;
         if used == Use::Evaluated && tree::names_the_clock(tree) {
             moments.push(owner);
         }
@@ -247,7 +251,13 @@ impl CatalogRows {
                     if !safe_functions.contains(&oid) {
                         marks.push((owner, Mark::Code));
                     }
-                    return;
+                    if !text_search.contains_key(&Object::Function(oid)) {
+                        return;
+                    }
+                    Object::Function(oid)
+                }
+                Reference::Operator(oid) if text_search.contains_key(&Object::Operator(oid)) => {
+                    Object::Operator(oid)
                 }
                 Reference::Relation(oid) if oid < FIRST_USER_OID => {
                     if unsafe_relations.contains(&oid) {
@@ -279,6 +289,12 @@ impl CatalogRows {
             }
             _ => self.edges.push((from, to)),
         }
+    }
+
+    /// One row of [`TEXT_SEARCH_SQL`].
+    pub fn text_search(&mut self, code: u32, object: Object, name: String) {
+        self.edges.push((Object::Function(code), object));
+        self.text_search.insert(object, name);
     }
 
     /// A user's cast, by a function or (0) by none: [`CASTS_SQL`].
@@ -491,6 +507,11 @@ impl CatalogRows {
         for name in &self.attributes {
             flag(name, &|flags| flags.attribute = true);
         }
+        for (object, name) in &self.text_search {
+            if matches!(object, Object::Function(_)) && reached.contains_key(object) {
+                flag(name, &|flags| (flags.called, flags.attribute) = (true, true));
+            }
+        }
         for row in &self.functions {
             match reached.get(&Object::Function(row.oid)) {
                 None => flag(&row.name, &|flags| flags.proven |= !row.shadows),
@@ -539,6 +560,9 @@ impl CatalogRows {
             .filter(|row| !row.outdone || row.operands.iter().any(|operand| implicit.contains(operand)))
             .map(|row| row.token.as_bytes().into())
             .collect();
+        let parsing = self.text_search.iter().filter(|(object, _)| matches!(object, Object::Operator(_)));
+        let unsafe_ones = parsing.filter(|(object, _)| reached.contains_key(*object));
+        facts.operators.extend(unsafe_ones.map(|(_, name)| name.as_bytes().into()));
         facts.schemas = schemas
             .into_iter()
             .map(|(schema, names)| {
@@ -728,6 +752,23 @@ pub const ENCODING_SQL: &str = "SELECT pg_catalog.current_setting('server_encodi
 /// Rows (oid): the built-in functions on the allow-list, `$1`.
 pub const SAFE_FUNCTIONS_SQL: &str = "\
 SELECT p.oid FROM pg_catalog.pg_proc p WHERE p.oid < 16384 AND p.proname::text = ANY ($1::text[])";
+
+/// Rows (oid of a user's function, letter, oid, name): the built-in functions and operators that parse texts, which may run the
+/// code of any text search parser or template, under a configuration that a string or a setting names.
+pub const TEXT_SEARCH_SQL: &str = "\
+WITH code AS MATERIALIZED ( \
+  SELECT f FROM pg_catalog.pg_ts_parser p, LATERAL (VALUES (p.prsstart::pg_catalog.oid), (p.prstoken), (p.prsend), \
+         (p.prsheadline), (p.prslextype)) v (f) WHERE f >= 16384 \
+  UNION SELECT f FROM pg_catalog.pg_ts_template t, LATERAL (VALUES (t.tmplinit::pg_catalog.oid), (t.tmpllexize)) v (f) \
+   WHERE f >= 16384) \
+SELECT c.f, 'f', p.oid, p.proname::text FROM code c, pg_catalog.pg_proc p \
+ WHERE p.oid < 16384 AND p.proname IN ('to_tsvector', 'json_to_tsvector', 'jsonb_to_tsvector', 'to_tsquery', \
+   'plainto_tsquery', 'phraseto_tsquery', 'websearch_to_tsquery', 'ts_headline', 'ts_lexize', 'ts_parse', 'ts_token_type', \
+   'ts_match_tt', 'ts_match_tq') \
+UNION ALL \
+SELECT c.f, 'o', o.oid, o.oprname::text FROM code c, pg_catalog.pg_operator o \
+  JOIN pg_catalog.pg_proc p ON p.oid = o.oprcode::pg_catalog.oid \
+ WHERE o.oid < 16384 AND p.proname IN ('ts_match_tt', 'ts_match_tq')";
 
 /// Users' functions in languages that nobody reads here, those of which the body (`prosrc`, or what is stored of it: `body`)
 /// meets a condition, and those that mention the name of such a function, as a WITH list.
@@ -1076,7 +1117,8 @@ SELECT CASE WHEN pg_catalog.current_setting('track_counts') = 'on' THEN \
    'pg_catalog.pg_attribute'::pg_catalog.regclass, 'pg_catalog.pg_opclass'::pg_catalog.regclass, \
    'pg_catalog.pg_index'::pg_catalog.regclass, 'pg_catalog.pg_partitioned_table'::pg_catalog.regclass, \
    'pg_catalog.pg_statistic_ext'::pg_catalog.regclass, 'pg_catalog.pg_amop'::pg_catalog.regclass, \
-   'pg_catalog.pg_amproc'::pg_catalog.regclass, 'pg_catalog.pg_conversion'::pg_catalog.regclass)";
+   'pg_catalog.pg_amproc'::pg_catalog.regclass, 'pg_catalog.pg_conversion'::pg_catalog.regclass, \
+   'pg_catalog.pg_ts_parser'::pg_catalog.regclass, 'pg_catalog.pg_ts_template'::pg_catalog.regclass)";
 
 #[cfg(test)]
 mod tests {
@@ -1307,6 +1349,35 @@ mod tests {
         let catalog = Catalog::from_rows(1, rows);
         assert!(catalog.name(b"r6").code && catalog.name(b"r7").code && catalog.name(b"r4").code);
         assert_eq!((catalog.name(b"r5"), catalog.name(b"r8")), (Flags::default(), Flags::default()));
+    }
+
+    #[test]
+    fn users_code_behind_text_search_reaches_all_that_parses_texts() {
+        let with = |known: bool| {
+            let mut rows = rows();
+            rows.safe_functions.insert(3_745);
+            rows.functions.push(FunctionRow {
+                takes_internal: true,
+                library: "$libdir/dict_int".into(),
+                extension: if known { "dict_int".into() } else { String::new() },
+                ..function(31_000, "lexize", "c", "dintdict_lexize")
+            });
+            rows.text_search(31_000, Object::Function(3_745), "to_tsvector".into());
+            rows.text_search(31_000, Object::Operator(3_762), "@@".into());
+            for (relation, tree) in
+                [(4, "{F :funcid 3745 :args ({VAR :x 1})}"), (5, "{O :opno 3762 :args ({VAR :x 1})}")]
+            {
+                rows.tree(Object::Relation(relation), tree, Use::Evaluated);
+            }
+            Catalog::from_rows(1, rows)
+        };
+        let (known, unknown) = (with(true), with(false));
+        assert!(unknown.name(b"to_tsvector").called && unknown.operator_is_unsafe(b"@@"));
+        assert!(unknown.name(b"r4").code && unknown.name(b"r5").code);
+        assert_eq!(known.name(b"to_tsvector"), Flags::default());
+        assert!(!known.operator_is_unsafe(b"@@"));
+        assert_eq!((known.name(b"r4"), known.name(b"r5")), (Flags::default(), Flags::default()));
+        assert!(known.allows_more_than(&unknown));
     }
 
     #[test]
