@@ -338,6 +338,8 @@ fn what_is_left() {
         ("select pg_export_snapshot()", NOTHING),
         ("select lastval()", pins(Other)),
         ("select dblink_connect('c', 'host=h')", pins(Process)),
+        ("select isn_weak(true)", pins(Process)),
+        ("select pg_create_physical_replication_slot('s', true, true)", pins(Process)),
         (
             "create temp table t (a int); select setseed(0); listen x",
             pins(TemporaryTable) | pins(Process) | pins(Listen),
