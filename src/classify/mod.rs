@@ -14,6 +14,7 @@
 //! Not covered, and so stated in the manual: `nextval`, after which `currval` and `lastval` are right within the same
 //! transaction or once the session is pinned (their first use pins it).
 
+pub mod advice;
 mod body;
 mod builtin;
 mod cache;

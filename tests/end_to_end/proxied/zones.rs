@@ -2,6 +2,7 @@
 
 use super::console::{cell, console, psql, rows};
 use super::failover::{TABLE, auto, is_in, only_primary, primary};
+use super::operator::with_config;
 use crate::fixture::*;
 
 /// The cluster's nodes, each in one of these zones.
@@ -102,6 +103,12 @@ async fn nobody_of_another_zone_takes_over_before_an_operator_names_it() {
     let options = ProxyOptions { overrides: &overrides, ..ProxyOptions::default() };
     let proxy = Proxy::start_with(&cluster, options).await;
     let client = console(&cluster, &proxy).await;
+    let file = std::fs::read_to_string(proxy.directory().join("config.yaml")).unwrap();
+    let foretold = "node a: it is in zone here, and none of those who may be promoted is";
+    let (_, said) = with_config("check", &file);
+    assert!(said.contains(foretold), "{said}");
+    let (_, said) = with_config("check", &file.replace("zone: there", "zone: here"));
+    assert!(!said.contains(foretold), "{said}");
     cluster.node(0).crash().await.unwrap();
     let why = "other_zone: b could take over, but is in zone there, and the lost primary in zone here";
     eventually("it waits for an operator, and says for whom", || async {
