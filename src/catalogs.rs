@@ -353,6 +353,11 @@ pub async fn load(
     for row in transaction.query(catalog::SAFE_FUNCTIONS_SQL, &[&functions]).await? {
         rows.safe_functions.insert(row.try_get(0)?);
     }
+    for row in transaction.query(catalog::TEXT_SEARCH_SQL, &[]).await? {
+        if let Some(object) = Object::from_columns(row.try_get(1)?, row.try_get(2)?) {
+            rows.text_search(row.try_get(0)?, object, row.try_get(3)?);
+        }
+    }
     for row in transaction.query(catalog::UNSAFE_RELATIONS_SQL, &[&names]).await? {
         rows.unsafe_relations.insert(row.try_get(0)?);
     }

@@ -1,9 +1,13 @@
 //! `highwater check`: asks every node what it is, and says in plain words where statements would go.
 //!
-//! Promises: reads only; all nodes are asked at once, each with one connection and one deadline; whatever
-//! would keep the proxy from working well is one line of [`Report::problems`]. Deliberately does not start
+//! Promises: reads only; all nodes are asked at once, each with one connection and one deadline, and of the primary each
+//! database what in it keeps reads back (`databases`); whatever would keep the proxy from working well is one line of
+//! [`Report::problems`]. Deliberately does not start
 //! anything or judge performance. It connects with the TLS that `run` connects with.
 
+mod databases;
+
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -59,6 +63,8 @@ pub struct NodeFacts {
     pub md5_roles: Option<i64>,
     /// Whether the auth query works for the control user; `None`: not tried.
     pub auth_query: Option<Result<(), String>>,
+    /// The defaults of settings by which a server answers otherwise than another.
+    pub settings: BTreeMap<String, String>,
     /// What a failover by this proxy would stumble over; nothing where somebody else does it.
     pub failover: Vec<Finding>,
 }
@@ -77,10 +83,19 @@ const FACTS: &str = "SELECT pg_is_in_recovery(), \
     (SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()), \
     has_function_privilege('pg_catalog.pg_read_file(text, bigint, bigint, boolean)', 'EXECUTE')";
 
+/// What a session that sets none of these has: how values are written and read, what names mean, which rows are seen.
+const SETTINGS: &str = "SELECT name, coalesce(reset_val, '') FROM pg_catalog.pg_settings WHERE name IN ('TimeZone', \
+    'timezone_abbreviations', 'DateStyle', 'IntervalStyle', 'bytea_output', 'extra_float_digits', 'xmlbinary', 'xmloption', \
+    'lc_messages', 'lc_monetary', 'lc_numeric', 'lc_time', 'default_text_search_config', 'search_path', \
+    'standard_conforming_strings', 'backslash_quote', 'array_nulls', 'transform_null_equals', 'quote_all_identifiers', \
+    'row_security', 'gin_fuzzy_search_limit', 'default_transaction_isolation', 'pg_trgm.similarity_threshold', \
+    'pg_trgm.word_similarity_threshold', 'pg_trgm.strict_word_similarity_threshold')";
+
 const MD5_ROLES: &str =
     "SELECT count(*) FROM pg_catalog.pg_authid WHERE rolcanlogin AND rolpassword LIKE 'md5%'";
 
-/// Asks the nodes; returns after at most `pool.connect_timeout` plus `failover.check_timeout`, about.
+/// Asks the nodes; returns after at most `pool.connect_timeout` plus `failover.check_timeout` plus what `databases` takes,
+/// about.
 /// Must run on a tokio runtime. `progress` hears of each answer as it comes.
 pub async fn check(config: &Config, progress: &mut dyn FnMut(&str)) -> Report {
     let tls = match NodeTls::new(&config.node_tls) {
@@ -103,6 +118,9 @@ pub async fn check(config: &Config, progress: &mut dyn FnMut(&str)) -> Report {
     }
     let mut problems = problems(config, &nodes);
     problems.extend(etcd_problems(config).await);
+    if let [primary] = primaries(&nodes).as_slice() {
+        problems.extend(databases::problems(config, &tls, primary, progress).await);
+    }
     Report { problems, routing: routing(config, &nodes), nodes }
 }
 
@@ -187,6 +205,8 @@ async fn failover_findings(
 async fn facts(config: &Config, client: &Client) -> Result<NodeFacts, tokio_postgres::Error> {
     let row = client.query_one(FACTS, &[]).await?;
     let lsn: Option<&str> = row.try_get(5)?;
+    let settings = client.query(SETTINGS, &[]).await?;
+    let settings = settings.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?)));
     // Only a superuser may look; for others it stays unknown.
     let md5_roles = match client.query_one(MD5_ROLES, &[]).await {
         Ok(row) => row.try_get(0).ok(),
@@ -209,6 +229,7 @@ async fn facts(config: &Config, client: &Client) -> Result<NodeFacts, tokio_post
             AuthSource::List => None,
             AuthSource::Query => Some(try_auth_query(config, client).await),
         },
+        settings: settings.collect::<Result<_, tokio_postgres::Error>>()?,
         failover: Vec::new(),
     })
 }
@@ -266,6 +287,7 @@ fn problems(config: &Config, nodes: &Answers) -> Vec<String> {
         }
     }
     found.extend(client_tls_problem(config));
+    found.extend(zone_problem(config, nodes));
     match primaries(nodes).as_slice() {
         [] => found.push("no node that answers is a primary: nothing can be written".to_owned()),
         [_] => {}
@@ -274,7 +296,30 @@ fn problems(config: &Config, nodes: &Answers) -> Vec<String> {
     differing("system identifiers", nodes, |f| f.system_identifier.clone(), &mut found);
     differing("timelines", nodes, |f| f.timeline.to_string(), &mut found);
     differing("major versions", nodes, |f| f.server_major.to_string(), &mut found);
+    other_defaults(nodes, &mut found);
     found
+}
+
+/// Nobody would take over from the primary by itself, for all who may be promoted are in other zones.
+fn zone_problem(config: &Config, nodes: &Answers) -> Option<String> {
+    let failover = &config.failover;
+    let [primary] = primaries(nodes)[..] else { return None };
+    if !gives_orders(failover.mode) || !failover.same_zone_only {
+        return None;
+    }
+    let known = || config.nodes.iter().filter(|node| !node.removed);
+    let zone = &known().find(|node| node.name == primary)?.zone;
+    let mut candidates =
+        known().filter(|node| node.name != primary && failover.priority_of(&node.name) > 0).peekable();
+    candidates.peek()?;
+    if candidates.any(|node| node.zone == *zone) {
+        return None;
+    }
+    let zone = zone.as_ref().map_or("no zone".to_owned(), |zone| format!("zone {zone}"));
+    Some(format!(
+        "node {primary}: it is in {zone}, and none of those who may be promoted is: if it is lost, nobody takes over \
+         until a command names who (failover.same_zone_only: false lets other zones take over)"
+    ))
 }
 
 fn client_tls_problem(config: &Config) -> Option<String> {
@@ -316,6 +361,25 @@ fn differing(what: &str, nodes: &Answers, of: fn(&NodeFacts) -> String, found: &
     if values.iter().any(|(_, value)| *value != values[0].1) {
         let list: Vec<_> = values.iter().map(|(name, value)| format!("{name} {value}")).collect();
         found.push(format!("the nodes' {what} differ: {}", list.join(", ")));
+    }
+}
+
+/// Replicas whose own configuration makes them answer otherwise than the primary.
+fn other_defaults(nodes: &Answers, found: &mut Vec<String>) {
+    let mut primaries = answered(nodes).filter(|(_, facts)| !facts.in_recovery);
+    let (Some((primary, first)), None) = (primaries.next(), primaries.next()) else { return };
+    for (name, replica) in answered(nodes).filter(|(_, facts)| facts.in_recovery) {
+        let other = |(setting, value): (&String, &String)| {
+            let here = first.settings.get(setting).filter(|here| *here != value)?;
+            Some(format!("{setting} {value} ({primary}: {here})"))
+        };
+        let others: Vec<_> = replica.settings.iter().filter_map(other).collect();
+        if !others.is_empty() {
+            found.push(format!(
+                "node {name}: other defaults than the primary's: {}: sessions that do not set them get other answers there",
+                others.join(", ")
+            ));
+        }
     }
 }
 
@@ -427,6 +491,9 @@ mod tests {
             tls_version: None,
             md5_roles: Some(0),
             auth_query: Some(Ok(())),
+            settings: [("TimeZone", "UTC"), ("bytea_output", "hex")]
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .into(),
             failover: Vec::new(),
         }
     }
@@ -453,6 +520,41 @@ mod tests {
     }
 
     #[test]
+    fn a_primary_that_nobody_of_its_zone_could_replace_is_spoken_of() {
+        let said = |nodes: &str, failover: &str| {
+            let text = format!("control: {{ user: u }}\nnodes: [ {nodes} ]\nfailover: {{ {failover} }}");
+            let config = Config::parse(&text, "f", &|_| None).unwrap();
+            let answers = ["a", "b", "c"].map(|name| (name.to_owned(), Ok(facts(name != "a"))));
+            zone_problem(&config, &answers)
+        };
+        let nodes = |zones: [&str; 3]| {
+            let node = |(name, zone)| format!("{{ name: {name}, host: {name}{zone} }}");
+            let zone = |zone: &str| if zone.is_empty() { String::new() } else { format!(", zone: {zone}") };
+            ["a", "b", "c"].into_iter().zip(zones.map(zone)).map(node).collect::<Vec<_>>().join(", ")
+        };
+        let manual = "mode: manual";
+        let alone = said(&nodes(["x", "y", "y"]), manual).unwrap();
+        assert!(alone.starts_with("node a: it is in zone x, and none"), "{alone}");
+        assert!(alone.contains("failover.same_zone_only: false"), "{alone}");
+        for (zones, failover, expected) in [
+            (["x", "x", "y"], manual, false),
+            (["", "", ""], manual, false),
+            (["", "y", "y"], manual, true),
+            (["x", "", ""], manual, true),
+            (["x", "y", "y"], "mode: manual, same_zone_only: false", false),
+            (["x", "y", "y"], "mode: \"off\"", false),
+            (["x", "y", "y"], "mode: follow", false),
+            (["x", "x", "y"], "mode: manual, candidates: [ { node: c } ]", true),
+            (["x", "x", "y"], "mode: manual, candidates: [ { node: b, priority: 0 }, { node: c } ]", true),
+            (["x", "x", "y"], "mode: manual, candidates: [ { node: b } ]", false),
+            // Nobody is to take over at all.
+            (["x", "y", "y"], "mode: manual, candidates: [ { node: a } ]", false),
+        ] {
+            assert_eq!(said(&nodes(zones), failover).is_some(), expected, "{zones:?} {failover}");
+        }
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         let says = |r: Report, what: &str| assert!(r.problems.iter().any(|p| p.contains(what)), "{r}");
         says(report(Ok(facts(true)), Ok(facts(true))), "no node that answers is a primary");
@@ -466,6 +568,7 @@ mod tests {
             may_read_history: false,
             password_encryption: "md5".to_owned(),
             md5_roles: Some(2),
+            settings: [("TimeZone".to_owned(), "Asia/Tokyo".to_owned())].into(),
             auth_query: Some(Err("permission denied".to_owned())),
             ..facts(true)
         };
@@ -479,6 +582,7 @@ mod tests {
             "a failover would be refused: it lacks: GRANT x TO u",
             "password_encryption is md5",
             "2 roles have md5",
+            "node b: other defaults than the primary's: TimeZone Asia/Tokyo (a: UTC): sessions",
             "auth.query fails for role u: permission denied",
             "Reads go to the primary too",
         ] {

@@ -555,6 +555,18 @@ pub enum DurabilityMode {
     Quorum,
 }
 
+impl FailoverConfig {
+    /// The priority of the node of this name among those who may be promoted; 0: it never is.
+    pub fn priority_of(&self, node: &str) -> u32 {
+        let listed = self.candidates.iter().find(|candidate| candidate.node == node);
+        match (listed, self.candidates.is_empty()) {
+            (Some(candidate), _) => candidate.priority,
+            (None, true) => 100,
+            (None, false) => 0,
+        }
+    }
+}
+
 /// Who may be promoted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CandidateConfig {

@@ -893,6 +893,7 @@ pub(crate) mod tests {
             id: NodeId(i as u16),
             name: format!("n{i}").into(),
             weight: 1,
+            zone: None,
             replay_lag_bytes: (standing == Standing::Replica).then_some(4096),
             replay_lag: (standing == Standing::Replica).then_some(Duration::from_millis(250)),
             standing,

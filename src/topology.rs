@@ -172,6 +172,8 @@ pub struct NodeView {
     pub name: Arc<str>,
     /// Its share of the reads relative to the other replicas' weights; 0: none.
     pub weight: u32,
+    /// The zone that the configuration says it is in.
+    pub zone: Option<Arc<str>>,
     /// What it is and whether it may be used.
     pub standing: Standing,
     /// The timeline it writes or replays.
@@ -197,6 +199,7 @@ impl NodeView {
             id,
             name: Arc::from(node.name.as_str()),
             weight: node.weight,
+            zone: node.zone.as_deref().map(Arc::from),
             standing: Standing::Excluded(if node.removed {
                 Exclusion::Removed
             } else {

@@ -47,7 +47,7 @@ const MAY_USE: &[(&str, &str)] = &[
     ),
     ("log", "config"),
     ("admin", "config metrics positions topology wal"),
-    ("check", "config etcd failover monitor net node topology wal"),
+    ("check", "catalogs classify config etcd failover monitor net node topology wal"),
     ("rejoin", "config failover net node topology"),
     ("explain", "catalogs classify config consistency net node topology wal"),
     ("reload", "config"),

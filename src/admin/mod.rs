@@ -328,6 +328,7 @@ fn topology_json(topology: &Topology, failover: &FailoverFigures) -> serde_json:
                 "up": is_up(&node.standing),
                 "excluded": excluded,
                 "weight": node.weight,
+                "zone": node.zone.as_deref(),
                 "timeline": node.timeline.map(|t| t.0),
                 "replay_lag_bytes": node.replay_lag_bytes,
                 "replay_lag_seconds": node.replay_lag.map(|l| l.as_secs_f64()),

@@ -684,10 +684,13 @@ const SPECIALS: &[(&str, Special)] = &[
     // currval and lastval speak of what this session last drew. From their first use on the session keeps
     // its backend, so that later pairs of nextval and lastval meet there.
     ("currval lastval", Special::Pins(PinReason::Other)),
-    // dblink is an extension; who gives another function that name has a backend kept for nothing.
+    // dblink and isn are extensions; who gives another function such a name has a backend kept for nothing. A temporary
+    // replication slot is its process'.
     (
         "setseed pg_replication_origin_session_setup pg_replication_origin_session_reset \
-         dblink_connect dblink_connect_u",
+         dblink_connect dblink_connect_u isn_weak \
+         pg_create_physical_replication_slot pg_create_logical_replication_slot \
+         pg_copy_physical_replication_slot pg_copy_logical_replication_slot",
         Special::Pins(PinReason::Process),
     ),
     // An exported snapshot ends with its transaction.

@@ -10,7 +10,8 @@
 //! A user's function is harmless when its body is known: a stored query, a text that the scan calls a read (`body`), a
 //! built-in or a known extension's code (`extension`), an aggregate of such. What it is declared to be decides
 //! nothing: IMMUTABLE may lie, and VOLATILE is only what nobody has said otherwise
-//! (docs/decisions/0012). A name is taken for all functions that bear it, in whatever schema.
+//! (docs/decisions/0012). A name is taken for all functions that bear it, in whatever schema; behind a schema's name
+//! (`s.f(..)`), for those of that schema (docs/decisions/0016).
 //!
 //! An unsafe operator makes its token unsafe, unless both operands are of users' types to which nothing built-in
 //! is cast implicitly and a built-in operator of that token wins over it for constants: then only an unsafe
@@ -18,6 +19,8 @@
 //!
 //! Of what a write runs (triggers, defaults, checks, rules) it is only looked at what of session state that may leave behind.
 //! Deliberately not looked at: temporary relations (a session that made one is pinned).
+
+use std::collections::BTreeMap;
 
 use hashbrown::{HashMap, HashSet};
 
@@ -43,6 +46,9 @@ pub struct Catalog {
 struct Facts {
     server_major: u16,
     names: HashMap<Box<[u8]>, Flags>,
+    /// Schemas, by their numbers ([`Flags::schema`], from 1 on), with the names of functions that are harmless there and
+    /// unsafe elsewhere.
+    schemas: Vec<(Box<[u8]>, HashSet<Box<[u8]>>)>,
     operators: HashSet<Box<[u8]>>,
     safe_types: HashSet<u32>,
     /// Code that is not known can be reached where no name shows it: a cast between built-in types, an
@@ -73,6 +79,8 @@ pub struct Flags {
     pub proven: bool,
     /// A relation or function that asks for the time of its transaction, or whose code may.
     pub moment: bool,
+    /// A schema in which a function is harmless although another of its name is not: its number; else 0.
+    pub schema: u16,
 }
 
 /// The rows of the catalog queries, as they come.
@@ -86,6 +94,8 @@ pub struct CatalogRows {
     pub overrides: FunctionOverrides,
     /// [`SAFE_FUNCTIONS_SQL`]
     pub safe_functions: HashSet<u32>,
+    /// [`TEXT_SEARCH_SQL`]: built-in objects that may run users' code, with their names.
+    pub text_search: HashMap<Object, String>,
     /// [`ATTRIBUTES_SQL`]
     pub attributes: Vec<String>,
     /// [`UNSAFE_RELATIONS_SQL`]
@@ -224,7 +234,9 @@ impl Mark {
 impl CatalogRows {
     /// A stored expression of `owner`: what it mentions makes the owner unsafe. Needs the system's rows.
     pub fn tree(&mut self, owner: Object, tree: &str, used: Use) {
-        let CatalogRows { safe_functions, unsafe_relations, in_sql, marks, edges, moments, .. } = self;
+        let CatalogRows {
+            safe_functions, unsafe_relations, text_search, in_sql, marks, edges, moments, ..
+        } = self;
         if used == Use::Evaluated && tree::names_the_clock(tree) {
             moments.push(owner);
         }
@@ -239,7 +251,13 @@ impl CatalogRows {
                     if !safe_functions.contains(&oid) {
                         marks.push((owner, Mark::Code));
                     }
-                    return;
+                    if !text_search.contains_key(&Object::Function(oid)) {
+                        return;
+                    }
+                    Object::Function(oid)
+                }
+                Reference::Operator(oid) if text_search.contains_key(&Object::Operator(oid)) => {
+                    Object::Operator(oid)
                 }
                 Reference::Relation(oid) if oid < FIRST_USER_OID => {
                     if unsafe_relations.contains(&oid) {
@@ -271,6 +289,12 @@ impl CatalogRows {
             }
             _ => self.edges.push((from, to)),
         }
+    }
+
+    /// One row of [`TEXT_SEARCH_SQL`].
+    pub fn text_search(&mut self, code: u32, object: Object, name: String) {
+        self.edges.push((Object::Function(code), object));
+        self.text_search.insert(object, name);
     }
 
     /// A user's cast, by a function or (0) by none: [`CASTS_SQL`].
@@ -483,6 +507,11 @@ impl CatalogRows {
         for name in &self.attributes {
             flag(name, &|flags| flags.attribute = true);
         }
+        for (object, name) in &self.text_search {
+            if matches!(object, Object::Function(_)) && reached.contains_key(object) {
+                flag(name, &|flags| (flags.called, flags.attribute) = (true, true));
+            }
+        }
         for row in &self.functions {
             match reached.get(&Object::Function(row.oid)) {
                 None => flag(&row.name, &|flags| flags.proven |= !row.shadows),
@@ -491,6 +520,10 @@ impl CatalogRows {
                     flags.attribute |= row.one_argument;
                 }),
             }
+        }
+        let schemas = self.harmless_in_their_schemas(&reached);
+        for (number, (schema, _)) in (1..).zip(&schemas) {
+            flag(schema, &|flags| flags.schema = number);
         }
         for name in &self.setters {
             flag(name, &|flags| flags.sets = true);
@@ -527,7 +560,59 @@ impl CatalogRows {
             .filter(|row| !row.outdone || row.operands.iter().any(|operand| implicit.contains(operand)))
             .map(|row| row.token.as_bytes().into())
             .collect();
+        let parsing = self.text_search.iter().filter(|(object, _)| matches!(object, Object::Operator(_)));
+        let unsafe_ones = parsing.filter(|(object, _)| reached.contains_key(*object));
+        facts.operators.extend(unsafe_ones.map(|(_, name)| name.as_bytes().into()));
+        facts.schemas = schemas
+            .into_iter()
+            .map(|(schema, names)| {
+                (schema.as_bytes().into(), names.into_iter().map(|n| n.as_bytes().into()).collect())
+            })
+            .collect();
         facts
+    }
+
+    /// What is unsafe, without what only [`Catalog::from_rows`] adds. Functions whose bodies are texts count as harmless until
+    /// one of them is seen to be more than calls of harmless ones: what is left in the end does nothing itself and calls
+    /// nothing that does, be it in a circle.
+    pub(super) fn closed(&self) -> Catalog {
+        let vocabulary = Vocabulary::new();
+        let implicit = self.implicitly_reached();
+        let mut texts: Vec<&FunctionRow> = self.functions.iter().filter(|row| row.has_a_text()).collect();
+        let mut rounds = 0;
+        loop {
+            let proven: HashSet<u32> = texts.iter().map(|row| row.oid).collect();
+            let catalog = Catalog { identity: 0, facts: Some(self.facts(&proven, &implicit)) };
+            let before = texts.len();
+            texts.retain(|row| {
+                body::only_reads(&row.language, row.source.as_bytes(), self.utf8, &vocabulary, &catalog)
+            });
+            if texts.len() == before {
+                return catalog;
+            }
+            rounds += 1;
+            if rounds == MAX_ROUNDS {
+                texts.clear();
+            }
+        }
+    }
+
+    /// The schemas that have harmless functions of names of which others have unsafe ones. PostgreSQL's own is left out:
+    /// its functions are no rows.
+    fn harmless_in_their_schemas(&self, reached: &HashMap<Object, Mark>) -> Vec<(&str, HashSet<&str>)> {
+        let is_unsafe = |row: &&FunctionRow| reached.contains_key(&Object::Function(row.oid));
+        let unsafe_names: HashSet<&str> =
+            self.functions.iter().filter(is_unsafe).map(|row| &*row.name).collect();
+        let unsafe_ones: HashSet<(&str, &str)> =
+            self.functions.iter().filter(is_unsafe).map(|row| (&*row.schema, &*row.name)).collect();
+        let mut found: BTreeMap<&str, HashSet<&str>> = BTreeMap::new();
+        for row in self.functions.iter().filter(|row| row.schema != "pg_catalog") {
+            if unsafe_names.contains(&*row.name) && !unsafe_ones.contains(&(&*row.schema, &*row.name)) {
+                found.entry(&row.schema).or_default().insert(&row.name);
+            }
+        }
+        // Their numbers have 16 bits.
+        found.into_iter().take(usize::from(u16::MAX)).collect()
     }
 }
 
@@ -542,7 +627,7 @@ impl FunctionRow {
     }
 
     /// Harmless by itself; what it consists of is among the edges. `trusted`: the extensions that the operator vouches for.
-    fn is_harmless(&self, trusted: &[String]) -> bool {
+    pub(super) fn is_harmless(&self, trusted: &[String]) -> bool {
         if self.settings || self.kind == "p" {
             return false;
         }
@@ -580,30 +665,9 @@ impl Catalog {
         Catalog { identity, facts: None }
     }
 
-    /// From the queries' rows. Functions whose bodies are texts count as harmless until one of them is seen to be
-    /// more than calls of harmless ones: what is left in the end does nothing itself and calls nothing that does,
-    /// be it in a circle.
+    /// From the queries' rows.
     pub fn from_rows(identity: u64, rows: CatalogRows) -> Catalog {
-        let vocabulary = Vocabulary::new();
-        let implicit = rows.implicitly_reached();
-        let mut texts: Vec<&FunctionRow> = rows.functions.iter().filter(|row| row.has_a_text()).collect();
-        let mut rounds = 0;
-        let facts = loop {
-            let proven: HashSet<u32> = texts.iter().map(|row| row.oid).collect();
-            let catalog = Catalog { identity, facts: Some(rows.facts(&proven, &implicit)) };
-            let before = texts.len();
-            texts.retain(|row| {
-                body::only_reads(&row.language, row.source.as_bytes(), rows.utf8, &vocabulary, &catalog)
-            });
-            if texts.len() == before {
-                break catalog.facts;
-            }
-            rounds += 1;
-            if rounds == MAX_ROUNDS {
-                texts.clear();
-            }
-        };
-        let mut catalog = Catalog { identity, facts };
+        let mut catalog = Catalog { identity, ..rows.closed() };
         rows.mark_definers(&mut catalog);
         rows.mark_moments(&mut catalog);
         if let Some(facts) = &mut catalog.facts {
@@ -620,7 +684,11 @@ impl Catalog {
             let now = self.name(name);
             then.code && !now.code || then.called && !now.called || then.attribute && !now.attribute
         };
+        let safer_there = |schema: &[u8], name: &[u8]| {
+            before.name(name).called && !before.is_harmless_within(before.name(schema).schema, name)
+        };
         then.anywhere && !now.anywhere
+            || now.schemas.iter().any(|(schema, names)| names.iter().any(|name| safer_there(schema, name)))
             || then.names.iter().any(|(name, flags)| safer(name, flags))
             || then.operators.iter().any(|token| !now.operators.contains(token))
     }
@@ -654,6 +722,14 @@ impl Catalog {
         }
     }
 
+    /// Whether all functions of this name in the schema of this number ([`Flags::schema`]) are harmless, which those of
+    /// other schemas are not.
+    pub fn is_harmless_within(&self, schema: u16, name: &[u8]) -> bool {
+        let Some(place) = usize::from(schema).checked_sub(1) else { return false };
+        let schema = self.facts.as_ref().and_then(|facts| facts.schemas.get(place));
+        schema.is_some_and(|(_, names)| names.contains(name))
+    }
+
     /// Whether an operator's token may mean a user's function.
     #[inline]
     pub fn operator_is_unsafe(&self, token: &[u8]) -> bool {
@@ -676,6 +752,23 @@ pub const ENCODING_SQL: &str = "SELECT pg_catalog.current_setting('server_encodi
 /// Rows (oid): the built-in functions on the allow-list, `$1`.
 pub const SAFE_FUNCTIONS_SQL: &str = "\
 SELECT p.oid FROM pg_catalog.pg_proc p WHERE p.oid < 16384 AND p.proname::text = ANY ($1::text[])";
+
+/// Rows (oid of a user's function, letter, oid, name): the built-in functions and operators that parse texts, which may run the
+/// code of any text search parser or template, under a configuration that a string or a setting names.
+pub const TEXT_SEARCH_SQL: &str = "\
+WITH code AS MATERIALIZED ( \
+  SELECT f FROM pg_catalog.pg_ts_parser p, LATERAL (VALUES (p.prsstart::pg_catalog.oid), (p.prstoken), (p.prsend), \
+         (p.prsheadline), (p.prslextype)) v (f) WHERE f >= 16384 \
+  UNION SELECT f FROM pg_catalog.pg_ts_template t, LATERAL (VALUES (t.tmplinit::pg_catalog.oid), (t.tmpllexize)) v (f) \
+   WHERE f >= 16384) \
+SELECT c.f, 'f', p.oid, p.proname::text FROM code c, pg_catalog.pg_proc p \
+ WHERE p.oid < 16384 AND p.proname IN ('to_tsvector', 'json_to_tsvector', 'jsonb_to_tsvector', 'to_tsquery', \
+   'plainto_tsquery', 'phraseto_tsquery', 'websearch_to_tsquery', 'ts_headline', 'ts_lexize', 'ts_parse', 'ts_token_type', \
+   'ts_match_tt', 'ts_match_tq') \
+UNION ALL \
+SELECT c.f, 'o', o.oid, o.oprname::text FROM code c, pg_catalog.pg_operator o \
+  JOIN pg_catalog.pg_proc p ON p.oid = o.oprcode::pg_catalog.oid \
+ WHERE o.oid < 16384 AND p.proname IN ('ts_match_tt', 'ts_match_tq')";
 
 /// Users' functions in languages that nobody reads here, those of which the body (`prosrc`, or what is stored of it: `body`)
 /// meets a condition, and those that mention the name of such a function, as a WITH list.
@@ -1024,7 +1117,8 @@ SELECT CASE WHEN pg_catalog.current_setting('track_counts') = 'on' THEN \
    'pg_catalog.pg_attribute'::pg_catalog.regclass, 'pg_catalog.pg_opclass'::pg_catalog.regclass, \
    'pg_catalog.pg_index'::pg_catalog.regclass, 'pg_catalog.pg_partitioned_table'::pg_catalog.regclass, \
    'pg_catalog.pg_statistic_ext'::pg_catalog.regclass, 'pg_catalog.pg_amop'::pg_catalog.regclass, \
-   'pg_catalog.pg_amproc'::pg_catalog.regclass, 'pg_catalog.pg_conversion'::pg_catalog.regclass)";
+   'pg_catalog.pg_amproc'::pg_catalog.regclass, 'pg_catalog.pg_conversion'::pg_catalog.regclass, \
+   'pg_catalog.pg_ts_parser'::pg_catalog.regclass, 'pg_catalog.pg_ts_template'::pg_catalog.regclass)";
 
 #[cfg(test)]
 mod tests {
@@ -1160,6 +1254,44 @@ mod tests {
     }
 
     #[test]
+    fn behind_a_schemas_name_only_its_own_functions_count() {
+        let with = |schemas: [&str; 3], body: &str| {
+            let mut rows = rows();
+            for (schema, (oid, body)) in
+                schemas.into_iter().zip([(31_000, "select 1"), (31_001, body), (31_002, "select 2")])
+            {
+                rows.functions
+                    .push(FunctionRow { schema: schema.into(), ..function(oid, "shared", "sql", body) });
+            }
+            rows.functions.push(function(31_003, "through", "sql", "select good.shared(1)"));
+            rows.functions.push(function(31_004, "without", "sql", "select shared(1)"));
+            Catalog::from_rows(1, rows)
+        };
+        let locks = "select pg_advisory_lock(1)";
+        let catalog = with(["good", "bad", "good"], locks);
+        let within = |catalog: &Catalog, schema: &str| {
+            catalog.is_harmless_within(catalog.name(schema.as_bytes()).schema, b"shared")
+        };
+        assert!(catalog.name(b"shared").called);
+        assert!(within(&catalog, "good") && !within(&catalog, "bad") && !within(&catalog, "public"));
+        assert!(catalog.name(b"through").proven && catalog.name(b"without").called);
+        for schemas in [["good", "good", "good"], ["good", "bad", "bad"], ["pg_catalog", "bad", "pg_catalog"]]
+        {
+            let catalog = with(schemas, locks);
+            assert!(catalog.name(b"shared").called, "{schemas:?}");
+            assert_eq!(within(&catalog, "good"), schemas[2] == "bad", "{schemas:?}");
+            assert!(!within(&catalog, "pg_catalog") && !within(&catalog, "bad"), "{schemas:?}");
+        }
+        let harmless = with(["good", "bad", "good"], "select 3");
+        assert!(harmless.name(b"shared").proven && !within(&harmless, "good"));
+        // Late replicas have still what was there.
+        let before = with(["good", "bad", "bad"], locks);
+        assert!(!before.allows_more_than(&before) && !catalog.allows_more_than(&catalog));
+        let moved = with(["good", "bad", "other"], locks);
+        assert!(moved.allows_more_than(&before) && !before.allows_more_than(&moved));
+    }
+
+    #[test]
     fn operators_and_types() {
         let catalog = Catalog::from_rows(1, rows());
         assert!(catalog.operator_is_unsafe(b"#*#") && !catalog.operator_is_unsafe(b"#+#"));
@@ -1217,6 +1349,35 @@ mod tests {
         let catalog = Catalog::from_rows(1, rows);
         assert!(catalog.name(b"r6").code && catalog.name(b"r7").code && catalog.name(b"r4").code);
         assert_eq!((catalog.name(b"r5"), catalog.name(b"r8")), (Flags::default(), Flags::default()));
+    }
+
+    #[test]
+    fn users_code_behind_text_search_reaches_all_that_parses_texts() {
+        let with = |known: bool| {
+            let mut rows = rows();
+            rows.safe_functions.insert(3_745);
+            rows.functions.push(FunctionRow {
+                takes_internal: true,
+                library: "$libdir/dict_int".into(),
+                extension: if known { "dict_int".into() } else { String::new() },
+                ..function(31_000, "lexize", "c", "dintdict_lexize")
+            });
+            rows.text_search(31_000, Object::Function(3_745), "to_tsvector".into());
+            rows.text_search(31_000, Object::Operator(3_762), "@@".into());
+            for (relation, tree) in
+                [(4, "{F :funcid 3745 :args ({VAR :x 1})}"), (5, "{O :opno 3762 :args ({VAR :x 1})}")]
+            {
+                rows.tree(Object::Relation(relation), tree, Use::Evaluated);
+            }
+            Catalog::from_rows(1, rows)
+        };
+        let (known, unknown) = (with(true), with(false));
+        assert!(unknown.name(b"to_tsvector").called && unknown.operator_is_unsafe(b"@@"));
+        assert!(unknown.name(b"r4").code && unknown.name(b"r5").code);
+        assert_eq!(known.name(b"to_tsvector"), Flags::default());
+        assert!(!known.operator_is_unsafe(b"@@"));
+        assert_eq!((known.name(b"r4"), known.name(b"r5")), (Flags::default(), Flags::default()));
+        assert!(known.allows_more_than(&unknown));
     }
 
     #[test]

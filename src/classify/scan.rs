@@ -85,7 +85,7 @@ struct Pending {
     flags: Flags,
     dotted: bool,
     alias: bool,
-    /// It is a type's, or its schema's, behind `::`: neither a call nor a column, whatever else bears it.
+    /// It is a type's, or its schema's, behind `::` or AS (or an alias there): neither a call nor a column, whatever else bears it.
     is_type: bool,
     after_into: bool,
     is_operator_word: bool,
@@ -146,6 +146,8 @@ struct Current {
     previous: Previous,
     /// The name before the last dot is that of a type's schema.
     of_type: bool,
+    /// The number of the schema that the name before the last dot is, or 0: see [`Flags::schema`].
+    schema: u16,
     with_active: u64,
     /// A `(` here would belong to a WITH list: it follows a part's name, AS or NOT MATERIALIZED.
     opens_with_part: bool,
@@ -185,6 +187,7 @@ impl Default for Current {
             pending: None,
             previous: Previous::Start,
             of_type: false,
+            schema: 0,
             with_active: 0,
             opens_with_part: false,
             close_may_precede_call: false,
@@ -285,8 +288,13 @@ impl Scan<'_> {
             matches!(self.statement.previous, Previous::Keyword(Keyword::As | Keyword::Materialized))
                 || self.statement.pending.is_some_and(|pending| pending.alias && !pending.dotted);
         if let Some(pending) = self.statement.pending.take() {
-            self.statement.of_type = pending.is_type && token == Token::Punctuation(b'.');
+            let dot = token == Token::Punctuation(b'.');
+            self.statement.of_type = pending.is_type && dot;
+            // `a.s.f` is of the database a, and that is an error if a is another.
+            self.statement.schema = if dot && !pending.dotted { pending.flags.schema } else { 0 };
             self.resolve(pending, called);
+        } else if token == Token::Punctuation(b'.') {
+            self.statement.schema = 0;
         }
         self.argument(token);
         let previous = match token {
@@ -348,7 +356,12 @@ impl Scan<'_> {
         let name = self.lexer.name();
         feed(&mut self.hash, if quoted { b'q' } else { b'w' }, name);
         let word = self.vocabulary.get(name).copied().unwrap_or_default();
-        let flags = self.catalog.name(name);
+        let mut flags = self.catalog.name(name);
+        let dotted = self.statement.previous == Previous::Dot;
+        // `s.f(..)` finds no function of another schema, whatever the search path.
+        if dotted && flags.called && self.catalog.is_harmless_within(self.statement.schema, name) {
+            (flags.called, flags.proven) = (false, true);
+        }
         let unclear = self.ascii_names && !name.is_ascii();
         let pg_prefix = name.starts_with(b"pg_");
         let shows_statements = pg_prefix && name == b"pg_prepared_statements";
@@ -357,7 +370,6 @@ impl Scan<'_> {
         let temporary_schema = pg_prefix && (name == b"pg_temp" || name.starts_with(b"pg_temp_"));
         let is_operator_word = !quoted && name == b"operator";
         let of_from = !quoted && matches!(name, b"only" | b"lateral" | b"rows");
-        let dotted = self.statement.previous == Previous::Dot;
         let keyword = if quoted || dotted { None } else { word.keyword };
         if self.statement.lead.is_none() {
             self.lead(keyword);
@@ -413,7 +425,8 @@ impl Scan<'_> {
             _ => false,
         };
         let is_type = match statement.previous {
-            Previous::Cast => true,
+            // `AS name(` is no call either: a type in CAST, or an alias with its columns.
+            Previous::Cast | Previous::Keyword(Keyword::As) => true,
             Previous::Dot => statement.of_type,
             _ => false,
         };

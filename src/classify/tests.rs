@@ -338,6 +338,8 @@ fn what_is_left() {
         ("select pg_export_snapshot()", NOTHING),
         ("select lastval()", pins(Other)),
         ("select dblink_connect('c', 'host=h')", pins(Process)),
+        ("select isn_weak(true)", pins(Process)),
+        ("select pg_create_physical_replication_slot('s', true, true)", pins(Process)),
         (
             "create temp table t (a int); select setseed(0); listen x",
             pins(TemporaryTable) | pins(Process) | pins(Listen),
@@ -673,5 +675,85 @@ fn what_may_end_a_transaction_is_told_from_what_cannot() {
         "/* commit",
     ] {
         assert!(!stays_in_transaction(ends.as_bytes()), "{ends}");
+    }
+}
+
+#[test]
+fn what_stands_behind_as_is_no_call() {
+    for text in [
+        "SELECT CAST(x AS fx(3))",
+        "SELECT CAST(x AS public.fx(3, 4)) FROM t",
+        "SELECT * FROM t AS fx (a, b)",
+        "SELECT CAST(x AS \"fx\"(3)), upper('a') AS fx",
+    ] {
+        assert_eq!(class(text).kind, Kind::Read, "{text}");
+    }
+    for text in [
+        "SELECT CAST(fx(1) AS int)",
+        "SELECT CAST(x AS numeric(fx(1)))",
+        "SELECT x AS y, fx(1)",
+        "SELECT x AS fx, fx(1)",
+        "SELECT CAST(x AS ct(1))",
+        "SELECT CAST(x AS fx(3)), fx(3)",
+        "SELECT * FROM t AS fx (a, b), fx(1)",
+        "WITH a AS (SELECT fx(1)) SELECT * FROM a",
+        "WITH a AS MATERIALIZED (SELECT 1), b AS (SELECT fx(1)) SELECT * FROM a",
+        "CREATE TABLE y AS SELECT set_config('a.b', 'c', false)",
+        "SELECT x AS public.fx(1)",
+    ] {
+        assert_ne!(class(text).kind, Kind::Read, "{text}");
+    }
+    assert!(class("CREATE TABLE y AS SELECT set_config('a.b', 'c', false)").settings);
+    assert!(class("CREATE TABLE y AS VALUES (set_config('a.b', 'c', false))").settings);
+}
+
+#[test]
+fn a_function_behind_its_schemas_name_is_judged_by_that_schema() {
+    let function = |oid, schema: &str, body: &str| FunctionRow {
+        oid,
+        name: "shared".into(),
+        schema: schema.into(),
+        language: "sql".into(),
+        kind: "f".into(),
+        source: body.into(),
+        one_argument: true,
+        ..FunctionRow::default()
+    };
+    let functions =
+        vec![function(20_001, "good", "select 1"), function(20_002, "Bad", "select pg_advisory_lock(1)")];
+    let catalog =
+        Catalog::from_rows(8, CatalogRows { server_major: 15, functions, ..CatalogRows::default() });
+    let classifier = classifier();
+    let is_read = |text: &str| class_and_key(&classifier, &catalog, text.as_bytes()).0.kind == Kind::Read;
+    for text in [
+        "SELECT good.shared(1)",
+        "SELECT Good . \"shared\" /* x */ (1), x.good FROM t x",
+        "SELECT * FROM good.shared(1)",
+        "SELECT good.shared(good.shared(1))",
+        "SELECT U&\"g\\006Fod\".shared(1)",
+        "SELECT U&\"g!006Fod\" UESCAPE '!' . shared(1)",
+    ] {
+        assert!(is_read(text), "{text}");
+    }
+    for text in [
+        "SELECT shared(1)",
+        "SELECT \"Bad\".shared(1)",
+        "SELECT bad.shared(1)",
+        "SELECT public.shared(1)",
+        "SELECT \"Good\".shared(1)",
+        "SELECT good.shared(shared(1))",
+        "SELECT good.shared(1), shared(2)",
+        "SELECT good.x, shared(1)",
+        "SELECT good, shared(1)",
+        "SELECT a.good.shared(1)",
+        "SELECT good.a.shared(1)",
+        "SELECT good.*, (t).shared FROM good, t",
+        "SELECT (good).shared(1)",
+        "SELECT good.shared FROM t good",
+        "SELECT good.\"shared\" FROM t good",
+        "SELECT good.*, [1].shared(1)",
+        "SELECT U&\"b!006Fod\" UESCAPE '!' . shared(1)",
+    ] {
+        assert!(!is_read(text), "{text}");
     }
 }

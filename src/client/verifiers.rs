@@ -465,6 +465,7 @@ mod tests {
                     id: NodeId(index as u16),
                     name: "n".into(),
                     weight: 1,
+                    zone: None,
                     standing,
                     timeline: None,
                     replay_lag_bytes: Some(100 - index as u64),

@@ -133,6 +133,7 @@ impl Loop {
             if what == Membership::Changed {
                 self.facts[index].delayed_ok = node.delayed_ok;
                 next.nodes[index].weight = node.weight;
+                next.nodes[index].zone = node.zone.as_deref().map(Arc::from);
                 continue;
             }
             self.watch.stop(id);
@@ -169,6 +170,7 @@ pub(super) fn removed(old: &NodeView) -> NodeView {
         id: old.id,
         name: Arc::clone(&old.name),
         weight: old.weight,
+        zone: old.zone.clone(),
         standing: Standing::Excluded(Exclusion::Removed),
         timeline: None,
         replay_lag_bytes: None,

@@ -909,12 +909,7 @@ fn now() -> Now {
 fn settings(config: &Config, hands: bool) -> Settings {
     let failover = &config.failover;
     let rule = |node: &crate::config::NodeConfig| {
-        let listed = failover.candidates.iter().find(|candidate| candidate.node == node.name);
-        let priority = match (listed, failover.candidates.is_empty()) {
-            (Some(candidate), _) => candidate.priority,
-            (None, true) => 100,
-            (None, false) => 0,
-        };
+        let priority = failover.priority_of(&node.name);
         NodeRule { name: node.name.clone(), priority, zone: node.zone.clone() }
     };
     Settings {

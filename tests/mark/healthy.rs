@@ -11,6 +11,7 @@ pub fn topology(names: &[&str]) -> Topology {
         id: NodeId(id as u16),
         name: Arc::from(*name),
         weight: 1,
+        zone: None,
         standing: if id == 0 { Standing::Primary { reachable: true } } else { Standing::Replica },
         timeline: Some(TimelineId(1)),
         replay_lag_bytes: None,

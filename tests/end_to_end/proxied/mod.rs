@@ -53,4 +53,5 @@ mod startup;
 mod switchover;
 mod tools;
 mod traps;
+mod vouched;
 mod zones;

@@ -331,7 +331,7 @@ fn the_demo_leaves_nothing_behind_when_it_is_told_to_stop() {
 }
 
 /// Runs the binary on a configuration: exit code and what it said.
-fn with_config(command: &str, text: &str) -> (Option<i32>, String) {
+pub(super) fn with_config(command: &str, text: &str) -> (Option<i32>, String) {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("config.yaml");
     std::fs::write(&file, text).unwrap();
@@ -375,4 +375,19 @@ async fn check_tries_the_nodes_and_prints_what_it_found() {
     let (code, said) = with_config("check", &config);
     assert_eq!(code, Some(0), "{said}");
     assert!(said.contains("primary") && said.contains("replica"), "{said}");
+    // Debian's clusters each have a postgresql.conf of their own.
+    for sql in [
+        "ALTER SYSTEM SET timezone = 'Asia/Tokyo'",
+        "ALTER SYSTEM SET bytea_output = 'escape'",
+        "SELECT pg_reload_conf()",
+    ] {
+        cluster.node(1).execute(sql).await.unwrap();
+    }
+    cluster.node(1).wait_for("SHOW timezone", "Asia/Tokyo").await.unwrap();
+    let (code, said) = with_config("check", &config);
+    let home = cluster.node(0).query_text("SHOW timezone").await.unwrap();
+    let other = format!(
+        "node b: other defaults than the primary's: TimeZone Asia/Tokyo (a: {home}), bytea_output escape (a: hex): sessions"
+    );
+    assert!(code == Some(1) && said.contains(&other), "{said}");
 }

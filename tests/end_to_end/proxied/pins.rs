@@ -412,13 +412,21 @@ async fn what_no_command_takes_from_a_process_ends_with_it() {
         superuser.user,
         superuser.password
     );
-    let mut all = vec!["SELECT setseed(0.5)", "LOAD 'plpgsql'"];
+    let slot = "SELECT pg_create_physical_replication_slot('its_own', true, true)";
+    let mut all = vec!["SELECT setseed(0.5)", "LOAD 'plpgsql'", slot];
     let available = "SELECT count(*) FROM pg_available_extensions WHERE name = 'dblink'";
     if cluster.primary().query_text(available).await.unwrap() == "1" {
         cluster.primary().execute("CREATE EXTENSION dblink").await.unwrap();
         all.push(&to_itself);
     } else {
         println!("skipped for want of dblink: its named connections");
+    }
+    let available = "SELECT count(*) FROM pg_available_extensions WHERE name = 'isn'";
+    if cluster.primary().query_text(available).await.unwrap() == "1" {
+        cluster.primary().execute("CREATE EXTENSION isn").await.unwrap();
+        all.push("SELECT isn_weak(true)");
+    } else {
+        println!("skipped for want of isn: its weak mode");
     }
     for make in all {
         let mut owner = proxy.raw().await;

@@ -2,6 +2,7 @@
 //! looking SELECT takes a lock, writes, or answers differently on a standby. A standby refuses none of
 //! these by itself, so each must start on the primary.
 
+use crate::allow_lists::are_installed;
 use crate::fixture::*;
 
 /// Objects whose danger is hidden, and plain ones beside them.
@@ -676,4 +677,62 @@ async fn inside_a_transaction_and_beside_other_state_lastval_shows_nothing_of_ot
     }
     let own = one.ask(&query("SELECT lastval() = max(id) FROM t")).await;
     assert_eq!(own[1].columns(), [Some("t".to_owned())]);
+}
+
+#[tokio::test]
+async fn a_text_search_template_of_unknown_code_keeps_what_parses_texts_on_the_primary() {
+    let cluster = Cluster::start_logging(1).await;
+    if !are_installed(&cluster, &["dict_int"]).await {
+        return;
+    }
+    cluster
+        .set_up(
+            "CREATE TABLE plain (id int, x text); INSERT INTO plain VALUES (1, 'one');
+             CREATE VIEW parsed AS SELECT id, to_tsvector('simple', x) AS words FROM plain",
+        )
+        .await;
+    let proxy = Proxy::start(&cluster).await;
+    let client = proxy.connect().await;
+    let texts = [
+        "SELECT to_tsvector('simple', x) FROM plain",
+        "SELECT id FROM plain WHERE x @@ 'one'",
+        "SELECT plainto_tsquery('one')",
+        "SELECT * FROM parsed",
+    ];
+    let where_they_run = async |mark: &str| {
+        for (number, text) in texts.iter().enumerate() {
+            client.simple_query(&format!("/* {mark}{number}. */ {text}")).await.unwrap();
+        }
+        (0..texts.len()).map(|number| cluster.ran(&format!("{mark}{number}."))).collect::<Vec<_>>()
+    };
+    let known = async |mark: &str| {
+        eventually("plain reads reach a replica", || async {
+            client.simple_query(&format!("SELECT x AS {mark}loaded FROM plain")).await.unwrap();
+            cluster.ran(&format!("{mark}loaded"))[1] > 0
+        })
+        .await;
+    };
+    known("first").await;
+    assert_eq!(where_they_run("before").await, [[0, 1]; 4]);
+    let template =
+        "CREATE FUNCTION begins(internal) RETURNS internal LANGUAGE c AS '$libdir/dict_int', 'dintdict_init';
+        CREATE FUNCTION lexizes(internal, internal, internal, internal) RETURNS internal LANGUAGE c
+            AS '$libdir/dict_int', 'dintdict_lexize';
+        CREATE TEXT SEARCH TEMPLATE mine (INIT = begins, LEXIZE = lexizes)";
+    // Past the proxy, which notices within about a second.
+    cluster.set_up_as_superuser(template).await;
+    let stays = std::cell::Cell::new(0);
+    eventually("it is noticed", || async {
+        stays.set(stays.get() + 1);
+        where_they_run(&format!("while{}_", stays.get())).await == [[1, 0]; 4]
+    })
+    .await;
+    known("second").await;
+    assert_eq!(where_they_run("there").await, [[1, 0]; 4]);
+    cluster.set_up_as_superuser("DROP TEXT SEARCH TEMPLATE mine").await;
+    eventually("that it is gone is noticed", || async {
+        stays.set(stays.get() + 1);
+        where_they_run(&format!("after{}_", stays.get())).await == [[0, 1]; 4]
+    })
+    .await;
 }

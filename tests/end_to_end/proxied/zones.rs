@@ -2,6 +2,7 @@
 
 use super::console::{cell, console, psql, rows};
 use super::failover::{TABLE, auto, is_in, only_primary, primary};
+use super::operator::with_config;
 use crate::fixture::*;
 
 /// The cluster's nodes, each in one of these zones.
@@ -12,6 +13,14 @@ fn nodes(cluster: &Cluster, zones: &[&str]) -> String {
         format!("{{ name: {name}, host: 127.0.0.1, port: {link}, replication_port: {direct}, zone: {zone} }}")
     };
     format!("nodes: [ {} ]\n", zones.iter().enumerate().map(node).collect::<Vec<_>>().join(", "))
+}
+
+/// Each node's zone as /topology shows it.
+async fn shown(proxy: &Proxy) -> Vec<String> {
+    let (_, text) = proxy.get("/topology").await.unwrap();
+    let topology: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let nodes = topology["nodes"].as_array().unwrap().iter();
+    nodes.map(|node| node.get("zone").unwrap().as_str().unwrap_or("none").to_owned()).collect()
 }
 
 async fn reads(proxy: &Proxy, node: &str) -> f64 {
@@ -37,7 +46,8 @@ async fn reads_settle_on(proxy: &Proxy, app: &tokio_postgres::Client, node: &str
 async fn reads_go_to_the_proxys_own_zone_while_a_replica_there_may_serve() {
     let cluster = Cluster::start(2).await;
     cluster.set_up("CREATE TABLE t (x int)").await;
-    let nodes = nodes(&cluster, &["near", "near", "far"]);
+    let in_zones = nodes;
+    let nodes = in_zones(&cluster, &["near", "near", "far"]);
     // However loaded the machine is, a replica is waited for.
     let patient = "consistency: { catch_up_wait: 30s }\n";
     let here = format!("{nodes}{patient}routing: {{ zone: near }}");
@@ -47,6 +57,7 @@ async fn reads_go_to_the_proxys_own_zone_while_a_replica_there_may_serve() {
     let app = proxy.connect().await;
     let (near, far) = reads_settle_on(&proxy, &app, "b").await;
     assert!(near > 0.0 && far == 0.0, "near {near}, far {far}");
+    assert_eq!(shown(&proxy).await, ["near", "near", "far"]);
     assert_eq!(cell(&client, "nodes", ("name", "c"), "zone").await.as_deref(), Some("far"));
     let said = |node: &'static str, what: &'static str| {
         let client = &client;
@@ -74,6 +85,13 @@ async fn reads_go_to_the_proxys_own_zone_while_a_replica_there_may_serve() {
     assert!(proxy.reload().await);
     let (near, far) = reads_settle_on(&proxy, &app, "c").await;
     assert!(near == 0.0 && far > 0.0, "near {near}, far {far}");
+    // And so of nodes.
+    let moved = in_zones(&cluster, &["near", "far", "null"]);
+    proxy.configure(&cluster, &format!("{moved}{patient}routing: {{ zone: far }}"));
+    assert!(proxy.reload().await);
+    let (b, c) = reads_settle_on(&proxy, &app, "b").await;
+    assert!(b > 0.0 && c == 0.0, "b {b}, c {c}");
+    eventually("/topology shows it", || async { shown(&proxy).await == ["near", "far", "none"] }).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -85,6 +103,12 @@ async fn nobody_of_another_zone_takes_over_before_an_operator_names_it() {
     let options = ProxyOptions { overrides: &overrides, ..ProxyOptions::default() };
     let proxy = Proxy::start_with(&cluster, options).await;
     let client = console(&cluster, &proxy).await;
+    let file = std::fs::read_to_string(proxy.directory().join("config.yaml")).unwrap();
+    let foretold = "node a: it is in zone here, and none of those who may be promoted is";
+    let (_, said) = with_config("check", &file);
+    assert!(said.contains(foretold), "{said}");
+    let (_, said) = with_config("check", &file.replace("zone: there", "zone: here"));
+    assert!(!said.contains(foretold), "{said}");
     cluster.node(0).crash().await.unwrap();
     let why = "other_zone: b could take over, but is in zone there, and the lost primary in zone here";
     eventually("it waits for an operator, and says for whom", || async {
