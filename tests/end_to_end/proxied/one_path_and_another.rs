@@ -104,6 +104,30 @@ async fn in_a_failed_transaction_nothing_but_its_end_is_prepared() {
     );
 }
 
+/// The text of an EXECUTE does not say what is set.
+#[tokio::test]
+async fn what_sql_executes_of_the_protocols_statements_sets_for_its_own_session_alone() {
+    let (_cluster, proxy) = start(0, ONE_BACKEND).await;
+    let (mut one, mut other) = (proxy.raw_login().await, proxy.raw_login().await);
+    let tenant = "SELECT coalesce(current_setting('app.tenant', true), '') || current_setting('role')";
+    for (sql, arguments, expected) in [
+        ("SET app.tenant = 'one'", "", "onenone"),
+        ("SELECT set_config('app.tenant', 'one', false)", "", "onenone"),
+        ("SELECT set_config($1, 'one', false)", "('app.tenant')", "onenone"),
+        ("SELECT $1::text", "(set_config('app.tenant', 'one', false))", "onenone"),
+        ("SET ROLE app", "", "app"),
+    ] {
+        assert_eq!(tags(&one.ask(&[parse("sets", sql), sync()].concat()).await), "1Z", "{sql}");
+        succeed(&mut one, &format!("EXECUTE sets{arguments}")).await;
+        assert_eq!(cell(&mut one, tenant).await.as_deref(), Some(expected), "{sql}");
+        succeed(&mut one, "INSERT INTO t VALUES (1)").await;
+        assert_eq!(cell(&mut one, tenant).await.as_deref(), Some(expected), "{sql}");
+        succeed(&mut one, "DISCARD ALL").await;
+        assert_eq!(cell(&mut other, tenant).await.as_deref(), Some("none"), "{sql}");
+        assert_eq!(cell(&mut one, tenant).await.as_deref(), Some("none"), "{sql}");
+    }
+}
+
 /// Names that are taken are so too for what is parsed where the transaction has failed: nothing at all, or what ends it. And
 /// behind its end in the same pipeline there is no failed transaction any more.
 #[tokio::test]
