@@ -464,8 +464,20 @@ pub fn shows_rows_of_another(text: &[u8]) -> bool {
     lexer.next_token() == Token::Word && matches!(lexer.name(), b"execute" | b"fetch")
 }
 
+/// Whether a text is a command that ends a transaction, be it whole or what has failed of it (ROLLBACK TO): where it has
+/// succeeded, the transaction that had failed is over, or goes on as if nothing had.
+pub fn ends_failure(text: &[u8]) -> bool {
+    let mut lexer = Lexer::new(text);
+    lexer.next_token() == Token::Word && matches!(lexer.name(), b"commit" | b"rollback" | b"abort" | b"end")
+}
+
+/// Whether a text is parsed and run in a transaction that has failed as in any other, since there is nothing in it.
+pub fn is_empty(text: &[u8]) -> bool {
+    Lexer::new(text).next_token() == Token::End
+}
+
 /// Whether a text is one statement that does not end a transaction, so that in an aborted one it fails
-/// whatever it is. What is not understood is not.
+/// whatever it is, unless it is empty. What is not understood is not.
 pub fn stays_in_transaction(text: &[u8]) -> bool {
     let mut lexer = Lexer::new(text);
     match lexer.next_token() {

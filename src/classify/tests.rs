@@ -660,6 +660,14 @@ fn what_may_end_a_transaction_is_told_from_what_cannot() {
         "execute p",
     ] {
         assert!(stays_in_transaction(stays.as_bytes()), "{stays}");
+        assert!(!ends_failure(stays.as_bytes()), "{stays}");
+        assert_eq!(is_empty(stays.as_bytes()), stays.is_empty(), "{stays}");
+    }
+    for empty in ["", " ", "-- commit", "/* commit */ "] {
+        assert!(is_empty(empty.as_bytes()) && !ends_failure(empty.as_bytes()), "{empty}");
+    }
+    for ends in ["commit", "ROLLBACK TO a", "/* */ abort", "end;", "commit and chain"] {
+        assert!(ends_failure(ends.as_bytes()) && !is_empty(ends.as_bytes()), "{ends}");
     }
     for ends in [
         "commit",

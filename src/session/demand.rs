@@ -439,6 +439,12 @@ impl Session {
                 Lookup::Ask(_) => None,
             };
         }
+        if let Some(class) = &mut class
+            && std::mem::take(&mut class.settings)
+        {
+            // The text of the EXECUTE does not show what is set.
+            class.leaves |= Leaves::pin(PinReason::Setting);
+        }
         self.sql = Some(SqlCommand::Execute(execute.name));
         Some(match class {
             Some(StatementClass { kind: Kind::Read | Kind::Empty, .. }) => {

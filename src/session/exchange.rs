@@ -254,8 +254,14 @@ pub struct Unit {
     pub writes: bool,
     /// The settings that its backend will have been given, where they are not just the session's.
     pub(super) applies: Option<Arc<Applied>>,
-    /// In a transaction it may have committed that.
+    /// In a transaction it may have committed that, or something behind it.
     pub may_commit: bool,
+    /// A ROLLBACK of its transaction is bound in it: what is behind that is none of it.
+    pub(super) leaves_transaction: bool,
+    /// The transaction had failed before it: the portal of a command that ends that.
+    pub(super) recovers: Option<Vec<u8>>,
+    /// Such a portal was executed: what comes behind finds a transaction that has not failed, or is skipped.
+    pub(super) recovered: bool,
     /// A wait for a synchronous replica was cancelled in it: what it has committed may be lost with the primary.
     pub unreplicated: bool,
     /// A CommandComplete that is held back for that reason.
@@ -407,6 +413,9 @@ impl Unit {
             writes: false,
             applies: None,
             may_commit: false,
+            leaves_transaction: false,
+            recovers: None,
+            recovered: false,
             unreplicated: false,
             held_back: None,
         }

@@ -13,7 +13,7 @@ use super::transaction::Apart;
 use super::{End, Role};
 use crate::backend::{Dirt, Prepared, SharedName};
 use crate::classify::setting::{self, Change};
-use crate::classify::{self, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass};
+use crate::classify::{self, Kind, Leaves, Lexing, Lookup, PinReason, StatementClass, TransactionCommand};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
 const SQL_PREPARE: Leaves = Leaves::pin(PinReason::SqlPrepare);
@@ -361,7 +361,7 @@ impl Exchange<'_> {
         let executes = matches!(command, SqlCommand::Execute(_));
         let deallocates = matches!(command, SqlCommand::Deallocate(_));
         if let Found::Statement(statement) = self.session.statements.find(&name)
-            && self.session.status != TransactionStatus::Failed
+            && !self.has_failed()
         {
             if executes && statement.has_changed() {
                 self.own_error(changed_result_type());
@@ -492,6 +492,8 @@ impl Exchange<'_> {
         let taken = [Leaves::DISCARDS_ALL, Leaves::DEALLOCATES_ALL];
         self.unit.clears_names |= taken.into_iter().any(|names| class.leaves.has(names));
         self.unit.writes |= !is_read(class);
+        // Behind the end of the transaction it is one of its own, which the Sync commits.
+        self.unit.may_commit |= self.unit.leaves_transaction && !is_read(class);
         self.leave(class.leaves);
     }
 
@@ -585,12 +587,10 @@ impl Exchange<'_> {
         }
         match self.session.statements.find(name) {
             Found::Statement(first) => {
-                if self.session.status != TransactionStatus::Failed {
+                if !self.has_failed() {
                     self.give(name, &first);
-                } else if !self.backend.own_names.contains(name)
-                    && !classify::stays_in_transaction(parse.text)
-                {
-                    // It cannot be given there; and all but what ends the transaction fails anyway.
+                } else if !self.backend.own_names.contains(name) && !is_refused_in_failed(parse.text) {
+                    // It cannot be given there; and all but what ends the transaction, or is empty, fails anyway.
                     let name = String::from_utf8_lossy(name);
                     let message = format!("prepared statement \"{name}\" already exists");
                     self.own_error(ErrorReport::error("42P05", message).routine("StorePreparedStatement"));
@@ -667,9 +667,14 @@ impl Exchange<'_> {
         self.answer_ourselves();
     }
 
+    /// Whether the transaction has failed, as far as the server will know when it comes to the next message.
+    fn has_failed(&self) -> bool {
+        self.session.status == TransactionStatus::Failed && !self.unit.recovered
+    }
+
     /// Whether the server refuses to parse the statement because the transaction has failed.
     fn is_refused_here(&self, statement: &Statement) -> bool {
-        self.session.status == TransactionStatus::Failed && classify::stays_in_transaction(statement.text())
+        self.has_failed() && is_refused_in_failed(statement.text())
     }
 
     /// Whether a Parse may be the first statement of a transaction: on the server it takes the snapshot, behind which
@@ -842,8 +847,27 @@ impl Exchange<'_> {
             self.take_rest();
         }
         self.unit.bound = true;
+        self.note_end(portal, &name);
         self.unit.expects.push_back(Expect::Bind(name));
         Ok(Step::On)
+    }
+
+    /// A portal is bound to what `name` stands for: a command that ends the transaction, perhaps.
+    fn note_end(&mut self, portal: Vec<u8>, name: &[u8]) {
+        if self.session.status == TransactionStatus::Idle {
+            return;
+        }
+        let statement = match self.session.statements.find(prepared::key(name)) {
+            Found::Statement(statement) => Some(statement),
+            Found::OnBackend | Found::Nothing => None,
+        };
+        let text = statement.as_ref().map_or(&b""[..], |statement| statement.text());
+        self.unit.leaves_transaction |= TransactionCommand::read(text) == Some(TransactionCommand::Rollback);
+        if classify::ends_failure(text) {
+            self.unit.recovers = Some(portal);
+        } else if self.unit.recovers.as_ref() == Some(&portal) {
+            self.unit.recovers = None;
+        }
     }
 
     /// What a statement does to settings with the parameters that the Bind at the start (if it is there
@@ -888,7 +912,7 @@ impl Exchange<'_> {
             }
             None => (self.unit.writes, self.unit.may_commit) = (true, true),
         }
-        if statement.has_changed() && self.session.status != TransactionStatus::Failed {
+        if statement.has_changed() && !self.has_failed() {
             self.own_error(changed_result_type());
             return Resolved::Stopped(Step::On);
         }
@@ -1070,7 +1094,7 @@ impl Exchange<'_> {
     /// Gives the backend those of the session's statements that it lacks, each for itself: one that cannot be prepared
     /// any more, as what it is about was dropped, keeps no other away.
     fn give_all(&mut self, which: impl Fn(&[u8], &Statement) -> bool) {
-        if self.session.status == TransactionStatus::Failed {
+        if self.has_failed() {
             // Nothing can be given there, and all but what ends the transaction fails anyway.
             return;
         }
@@ -1233,9 +1257,12 @@ impl Exchange<'_> {
         let Some((portal, _)) = messages::execute(self.peek(len)) else {
             return self.translate_malformed(len);
         };
+        // Should it fail, all up to Sync is skipped.
+        let recovers = self.unit.recovers.as_deref() == Some(portal);
         if let Some(changes) = self.session.portal_changes(portal) {
             self.unit.settings.push_back((self.unit.executes, changes));
         }
+        self.unit.recovered |= recovers;
         self.unit.executes += 1;
         self.pass(len);
         self.unit.expects.push_back(Expect::Execute);
@@ -1257,6 +1284,11 @@ fn rows_of_another(asked: &mut Asked) -> Option<(Vec<u8>, Asked)> {
     let told = asked.told.replace(Box::default());
     let (statement, reader) = (asked.statement.clone(), ShapeReader::default());
     Some((name, Asked { statement, on: NameOnServer::Unknown, compare: false, told, reader }))
+}
+
+/// Whether a statement is refused by the server in a transaction that has failed, before anything else is found wrong with it.
+fn is_refused_in_failed(text: &[u8]) -> bool {
+    classify::stays_in_transaction(text) && !classify::is_empty(text)
 }
 
 /// What a server says to a Bind or a Describe in a transaction that has failed.

@@ -2,10 +2,14 @@
 under the driver's names (DEALLOCATE by SQL), server-side cursors, COPY both ways, two-phase commit,
 notifications, several statements in one Query, adapters that ask pg_type, async."""
 import asyncio
+import logging
 
 import psycopg
 from psycopg import errors, sql
 from psycopg.types.composite import CompositeInfo, register_composite
+
+# Of a pipeline that fails it warns, or not: whether the error is there before the rest is sent is a matter of time.
+logging.getLogger("psycopg").setLevel(logging.ERROR)
 
 with psycopg.connect("", autocommit=True) as con:
     con.execute("CREATE TABLE t (id int PRIMARY KEY, x text)")

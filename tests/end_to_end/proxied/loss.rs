@@ -173,7 +173,11 @@ async fn a_commit_whose_answer_is_lost_is_said_to_be_unknown() {
         .await;
     let proxy = quick(&cluster).await;
     let extended = [parse("", "END"), bind("", &[]), execute(), sync()].concat();
-    for commit in [query("COMMIT"), query("SELECT 1; COMMIT"), query("PREPARE TRANSACTION 'x'"), extended] {
+    // Behind a ROLLBACK in the same pipeline a write is a transaction of its own.
+    let run = |sql: &str| [parse("", sql), bind("", &[]), execute()].concat();
+    let behind = [run("ROLLBACK"), run("INSERT INTO t VALUES (2)"), sync()].concat();
+    let several = query("SELECT 1; COMMIT");
+    for commit in [query("COMMIT"), several, query("PREPARE TRANSACTION 'x'"), extended, behind] {
         let mut client = proxy.raw_login().await;
         succeed(&mut client, "BEGIN").await;
         succeed(&mut client, "INSERT INTO t VALUES (1)").await;

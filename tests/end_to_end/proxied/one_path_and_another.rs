@@ -104,6 +104,68 @@ async fn in_a_failed_transaction_nothing_but_its_end_is_prepared() {
     );
 }
 
+/// The text of an EXECUTE does not say what is set.
+#[tokio::test]
+async fn what_sql_executes_of_the_protocols_statements_sets_for_its_own_session_alone() {
+    let (_cluster, proxy) = start(0, ONE_BACKEND).await;
+    let (mut one, mut other) = (proxy.raw_login().await, proxy.raw_login().await);
+    let tenant = "SELECT coalesce(current_setting('app.tenant', true), '') || current_setting('role')";
+    for (sql, arguments, expected) in [
+        ("SET app.tenant = 'one'", "", "onenone"),
+        ("SELECT set_config('app.tenant', 'one', false)", "", "onenone"),
+        ("SELECT set_config($1, 'one', false)", "('app.tenant')", "onenone"),
+        ("SELECT $1::text", "(set_config('app.tenant', 'one', false))", "onenone"),
+        ("SET ROLE app", "", "app"),
+    ] {
+        assert_eq!(tags(&one.ask(&[parse("sets", sql), sync()].concat()).await), "1Z", "{sql}");
+        succeed(&mut one, &format!("EXECUTE sets{arguments}")).await;
+        assert_eq!(cell(&mut one, tenant).await.as_deref(), Some(expected), "{sql}");
+        succeed(&mut one, "INSERT INTO t VALUES (1)").await;
+        assert_eq!(cell(&mut one, tenant).await.as_deref(), Some(expected), "{sql}");
+        succeed(&mut one, "DISCARD ALL").await;
+        assert_eq!(cell(&mut other, tenant).await.as_deref(), Some("none"), "{sql}");
+        assert_eq!(cell(&mut one, tenant).await.as_deref(), Some("none"), "{sql}");
+    }
+}
+
+/// Names that are taken are so too for what is parsed where the transaction has failed: nothing at all, or what ends it. And
+/// behind its end in the same pipeline there is no failed transaction any more.
+#[tokio::test]
+async fn what_a_pipeline_has_behind_the_end_of_a_failed_transaction_is_as_outside_one() {
+    let table = "CREATE TABLE t (x int)";
+    let (_cluster, proxy, direct) = super::protocol::beside("{ pool: { size: 1 } }", table).await;
+    let run = |sql: &str| [parse("", sql), bind("", &[]), execute()].concat();
+    let named = [bind("by_sql", &[]), execute(), bind("named", &[]), execute(), sync()].concat();
+    for last in [
+        [parse("named", ""), sync()].concat(),
+        [parse("named", "-- nothing"), sync()].concat(),
+        [parse("by_sql", "ROLLBACK"), sync()].concat(),
+        [parse("named", "SELECT 2"), sync()].concat(),
+        [run("ROLLBACK"), parse("named", "SELECT 2"), sync()].concat(),
+        [run("COMMIT AND CHAIN"), parse("by_sql", ""), sync()].concat(),
+        [run("ROLLBACK TO a"), named.clone()].concat(),
+        [run("COMMIT"), named.clone()].concat(),
+        [run(""), named].concat(),
+    ] {
+        let (mut proxied, mut one_server) = (proxy.raw_login().await, direct.raw_login().await);
+        let prepared = [parse("named", "INSERT INTO t VALUES (1)"), sync()].concat();
+        for (number, unit) in
+            [query("PREPARE by_sql AS SELECT 7"), prepared, query("BEGIN; SAVEPOINT a; SELECT 1/0"), last]
+                .iter()
+                .enumerate()
+        {
+            if number == 2 {
+                // The only server process is given names that are none of the session's.
+                let mut other = proxy.raw_login().await;
+                assert_eq!(tags(&other.ask(&query("PREPARE of_another AS SELECT 1")).await), "CZ");
+            }
+            let expected = super::protocol::answers("one server", &mut one_server, unit).await;
+            let got = super::protocol::answers("the proxy", &mut proxied, unit).await;
+            assert_eq!(got, expected, "unit {number}: {}", unit.escape_ascii());
+        }
+    }
+}
+
 /// Of an EXECUTE that failed the backend does not keep the name, and in a failed transaction it cannot be given one.
 #[tokio::test]
 async fn a_failed_execute_is_refused_when_it_is_bound_in_a_failed_transaction() {
