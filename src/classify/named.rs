@@ -26,9 +26,18 @@ pub struct SqlExecute {
     pub arguments: Option<Vec<u8>>,
 }
 
+/// The prepared statements that a text may name: at least these, and mostly words that name none. `None`: it may name any.
+pub fn statements_named(text: &[u8]) -> Option<HashSet<Vec<u8>>> {
+    let alone = sql_execute(text).map(|execute| execute.name);
+    match alone.or_else(|| sql_prepare(text).map(|prepare| prepare.name)) {
+        Some(name) => Some(HashSet::from([name])),
+        None => words(text),
+    }
+}
+
 /// The words of a text, names among them, as the server folds them. `None`: it is not clear, or has a string, in which
 /// there may be others.
-pub fn words(text: &[u8]) -> Option<HashSet<Vec<u8>>> {
+fn words(text: &[u8]) -> Option<HashSet<Vec<u8>>> {
     let mut lexer = Lexer::new(text);
     let mut words = HashSet::new();
     loop {

@@ -154,7 +154,11 @@ async fn greet_unbounded(tcp: TcpStream, tls: &ClientTls) -> Result<Greeting, Gr
             }
             GSSENC_REQUEST if !gss_asked && body.is_empty() => {
                 gss_asked = true;
+                let early = spoke_ahead(&stream, "GSSAPI encryption");
                 stream.write_all(b"N").await.map_err(GreetError::Io)?;
+                if let Some(report) = early {
+                    return Err(refuse(&mut stream, report).await);
+                }
             }
             CANCEL_REQUEST => {
                 let (pid, key) = cancel(&body)?;
@@ -197,17 +201,15 @@ async fn packet(stream: &mut Stream) -> Result<Option<(u32, Vec<u8>)>, GreetErro
 }
 
 async fn answer_ssl(mut stream: Stream, tls: &ClientTls) -> Result<Stream, GreetError> {
+    let early = spoke_ahead(&stream, "SSL");
     let Some(acceptor) = tls.acceptor() else {
         stream.write_all(b"N").await.map_err(GreetError::Io)?;
-        return Ok(stream);
+        return match early {
+            Some(report) => Err(refuse(&mut stream, report).await),
+            None => Ok(stream),
+        };
     };
-    // Nobody may speak before the answer. Reads are exact, so bytes sent ahead could only break the
-    // handshake; but a client that sends them is told so, as PostgreSQL does.
-    let mut ahead = [MaybeUninit::uninit()];
-    if matches!(SockRef::from(stream.tcp()).peek(&mut ahead), Ok(1..)) {
-        let report = ErrorReport::fatal("08P01", "received unencrypted data after SSL request").detail(
-            "This could be either a client-software bug or evidence of an attempted man-in-the-middle attack.",
-        );
+    if let Some(report) = early {
         return Err(refuse(&mut stream, report).await);
     }
     stream.write_all(b"S").await.map_err(GreetError::Io)?;
@@ -218,6 +220,18 @@ async fn answer_ssl(mut stream: Stream, tls: &ClientTls) -> Result<Stream, Greet
         }
         encrypted => Ok(encrypted),
     }
+}
+
+/// Nobody may speak before an encryption request is answered. Reads are exact, so bytes sent ahead could only break
+/// the handshake; but a client that sends them is told so, as PostgreSQL does, and whatever the answer is.
+fn spoke_ahead(stream: &Stream, request: &str) -> Option<ErrorReport> {
+    let mut ahead = [MaybeUninit::uninit()];
+    let spoke = matches!(SockRef::from(stream.tcp()).peek(&mut ahead), Ok(1..));
+    spoke.then(|| {
+        ErrorReport::fatal("08P01", format!("received unencrypted data after {request} request")).detail(
+            "This could be either a client-software bug or evidence of an attempted man-in-the-middle attack.",
+        )
+    })
 }
 
 /// The process id and key of a CancelRequest.

@@ -206,6 +206,8 @@ pub struct Unit {
     pub(super) awaits_all: bool,
     /// What its backend has to know ahead of a Query was sent.
     pub(super) given: bool,
+    /// All that its session has prepared was given to the backend ahead of it, as far as that could be.
+    pub(super) given_all: bool,
     /// The server's error about that: it is the Query's, which fails for lack of it.
     pub(super) not_given: Option<Vec<u8>>,
     /// A statement was prepared anew, and nothing is to be sent before its shape is known.
@@ -387,6 +389,7 @@ impl Unit {
             clears_names: false,
             awaits_all: false,
             given: false,
+            given_all: false,
             not_given: None,
             awaits_shape: false,
             discard: None,

@@ -542,15 +542,18 @@ impl Session {
         reason: RouteReason,
     ) -> Result<Result<Placed, ErrorReport>, End> {
         let begun = Instant::now();
-        let pause_until = begun + self.config.failover.pause_timeout;
+        let mut pause_until = begun + self.config.failover.pause_timeout;
         let mut paused = false;
         loop {
             if let Err(report) = self.await_primary().await? {
                 return Ok(Err(report));
             }
             let Some(node) = self.shared.topology.load().primary else { continue };
+            let in_line = Instant::now();
             match self.lease_from(node).await? {
                 Ok(mut lease) => {
+                    // There was a primary: what was waited for was room in the pool, which has a bound of its own.
+                    pause_until += in_line.elapsed();
                     if !lease.vouched_for && !self.await_known_start(&mut lease, pause_until).await? {
                         if self.handle.is_cancelled() {
                             lease.give_back();

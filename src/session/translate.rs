@@ -340,7 +340,9 @@ impl Exchange<'_> {
         if names_statements {
             self.unit.leave(SQL_PREPARE);
         }
-        self.materialize(if names_statements { SQL_PREPARE } else { self.unit.leaves }, Some(len));
+        let text = (self.there() >= len).then(|| self.body(len));
+        let text = text.as_deref().map(|body| body.strip_suffix(b"\0").unwrap_or_default());
+        self.materialize(if names_statements { SQL_PREPARE } else { self.unit.leaves }, text);
         if !self.unit.begun {
             self.give_what_may_be_named();
         }
@@ -441,9 +443,9 @@ impl Exchange<'_> {
                 let text = body.strip_suffix(b"\0").unwrap_or_default();
                 self.unit.may_commit |= class.may_commit(text);
                 self.unit.count_code(class.leaves, Some(text));
-                self.count_in(class);
+                self.count_in(class, text);
                 if self.may_name_statements(class.leaves, text) {
-                    self.leave(SQL_PREPARE);
+                    self.leave(SQL_PREPARE, Some(text));
                 }
             }
             // Only what may be a read is worth a second opinion, and a read leaves nothing.
@@ -452,7 +454,7 @@ impl Exchange<'_> {
                 self.unit.writes = true;
                 self.unit.may_commit = true;
                 self.unit.ddl = true;
-                self.leave(Leaves::UNPROVEN);
+                self.leave(Leaves::UNPROVEN, None);
             }
         }
         Ok(None)
@@ -468,7 +470,7 @@ impl Exchange<'_> {
             }
             return Ok(refused);
         }
-        self.leave(Leaves::UNPROVEN);
+        self.leave(Leaves::UNPROVEN, None);
         self.unit.writes = true;
         self.pass(len);
         self.unit.expects.push_back(Expect::FunctionCall);
@@ -476,25 +478,25 @@ impl Exchange<'_> {
         Ok(Step::On)
     }
 
-    /// Counts in what a statement may leave on the backend.
-    fn leave(&mut self, leaves: Leaves) {
+    /// Counts in what a statement may leave on the backend; `text` is the statement's, if it is there whole.
+    fn leave(&mut self, leaves: Leaves, text: Option<&[u8]>) {
         if leaves == Leaves::NOTHING {
             return;
         }
         self.unit.leave(leaves);
         self.backend.dirt = self.backend.dirt.max(dirt_of(leaves));
-        self.materialize(leaves, None);
+        self.materialize(leaves, text);
     }
 
     /// Counts in what a statement of the unit does, as it is bound.
-    fn count_in(&mut self, class: StatementClass) {
+    fn count_in(&mut self, class: StatementClass, text: &[u8]) {
         self.unit.ddl |= class.kind == Kind::Ddl;
         let taken = [Leaves::DISCARDS_ALL, Leaves::DEALLOCATES_ALL];
         self.unit.clears_names |= taken.into_iter().any(|names| class.leaves.has(names));
         self.unit.writes |= !is_read(class);
         // Behind the end of the transaction it is one of its own, which the Sync commits.
         self.unit.may_commit |= self.unit.leaves_transaction && !is_read(class);
-        self.leave(class.leaves);
+        self.leave(class.leaves, Some(text));
     }
 
     /// A unit that began on a replica, with reads, meets what is not a read. If all so far has been
@@ -758,7 +760,7 @@ impl Exchange<'_> {
             };
         };
         let name = prepared::key(name).to_vec();
-        self.leave(Leaves::pin(PinReason::LargeStatement));
+        self.leave(Leaves::pin(PinReason::LargeStatement), None);
         self.session.pin_now(PinReason::LargeStatement);
         (self.unit.writes, self.unit.may_commit) = (true, true);
         if name.is_empty() {
@@ -908,7 +910,7 @@ impl Exchange<'_> {
                     class.kind == Kind::Ddl && classify::alters_login(statement.text());
                 self.unit.may_commit |= class.may_commit(statement.text());
                 self.unit.count_code(class.leaves, Some(statement.text()));
-                self.count_in(class);
+                self.count_in(class, statement.text());
             }
             None => (self.unit.writes, self.unit.may_commit) = (true, true),
         }
@@ -1068,18 +1070,23 @@ impl Exchange<'_> {
     }
 
     /// SQL's EXECUTE and DEALLOCATE see the protocol's names: before such a statement the backend is
-    /// given all of the session's. In a Query this is done ahead, closed by a Sync of its own. In a transaction,
-    /// which one that cannot be given would end, it is given those that the Query names.
-    fn materialize(&mut self, leaves: Leaves, query: Option<usize>) {
+    /// given all of the session's. Ahead of a unit this is closed by a Sync of its own, and done once: what could not be
+    /// given then cannot be given now. In a transaction or a unit that has begun, which one that cannot be given would
+    /// end, it is given those that the statement names.
+    fn materialize(&mut self, leaves: Leaves, text: Option<&[u8]>) {
         if !leaves.has(SQL_PREPARE) || self.session.role == Role::Replica {
             return;
         }
         self.session.pin_now(PinReason::SqlPrepare);
-        let in_transaction = self.session.status == TransactionStatus::InTransaction;
-        let query = query.filter(|len| in_transaction && *len <= self.there());
-        let text = query.map(|len| self.body(len));
-        let words = text.and_then(|body| classify::words(body.strip_suffix(b"\0").unwrap_or_default()));
-        self.give_all(|name, _| words.as_ref().is_none_or(|words| words.contains(name)));
+        let ahead = !self.unit.begun && self.session.status != TransactionStatus::InTransaction;
+        if ahead && !std::mem::replace(&mut self.unit.given_all, true) {
+            return self.give_all(|_, _| true);
+        }
+        match text.and_then(classify::statements_named) {
+            Some(named) => self.give_all(|name, _| named.contains(name)),
+            None if self.unit.given_all => {}
+            None => self.give_all(|_, _| true),
+        }
     }
 
     /// Whether a text that keeps the backend for another reason may be about prepared statements, too, although its class does
@@ -1131,19 +1138,20 @@ impl Exchange<'_> {
     /// The same ahead of a unit of the extended protocol; and what is prepared there of EXECUTE is described by
     /// what it names when it is parsed.
     fn prepare_for(&mut self, leaves: Leaves, text: &[u8]) {
-        let earlier = self.unit.expects.len();
+        let (earlier, given) = (self.unit.expects.len(), self.unit.given_all);
         if leaves.has(SQL_PREPARE) || self.may_name_statements(leaves, text) {
-            self.leave(SQL_PREPARE);
+            self.leave(SQL_PREPARE, Some(text));
         } else if leaves.has(Leaves::SHOWS_STATEMENTS)
             && !self.unit.begun
+            && !given
             && self.session.role == Role::Primary
             && self.session.status == TransactionStatus::Idle
         {
+            self.unit.given_all = true;
             self.show_statements();
-        } else {
-            return;
         }
-        if !self.unit.begun && self.unit.expects.len() > earlier {
+        if self.unit.given_all && !given && self.unit.expects.len() > earlier {
+            // An error in it must not take the unit with it.
             self.inject_sync();
         }
     }

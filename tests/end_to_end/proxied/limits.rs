@@ -1,5 +1,7 @@
 //! Who takes too long, or is one too many, is told so in PostgreSQL's words; nobody else is.
 
+use std::time::Duration;
+
 use highwater::demo::cluster::Login;
 use nix::sys::signal::Signal;
 
@@ -339,4 +341,18 @@ async fn a_full_node_gives_what_is_idle_to_who_waits_and_who_waits_too_long_is_t
         assert_eq!(tags(&client.ask(&query("COMMIT")).await), "CZ");
     }
     cluster.primary().wait_for(CONNECTED, "1").await.unwrap();
+}
+
+#[tokio::test]
+async fn the_time_in_line_for_a_backend_is_no_wait_for_a_primary() {
+    let cluster = Cluster::start(0).await;
+    let proxy = proxy_with(&cluster, "{ pool: { size: 1 }, failover: { pause_timeout: 1s } }").await;
+    let (mut holds, mut waits) = (proxy.raw_login().await, proxy.raw_login().await);
+    // The server process of such a session ends with it: who waits gets one that has just been connected.
+    holds.ask(&query("SELECT setseed(0.5)")).await;
+    waits.send(&query("CREATE TABLE t ()")).await;
+    assert!(waits.silent_for(Duration::from_millis(1500)).await, "for longer than pause_timeout");
+    leave(holds).await;
+    let answer = waits.read_ready().await;
+    assert_eq!(tags(&answer), "CZ", "{answer:?}");
 }

@@ -236,6 +236,24 @@ async fn without_tls_an_ssl_or_gss_request_is_answered_no_and_the_client_goes_on
 }
 
 #[tokio::test]
+async fn who_speaks_before_an_encryption_request_is_answered_is_refused_whatever_the_answer_is() {
+    let cluster = Cluster::start(0).await;
+    let proxy = Proxy::start(&cluster).await;
+    for (code, request) in [(80_877_104_u32, "GSSAPI encryption"), (80_877_103, "SSL")] {
+        let mut client = proxy.raw().await;
+        let mut packets = [8_u32.to_be_bytes(), code.to_be_bytes()].concat();
+        packets.extend(startup(&[("user", "app"), ("database", "app")]));
+        client.send(&packets).await;
+        assert_eq!(client.read_byte().await, Some(b'N'));
+        let told = client.read().await.unwrap();
+        assert_eq!(told.field(b'C').as_deref(), Some("08P01"));
+        let message = format!("received unencrypted data after {request} request");
+        assert_eq!(told.field(b'M'), Some(message));
+        assert!(client.read().await.is_none());
+    }
+}
+
+#[tokio::test]
 async fn logins_while_the_primary_crashes_wait_for_it_and_succeed() {
     let cluster = Cluster::start(0).await;
     let overrides = "{ failover: { pause_timeout: 60s }, auth: { login_timeout: 80s } }";

@@ -422,6 +422,45 @@ async fn a_statement_that_cannot_be_prepared_any_more_keeps_no_other_away() {
 }
 
 #[tokio::test]
+async fn what_the_extended_protocol_says_of_one_prepared_statement_meets_no_other_that_is_broken() {
+    let (_cluster, proxy, direct) = super::protocol::beside("{ pool: { size: 3 } }", "SELECT").await;
+    let unnamed = |sql: &str| [parse("", sql), bind("", &[]), describe(b'P', ""), execute(), sync()].concat();
+    let named = |sql: &str| [parse("x", sql), bind("x", &[]), execute(), close("x"), sync()].concat();
+    let apart = |sql: &str| [parse("y", sql), sync(), bind("y", &[]), execute(), close("y"), sync()].concat();
+    let of_one = [
+        "PREPARE other AS SELECT 'a' AS a",
+        "EXECUTE whole",
+        "EXECUTE told('x')",
+        "EXPLAIN (COSTS off) EXECUTE whole",
+        "CREATE TEMP TABLE made AS EXECUTE whole",
+        "DEALLOCATE whole",
+    ];
+    for (number, sql) in of_one.into_iter().enumerate() {
+        let table = format!("goes_{number}");
+        let before = [
+            query(&format!("CREATE TABLE {table} AS SELECT 1 AS x")),
+            [parse("of_protocol", &format!("SELECT x FROM {table}")), sync()].concat(),
+            [bind("of_protocol", &[]), execute(), sync()].concat(),
+            query(&format!("PREPARE of_sql AS SELECT x FROM {table}")),
+            query("PREPARE whole AS SELECT 5 AS five"),
+            query("PREPARE told(text) AS SELECT $1 AS told"),
+            query(&format!("DROP TABLE {table}")),
+        ];
+        for (way, unit) in [unnamed(sql), named(sql), apart(sql)].into_iter().enumerate() {
+            for begin in ["SELECT 1", "BEGIN"] {
+                let (mut proxied, mut direct) = (proxy.raw_login().await, direct.raw_login().await);
+                let units = before.iter().cloned().chain([query(begin), unit.clone(), query("COMMIT")]);
+                for part in units {
+                    let expected = super::protocol::answers("one server", &mut direct, &part).await;
+                    let got = super::protocol::answers("the proxy", &mut proxied, &part).await;
+                    assert_eq!(got, expected, "{begin}; {sql}, way {way}: {}", part.escape_ascii());
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn an_execute_that_outlives_what_it_names_is_described_as_by_one_server() {
     let (_cluster, proxy, direct) = super::protocol::beside("{ pool: { size: 1 } }", "SELECT").await;
     let extended = |sql: &str| [parse("run", sql), run("run"), close("run"), sync()].concat();
