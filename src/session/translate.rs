@@ -340,9 +340,11 @@ impl Exchange<'_> {
         if names_statements {
             self.unit.leave(SQL_PREPARE);
         }
-        let text = (self.there() >= len).then(|| self.body(len));
-        let text = text.as_deref().map(|body| body.strip_suffix(b"\0").unwrap_or_default());
-        self.materialize(if names_statements { SQL_PREPARE } else { self.unit.leaves }, text);
+        if names_statements || self.unit.leaves.has(SQL_PREPARE) {
+            let text = (self.there() >= len).then(|| self.body(len));
+            let text = text.as_deref().map(|body| body.strip_suffix(b"\0").unwrap_or_default());
+            self.materialize(SQL_PREPARE, text);
+        }
         if !self.unit.begun {
             self.give_what_may_be_named();
         }
