@@ -46,14 +46,20 @@ pub struct Catalog {
 struct Facts {
     server_major: u16,
     names: HashMap<Box<[u8]>, Flags>,
-    /// Schemas, by their numbers ([`Flags::schema`], from 1 on), with the names of functions that are harmless there and
-    /// unsafe elsewhere.
-    schemas: Vec<(Box<[u8]>, HashSet<Box<[u8]>>)>,
+    /// By their numbers ([`Flags::schema`]), from 1 on.
+    schemas: Vec<Schema>,
     operators: HashSet<Box<[u8]>>,
     safe_types: HashSet<u32>,
     /// Code that is not known can be reached where no name shows it: a cast between built-in types, an
     /// operator class of one.
     anywhere: bool,
+}
+
+/// A schema, and the names of functions that are harmless in it and unsafe in another.
+#[derive(Debug)]
+struct Schema {
+    name: Box<[u8]>,
+    harmless: HashSet<Box<[u8]>>,
 }
 
 /// What is known of a name.
@@ -565,8 +571,9 @@ impl CatalogRows {
         facts.operators.extend(unsafe_ones.map(|(_, name)| name.as_bytes().into()));
         facts.schemas = schemas
             .into_iter()
-            .map(|(schema, names)| {
-                (schema.as_bytes().into(), names.into_iter().map(|n| n.as_bytes().into()).collect())
+            .map(|(name, harmless)| Schema {
+                name: name.as_bytes().into(),
+                harmless: harmless.into_iter().map(|name| name.as_bytes().into()).collect(),
             })
             .collect();
         facts
@@ -688,7 +695,10 @@ impl Catalog {
             before.name(name).called && !before.is_harmless_within(before.name(schema).schema, name)
         };
         then.anywhere && !now.anywhere
-            || now.schemas.iter().any(|(schema, names)| names.iter().any(|name| safer_there(schema, name)))
+            || now
+                .schemas
+                .iter()
+                .any(|schema| schema.harmless.iter().any(|name| safer_there(&schema.name, name)))
             || then.names.iter().any(|(name, flags)| safer(name, flags))
             || then.operators.iter().any(|token| !now.operators.contains(token))
     }
@@ -727,7 +737,7 @@ impl Catalog {
     pub fn is_harmless_within(&self, schema: u16, name: &[u8]) -> bool {
         let Some(place) = usize::from(schema).checked_sub(1) else { return false };
         let schema = self.facts.as_ref().and_then(|facts| facts.schemas.get(place));
-        schema.is_some_and(|(_, names)| names.contains(name))
+        schema.is_some_and(|schema| schema.harmless.contains(name))
     }
 
     /// Whether an operator's token may mean a user's function.

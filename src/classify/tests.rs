@@ -79,7 +79,7 @@ fn class(text: &str) -> StatementClass {
 }
 
 #[test]
-fn behind_two_colons_stands_a_type() {
+fn behind_two_colons_or_as_stands_a_type() {
     for (text, kind) in [
         ("select a::fx, a::s.fx, a::fx(1, 2), a :: s . fx ( 1 ), a::db.s.fx from t", Kind::Read),
         ("select a::ct from t", Kind::Write),
@@ -91,7 +91,10 @@ fn behind_two_colons_stands_a_type() {
         ("select a::s fx(1)", Kind::Write),
         ("select a::s(fx(1))", Kind::Write),
         ("select s.fx(a)", Kind::Write),
-        ("select cast(a as s.fx)", Kind::Write),
+        ("select cast(a as s.fx), cast(a as db.s.fx(1)) from t", Kind::Read),
+        ("select cast(a as s.fx), t.fx from t", Kind::Write),
+        ("select cast(a as s.ct)", Kind::Write),
+        ("select a as s, t.fx from t", Kind::Write),
         ("select a: :fx(1)", Kind::Write),
     ] {
         assert_eq!(class(text).kind, kind, "{text}");
