@@ -6,7 +6,6 @@
 mod applied;
 pub mod cancel;
 pub mod clean;
-pub mod login;
 mod parameters;
 pub mod places;
 pub mod pool;
@@ -27,6 +26,7 @@ use crate::net::Stream;
 use crate::topology::{Epoch, NodeId};
 
 pub use applied::{Applied, Setting};
+pub use crate::login;
 pub use cancel::CancelTarget;
 pub use parameters::Parameters;
 
