@@ -25,8 +25,8 @@ use crate::gate::Socket;
 use crate::net::Stream;
 use crate::topology::{Epoch, NodeId};
 
-pub use applied::{Applied, Setting};
 pub use crate::login;
+pub use applied::{Applied, Setting};
 pub use cancel::CancelTarget;
 pub use parameters::Parameters;
 

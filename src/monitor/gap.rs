@@ -4,12 +4,12 @@
 //! timer of the kernel's own keeps to it. Where none can be had, the runtime's is used.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-use tokio::io::AsyncReadExt;
-use tokio::net::unix::pipe;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// Less is not worth two system calls.
 const LEAST: Duration = Duration::from_micros(50);
@@ -17,26 +17,29 @@ const LEAST: Duration = Duration::from_micros(50);
 /// One timer.
 pub struct Gap(Option<Timer>);
 
-/// A file descriptor that becomes readable when the time is over. The runtime is given it as what it knows that is read
-/// like one: the reading end of a pipe.
+/// A file descriptor that becomes readable when the time is over, and again when it is over the next time: so it need not be
+/// read in between, which would be a system call for each gap.
 struct Timer {
     set: TimerFd,
-    over: pipe::Receiver,
+    over: AsyncFd<OwnedFd>,
 }
 
 impl Timer {
     fn new() -> io::Result<Timer> {
         let set = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
-        let over = pipe::Receiver::from_owned_fd_unchecked(set.as_fd().try_clone_to_owned()?)?;
+        let over = AsyncFd::with_interest(set.as_fd().try_clone_to_owned()?, Interest::READABLE)?;
         Ok(Timer { set, over })
     }
 
-    async fn wait(&mut self, time: Duration) -> io::Result<()> {
-        // An expiry that nobody has waited for is undone by this.
+    async fn wait(&mut self, at: Instant, time: Duration) -> io::Result<()> {
+        // An expiry that nobody has waited for is undone by this; but the runtime may have heard of it.
         self.set.set(Expiration::OneShot(time.into()), TimerSetTimeFlags::empty())?;
-        // With room for more than there is, the runtime knows that nothing is left, and need not try.
-        let _one = self.over.read(&mut [0; 16]).await?;
-        Ok(())
+        loop {
+            self.over.readable().await?.clear_ready();
+            if Instant::now() + LEAST >= at {
+                return Ok(());
+            }
+        }
     }
 }
 
@@ -54,7 +57,7 @@ impl Gap {
             return;
         }
         if let Some(timer) = &mut self.0
-            && timer.wait(left).await.is_ok()
+            && timer.wait(at, left).await.is_ok()
         {
             return;
         }

@@ -167,7 +167,8 @@ struct Elements<'a> {
 
 impl<'a> Elements<'a> {
     fn of(array: &'a [u8]) -> Option<Elements<'a>> {
-        let word = |index: usize| array.get(index..)?.first_chunk::<4>().map(|word| u32::from_be_bytes(*word));
+        let word =
+            |index: usize| array.get(index..)?.first_chunk::<4>().map(|word| u32::from_be_bytes(*word));
         match word(0)? {
             0 => Some(Elements { left: 0, rest: &[] }),
             // Dimensions, whether there are NULLs, the type; then the length and the lower bound.
@@ -282,7 +283,8 @@ mod tests {
 
     fn array(elements: &[Option<&str>]) -> Vec<u8> {
         let count = u32::try_from(elements.len()).unwrap();
-        let mut out: Vec<u8> = [1, 1, 25, count, 1].iter().flat_map(|word: &u32| word.to_be_bytes()).collect();
+        let mut out: Vec<u8> =
+            [1, 1, 25, count, 1].iter().flat_map(|word: &u32| word.to_be_bytes()).collect();
         elements.iter().for_each(|element| put_value(&mut out, element.map(str::as_bytes)));
         out
     }

@@ -18,7 +18,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::answer::{self, Answer, Nonsense, Progress};
-use super::{APPLICATION, KEEPALIVE, NodeError, NodeFailure, Nodes, SETTINGS, SampleAnswer, START, WAL_SIZES};
+use super::{
+    APPLICATION, KEEPALIVE, NodeError, NodeFailure, Nodes, SETTINGS, START, SampleAnswer, WAL_SIZES,
+};
 use crate::login::{self, LoginError, LoginTarget, Who};
 use crate::net::Stream;
 use crate::scram::LoginKeys;
@@ -88,7 +90,8 @@ impl Nodes {
     /// login, then its preparation, and then each question.
     pub async fn open_sampler(&self, node: NodeId, deadline: Duration) -> Result<SampleClient, NodeError> {
         let config = self.config.load_full();
-        let no_node = || self.failure(node, NodeFailure::Refused, "no such node in the configuration".to_owned());
+        let no_node =
+            || self.failure(node, NodeFailure::Refused, "no such node in the configuration".to_owned());
         let address = config.nodes.get(node.index()).ok_or_else(no_node)?;
         let tls = self.dialer.load().tls.clone();
         let target = LoginTarget {
@@ -476,6 +479,153 @@ impl Alarm {
                 return;
             }
             self.0.as_mut().reset(due);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::{TcpListener, TcpStream};
+
+    /// A line, and a node at its other end.
+    async fn line() -> (Line, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (ours, theirs) =
+            tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+        (Line::new(Stream::Plain(ours.unwrap()), Vec::new()), theirs.unwrap().0)
+    }
+
+    fn message(tag: u8, body: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        wire::put(&mut out, tag, |out| out.extend_from_slice(body));
+        out
+    }
+
+    fn answer_with(row: &[u8]) -> Vec<u8> {
+        [message(b'2', b""), message(b'D', row), message(b'C', b"SELECT 1\0"), message(b'Z', b"I")].concat()
+    }
+
+    const LAST_WORDS: &[u8] = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection\0RProcessInterrupts\0\0";
+
+    /// The SQLSTATE that the line has heard as its last.
+    fn last_words(line: &Line, fault: Fault) -> Vec<u8> {
+        let Fault::Ended(error) = fault else { panic!("{fault:?}") };
+        wire::error_fields(&line.buffer[error]).sqlstate.to_vec()
+    }
+
+    #[tokio::test]
+    async fn what_comes_in_pieces_between_two_questions_and_in_their_answers_is_passed_over() {
+        let (mut line, mut node) = line().await;
+        let told = message(b'S', b"TimeZone\0UTC\0");
+        for round in 0..told.len() {
+            node.write_all(&told[..round]).await.unwrap();
+            // Given up and begun again, as by who waits for something else beside it.
+            for _ in 0..2 {
+                assert!(tokio::time::timeout(Duration::from_millis(1), line.idle()).await.is_err());
+            }
+            line.send(b"?", 1).await.unwrap();
+            node.write_all(&told[round..]).await.unwrap();
+            node.write_all(&answer_with(&[7, u8::try_from(round).unwrap()])).await.unwrap();
+            let row = line.answer(RUN).await.unwrap();
+            assert_eq!(line.buffer[row], [7, u8::try_from(round).unwrap()]);
+        }
+        let mut questions = vec![0; told.len()];
+        node.read_exact(&mut questions).await.unwrap();
+        assert_eq!(questions, vec![b'?'; told.len()]);
+    }
+
+    #[tokio::test]
+    async fn what_a_node_says_last_is_heard_whenever_that_comes() {
+        // While nothing is asked.
+        let (mut quiet, mut node) = line().await;
+        node.write_all(&message(b'E', LAST_WORDS)).await.unwrap();
+        let fault = quiet.idle().await;
+        assert_eq!(last_words(&quiet, fault), b"57P01");
+        // Before the question, which it does not read: the network says that nobody is there.
+        for questions in 1..4 {
+            let (mut line, mut node) = line().await;
+            node.write_all(&message(b'E', LAST_WORDS)).await.unwrap();
+            drop(node);
+            let mut said = Ok(());
+            for _ in 0..questions {
+                // Nobody has looked yet for what the one before led to.
+                line.owed = 0;
+                said = said.and(line.send(b"?", 1).await);
+            }
+            let fault = match said {
+                Ok(()) => line.answer(RUN).await.unwrap_err(),
+                Err(fault) => fault,
+            };
+            assert_eq!(last_words(&line, fault), b"57P01", "{questions}");
+        }
+        // Instead of an answer, or in the middle of it.
+        let (mut asked, mut node) = line().await;
+        asked.send(b"?", 1).await.unwrap();
+        node.write_all(&[message(b'2', b""), message(b'E', LAST_WORDS)].concat()).await.unwrap();
+        let fault = asked.answer(RUN).await.unwrap_err();
+        assert_eq!(last_words(&asked, fault), b"57P01");
+    }
+
+    #[tokio::test]
+    async fn a_question_that_was_given_up_is_a_lines_last() {
+        let (mut line, mut node) = line().await;
+        let given_up = tokio::time::timeout(Duration::from_millis(1), line.ask(b"?", RUN)).await;
+        assert!(given_up.is_err());
+        // The answer that comes is to the first question.
+        node.write_all(&answer_with(&[1])).await.unwrap();
+        assert!(matches!(line.ask(b"?", RUN).await, Err(Fault::Nonsense(_))));
+        assert!(matches!(line.ask(b"?", RUN).await, Err(Fault::Nonsense(_))));
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_nobody_asked_for_is_none_to_the_next_question() {
+        let (mut line, mut node) = line().await;
+        node.write_all(&answer_with(&[1])).await.unwrap();
+        assert!(matches!(line.idle().await, Fault::Nonsense(_)));
+        assert!(matches!(line.ask(b"?", RUN).await, Err(Fault::Nonsense(_))));
+    }
+
+    #[tokio::test]
+    async fn an_error_as_answer_leaves_the_line_as_it_was_and_large_answers_give_their_room_back() {
+        let (mut line, mut node) = line().await;
+        let refusal = message(b'E', b"SERROR\0VERROR\0C42501\0Mno\0\0");
+        node.write_all(&[refusal, message(b'Z', b"I")].concat()).await.unwrap();
+        line.owed = 1;
+        assert!(matches!(line.answer(RUN).await, Err(Fault::Refused(_))));
+        let large = vec![1; 300_000];
+        let (row, sent) = {
+            let large = answer_with(&large);
+            tokio::join!(line.ask(b"?", RUN), async move { node.write_all(&large).await.map(|()| node) })
+        };
+        assert_eq!(line.buffer[row.unwrap()], large);
+        assert!(line.buffer.capacity() > KEPT);
+        line.pass_over().unwrap();
+        assert!(line.buffer.capacity() <= KEPT);
+        drop(sent.unwrap());
+        assert!(matches!(line.idle().await, Fault::Io(_)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_question_has_its_own_deadline() {
+        let second = Duration::from_secs(1);
+        let mut alarm = Alarm::new(second);
+        // Answered in time for longer than a deadline.
+        for _ in 0..5 {
+            let answered = async {
+                tokio::time::sleep(second * 9 / 10).await;
+                Ok(())
+            };
+            assert!(alarm.within(second, answered).await.is_ok());
+        }
+        // Longer ones, shorter ones, and after a rest of any length.
+        for (time, rest) in [(3, 0), (1, 0), (2, 5), (1, 60)] {
+            tokio::time::sleep(second * rest).await;
+            let asked_at = Instant::now();
+            let late = alarm.within(second * time, std::future::pending::<Result<(), Fault>>()).await;
+            assert!(matches!(late, Err(Fault::Late)));
+            let took = asked_at.elapsed();
+            assert!(took >= second * time && took < second * time + second / 100, "{took:?}");
         }
     }
 }
