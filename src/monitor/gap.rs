@@ -4,12 +4,11 @@
 //! timer of the kernel's own keeps to it. Where none can be had, the runtime's is used.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe;
 
 /// Less is not worth two system calls.
 const LEAST: Duration = Duration::from_micros(50);
@@ -18,16 +17,17 @@ const LEAST: Duration = Duration::from_micros(50);
 pub struct Gap(Option<Timer>);
 
 /// A file descriptor that becomes readable when the time is over, and again when it is over the next time: so it need not be
-/// read in between, which would be a system call for each gap.
+/// read in between, which would be a system call for each gap. The runtime is given it as what it knows that is read like
+/// one: the reading end of a pipe.
 struct Timer {
     set: TimerFd,
-    over: AsyncFd<OwnedFd>,
+    over: pipe::Receiver,
 }
 
 impl Timer {
     fn new() -> io::Result<Timer> {
         let set = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
-        let over = AsyncFd::with_interest(set.as_fd().try_clone_to_owned()?, Interest::READABLE)?;
+        let over = pipe::Receiver::from_owned_fd_unchecked(set.as_fd().try_clone_to_owned()?)?;
         Ok(Timer { set, over })
     }
 
@@ -35,7 +35,9 @@ impl Timer {
         // An expiry that nobody has waited for is undone by this; but the runtime may have heard of it.
         self.set.set(Expiration::OneShot(time.into()), TimerSetTimeFlags::empty())?;
         loop {
-            self.over.readable().await?.clear_ready();
+            self.over.readable().await?;
+            // Heard, and forgotten by the runtime.
+            let _ = self.over.try_io(|| Err::<(), _>(io::ErrorKind::WouldBlock.into()));
             if Instant::now() + LEAST >= at {
                 return Ok(());
             }

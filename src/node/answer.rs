@@ -7,7 +7,6 @@
 //! Deliberately not here: sockets and deadlines. Values are in the binary format, in which a text array needs no quoting.
 
 use std::ops::Range;
-use std::str::FromStr;
 
 use super::{PrimarySample, ReplicaSample, SampleAnswer, Snapshot, widen_xid};
 use crate::wal::{Lsn, TimelineId, round_down_page_header};
@@ -183,15 +182,15 @@ impl<'a> Elements<'a> {
     }
 
     /// The next one, which is not NULL, as a text that says a `T`.
-    fn said<T: FromStr>(&mut self) -> Option<T> {
-        text(self.element()?)?.parse().ok()
+    fn said<T: Said>(&mut self) -> Option<T> {
+        T::by(self.element()??)
     }
 
     /// The same where it may be NULL, which is the inner `None`.
-    fn may_say<T: FromStr>(&mut self) -> Option<Option<T>> {
+    fn may_say<T: Said>(&mut self) -> Option<Option<T>> {
         match self.element()? {
             None => Some(None),
-            said => text(said)?.parse().ok().map(Some),
+            Some(text) => T::by(text).map(Some),
         }
     }
 
@@ -200,14 +199,51 @@ impl<'a> Elements<'a> {
     }
 }
 
+/// What a text of the server's says, read without asking whether it is UTF-8.
+trait Said: Sized {
+    /// `None`: it says something else.
+    fn by(text: &[u8]) -> Option<Self>;
+}
+
+impl Said for Lsn {
+    fn by(text: &[u8]) -> Option<Lsn> {
+        Lsn::from_text(text)
+    }
+}
+
+impl Said for u32 {
+    fn by(text: &[u8]) -> Option<u32> {
+        let digit = |byte: u8| char::from(byte).to_digit(10);
+        let (first, rest) = text.split_first()?;
+        rest.iter().try_fold(digit(*first)?, |sum, byte| sum.checked_mul(10)?.checked_add(digit(*byte)?))
+    }
+}
+
+impl Said for bool {
+    fn by(text: &[u8]) -> Option<bool> {
+        match text {
+            b"true" => Some(true),
+            b"false" => Some(false),
+            _ => None,
+        }
+    }
+}
+
 /// A timeline as the names of files in `pg_wal` write it.
 struct OfFile(TimelineId);
 
-impl FromStr for OfFile {
-    type Err = std::num::ParseIntError;
+impl Said for OfFile {
+    fn by(text: &[u8]) -> Option<OfFile> {
+        let digits: [u8; 8] = text.try_into().ok()?;
+        let digit = |byte: u8| char::from(byte).to_digit(16);
+        let timeline = digits.into_iter().try_fold(0, |sum, byte| Some(sum << 4 | digit(byte)?))?;
+        Some(OfFile(TimelineId(timeline)))
+    }
+}
 
-    fn from_str(text: &str) -> Result<OfFile, Self::Err> {
-        u32::from_str_radix(text, 16).map(|timeline| OfFile(TimelineId(timeline)))
+impl Said for Snapshot {
+    fn by(text: &[u8]) -> Option<Snapshot> {
+        Snapshot::parse(std::str::from_utf8(text).ok()?)
     }
 }
 
@@ -217,7 +253,7 @@ pub(super) fn sample(row: &[u8], (block, segment): (u64, u64)) -> Option<SampleA
     let mut fields = Elements::of(array?)?;
     let answer = match fields.element()?? {
         b"primary" => {
-            let snapshot = Snapshot::parse(text(fields.element()?)?)?;
+            let snapshot: Snapshot = fields.said()?;
             let (insert, flush) = (fields.said()?, fields.said()?);
             SampleAnswer::Primary(PrimarySample {
                 insert: round_down_page_header(insert, block, segment),
