@@ -18,6 +18,7 @@ pub mod listener;
 pub mod route;
 pub mod session;
 // Secrets and sockets of both sides of the wire.
+pub mod login;
 pub mod net;
 pub mod scram;
 // The way of the cluster.

@@ -38,12 +38,29 @@ pub use certificate::end_point_hash;
 /// The ALPN name of the PostgreSQL protocol.
 pub const ALPN: &[u8] = b"postgresql";
 
-/// An idle connection to a node is probed after this...
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
-/// ...each time after this...
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// ...and given up after so many probes without an answer.
-const KEEPALIVE_PROBES: u32 = 3;
+/// How it is noticed that the peer of an idle connection has vanished.
+#[derive(Clone, Copy, Debug)]
+pub struct Keepalive {
+    /// It is probed after this...
+    pub idle: Duration,
+    /// ...each time after this...
+    pub interval: Duration,
+    /// ...and given up after so many probes without an answer.
+    pub probes: u32,
+}
+
+/// That of connections to nodes, unless another is set.
+const KEEPALIVE: Keepalive =
+    Keepalive { idle: Duration::from_secs(30), interval: Duration::from_secs(10), probes: 3 };
+
+impl Keepalive {
+    /// Has `tcp` probed so.
+    pub fn set(self, tcp: &TcpStream) -> io::Result<()> {
+        let keepalive =
+            TcpKeepalive::new().with_time(self.idle).with_interval(self.interval).with_retries(self.probes);
+        SockRef::from(tcp).set_tcp_keepalive(&keepalive)
+    }
+}
 
 /// A connection to a client or to a node, encrypted or not.
 #[derive(Debug)]
@@ -143,11 +160,12 @@ impl AsyncWrite for Stream {
 /// What a client's socket gets: no delay for small messages, and keepalive as configured.
 pub fn set_client_options(tcp: &TcpStream, config: &ClientTcpConfig) -> io::Result<()> {
     tcp.set_nodelay(true)?;
-    let keepalive = TcpKeepalive::new()
-        .with_time(config.keepalives_idle)
-        .with_interval(config.keepalives_interval)
-        .with_retries(config.keepalives_count);
-    SockRef::from(tcp).set_tcp_keepalive(&keepalive)?;
+    let keepalive = Keepalive {
+        idle: config.keepalives_idle,
+        interval: config.keepalives_interval,
+        probes: config.keepalives_count,
+    };
+    keepalive.set(tcp)?;
     set_user_timeout(tcp, config.user_timeout)
 }
 
@@ -181,11 +199,7 @@ pub async fn dial(
         .await
         .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "connection attempt timed out"))??;
     tcp.set_nodelay(true)?;
-    let keepalive = TcpKeepalive::new()
-        .with_time(KEEPALIVE_IDLE)
-        .with_interval(KEEPALIVE_INTERVAL)
-        .with_retries(KEEPALIVE_PROBES);
-    SockRef::from(&tcp).set_tcp_keepalive(&keepalive)?;
+    KEEPALIVE.set(&tcp)?;
     set_user_timeout(&tcp, tcp_user_timeout)?;
     Ok(tcp)
 }
@@ -361,6 +375,12 @@ impl NodeTls {
     /// The configured mode.
     pub fn mode(&self) -> NodeTlsMode {
         self.mode
+    }
+
+    /// The same, but for `allow`, which becomes `prefer`: encrypted where the node offers it, the stricter of the two.
+    pub fn without_allow(&self) -> NodeTls {
+        let mode = if self.mode == NodeTlsMode::Allow { NodeTlsMode::Prefer } else { self.mode };
+        NodeTls { mode, config: Arc::clone(&self.config) }
     }
 
     /// Handshakes with a node that has answered `S`. A host that cannot stand in a certificate (it may

@@ -1,10 +1,14 @@
-//! Our own questions and orders to a node, in SQL, over `tokio-postgres` and `deadpool-postgres`.
+//! Our own questions and orders to a node, in SQL, over `tokio-postgres` and `deadpool-postgres`; but where a node is, which
+//! is asked thousands of times a second, over connections that speak the protocol themselves ([`SampleClient`]).
 //!
 //! Promises: every connection and every answer has a deadline; connections are bounded (two per node
 //! and database in the pools, and a bounded number of pools); a failure says what kind it is, because a
 //! refused connection, a frozen server and one that is starting mean different things.
 //!
 //! Deliberately does not: decide anything, retry, or carry statements of clients.
+
+mod answer;
+mod sampling;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -18,14 +22,15 @@ use deadpool_postgres::{
 };
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Row, SimpleQueryMessage, Statement};
 
 use crate::config::FunctionOverrides;
 use crate::config::live::LiveConfig;
-use crate::net::NodeTls;
+use crate::net::{Keepalive, NodeTls};
 use crate::topology::{NodeId, Recovery};
 use crate::wal::{Lsn, TimelineHistory, TimelineId, round_down_page_header, whole_until};
+
+pub use sampling::SampleClient;
 
 /// Connections at most per (node, database) of the shared pools.
 const POOL_CONNECTIONS: usize = 2;
@@ -34,6 +39,12 @@ const MAX_POOLS: usize = 128;
 /// Settings that a role's or database's defaults must not change under our questions: names resolve
 /// to the server's own, and a standby refuses every statement under `serializable`.
 const SETTINGS: &str = "-c search_path=pg_catalog -c default_transaction_isolation=read\\ committed -c idle_session_timeout=0 -c jit=off";
+
+/// The name of our connections.
+const APPLICATION: &str = "highwater";
+/// An idle connection to a node that has vanished is noticed sooner than those of sessions are.
+const KEEPALIVE: Keepalive =
+    Keepalive { idle: Duration::from_secs(10), interval: Duration::from_secs(5), probes: 3 };
 
 /// What kind of failure a node gave: health weighs them differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +64,24 @@ pub enum NodeFailure {
 }
 
 impl NodeFailure {
+    /// What the server's error with this SQLSTATE shows.
+    fn of_answer(sqlstate: &[u8]) -> NodeFailure {
+        match sqlstate {
+            b"57P03" => NodeFailure::Starting,
+            b"57P01" | b"57P02" => NodeFailure::Broken,
+            _ => NodeFailure::Answered,
+        }
+    }
+
+    /// What the failure of a socket shows.
+    fn of_io(error: &std::io::Error) -> NodeFailure {
+        match error.kind() {
+            std::io::ErrorKind::ConnectionRefused => NodeFailure::Refused,
+            std::io::ErrorKind::TimedOut => NodeFailure::Timeout,
+            _ => NodeFailure::Broken,
+        }
+    }
+
     /// One word for a metric label or a log field.
     pub fn label(self) -> &'static str {
         match self {
@@ -234,24 +263,6 @@ pub struct NotCommitted {
     pub xids: Vec<u64>,
 }
 
-// One CASE over the whole row: a promotion between two columns cannot mix the roles. Columns of an
-// ARRAY are evaluated from left to right; `age` is stable, so it is read when its turn comes, and it
-// is the next transaction id minus 3 as a signed 32-bit number.
-const SAMPLE: &str = "\
-SELECT CASE WHEN pg_is_in_recovery() THEN ARRAY['replica', \
-  pg_last_wal_receive_lsn()::text, pg_last_wal_replay_lsn()::text, \
-  (SELECT received_tli::text FROM pg_stat_get_wal_receiver()), \
-  (current_setting('restore_command') <> '')::text, \
-  CASE WHEN NOT EXISTS (SELECT FROM pg_stat_get_wal_receiver() WHERE received_tli > 0) \
-         AND has_function_privilege('pg_ls_waldir()', 'execute') \
-       THEN (SELECT coalesce(max(left(name, 8)), '00000001') FROM pg_ls_waldir() \
-             WHERE name ~ '^[0-9A-F]{8}[.]history$') END, \
-  (SELECT pid::text FROM pg_stat_get_wal_receiver())] \
-ELSE ARRAY['primary', \
-  pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text, pg_current_wal_flush_lsn()::text, \
-  ((age('3'::xid)::bigint & 4294967295) + 3)::text, \
-  left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)] END";
-
 const PROBE: &str = "\
 SELECT (SELECT system_identifier FROM pg_control_system()), \
   current_setting('server_version_num')::int4, \
@@ -308,27 +319,6 @@ SELECT r.lsn::text, pg_is_in_recovery(), \
 FROM (SELECT p.lsn, pg_snapshot_xmax(pg_current_snapshot())::text::int8 AS xmax, \
         (age(CASE WHEN p.lsn IS NOT NULL THEN '3'::xid END)::int8 & 4294967295) + 3 AS next \
       FROM (SELECT pg_last_wal_replay_lsn() AS lsn OFFSET 0) AS p OFFSET 0) AS r";
-
-// Whoever is idle in a transaction, or waits for a lock, is not at its commit: a backend is idle no more before it looks
-// at what it was told to do, and waits for no lock between its commit record and the end of the transaction. Each step
-// depends on the one before it: position, who holds which ids and what they do, and whether these transactions still
-// run, so that it was in them that their backends did that. A backend holds the ids of its savepoints, too; those of a
-// prepared transaction are nobody's. Only of clients' backends is it known when they are idle; and not all control users
-// may see that (it takes `pg_read_all_stats`).
-const NOT_COMMITTING: &str = "\
-SELECT p.lsn::text, \
-  (SELECT array_agg(held.xid) FROM (\
-     SELECT x.xid FROM unnest($1::int8[]) AS x (xid) \
-       JOIN pg_locks AS own ON own.transactionid::text::int8 = (x.xid & 4294967295) \
-     WHERE p.lsn IS NOT NULL \
-       AND own.locktype = 'transactionid' AND own.mode = 'ExclusiveLock' AND own.granted \
-       AND (EXISTS (SELECT FROM pg_locks AS l WHERE l.pid = own.pid AND NOT l.granted) \
-         OR EXISTS (SELECT FROM pg_stat_get_activity(NULL::int4) AS a \
-                    WHERE a.pid = own.pid AND a.backend_type = 'client backend' \
-                      AND a.state IN ('idle in transaction', 'idle in transaction (aborted)'))) \
-     OFFSET 0) AS held \
-   WHERE pg_xact_status(held.xid::text::xid8) = 'in progress') \
-FROM (SELECT pg_current_wal_insert_lsn() AS lsn OFFSET 0) AS p";
 
 /// Counts the changes of what a login gives a session (ALTER ROLE/DATABASE .. SET): a backend of an earlier
 /// count has other defaults than a client that logs in now would find.
@@ -418,7 +408,7 @@ impl Nodes {
     }
 
     /// A connection of its own to the control database of `node`, with our questions as prepared
-    /// statements (samplers, probes). `deadline` bounds the connection with its login, and then each
+    /// statements (probes). `deadline` bounds the connection with its login, and then each
     /// question.
     pub async fn open(&self, node: NodeId, deadline: Duration) -> Result<NodeClient, NodeError> {
         let settings = self.settings(node, &self.control_database())?;
@@ -430,9 +420,7 @@ impl Nodes {
             task: EndWithOwner(task),
             name: self.name(node),
             deadline,
-            sample: None,
             probe: None,
-            not_committing: None,
             start: None,
             wal_sizes: (0, 0),
         };
@@ -564,12 +552,12 @@ impl Nodes {
             .port(address.port)
             .user(&config.control.user)
             .dbname(database)
-            .application_name("highwater")
+            .application_name(APPLICATION)
             .options(SETTINGS)
             .connect_timeout(config.pool.connect_timeout)
-            .keepalives_idle(Duration::from_secs(10))
-            .keepalives_interval(Duration::from_secs(5))
-            .keepalives_retries(3)
+            .keepalives_idle(KEEPALIVE.idle)
+            .keepalives_interval(KEEPALIVE.interval)
+            .keepalives_retries(KEEPALIVE.probes)
             .tcp_user_timeout(config.failover.tcp_user_timeout);
         if let Some(password) = &config.control.password {
             settings.password(&password.0);
@@ -627,10 +615,7 @@ pub struct NodeClient {
     task: EndWithOwner,
     name: String,
     deadline: Duration,
-    sample: Option<Statement>,
     probe: Option<Statement>,
-    /// Prepared when it is first asked.
-    not_committing: Option<Statement>,
     wal_sizes: (u64, u64),
     start: Option<Start>,
 }
@@ -647,37 +632,6 @@ impl NodeClient {
     /// Each question to come may take so long.
     pub fn answer_within(&mut self, deadline: Duration) {
         self.deadline = deadline;
-    }
-
-    /// Where the node is. One round trip.
-    pub async fn sample(&self) -> Result<SampleAnswer, NodeError> {
-        let row = self.ask(self.sample.as_ref()).await?;
-        read_sample(&row, self.wal_sizes).ok_or_else(|| self.unreadable())
-    }
-
-    /// Which of `xids` have no commit record below the returned position, as far as this node, the primary, can tell by
-    /// what their backends do. `None`: it does not answer that. One round trip, the first time two.
-    pub async fn not_committing(&mut self, xids: &[u64]) -> Result<Option<(Lsn, Vec<u64>)>, NodeError> {
-        let asked: Vec<i64> = xids.iter().filter_map(|xid| i64::try_from(*xid).ok()).collect();
-        let question = async {
-            let statement = match &self.not_committing {
-                Some(prepared) => prepared.clone(),
-                None => self.client.prepare(NOT_COMMITTING).await?,
-            };
-            let row = self.client.query_one(&statement, &[&asked]).await?;
-            Ok((statement, row))
-        };
-        match timeout(self.deadline, question).await {
-            Err(_) => Err(self.late()),
-            Ok(Ok((statement, row))) => {
-                self.not_committing = Some(statement);
-                Ok(read_not_committing(&row))
-            }
-            Ok(Err(error)) => match tokio_postgres::Error::as_db_error(&error) {
-                Some(said) if !is_shutdown(said) => Ok(None),
-                _ => Err(self.failed(&error)),
-            },
-        }
     }
 
     /// The server's start that this connection belongs to. `None`: the control user may not see it (it takes
@@ -730,11 +684,10 @@ impl NodeClient {
             tokio::try_join!(
                 self.client.query_one(WAL_SIZES, &[]),
                 self.client.query_one(START, &[]),
-                self.client.prepare(SAMPLE),
                 self.client.prepare(PROBE)
             )
         };
-        let (sizes, start, sample, probe) = timeout(self.deadline, preparing)
+        let (sizes, start, probe) = timeout(self.deadline, preparing)
             .await
             .map_err(|_| self.late())?
             .map_err(|error| describe(self.name.clone(), &error))?;
@@ -744,7 +697,6 @@ impl NodeClient {
         };
         self.wal_sizes = (block, segment);
         self.start = read_start(&start, block, Instant::now());
-        self.sample = Some(sample);
         self.probe = Some(probe);
         Ok(self)
     }
@@ -820,12 +772,14 @@ impl ControlSession {
 struct Dialer {
     connector: tokio_postgres_rustls::MakeRustlsConnect,
     mode: tokio_postgres::config::SslMode,
+    /// The same, for connections that are not made by `tokio-postgres`.
+    tls: NodeTls,
 }
 
 impl Dialer {
     fn new(tls: &NodeTls) -> Dialer {
         let (connector, mode) = tls.postgres_connector();
-        Dialer { connector, mode }
+        Dialer { connector, mode, tls: tls.without_allow() }
     }
 
     /// The one place where a control connection is made; its task runs until the connection ends.
@@ -863,31 +817,25 @@ impl deadpool_postgres::Connect for Dialer {
     }
 }
 
-/// 57P01 by an administrator: a backend whose postmaster was killed says the same, from another routine.
 fn is_shutdown(error: &tokio_postgres::error::DbError) -> bool {
-    *error.code() == SqlState::ADMIN_SHUTDOWN && error.routine() == Some("ProcessInterrupts")
+    orders_shutdown(error.code().code().as_bytes(), error.routine().unwrap_or_default().as_bytes())
+}
+
+/// 57P01 by an administrator: a backend whose postmaster was killed says the same, from another routine.
+fn orders_shutdown(sqlstate: &[u8], routine: &[u8]) -> bool {
+    sqlstate == b"57P01" && routine == b"ProcessInterrupts"
 }
 
 fn describe(node: String, error: &tokio_postgres::Error) -> NodeError {
     let (kind, cause) = match error.as_db_error() {
         Some(answer) => {
-            let kind = match answer.code() {
-                code if *code == SqlState::CANNOT_CONNECT_NOW => NodeFailure::Starting,
-                code if *code == SqlState::ADMIN_SHUTDOWN || *code == SqlState::CRASH_SHUTDOWN => {
-                    NodeFailure::Broken
-                }
-                _ => NodeFailure::Answered,
-            };
+            let kind = NodeFailure::of_answer(answer.code().code().as_bytes());
             (kind, format!("{} ({})", answer.message(), answer.code().code()))
         }
         None => {
             let source = std::error::Error::source(error);
-            let kind = match source.and_then(|s| s.downcast_ref::<std::io::Error>()).map(std::io::Error::kind)
-            {
-                Some(std::io::ErrorKind::ConnectionRefused) => NodeFailure::Refused,
-                Some(std::io::ErrorKind::TimedOut) => NodeFailure::Timeout,
-                _ => NodeFailure::Broken,
-            };
+            let cause = source.and_then(|s| s.downcast_ref::<std::io::Error>());
+            let kind = cause.map_or(NodeFailure::Broken, NodeFailure::of_io);
             (kind, source.map_or_else(|| error.to_string(), |source| format!("{error}: {source}")))
         }
     };
@@ -914,28 +862,6 @@ fn replica_positions(fields: &Fields) -> ReplicaSample {
         received_timeline: field(fields, 3).filter(|t| *t > 0).map(TimelineId),
         archive: field(fields, 4).unwrap_or(true),
         newest_history: timeline_of_file(fields, 5),
-    }
-}
-
-fn read_sample(row: &Row, (block, segment): (u64, u64)) -> Option<SampleAnswer> {
-    let fields: Fields = row.try_get(0).ok()?;
-    match fields.first()?.as_deref()? {
-        "replica" => {
-            let receiver = field(&fields, 6);
-            Some(SampleAnswer::Replica(ReplicaSample { receiver, ..replica_positions(&fields) }))
-        }
-        "primary" => {
-            let snapshot = Snapshot::parse(fields.get(1)?.as_deref()?)?;
-            let next_xid = widen_xid(field(&fields, 4)?, snapshot.xmax);
-            Some(SampleAnswer::Primary(PrimarySample {
-                insert: round_down_page_header(field(&fields, 2)?, block, segment),
-                flush: field(&fields, 3)?,
-                next_xid,
-                timeline: timeline_of_file(&fields, 5)?,
-                snapshot,
-            }))
-        }
-        _ => None,
     }
 }
 
@@ -992,12 +918,6 @@ fn read_not_committed(row: &Row) -> Option<NotCommitted> {
         timeline: timeline.and_then(|t| u32::try_from(t).ok()).filter(|t| *t > 0).map(TimelineId),
         xids: xids.unwrap_or_default().into_iter().filter_map(|x| u64::try_from(x).ok()).collect(),
     })
-}
-
-fn read_not_committing(row: &Row) -> Option<(Lsn, Vec<u64>)> {
-    let position = row.try_get::<_, Option<String>>(0).ok()??.parse().ok()?;
-    let xids: Option<Vec<i64>> = row.try_get(1).ok()?;
-    Some((position, xids.unwrap_or_default().into_iter().filter_map(|xid| u64::try_from(xid).ok()).collect()))
 }
 
 #[cfg(test)]

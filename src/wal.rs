@@ -15,6 +15,20 @@ impl Lsn {
     /// The position before all others: "nothing has been seen yet".
     pub const ZERO: Lsn = Lsn(0);
 
+    /// Reads it as the server writes it; `None`: it is not one.
+    pub fn from_text(text: &[u8]) -> Option<Lsn> {
+        let (mut high, mut half, mut digits) = (None, 0, 0);
+        for byte in text {
+            if *byte == b'/' && digits > 0 && high.is_none() {
+                (high, half, digits) = (Some(half), 0, 0);
+            } else {
+                digits += 1;
+                half = half << 4 | u64::from(char::from(*byte).to_digit(16).filter(|_| digits <= 8)?);
+            }
+        }
+        Some(Lsn(high? << 32 | half)).filter(|_| digits > 0)
+    }
+
     /// Bytes from `earlier` up to `self`; 0 when `self` is not past it.
     pub fn bytes_since(self, earlier: Lsn) -> u64 {
         self.0.saturating_sub(earlier.0)
@@ -45,15 +59,7 @@ impl FromStr for Lsn {
     type Err = InvalidLsn;
 
     fn from_str(text: &str) -> Result<Lsn, InvalidLsn> {
-        let half = |digits: &str| {
-            let plausible = (1..=8).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_hexdigit());
-            if !plausible {
-                return Err(InvalidLsn);
-            }
-            u64::from_str_radix(digits, 16).map_err(|_| InvalidLsn)
-        };
-        let (high, low) = text.split_once('/').ok_or(InvalidLsn)?;
-        Ok(Lsn(half(high)? << 32 | half(low)?))
+        Lsn::from_text(text.as_bytes()).ok_or(InvalidLsn)
     }
 }
 

@@ -24,8 +24,9 @@ const MAY_USE: &[(&str, &str)] = &[
     ("metrics", "classify config route topology wal"),
     ("scram", "config"),
     ("net", "config wire"),
+    ("login", "config net scram wire"),
     // The way of the cluster.
-    ("node", "config net topology wal"),
+    ("node", "config login net scram topology wal wire"),
     ("etcd", "config net"),
     ("monitor", "config metrics node topology positions wal"),
     ("failover", "config etcd gate node topology wal"),
@@ -34,7 +35,7 @@ const MAY_USE: &[(&str, &str)] = &[
     // The way of a statement. A session and its backends tell `control` and `node` of failures they
     // meet (a handle that sends); they ask them nothing.
     ("client", "config metrics net node scram topology wal wire"),
-    ("backend", "classify config gate metrics net node scram topology positions wal wire"),
+    ("backend", "classify config gate login metrics net node scram topology positions wal wire"),
     (
         "session",
         "backend catalogs classify client config consistency control gate log metrics net node positions route scram topology wal wire",
@@ -68,6 +69,7 @@ const MAY_USE: &[(&str, &str)] = &[
 const PURE: &[&str] = &[
     "wal.rs",
     "wire.rs",
+    "node/answer.rs",
     "consistency.rs",
     "topology.rs",
     "classify/",

@@ -6,7 +6,6 @@
 mod applied;
 pub mod cancel;
 pub mod clean;
-pub mod login;
 mod parameters;
 pub mod places;
 pub mod pool;
@@ -26,6 +25,7 @@ use crate::gate::Socket;
 use crate::net::Stream;
 use crate::topology::{Epoch, NodeId};
 
+pub use crate::login;
 pub use applied::{Applied, Setting};
 pub use cancel::CancelTarget;
 pub use parameters::Parameters;

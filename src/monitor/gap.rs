@@ -8,7 +8,6 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 
 /// Less is not worth two system calls.
@@ -17,8 +16,9 @@ const LEAST: Duration = Duration::from_micros(50);
 /// One timer.
 pub struct Gap(Option<Timer>);
 
-/// A file descriptor that becomes readable when the time is over. The runtime is given it as what it knows that is read
-/// like one: the reading end of a pipe.
+/// A file descriptor that becomes readable when the time is over, and again when it is over the next time: so it need not be
+/// read in between, which would be a system call for each gap. The runtime is given it as what it knows that is read like
+/// one: the reading end of a pipe.
 struct Timer {
     set: TimerFd,
     over: pipe::Receiver,
@@ -31,12 +31,17 @@ impl Timer {
         Ok(Timer { set, over })
     }
 
-    async fn wait(&mut self, time: Duration) -> io::Result<()> {
-        // An expiry that nobody has waited for is undone by this.
+    async fn wait(&mut self, at: Instant, time: Duration) -> io::Result<()> {
+        // An expiry that nobody has waited for is undone by this; but the runtime may have heard of it.
         self.set.set(Expiration::OneShot(time.into()), TimerSetTimeFlags::empty())?;
-        // With room for more than there is, the runtime knows that nothing is left, and need not try.
-        let _one = self.over.read(&mut [0; 16]).await?;
-        Ok(())
+        loop {
+            self.over.readable().await?;
+            // Heard, and forgotten by the runtime.
+            let _ = self.over.try_io(|| Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+            if Instant::now() + LEAST >= at {
+                return Ok(());
+            }
+        }
     }
 }
 
@@ -54,7 +59,7 @@ impl Gap {
             return;
         }
         if let Some(timer) = &mut self.0
-            && timer.wait(left).await.is_ok()
+            && timer.wait(at, left).await.is_ok()
         {
             return;
         }

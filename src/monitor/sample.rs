@@ -25,7 +25,7 @@ use crate::monitor::gap::Gap;
 use crate::monitor::lag::{PrimaryHistory, ReplayLag};
 use crate::monitor::replay::ReplayRate;
 use crate::monitor::stream::{Alive, PrimarySeen, Stream, Streamed};
-use crate::node::{NodeClient, NodeError, Nodes, NotCommitted, PrimarySample, SampleAnswer};
+use crate::node::{NodeError, Nodes, NotCommitted, PrimarySample, SampleAnswer, SampleClient};
 use crate::positions::{Incarnation, Late, NodePositions, Positions, Sample, SampleBody};
 use crate::topology::{Epoch, NodeId, Standing, Topology, TopologyHandle};
 use crate::wal::{Lsn, TimelineId};
@@ -222,7 +222,7 @@ impl Sampler {
         let mut stream = Stream::default();
         loop {
             sleep(backoff).await;
-            match self.nodes.open(self.node, self.settings().deadline).await {
+            match self.nodes.open_sampler(self.node, self.settings().deadline).await {
                 Ok(mut client) => {
                     let (samples, error) = self.sample_on(&mut client, &mut stream).await;
                     if client.was_told_to_end() && self.topology.load().primary == Some(self.node) {
@@ -249,10 +249,10 @@ impl Sampler {
     }
 
     /// One incarnation: how many samples were answered, and what ended it.
-    async fn sample_on(&self, client: &mut NodeClient, stream: &mut Stream) -> (u64, String) {
+    async fn sample_on(&self, client: &mut SampleClient, stream: &mut Stream) -> (u64, String) {
         let mut answered = 0;
         let positions = self.positions.node(self.node);
-        let start = client.start().map(|start| Arc::clone(&start.id));
+        let start = client.start().cloned();
         let mut state = Known::new(positions.connected(), start, stream);
         let mut pace = Pace::new(Instant::now());
         loop {
@@ -396,7 +396,7 @@ impl Sampler {
     async fn clear_by_primary(
         &self,
         state: &mut Known<'_>,
-        client: &mut NodeClient,
+        client: &mut SampleClient,
     ) -> Result<(), NodeError> {
         let now = Instant::now();
         let asked_lately = state.asked_primary.is_some_and(|at| now.saturating_duration_since(at) < HELD);
@@ -561,7 +561,7 @@ impl Pace {
     async fn wait(
         &mut self,
         positions: &NodePositions,
-        client: &mut NodeClient,
+        client: &mut SampleClient,
         settings: &SampleSettings,
     ) -> Turn {
         let mut noted = false;
@@ -588,7 +588,7 @@ impl Pace {
                 continue;
             }
             tokio::select! {
-                _ = client.ended() => return Turn::Ended,
+                () = client.ended() => return Turn::Ended,
                 () = positions.wanted() => {}
                 () = sleep_until(look.into()) => {}
             }

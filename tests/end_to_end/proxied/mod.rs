@@ -41,6 +41,7 @@ mod relay;
 mod reload;
 mod replication;
 mod routing;
+mod sampling;
 mod schedules;
 mod settings;
 mod several;

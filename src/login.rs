@@ -1,8 +1,8 @@
-//! Logging in to a node in a client's place, and cancelling there.
+//! Logging in to a node, in a client's place or as the control user, and cancelling there.
 //!
 //! Promises: over within `connect_timeout`, whatever the node does; messages and their number are
 //! bounded; a node that asks for SCRAM must prove that it has the verifier; a cleartext password is sent
-//! over TLS only; the node's own ErrorResponse is handed on byte by byte.
+//! over TLS only, but for the control user's own; the node's own ErrorResponse is handed on byte by byte.
 //!
 //! Encryption is libpq's: `allow` starts plain and tries TLS when the node refuses that; `prefer` the
 //! other way round. In both cases only a refusal before any authentication (pg_hba.conf) is a reason to
@@ -166,6 +166,16 @@ impl std::error::Error for LoginError {
     }
 }
 
+/// Who logs in.
+#[derive(Clone, Copy)]
+pub enum Who<'a> {
+    /// A client, with the keys that it has logged in to us with.
+    Client(&'a LoginKeys),
+    /// The control user, whose password the operator has written down for these nodes: where one asks for it in
+    /// clear text, it gets it, as from libpq. `None`: there is none.
+    Control(Option<&'a LoginKeys>),
+}
+
 /// How one attempt encrypts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Encryption {
@@ -183,8 +193,19 @@ pub async fn log_in(
     parameters: &[(String, String)],
     keys: &LoginKeys,
 ) -> Result<LoggedIn, LoginError> {
+    log_in_as(target, Who::Client(keys), user, database, parameters).await
+}
+
+/// The same, whoever it is.
+pub async fn log_in_as(
+    target: &LoginTarget<'_>,
+    who: Who<'_>,
+    user: &str,
+    database: &str,
+    parameters: &[(String, String)],
+) -> Result<LoggedIn, LoginError> {
     let packet = startup_packet(user, database, parameters).ok_or(LoginError::UnsendableStartup)?;
-    let login = Login { target, user, packet: &packet, keys };
+    let login = Login { target, user, packet: &packet, who };
     match tokio::time::timeout(target.connect_timeout, login.run()).await {
         Ok(outcome) => outcome,
         Err(_) => Err(LoginError::Timeout { node: target.to_string() }),
@@ -276,7 +297,7 @@ struct Login<'a> {
     target: &'a LoginTarget<'a>,
     user: &'a str,
     packet: &'a [u8],
-    keys: &'a LoginKeys,
+    who: Who<'a>,
 }
 
 impl Login<'_> {
@@ -373,8 +394,11 @@ impl Login<'_> {
     }
 
     async fn cleartext(&self, node: &mut Conversation) -> Result<(), LoginError> {
-        match self.keys.known_password() {
-            Some(password) if node.stream.is_tls() => self.send_password(node, password.as_bytes()).await,
+        let anywhere = matches!(self.who, Who::Control(_));
+        match self.keys("password")?.known_password() {
+            Some(password) if anywhere || node.stream.is_tls() => {
+                self.send_password(node, password.as_bytes()).await
+            }
             Some(_) => {
                 Err(self.unsupported("password (cleartext, and the connection is not encrypted)".to_owned()))
             }
@@ -383,7 +407,7 @@ impl Login<'_> {
     }
 
     async fn md5(&self, node: &mut Conversation, salt: &[u8]) -> Result<(), LoginError> {
-        let Some(password) = self.keys.known_password() else {
+        let Some(password) = self.keys("md5")?.known_password() else {
             return Err(self.unsupported("md5".to_owned()));
         };
         if salt.len() != 4 {
@@ -444,14 +468,15 @@ impl Login<'_> {
         client: ScramClient,
         challenge: Challenge,
     ) -> Result<(Vec<u8>, ServerProof), LoginError> {
-        let outcome = if self.keys.must_derive(&challenge) {
-            let keys = self.keys.clone();
+        let keys = self.keys("SCRAM")?;
+        let outcome = if keys.must_derive(&challenge) {
+            let keys = keys.clone();
             // PBKDF2 takes about a millisecond: too long for a thread that serves other sessions.
             tokio::task::spawn_blocking(move || client.prove(&challenge, &keys))
                 .await
                 .map_err(|_| self.lost(io::Error::other("the key derivation was cut off")))?
         } else {
-            client.prove(&challenge, self.keys)
+            client.prove(&challenge, keys)
         };
         outcome.map_err(|cause| self.scram_error(cause))
     }
@@ -488,6 +513,14 @@ impl Login<'_> {
                 Ok((i32::from_be_bytes(*pid), key.to_vec()))
             }
             _ => Err(self.protocol("malformed BackendKeyData")),
+        }
+    }
+
+    /// What the node's question for it is answered by.
+    fn keys(&self, method: &str) -> Result<&LoginKeys, LoginError> {
+        match self.who {
+            Who::Client(keys) | Who::Control(Some(keys)) => Ok(keys),
+            Who::Control(None) => Err(self.unsupported(format!("{method} (and no password is configured)"))),
         }
     }
 
