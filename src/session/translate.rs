@@ -335,17 +335,16 @@ impl Exchange<'_> {
         self.backend.unnamed = None;
         self.backend.dirt = self.backend.dirt.max(dirt_of(self.unit.leaves));
         let earlier = self.unit.expects.len();
-        let names_statements =
-            self.there() >= len && self.may_name_statements(self.unit.leaves, self.peek(len));
-        if names_statements {
-            self.unit.leave(SQL_PREPARE);
-        }
-        if names_statements || self.unit.leaves.has(SQL_PREPARE) {
-            let text = (self.there() >= len).then(|| self.body(len));
-            let text = text.as_deref().map(|body| body.strip_suffix(b"\0").unwrap_or_default());
-            self.materialize(SQL_PREPARE, text);
-        }
+        // Behind other messages `count_query` has seen to that: a Sync here would end what the client has not ended.
         if !self.unit.begun {
+            if self.there() >= len && self.may_name_statements(self.unit.leaves, self.peek(len)) {
+                self.unit.leave(SQL_PREPARE);
+            }
+            if self.unit.leaves.has(SQL_PREPARE) {
+                let text = (self.there() >= len).then(|| self.body(len));
+                let text = text.as_deref().map(|body| body.strip_suffix(b"\0").unwrap_or_default());
+                self.materialize(SQL_PREPARE, text);
+            }
             self.give_what_may_be_named();
         }
         if self.unit.expects.len() > earlier {
