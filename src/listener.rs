@@ -26,7 +26,7 @@ use crate::config::{Config, PoolOverride};
 use crate::console::{self, Console};
 use crate::net::{self, ClientTls};
 use crate::session::handle::{CancelOutcome, Ending};
-use crate::session::{Arrival, Session, Shared, replication};
+use crate::session::{Arrival, Session, Shared, first_mark, replication};
 use crate::wire::ErrorReport;
 
 /// Accepted clients on their way to one worker.
@@ -411,6 +411,8 @@ impl Door {
             true => Purpose::Console { admins: &config.auth.admins, database: &config.control.database },
             false => Purpose::Nodes,
         };
+        let mark = (!to_console && connection.startup.replication.is_none())
+            .then(|| first_mark(&self.shared, &connection.startup.user, &connection.startup.database));
         let keys = match auth::authenticate(&mut connection, &self.verifiers, purpose, deadline).await {
             Ok(keys) => keys,
             Err(failure) => {
@@ -451,6 +453,7 @@ impl Door {
             keys,
             read_only,
             peer,
+            mark,
         });
         let mode = match startup.replication {
             _ if to_console => Mode::Console,

@@ -69,7 +69,7 @@ use crate::classify::setting::{self, Change};
 use crate::classify::{self, Classifier, Leaves, Lexing, PinReason};
 use crate::config::live::LiveConfig;
 use crate::config::{Config, LostWrite, PoolMode};
-use crate::consistency::Promise;
+use crate::consistency::{Level, Promise};
 use crate::gate::{Gate, Presence};
 use crate::log;
 use crate::metrics::Metrics;
@@ -169,6 +169,24 @@ pub struct Arrival {
     pub read_only: bool,
     /// Its address.
     pub peer: Option<std::net::SocketAddr>,
+    /// Where the primary was when it began to log in, if that was noted.
+    pub mark: Option<Mark>,
+}
+
+/// The mark of a session whose client begins to log in: what it may have written through another connection it has
+/// written before. The primary is asked at once where reads may leave it, so that the answer comes while the client proves
+/// who it is: its first read then waits for nothing.
+pub(crate) fn first_mark(shared: &Shared, user: &str, database: &str) -> Mark {
+    let mark = Mark::new(&*shared.positions, &shared.topology.load());
+    let config = shared.config.load();
+    let level = config.consistency.promise_for(user, database).level;
+    if level != Level::Eventual
+        && config.routing.for_session(user, database).0
+        && let Some(primary) = mark.awaits()
+    {
+        shared.positions.node(primary).want();
+    }
+    mark
 }
 
 impl Arrival {
@@ -493,7 +511,11 @@ impl Session {
             status: TransactionStatus::Idle,
             splits: Splits::None,
             lazy: None,
-            mark: Mark::new(&*shared.positions, &topology),
+            // Of an earlier epoch it would tell of a loss that is none of the session's.
+            mark: arrival
+                .mark
+                .filter(|mark| mark.epoch() == topology.epoch)
+                .unwrap_or_else(|| Mark::new(&*shared.positions, &topology)),
             promise: own_state.promise(),
             asked_for: own_state.promise(),
             hinted: false,

@@ -729,6 +729,24 @@ async fn a_session_that_rests_between_statements_waits_for_no_sample() {
     assert!(reads_on_replicas(&proxy).await >= 10.0);
 }
 
+/// Where the primary is, is asked while the client proves who it is.
+#[tokio::test]
+async fn a_new_session_seldom_waits_with_its_first_read() {
+    const SESSIONS: usize = 20;
+    let cluster = with_counter(1).await;
+    let proxy = start(&cluster, "catch_up_wait: 5s").await;
+    warm(&proxy, &proxy.connect().await).await;
+    cluster.wait_caught_up(0).await.unwrap();
+    let before = waits(&proxy).await;
+    for _ in 0..SESSIONS {
+        proxy.connect().await.query_one("SELECT n FROM counter", &[]).await.unwrap();
+    }
+    let waited = waits(&proxy).await - before;
+    println!("{waited} of {SESSIONS} first reads waited");
+    assert!(waited <= SESSIONS as f64 / 2.0, "{waited} of {SESSIONS} waited");
+    assert!(reads_on_replicas(&proxy).await >= SESSIONS as f64);
+}
+
 /// The primary is gone for the proxy alone: once its server has died too, no walreceiver is left to say of which timeline
 /// it is what a standby has received.
 #[tokio::test]
