@@ -976,6 +976,11 @@ pub enum Event {
         /// Its name.
         node: Arc<str>,
     },
+    /// Several nodes accept writes, and there is no primary yet.
+    NoneOfSeveral {
+        /// Their names.
+        nodes: Vec<Arc<str>>,
+    },
     /// A replica serves reads.
     ReplicaInUse {
         /// Its name.
@@ -1021,6 +1026,13 @@ pub fn events(before: &Topology, next: &Topology) -> Vec<Event> {
             (Standing::Replica, Standing::Replica) | (_, Standing::Primary { .. }) => {}
             (_, Standing::Replica) => events.push(Event::ReplicaInUse { node }),
             (Standing::Excluded(was), Standing::Excluded(why)) if was.label() == why.label() => {}
+            (_, Standing::Excluded(Exclusion::SecondPrimary)) if next.primary.is_none() => {
+                let writes = |view: &&NodeView| view.standing == Standing::Excluded(Exclusion::SecondPrimary);
+                let nodes = next.nodes.iter().filter(writes).map(|view| Arc::clone(&view.name)).collect();
+                // Said once, of all of them.
+                events.retain(|event| !matches!(event, Event::NoneOfSeveral { .. }));
+                events.push(Event::NoneOfSeveral { nodes });
+            }
             (_, Standing::Excluded(Exclusion::SecondPrimary)) => events.push(Event::SecondPrimary { node }),
             (Standing::Excluded(_), Standing::Excluded(why)) => {
                 events.push(Event::StillOut { node, why: why.clone() });
@@ -1062,6 +1074,13 @@ impl Event {
             Event::PrimaryBack { node } => tracing::info!(%node, "primary answers again"),
             Event::SecondPrimary { node } => {
                 tracing::error!(%node, "second primary: it accepts writes, and is not used");
+            }
+            Event::NoneOfSeveral { nodes } => {
+                let nodes = nodes.join(", ");
+                tracing::error!(
+                    nodes,
+                    "several nodes accept writes, and nothing shows which is the primary: none is used until one is left (`highwater check` names their clusters and timelines)"
+                );
             }
             Event::ReplicaInUse { node } => tracing::info!(%node, "replica in use"),
             Event::ReplicaOut { node, why } => {
@@ -1464,6 +1483,27 @@ mod tests {
         assert_eq!(taken.switches.last().map(|s| (s.fork, s.kept)), Some((None, false)));
         record.timeline = Some(TimelineId(1));
         assert!(successor(&before, &record, true, None).is_none(), "it does not come after");
+    }
+
+    #[test]
+    fn several_that_write_where_none_was_known_are_told_of_together() {
+        let now = Instant::now();
+        let mut foreign = writer(now, 1, Some(""));
+        foreign.seen.as_mut().unwrap().answer.system_identifier = 43;
+        let facts = [writer(now, 1, Some("")), streaming(now, 1), foreign];
+        let before = nodes(3);
+        let next = decide(&before, &facts, &FOLLOW, None, now);
+        assert_eq!(next.primary, None);
+        let told: Vec<_> = events(&before, &next)
+            .into_iter()
+            .filter(|event| !matches!(event, Event::StillOut { .. }))
+            .collect();
+        assert_eq!(told, vec![Event::NoneOfSeveral { nodes: vec![Arc::from("n0"), Arc::from("n2")] }]);
+        assert_eq!(events(&next, &decide(&next, &facts, &FOLLOW, None, now)), vec![]);
+        // The wrong one is taken away.
+        let facts = [facts[0].clone(), facts[1].clone(), fail(facts[2].clone(), NodeFailure::Refused, now)];
+        let found = decide(&next, &facts, &FOLLOW, None, now);
+        assert_eq!(found.primary, Some(NodeId(0)));
     }
 
     #[test]
