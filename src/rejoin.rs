@@ -253,7 +253,7 @@ impl<'a> Job<'a> {
         let tls =
             NodeTls::new(&config.node_tls).map_err(|e| RejoinError::Refused(format!("node_tls: {e}")))?;
         let nodes = Nodes::new(LiveConfig::new(config.clone()), &tls);
-        let mut primaries = Vec::new();
+        let (mut primaries, mut fenced) = (Vec::new(), Vec::new());
         let mut conninfos = Vec::new();
         for (index, node) in config.nodes.iter().enumerate() {
             let id = NodeId(index as u16);
@@ -276,7 +276,10 @@ impl<'a> Job<'a> {
             }
             let row = facts(&session, config).await?;
             conninfos.push(row.conninfo.clone());
-            if !row.in_recovery {
+            if !row.in_recovery && row.read_only {
+                // Another that was the primary once, and waits for its own turn.
+                fenced.push(node.name.as_str());
+            } else if !row.in_recovery {
                 primaries.push(Source {
                     id,
                     name: node.name.clone(),
@@ -290,12 +293,21 @@ impl<'a> Job<'a> {
         }
         let source = match <[Source; 1]>::try_from(primaries) {
             Ok([source]) => source,
+            Err(none) if none.is_empty() && !fenced.is_empty() => {
+                return refused(format!(
+                    "of the nodes that answer none accepts writes: {} is no replica, but read-only (default_transaction_read_only)",
+                    fenced.join(", ")
+                ));
+            }
             Err(none) if none.is_empty() => return refused("no node that answers is a primary"),
             Err(several) => {
                 let names: Vec<_> = several.iter().map(|source| source.name.as_str()).collect();
                 return refused(format!("several nodes accept writes: {}", names.join(", ")));
             }
         };
+        for name in fenced {
+            say(tell, &format!("{name} is no replica, but read-only: left out"));
+        }
         let told = request.conninfo.clone().or_else(|| conninfos.into_iter().find(|text| !text.is_empty()));
         let owner = Owner::of(&request.data)?;
         let target_port = config.nodes[target.index()].replication.port;
@@ -701,6 +713,8 @@ impl Owner {
 /// What a node that answers says.
 struct NodeRow {
     in_recovery: bool,
+    /// As the fence makes an old primary.
+    read_only: bool,
     system_identifier: String,
     timeline: String,
     major: u32,
@@ -713,7 +727,8 @@ async fn facts(session: &ControlSession, config: &Config) -> Result<NodeRow, Rej
                       ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int::text END, \
                     current_setting('server_version_num')::int / 10000, \
                     CASE WHEN pg_has_role('pg_read_all_settings', 'USAGE') \
-                      THEN current_setting('primary_conninfo') ELSE '' END";
+                      THEN current_setting('primary_conninfo') ELSE '' END, \
+                    current_setting('default_transaction_read_only')";
     let rows = session.ask(question, config.pool.connect_timeout).await?;
     let text =
         |column: usize| rows.first().and_then(|row| row.get(column)).cloned().flatten().unwrap_or_default();
@@ -723,6 +738,7 @@ async fn facts(session: &ControlSession, config: &Config) -> Result<NodeRow, Rej
         timeline: text(2),
         major: text(3).parse().unwrap_or_default(),
         conninfo: text(4),
+        read_only: text(5) == "on",
     })
 }
 

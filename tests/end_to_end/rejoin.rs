@@ -107,6 +107,27 @@ async fn an_old_primary_comes_back_as_a_replica_by_rewinding() {
 }
 
 #[tokio::test]
+async fn another_old_primary_that_is_fenced_is_not_taken_for_the_primary() {
+    let settings = vec![("full_page_writes".to_owned(), "on".to_owned())];
+    let cluster = old_primary(ClusterOptions { replicas: 2, settings, ..ClusterOptions::default() }).await;
+    // It was the primary for a while, too.
+    let second = cluster.node(2);
+    second.promote().await.unwrap();
+    let node = cluster.node(0);
+    node.stop_fast().await.unwrap();
+    let output = rejoin(&cluster, node, &[]).await;
+    assert!(refusal(&output).contains("several nodes accept writes: b, c"), "{output:?}");
+    second.set("default_transaction_read_only", "on").await.unwrap();
+    cluster.node(1).stop_fast().await.unwrap();
+    let output = rejoin(&cluster, node, &[]).await;
+    assert!(refusal(&output).contains("none accepts writes: c is no replica, but read-only"), "{output:?}");
+    cluster.node(1).start().await.unwrap();
+    let done = success(&rejoin(&cluster, node, &["--start"]).await);
+    assert!(done.contains("c is no replica, but read-only") && done.contains("a streams from b"), "{done}");
+    is_a_replica_with_its_own_settings(&cluster).await;
+}
+
+#[tokio::test]
 async fn an_old_primary_that_cannot_be_rewound_is_copied_anew_and_its_data_kept_aside() {
     let settings = vec![("wal_log_hints".to_owned(), "off".to_owned())];
     let cluster = old_primary(ClusterOptions { replicas: 1, settings, ..ClusterOptions::default() }).await;
