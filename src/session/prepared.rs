@@ -396,6 +396,22 @@ impl Statements {
         }
     }
 
+    /// The statements that a text may name, and those that these may name in their turn. `None`: it may be any.
+    pub fn reached_by(&self, text: &[u8]) -> Option<HashSet<Vec<u8>>> {
+        let mut reached = classify::statements_named(text)?;
+        let mut unread: Vec<Vec<u8>> = reached.iter().cloned().collect();
+        while let Some(name) = unread.pop() {
+            let Found::Statement(statement) = self.find(&name) else { continue };
+            if !classify::may_name_statements(statement.text()) {
+                continue;
+            }
+            let further = classify::statements_named(statement.text())?;
+            unread.extend(further.difference(&reached).cloned());
+            reached.extend(further);
+        }
+        Some(reached)
+    }
+
     /// What unanswered messages have made of a name.
     fn sent_last(&self, name: &[u8]) -> Option<&Found> {
         if self.latest.is_empty() {

@@ -1073,7 +1073,7 @@ impl Exchange<'_> {
     /// SQL's EXECUTE and DEALLOCATE see the protocol's names: before such a statement the backend is
     /// given all of the session's. Ahead of a unit this is closed by a Sync of its own, and done once: what could not be
     /// given then cannot be given now. In a transaction or a unit that has begun, which one that cannot be given would
-    /// end, it is given those that the statement names.
+    /// end, it is given those that the statement names, and what these name.
     fn materialize(&mut self, leaves: Leaves, text: Option<&[u8]>) {
         if !leaves.has(SQL_PREPARE) || self.session.role == Role::Replica {
             return;
@@ -1083,7 +1083,7 @@ impl Exchange<'_> {
         if ahead && !std::mem::replace(&mut self.unit.given_all, true) {
             return self.give_all(|_, _| true);
         }
-        match text.and_then(classify::statements_named) {
+        match text.and_then(|text| self.session.statements.reached_by(text)) {
             Some(named) => self.give_all(|name, _| named.contains(name)),
             None if self.unit.given_all => {}
             None => self.give_all(|_, _| true),
