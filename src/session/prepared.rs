@@ -53,7 +53,7 @@ pub struct Statement {
     stands_for: Option<Arc<Statement>>,
     /// Of an EXECUTE: the server's answer to a Describe, which is decided when it is parsed.
     description: OnceLock<Box<[u8]>>,
-    /// We have had it parsed again.
+    /// It is used where it was parsed again.
     again: AtomicBool,
 }
 
@@ -108,7 +108,7 @@ impl Statement {
         }
     }
 
-    /// A Parse of ours is sent.
+    /// A Parse of ours is sent, or stood there already.
     pub fn parse_again(&self) {
         self.again.store(true, Ordering::Relaxed);
     }

@@ -967,6 +967,12 @@ impl Exchange<'_> {
         let there = self.backend.prepared.get(&statement.shared).copied();
         match (there.filter(|there| !there.stale), statement.shape()) {
             (Some(Prepared { shape: Some(there), .. }), Some(shape)) if there == shape => {}
+            // However often it were parsed anew, it would have the shape of what it shows now.
+            (Some(Prepared { shape: Some(_), .. }), Some(_))
+                if classify::shows_rows_of_another(statement.text()) =>
+            {
+                statement.parse_again();
+            }
             (Some(Prepared { shape: Some(there), .. }), None) => {
                 statement.give_shape(there, self.unit.number);
             }
