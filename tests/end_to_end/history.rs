@@ -353,8 +353,11 @@ impl Checker<'_> {
         if due.told.is_some_and(|told| seen < told) && level >= Level::ReadYourWrites {
             self.broken(Promise::Causal, index, session.told_by);
         }
-        if due.effects.is_some_and(|known| seen < known) && level >= Level::Session {
-            self.broken(Promise::Causal, index, None);
+        if let Some((known, by)) = due.effects
+            && seen < known
+            && level >= Level::Session
+        {
+            self.broken(Promise::Causal, index, Some(by));
         }
         let taken = [(due.taken_write, Level::ReadYourWrites), (due.taken_read, Level::Session)];
         for (value, by) in
@@ -372,8 +375,8 @@ impl Checker<'_> {
             }
             // What the newly shown effects were caused by. Those shown before have been counted.
             for value in list.iter().take(seen).skip(before) {
-                if let Some(known) = causes.get(value) {
-                    merge(&mut session.effects, known);
+                for (key, length) in causes.get(value).into_iter().flatten() {
+                    raise_known(&mut session.effects, *key, *length, index);
                 }
             }
         }
@@ -489,7 +492,7 @@ fn raise_known(known: &mut BTreeMap<Key, (usize, usize)>, key: Key, length: usiz
 struct Due {
     written: Option<(usize, usize)>,
     read: Option<(usize, usize)>,
-    effects: Option<usize>,
+    effects: Option<(usize, usize)>,
     told: Option<usize>,
     taken_write: Option<(u32, usize)>,
     taken_read: Option<(u32, usize)>,
@@ -501,8 +504,8 @@ struct SessionKnows {
     written: BTreeMap<Key, (usize, usize)>,
     /// At level `session` and above.
     read: BTreeMap<Key, (usize, usize)>,
-    /// The causes of what it was shown.
-    effects: Known,
+    /// The causes of what it was shown, and by which read it was.
+    effects: BTreeMap<Key, (usize, usize)>,
     /// By tokens.
     told: Known,
     told_by: Option<usize>,
@@ -524,9 +527,8 @@ impl SessionKnows {
     }
 
     fn all(&self) -> Known {
-        let mut all = self.effects.clone();
-        merge(&mut all, &self.told);
-        for known in [&self.written, &self.read] {
+        let mut all = self.told.clone();
+        for known in [&self.written, &self.read, &self.effects] {
             let lengths: Known = known.iter().map(|(key, (length, _))| (*key, *length)).collect();
             merge(&mut all, &lengths);
         }
