@@ -96,14 +96,15 @@ pub fn bind_texts(body: &[u8], types: &[u32]) -> Option<Vec<Option<Vec<u8>>>> {
     Some(values)
 }
 
-/// Whether what follows the names in a Bind binds no parameter.
+/// Whether what follows the names in a Bind binds no parameter, as the server takes it: more than one format must be as many
+/// as there are parameters.
 pub fn binds_nothing(rest: &[u8]) -> bool {
     let codes = |bytes: &[u8]| -> Option<(usize, usize)> {
         let (count, rest) = bytes.split_first_chunk::<2>()?;
         Some((usize::from(u16::from_be_bytes(*count)), rest.len()))
     };
     let Some((formats, left)) = codes(rest) else { return false };
-    if left < 2 * formats + 4 || rest[2 + 2 * formats..][..2] != [0, 0] {
+    if formats > 1 || left < 2 * formats + 4 || rest[2 + 2 * formats..][..2] != [0, 0] {
         return false;
     }
     matches!(codes(&rest[4 + 2 * formats..]), Some((results, left)) if left == 2 * results)
@@ -206,6 +207,7 @@ mod tests {
             (b"\0\x01\0\x01\0\0\0\x01\0\0", true),
             (b"\0\0\0\x01\0\0\0\x01a\0\0", false),
             (b"\0\0\0\0\0\x01", false),
+            (b"\0\x02\0\0\0\x01\0\0\0\0", false),
             (b"\0\x05\0\0", false),
             (b"\0\0\0\0", false),
             (b"", false),

@@ -53,7 +53,7 @@ pub struct Statement {
     stands_for: Option<Arc<Statement>>,
     /// Of an EXECUTE: the server's answer to a Describe, which is decided when it is parsed.
     description: OnceLock<Box<[u8]>>,
-    /// We have had it parsed again.
+    /// It is used where it was parsed again.
     again: AtomicBool,
 }
 
@@ -108,7 +108,7 @@ impl Statement {
         }
     }
 
-    /// A Parse of ours is sent.
+    /// A Parse of ours is sent, or stood there already.
     pub fn parse_again(&self) {
         self.again.store(true, Ordering::Relaxed);
     }
@@ -394,6 +394,22 @@ impl Statements {
             Some(found) => found.clone(),
             None => self.answered(name),
         }
+    }
+
+    /// The statements that a text may name, and those that these may name in their turn. `None`: it may be any.
+    pub fn reached_by(&self, text: &[u8]) -> Option<HashSet<Vec<u8>>> {
+        let mut reached = classify::statements_named(text)?;
+        let mut unread: Vec<Vec<u8>> = reached.iter().cloned().collect();
+        while let Some(name) = unread.pop() {
+            let Found::Statement(statement) = self.find(&name) else { continue };
+            if !classify::may_name_statements(statement.text()) {
+                continue;
+            }
+            let further = classify::statements_named(statement.text())?;
+            unread.extend(further.difference(&reached).cloned());
+            reached.extend(further);
+        }
+        Some(reached)
     }
 
     /// What unanswered messages have made of a name.

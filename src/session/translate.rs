@@ -967,6 +967,12 @@ impl Exchange<'_> {
         let there = self.backend.prepared.get(&statement.shared).copied();
         match (there.filter(|there| !there.stale), statement.shape()) {
             (Some(Prepared { shape: Some(there), .. }), Some(shape)) if there == shape => {}
+            // However often it were parsed anew, it would have the shape of what it shows now.
+            (Some(Prepared { shape: Some(_), .. }), Some(_))
+                if classify::shows_rows_of_another(statement.text()) =>
+            {
+                statement.parse_again();
+            }
             (Some(Prepared { shape: Some(there), .. }), None) => {
                 statement.give_shape(there, self.unit.number);
             }
@@ -1073,7 +1079,7 @@ impl Exchange<'_> {
     /// SQL's EXECUTE and DEALLOCATE see the protocol's names: before such a statement the backend is
     /// given all of the session's. Ahead of a unit this is closed by a Sync of its own, and done once: what could not be
     /// given then cannot be given now. In a transaction or a unit that has begun, which one that cannot be given would
-    /// end, it is given those that the statement names.
+    /// end, it is given those that the statement names, and what these name.
     fn materialize(&mut self, leaves: Leaves, text: Option<&[u8]>) {
         if !leaves.has(SQL_PREPARE) || self.session.role == Role::Replica {
             return;
@@ -1083,7 +1089,7 @@ impl Exchange<'_> {
         if ahead && !std::mem::replace(&mut self.unit.given_all, true) {
             return self.give_all(|_, _| true);
         }
-        match text.and_then(classify::statements_named) {
+        match text.and_then(|text| self.session.statements.reached_by(text)) {
             Some(named) => self.give_all(|name, _| named.contains(name)),
             None if self.unit.given_all => {}
             None => self.give_all(|_, _| true),

@@ -136,6 +136,15 @@ fn merge(into: &mut Known, other: &Known) {
     }
 }
 
+/// What happens to an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Moment {
+    /// Its transaction begins.
+    Began,
+    Sent,
+    Answered,
+}
+
 /// Checks histories.
 pub struct Checker<'a> {
     history: &'a [Operation],
@@ -181,11 +190,13 @@ impl Checker<'_> {
         self.found.push(Violation { promise, level, operation, because_of });
     }
 
-    /// When each operation was sent (`false`) and answered, in the order of time.
-    fn events(&self) -> Vec<(u64, bool, usize)> {
-        let sent = self.history.iter().enumerate().map(|(index, o)| (o.sent, false, index));
-        let answered = self.history.iter().enumerate().map(|(index, o)| (o.answered, true, index));
-        let mut events: Vec<(u64, bool, usize)> = sent.chain(answered).collect();
+    /// When each operation was sent and answered, and its transaction begun, in the order of time.
+    fn events(&self) -> Vec<(u64, Moment, usize)> {
+        let operations = || self.history.iter().enumerate();
+        let began = operations().filter_map(|(index, o)| Some((o.part?.began, Moment::Began, index)));
+        let sent = operations().map(|(index, o)| (o.sent, Moment::Sent, index));
+        let answered = operations().map(|(index, o)| (o.answered, Moment::Answered, index));
+        let mut events: Vec<(u64, Moment, usize)> = began.chain(sent).chain(answered).collect();
         events.sort_unstable();
         events
     }
@@ -238,24 +249,33 @@ impl Checker<'_> {
         let mut own: HashMap<SessionId, SessionKnows> = HashMap::new();
         let mut tokens: HashMap<usize, Known> = HashMap::new();
         let mut due: HashMap<usize, Due> = HashMap::new();
+        // A transaction goes by what its session knew when it began, and by its own reads: what other connections of a
+        // named session learn meanwhile, it does not wait for.
+        let mut within: HashMap<(usize, SessionId), SessionKnows> = HashMap::new();
         let mut acknowledged = Known::new();
-        for (_, answered, index) in events {
+        for (_, moment, index) in events {
             let operation = &self.history[index];
             let session = own.entry(operation.session).or_default();
-            match (&operation.what, answered) {
-                (What::Append { value, key }, false) => {
-                    let mut known = session.all();
+            let part = operation.part.map(|part| (part.transaction, operation.session));
+            let knows = part.and_then(|part| within.get(&part)).unwrap_or(&*session);
+            match (&operation.what, moment) {
+                (_, Moment::Began) => {
+                    let knows = knows.clone();
+                    within.insert(part.unwrap(), knows);
+                }
+                (What::Append { value, key }, Moment::Sent) => {
+                    let mut known = knows.all();
                     if let Some(part) = operation.part {
                         merge(&mut known, &together[&part.transaction]);
                     }
                     causes.insert(*value, known);
-                    due.insert(index, session.due(*key));
+                    due.insert(index, knows.due(*key));
                 }
-                (What::Read { key, .. }, false) => drop(due.insert(index, session.due(*key))),
-                (What::Begins, false) => merge(&mut session.told, &acknowledged),
-                (What::ShowsToken, false) => drop(tokens.insert(index, session.all())),
-                (_, false) => {}
-                (_, true) => {
+                (What::Read { key, .. }, Moment::Sent) => drop(due.insert(index, knows.due(*key))),
+                (What::Begins, Moment::Sent) => merge(&mut session.told, &acknowledged),
+                (What::ShowsToken, Moment::Sent) => drop(tokens.insert(index, session.all())),
+                (_, Moment::Sent) => {}
+                (_, Moment::Answered) => {
                     if let What::Append { key, value } = operation.what
                         && operation.outcome == Outcome::Done
                         && let Some((_, at)) = self.position.get(&value)
@@ -265,6 +285,11 @@ impl Checker<'_> {
                     }
                     let due = due.remove(&index).unwrap_or_default();
                     self.answered(index, session, &due, &causes, &tokens);
+                    if let What::Read { key, list } = &operation.what
+                        && let Some(knows) = part.and_then(|part| within.get_mut(&part))
+                    {
+                        self.learn(index, *key, list, knows, &causes);
+                    }
                 }
             }
         }
@@ -353,8 +378,11 @@ impl Checker<'_> {
         if due.told.is_some_and(|told| seen < told) && level >= Level::ReadYourWrites {
             self.broken(Promise::Causal, index, session.told_by);
         }
-        if due.effects.is_some_and(|known| seen < known) && level >= Level::Session {
-            self.broken(Promise::Causal, index, None);
+        if let Some((known, by)) = due.effects
+            && seen < known
+            && level >= Level::Session
+        {
+            self.broken(Promise::Causal, index, Some(by));
         }
         let taken = [(due.taken_write, Level::ReadYourWrites), (due.taken_read, Level::Session)];
         for (value, by) in
@@ -364,17 +392,31 @@ impl Checker<'_> {
                 self.broken(Promise::Told, index, Some(by));
             }
         }
-        if level >= Level::Session {
-            let before = session.read.get(&key).map_or(0, |(read, _)| *read);
-            raise_known(&mut session.read, key, seen, index);
-            if let Some(value) = list[seen..].last() {
-                session.taken_reads.insert(key, (*value, index));
-            }
-            // What the newly shown effects were caused by. Those shown before have been counted.
-            for value in list.iter().take(seen).skip(before) {
-                if let Some(known) = causes.get(value) {
-                    merge(&mut session.effects, known);
-                }
+        self.learn(index, key, list, session, causes);
+    }
+
+    /// What a read adds to what is known, from level `session` on.
+    fn learn(
+        &self,
+        index: usize,
+        key: Key,
+        list: &[u32],
+        session: &mut SessionKnows,
+        causes: &HashMap<u32, Known>,
+    ) {
+        if self.history[index].level < Level::Session {
+            return;
+        }
+        let seen = self.kept(key, list);
+        let before = session.read.get(&key).map_or(0, |(read, _)| *read);
+        raise_known(&mut session.read, key, seen, index);
+        if let Some(value) = list[seen..].last() {
+            session.taken_reads.insert(key, (*value, index));
+        }
+        // What the newly shown effects were caused by. Those shown before have been counted.
+        for value in list.iter().take(seen).skip(before) {
+            for (key, length) in causes.get(value).into_iter().flatten() {
+                raise_known(&mut session.effects, *key, *length, index);
             }
         }
     }
@@ -420,9 +462,9 @@ impl Checker<'_> {
     fn real_time(&mut self) {
         let mut events = self.events();
         // Within a transaction the promise is of when that began.
-        for (at, answered, index) in &mut events {
+        for (at, moment, index) in &mut events {
             if let Some(part) = self.history[*index].part
-                && !*answered
+                && *moment == Moment::Sent
             {
                 *at = part.began;
             }
@@ -432,10 +474,10 @@ impl Checker<'_> {
         let mut by_all: HashMap<Key, (usize, usize)> = HashMap::new();
         let mut by_global: HashMap<Key, (usize, usize)> = HashMap::new();
         let mut must: HashMap<usize, (usize, usize)> = HashMap::new();
-        for (_, answered, index) in events {
+        for (_, moment, index) in events {
             let operation = &self.history[index];
-            match (&operation.what, answered) {
-                (What::Read { key, .. }, false) => {
+            match (&operation.what, moment) {
+                (What::Read { key, .. }, Moment::Sent) => {
                     let bound = match operation.level {
                         Level::Strong => by_all.get(key),
                         Level::Global => by_global.get(key),
@@ -445,7 +487,7 @@ impl Checker<'_> {
                         must.insert(index, *bound);
                     }
                 }
-                (What::Read { key, list }, true) => {
+                (What::Read { key, list }, Moment::Answered) => {
                     let seen = self.kept(*key, list);
                     if let Some((length, by)) = must.remove(&index)
                         && seen < length
@@ -457,7 +499,7 @@ impl Checker<'_> {
                         raise(&mut by_global, *key, seen, index);
                     }
                 }
-                (What::Append { key, value }, true) if operation.outcome == Outcome::Done => {
+                (What::Append { key, value }, Moment::Answered) if operation.outcome == Outcome::Done => {
                     if let Some((_, at)) = self.position.get(value) {
                         raise(&mut by_all, *key, at + 1, index);
                         raise(&mut by_global, *key, at + 1, index);
@@ -489,20 +531,20 @@ fn raise_known(known: &mut BTreeMap<Key, (usize, usize)>, key: Key, length: usiz
 struct Due {
     written: Option<(usize, usize)>,
     read: Option<(usize, usize)>,
-    effects: Option<usize>,
+    effects: Option<(usize, usize)>,
     told: Option<usize>,
     taken_write: Option<(u32, usize)>,
     taken_read: Option<(u32, usize)>,
 }
 
 /// What a session knows, and by which of its operations.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct SessionKnows {
     written: BTreeMap<Key, (usize, usize)>,
     /// At level `session` and above.
     read: BTreeMap<Key, (usize, usize)>,
-    /// The causes of what it was shown.
-    effects: Known,
+    /// The causes of what it was shown, and by which read it was.
+    effects: BTreeMap<Key, (usize, usize)>,
     /// By tokens.
     told: Known,
     told_by: Option<usize>,
@@ -524,9 +566,8 @@ impl SessionKnows {
     }
 
     fn all(&self) -> Known {
-        let mut all = self.effects.clone();
-        merge(&mut all, &self.told);
-        for known in [&self.written, &self.read] {
+        let mut all = self.told.clone();
+        for known in [&self.written, &self.read, &self.effects] {
             let lengths: Known = known.iter().map(|(key, (length, _))| (*key, *length)).collect();
             merge(&mut all, &lengths);
         }
@@ -684,6 +725,23 @@ mod tests {
         assert!(check(&operations, &finals, Flush::Waited).is_empty());
         operations[1].sent = operations[0].answered + 1;
         assert_eq!(check(&operations, &finals, Flush::Waited).len(), 1);
+    }
+
+    #[test]
+    fn a_transaction_owes_what_its_session_knew_when_it_began_and_what_it_has_shown_itself() {
+        let finals = BTreeMap::from([(0, vec![1])]);
+        // Both of session 0; the second is of a transaction, and the append is acknowledged behind both.
+        let mut operations = history("1 s append 0 1\n0 s read 0 1\n0 s read 0");
+        operations[0].answered = 100;
+        let mut found = |began: u64, first: Option<Part>| -> Vec<Promise> {
+            operations[1].part = first;
+            operations[2].part = Some(Part { transaction: 0, began });
+            check(&operations, &finals, Flush::Waited).into_iter().map(|v| v.promise).collect()
+        };
+        let (before, after) = (2, 17);
+        assert_eq!(found(before, None), []);
+        assert_eq!(found(after, None), [Promise::MonotonicReads]);
+        assert_eq!(found(before, Some(Part { transaction: 0, began: before })), [Promise::MonotonicReads]);
     }
 
     #[test]

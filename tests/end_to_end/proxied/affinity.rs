@@ -229,3 +229,20 @@ async fn code_may_execute_what_its_session_has_prepared_by_sql() {
     assert!(answer.iter().any(|message| message.tag == b'E'), "{answer:?}");
     cluster.set_up("ALTER TABLE gone RENAME TO t").await;
 }
+
+/// What a statement executes may be an EXECUTE itself: in a transaction, too, the backend is given both.
+#[tokio::test]
+async fn an_execute_of_an_execute_finds_what_that_names_inside_a_transaction() {
+    let (_cluster, proxy) = start(3).await;
+    let mut client = proxy.raw_login().await;
+    assert_eq!(tags(&client.ask(&[parse("read", "SELECT 8"), sync()].concat()).await), "1Z");
+    // The unit fails, and with it what would have kept the backend.
+    let unit = [parse("nested", "EXECUTE read"), bind("none", &[]), sync()].concat();
+    assert_eq!(tags(&client.ask(&unit).await), "1EZ");
+    for begin in ["BEGIN", "BEGIN; SELECT 1"] {
+        done(&mut client, begin).await;
+        let answer = client.ask(&query("EXECUTE nested")).await;
+        assert_eq!(rows(&answer), [[Some("8".to_owned())]], "{answer:?}");
+        done(&mut client, "ROLLBACK").await;
+    }
+}

@@ -1,6 +1,7 @@
 //! Sessions of all levels on real servers, under faults: their histories break no promise.
 //!
-//! `make consistency` runs these at length; HIGHWATER_HISTORY_OPERATIONS sets the size of each.
+//! `make consistency` runs these at length; HIGHWATER_HISTORY_OPERATIONS sets the size of each. One that breaks a promise is
+//! written to the file HIGHWATER_HISTORY_FILE, an operation a line, if that is set.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::poll_fn;
@@ -468,6 +469,12 @@ async fn judge(
     }
     for violation in found.iter().take(5) {
         println!("{}", Shown(violation, history));
+    }
+    if let Ok(file) = std::env::var("HIGHWATER_HISTORY_FILE")
+        && !found.is_empty()
+    {
+        let lines: Vec<String> = history.iter().enumerate().map(|(at, o)| format!("#{at} {o:?}\n")).collect();
+        std::fs::write(file, lines.concat()).unwrap();
     }
     assert!(found.is_empty(), "{name}: {} promises broken", found.len());
     assert!(played.broken.is_empty(), "{name}: {:?}", played.broken);

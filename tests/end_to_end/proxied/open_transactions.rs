@@ -85,6 +85,30 @@ async fn transactions_that_stand_open_hold_up_no_strong_statement() {
     }
 }
 
+/// What holds the primary's floor might be that transaction: its promise is of when it began.
+#[tokio::test]
+async fn a_transaction_waits_for_nothing_that_another_connection_of_its_named_session_was_shown() {
+    let (cluster, proxy) = started(1, "").await;
+    let (within, reader) = (proxy.connect().await, proxy.connect().await);
+    for connection in [&within, &reader] {
+        connection.batch_execute("SET highwater.session = 'one'").await.unwrap();
+    }
+    reads_reach_replicas(&cluster, &reader, "SELECT n AS loaded FROM counter WHERE id = 1").await;
+    within.batch_execute("BEGIN; SELECT n FROM counter").await.unwrap();
+    // Nobody has that name.
+    cluster.primary().set("synchronous_standby_names", "nobody").await.unwrap();
+    let writer = cluster.primary().connect("app", &cluster.roles().app).await.unwrap();
+    let commits =
+        tokio::spawn(async move { writer.execute("UPDATE counter SET n = 1 WHERE id = 1", &[]).await });
+    cluster.node(1).wait_for("SELECT n FROM counter WHERE id = 1", "1").await.unwrap();
+    eventually("the replica has shown it", async || count(&reader, 1).await == 1).await;
+    assert_eq!(count(&within, 1).await, 0, "the primary hides it");
+    within.batch_execute("COMMIT").await.unwrap();
+    assert_eq!(count(&within, 1).await, 1, "outside, no read goes back");
+    cluster.primary().set("synchronous_standby_names", "").await.unwrap();
+    commits.await.unwrap().unwrap();
+}
+
 /// A commit that replicas show and the primary does not yet is no open transaction, however long it takes.
 #[tokio::test]
 async fn a_commit_that_waits_for_a_standby_is_not_taken_for_an_open_transaction() {

@@ -86,6 +86,160 @@ const QUERIES: [&str; 21] = [
     "SELECT 1; SET work_mem = '7MB'; SELECT 1/0",
 ];
 
+/// Met less often than `STATEMENTS`.
+const RARER_STATEMENTS: [&str; 69] = [
+    "SET TRANSACTION READ ONLY",
+    "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
+    "RESET work_mem",
+    "RESET ALL",
+    "SET work_mem TO DEFAULT",
+    "SELECT set_config('work_mem', '9MB', true)",
+    "SELECT set_config('work_mem', '10MB', false)",
+    "SELECT current_setting('work_mem')",
+    "SET LOCAL application_name = 'local'",
+    "SHOW application_name",
+    "SET DateStyle = 'ISO, DMY'",
+    "SHOW DateStyle",
+    "SET client_min_messages = error",
+    "SET search_path = pg_temp, public",
+    "SET standard_conforming_strings = off",
+    "SELECT 'a\\'",
+    "SET ROLE NONE",
+    "SET SESSION AUTHORIZATION DEFAULT",
+    "SET missing = 1",
+    "SET work_mem = 'much'",
+    "MOVE 1 IN c",
+    "FETCH ALL FROM c",
+    "DECLARE c CURSOR FOR SELECT g FROM generate_series(1, 3) g",
+    "FETCH 1 FROM p",
+    "CLOSE p",
+    "CLOSE ALL",
+    "ROLLBACK AND CHAIN",
+    "ABORT",
+    "END",
+    "START TRANSACTION",
+    "BEGIN ISOLATION LEVEL REPEATABLE READ",
+    "BEGIN ISOLATION LEVEL SERIALIZABLE READ ONLY",
+    "SAVEPOINT r",
+    "ROLLBACK TO SAVEPOINT r",
+    "SELECT x + 0 FROM t ORDER BY 1 LIMIT 1 FOR UPDATE",
+    "SELECT count(*) FROM (SELECT x FROM t LIMIT 1 FOR SHARE) s",
+    "LOCK TABLE t IN SHARE MODE",
+    "DELETE FROM t WHERE x > 20",
+    "EXPLAIN (COSTS OFF) SELECT 1",
+    "CREATE TEMP TABLE made ON COMMIT DROP AS SELECT 1 AS x",
+    "SELECT count(*) FROM made",
+    "DROP TABLE IF EXISTS made",
+    "DISCARD TEMP",
+    "DISCARD PLANS",
+    "SELECT pg_advisory_lock(7)",
+    "SELECT pg_advisory_unlock(7)",
+    "SELECT pg_advisory_unlock_all()",
+    "SELECT pg_advisory_xact_lock(8)",
+    "UNLISTEN *",
+    "NOTIFY n",
+    "CALL commits()",
+    "CALL commits_and_fails()",
+    "SELECT sets()",
+    "DO $$ BEGIN SET work_mem = '12MB'; END $$",
+    "COPY (SELECT 1) TO STDOUT",
+    "SELECT $1::text, $2::int",
+    "ALTER TABLE t ADD COLUMN IF NOT EXISTS y int",
+    "ALTER TABLE t DROP COLUMN IF EXISTS y",
+    "SELECT count(y) FROM t",
+    "UPDATE t SET y = x",
+    "CREATE TABLE IF NOT EXISTS more (x int)",
+    "DROP TABLE IF EXISTS more",
+    "SELECT count(*) FROM more",
+    "INSERT INTO more VALUES (1)",
+    "TRUNCATE more",
+    "CREATE OR REPLACE FUNCTION f() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+    "CREATE OR REPLACE FUNCTION f() RETURNS int LANGUAGE sql AS 'INSERT INTO t VALUES (3) RETURNING 2'",
+    "DROP FUNCTION IF EXISTS f",
+    "SELECT f()",
+];
+
+/// Met less often than `QUERIES`.
+const RARER_QUERIES: [&str; 29] = [
+    "ROLLBACK; BEGIN",
+    "BEGIN; SAVEPOINT s",
+    "SET work_mem = '9MB'; ROLLBACK",
+    "BEGIN; SET work_mem = '9MB'; COMMIT; SHOW work_mem",
+    "BEGIN; SET work_mem = '9MB'; ROLLBACK; SHOW work_mem",
+    "BEGIN; SET LOCAL work_mem = '9MB'; SAVEPOINT s; SET work_mem = '8MB'; ROLLBACK TO s; COMMIT",
+    "SELECT 1/0; SET work_mem = '9MB'",
+    "PREPARE a AS SELECT 1; EXECUTE a",
+    "PREPARE a AS SELECT 1; SELECT 1/0",
+    "DISCARD ALL; SELECT 1",
+    "DEALLOCATE ALL; EXECUTE b",
+    "SELECT 1; BEGIN; SELECT 2; COMMIT; SELECT 1/0",
+    "COMMIT AND CHAIN; SELECT 1",
+    "SAVEPOINT s; SELECT 1/0",
+    "ROLLBACK TO s; SELECT 1",
+    "; ;",
+    "-- nothing",
+    "SELECT 1; ; SELECT 2",
+    "SELECT 'a'; SELECT 'b",
+    "CALL commits(); SELECT 1",
+    "COPY (SELECT 1) TO STDOUT; COPY (SELECT 2) TO STDOUT",
+    "BEGIN; DECLARE c CURSOR FOR SELECT 1; FETCH c",
+    "BEGIN READ ONLY; INSERT INTO t VALUES (4)",
+    "INSERT INTO t VALUES (5); ROLLBACK; SELECT 1",
+    "CREATE TEMP TABLE kept (x int); INSERT INTO kept VALUES (1)",
+    "INSERT INTO kept VALUES (1); SELECT 1/0",
+    "PREPARE b AS SELECT count(*) FROM kept",
+    "PREPARE b AS UPDATE t SET x = 1 WHERE false",
+    "DEALLOCATE PREPARE b",
+];
+
+fn any_statement(dice: &mut Dice) -> &'static str {
+    if dice.below(3) == 0 { dice.of(&RARER_STATEMENTS) } else { dice.of(&STATEMENTS) }
+}
+
+fn any_query(dice: &mut Dice) -> &'static str {
+    if dice.below(2) == 0 { dice.of(&RARER_QUERIES) } else { dice.of(&QUERIES) }
+}
+
+/// A Bind of values, formats and result formats of all kinds, most of which do not fit the statement.
+fn any_values(dice: &mut Dice, portal: &str, statement: &str) -> Vec<u8> {
+    let mut body = [portal.as_bytes(), b"\0", statement.as_bytes(), b"\0"].concat();
+    body.extend_from_slice(dice.of(&[
+        &[0, 0][..],
+        &[0, 0],
+        &[0, 1, 0, 1],
+        &[0, 2, 0, 0, 0, 1],
+        &[0, 1, 0, 9],
+    ]));
+    let values = dice.below(3);
+    body.extend_from_slice(&u16::try_from(values).unwrap().to_be_bytes());
+    for _ in 0..values {
+        let value: Option<&[u8]> =
+            dice.of(&[None, Some(b"7"), Some(b"\0\0\0\x07"), Some(b"word"), Some(b"")]);
+        let length = value.map_or(u32::MAX, |value| u32::try_from(value.len()).unwrap());
+        body.extend_from_slice(&length.to_be_bytes());
+        body.extend_from_slice(value.unwrap_or_default());
+    }
+    body.extend_from_slice(dice.of(&[&[0, 0][..], &[0, 1, 0, 1], &[0, 1, 0, 0], &[0, 2, 0, 0, 0, 1]]));
+    message(b'B', &body)
+}
+
+/// A Parse that says something of the parameters' types: none of it, an integer, a text, or no type there is.
+fn typed_parse(dice: &mut Dice, name: &str, sql: &str) -> Vec<u8> {
+    let types: &[u32] = dice.of(&[&[0][..], &[23], &[25], &[25, 23], &[4_000_000_000]]);
+    let mut body = [name.as_bytes(), b"\0", sql.as_bytes(), b"\0"].concat();
+    body.extend_from_slice(&u16::try_from(types.len()).unwrap().to_be_bytes());
+    types.iter().for_each(|oid| body.extend_from_slice(&oid.to_be_bytes()));
+    message(b'P', &body)
+}
+
+/// FunctionCall of `int4pl`, `int4div` by nothing, or no function there is.
+fn function_call(dice: &mut Dice) -> Vec<u8> {
+    let function: u32 = dice.of(&[177, 154, 4_000_000_000]);
+    let mut body = function.to_be_bytes().to_vec();
+    body.extend_from_slice(b"\0\0\0\x02\0\0\0\x013\0\0\0\x010\0\0");
+    message(b'F', &body)
+}
+
 pub(super) fn named_bind(portal: &str, statement: &str) -> Vec<u8> {
     message(b'B', &[portal.as_bytes(), b"\0", statement.as_bytes(), b"\0\0\0\0\0\0\0"].concat())
 }
@@ -102,8 +256,14 @@ pub(super) fn close(what: u8, name: &str) -> Vec<u8> {
 fn any_message(dice: &mut Dice, flushes: bool) -> Vec<u8> {
     let (name, portal) = (dice.of(&["", "", "a", "b", "c"]), dice.of(&["", "", "p"]));
     match dice.below(20) {
-        0..=4 => parse(name, dice.of(&STATEMENTS)),
-        5..=8 => named_bind(portal, name),
+        0 if dice.below(4) == 0 => {
+            let sql = dice.of(&["SELECT $1", "SELECT $1::text, $2::int", "SELECT 1"]);
+            typed_parse(dice, name, sql)
+        }
+        0..=4 => parse(name, any_statement(dice)),
+        5 => any_values(dice, portal, name),
+        6 => [any_values(dice, portal, name), execute_at_most(portal, 0)].concat(),
+        7..=8 => named_bind(portal, name),
         // PostgreSQL 15 crashes when some portals are executed a second time: not without a Bind.
         9..=12 => [named_bind(portal, name), execute_at_most(portal, dice.of(&[0, 0, 1]))].concat(),
         13 => describe(b'S', name),
@@ -113,14 +273,15 @@ fn any_message(dice: &mut Dice, flushes: bool) -> Vec<u8> {
         15 => close(b'S', name),
         16 => close(b'P', portal),
         17 if flushes => flush(),
-        18 if dice.below(4) == 0 => query(dice.of(&STATEMENTS)),
+        18 if dice.below(4) == 0 => query(any_statement(dice)),
+        18 if dice.below(8) == 0 => function_call(dice),
         19 if dice.below(4) == 0 => message(b'd', b"stray"),
         19 if dice.below(4) == 0 => {
             let (tag, body) = dice.of(&super::malformed::MALFORMED);
             message(tag, body)
         }
         _ => {
-            [parse(name, dice.of(&STATEMENTS)), named_bind(portal, name), execute_at_most(portal, 0)].concat()
+            [parse(name, any_statement(dice)), named_bind(portal, name), execute_at_most(portal, 0)].concat()
         }
     }
 }
@@ -130,8 +291,8 @@ fn any_unit(dice: &mut Dice, flushes: bool) -> Vec<u8> {
     let copy_end = if dice.below(4) == 0 { message(b'f', b"no\0") } else { message(b'c', b"") };
     let copy_of = dice.of(&["COPY t FROM STDIN", "COPY missing FROM STDIN"]);
     match dice.below(10) {
-        0 | 1 => query(dice.of(&STATEMENTS)),
-        2 => query(dice.of(&QUERIES)),
+        0 | 1 => query(any_statement(dice)),
+        2 => query(any_query(dice)),
         3 => [query(copy_of), copied, copy_end].concat(),
         4 => {
             let early = if dice.below(2) == 0 { sync() } else { Vec::new() };
@@ -246,30 +407,65 @@ fn ended_by_postgresql(answered: &Answered) -> bool {
         && last.is_some_and(|last| last.tag == b'E' && last.field(b'V').as_deref() == Some("FATAL"))
 }
 
-/// In a failed transaction a statement that the server process has not seen is refused, where one server describes it; and
-/// what a pipeline may have alone fails behind what SQL has prepared. From there on both are somewhere else.
+/// In a failed transaction a statement that the server process has not seen is refused, where one server describes it; what a
+/// pipeline may have alone fails behind what SQL has prepared; and what is said of the isolation level fails behind a
+/// statement that was described, and so parsed there, first. From there on both are somewhere else.
 fn differs_as_documented(got: &Answered, expected: &Answered) -> bool {
     let first = got.messages.iter().zip(&expected.messages).find(|(got, expected)| got != expected);
     first.is_some_and(|(got, expected)| {
         let code = (got.tag == b'E').then(|| got.field(b'C')).flatten();
         match code.as_deref() {
             Some("25P02") => expected.tag == b't',
-            Some("25001") => got.field(b'M').is_some_and(|said| said.ends_with("within a pipeline")),
+            Some("25001") => got.field(b'M').is_some_and(|said| {
+                said.ends_with("within a pipeline") || said.ends_with("must be called before any query")
+            }),
             _ => false,
         }
     })
 }
 
+/// Another session of the proxy, of which no answer of the first may show anything: it comes, takes the backend that
+/// the first has used last, leaves something there, and keeps it for a while or goes.
+async fn another_session(dice: &mut Dice, proxy: &Proxy, holder: &mut Option<RawClient>) {
+    if dice.below(2) == 0 {
+        return;
+    }
+    if holder.take().is_some() {
+        return;
+    }
+    let mut other = proxy.raw_login().await;
+    for _ in 0..dice.below(3) {
+        let unit = match dice.below(6) {
+            0 => [parse("a", "SELECT 'of another'"), named_bind("", "a"), execute(), sync()].concat(),
+            1 => query("PREPARE b AS SELECT 'of another'"),
+            2 => query("SET work_mem = '21MB'; SET application_name = 'another'"),
+            3 => query("CREATE TEMP TABLE kept (x text, y text)"),
+            4 => query("SELECT 'of another', sets()"),
+            _ => query("SELECT pg_advisory_lock(9)"),
+        };
+        other.ask(&unit).await;
+    }
+    let begin = ["BEGIN; SET LOCAL work_mem = '22MB'", "BEGIN READ ONLY; SELECT 1", "SELECT 1"];
+    other.ask(&query(dice.of(&begin))).await;
+    if dice.below(2) == 0 {
+        *holder = Some(other);
+    }
+}
+
 /// `Err`: what differs.
-async fn compare_seed(proxy: &Proxy, direct: &Direct, flushes: bool, seed: u64) -> Result<(), String> {
+async fn compare_seed(proxy: &Proxy, direct: &Direct, kind: Kind, seed: u64) -> Result<(), String> {
+    let mut holder = None;
     let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let mut proxied = proxy.raw_login().await;
     let mut one_server = direct.raw_login().await;
     let mut history = String::new();
     for round in 0..12 {
+        if kind.beside_others {
+            another_session(&mut dice, proxy, &mut holder).await;
+        }
         // One, or several that are sent before the first is answered.
         let units = dice.of(&[1, 1, 1, 2, 3]);
-        let unit: Vec<u8> = (0..units).flat_map(|_| any_unit(&mut dice, flushes)).collect();
+        let unit: Vec<u8> = (0..units).flat_map(|_| any_unit(&mut dice, kind.flushes)).collect();
         let expected = all_answers(&mut one_server, &unit).await;
         let got = tokio::time::timeout(PATIENCE / 2, all_answers(&mut proxied, &unit)).await;
         history.push_str(&format!("{}\n", unit.escape_ascii()));
@@ -299,16 +495,33 @@ async fn compare_seed(proxy: &Proxy, direct: &Direct, flushes: bool, seed: u64) 
     Ok(())
 }
 
+/// What a run has beside batches.
+#[derive(Clone, Copy)]
+struct Kind {
+    flushes: bool,
+    /// Other sessions come and go, so that this one is now on one backend and now on another.
+    beside_others: bool,
+}
+
+const PLAIN: Kind = Kind { flushes: false, beside_others: false };
+const FLUSHES: Kind = Kind { flushes: true, beside_others: false };
+const BESIDE_OTHERS: Kind = Kind { flushes: false, beside_others: true };
+
 /// `HIGHWATER_BATCH_SEEDS=FROM..TO` plays these seeds instead.
-async fn compare(overrides: &str, flushes: bool, seeds: std::ops::Range<u64>) {
+async fn compare(overrides: &str, kind: Kind, seeds: std::ops::Range<u64>) {
     let given = std::env::var("HIGHWATER_BATCH_SEEDS").ok();
     let given = given.as_deref().map(|given| given.split_once("..").expect("FROM..TO"));
     let seeds = given.map_or(seeds, |(from, to)| from.parse().unwrap()..to.parse().unwrap());
-    let table = "CREATE TABLE t (x int); INSERT INTO t VALUES (1), (2)";
+    let table = "CREATE TABLE t (x int); INSERT INTO t VALUES (1), (2);
+        CREATE PROCEDURE commits() LANGUAGE plpgsql AS $$ BEGIN INSERT INTO t VALUES (7); COMMIT; END $$;
+        CREATE PROCEDURE commits_and_fails() LANGUAGE plpgsql AS
+            $$ BEGIN INSERT INTO t VALUES (8); COMMIT; PERFORM 1/0; END $$;
+        CREATE FUNCTION sets() RETURNS text LANGUAGE plpgsql AS
+            $$ BEGIN RETURN set_config('work_mem', '11MB', false); END $$;";
     let (_cluster, proxy, direct) = beside(overrides, table).await;
     let mut differ = 0;
     for seed in seeds {
-        if let Err(difference) = compare_seed(&proxy, &direct, flushes, seed).await {
+        if let Err(difference) = compare_seed(&proxy, &direct, kind, seed).await {
             println!("{difference}");
             differ += 1;
             if differ == 5 {
@@ -321,29 +534,41 @@ async fn compare(overrides: &str, flushes: bool, seeds: std::ops::Range<u64>) {
 
 #[tokio::test]
 async fn random_batches_are_answered_as_by_one_server() {
-    compare("{ pool: { size: 2, max_prepared: 2 } }", false, 0..200).await;
+    compare("{ pool: { size: 2, max_prepared: 2 } }", PLAIN, 0..200).await;
 }
 
 #[tokio::test]
 async fn random_batches_with_flushes_are_answered_as_by_one_server_when_nothing_is_split() {
-    compare("{ pool: { size: 2, max_prepared: 2 }, routing: { split: false } }", true, 1000..1200).await;
+    compare("{ pool: { size: 2, max_prepared: 2 }, routing: { split: false } }", FLUSHES, 1000..1200).await;
 }
 
 #[tokio::test]
 async fn random_batches_are_answered_as_by_one_server_where_unnamed_statements_are_shared() {
-    compare("{ pool: { size: 2, max_prepared: 2, share_unnamed: true } }", false, 2000..2150).await;
+    compare("{ pool: { size: 2, max_prepared: 2, share_unnamed: true } }", PLAIN, 2000..2150).await;
 }
 
 #[tokio::test]
 async fn random_batches_with_flushes_are_answered_alike_where_unnamed_statements_are_shared() {
     let overrides = "{ pool: { size: 2, max_prepared: 4, share_unnamed: true }, routing: { split: false } }";
-    compare(overrides, true, 4000..4150).await;
+    compare(overrides, FLUSHES, 4000..4150).await;
 }
 
 #[tokio::test]
 async fn random_batches_are_answered_as_by_one_server_where_transactions_are_split() {
-    compare("{ pool: { size: 2, max_prepared: 2 }, routing: { transactions: split } }", false, 5000..5150)
+    compare("{ pool: { size: 2, max_prepared: 2 }, routing: { transactions: split } }", PLAIN, 5000..5150)
         .await;
+}
+
+#[tokio::test]
+async fn random_batches_are_answered_as_by_one_server_beside_sessions_that_take_its_backends() {
+    let overrides = "{ workers: 1, pool: { size: 2, max_prepared: 2 } }";
+    compare(overrides, BESIDE_OTHERS, 6000..6060).await;
+}
+
+#[tokio::test]
+async fn random_batches_are_answered_as_by_one_server_beside_others_where_transactions_are_split() {
+    let overrides = "{ workers: 1, pool: { size: 2, max_prepared: 2 }, routing: { transactions: split } }";
+    compare(overrides, BESIDE_OTHERS, 7000..7060).await;
 }
 
 async fn one_backend() -> (Cluster, Proxy) {
@@ -368,6 +593,22 @@ fn code(messages: &[Message]) -> Option<String> {
 }
 
 #[tokio::test]
+async fn a_begin_bound_with_formats_of_no_parameters_fails_as_on_one_server() {
+    let (_cluster, proxy, direct) = beside("{}", "CREATE TABLE t (x int)").await;
+    let (mut proxied, mut one_server) = (proxy.raw_login().await, direct.raw_login().await);
+    let bind_formats = |formats: &[u8]| message(b'B', &[b"\0\0", formats, b"\0\0\0\0"].concat());
+    for (formats, expected) in [(&b"\0\x01\0\x01"[..], "12CZ"), (b"\0\x02\0\0\0\x01", "1EZ")] {
+        let unit = [parse("", "BEGIN READ ONLY"), bind_formats(formats), execute(), sync()].concat();
+        let answered = answers("one server", &mut one_server, &unit).await;
+        assert!(tags(&answered).starts_with(expected), "{answered:?}");
+        assert_eq!(answers("the proxy", &mut proxied, &unit).await, answered);
+        for client in [&mut proxied, &mut one_server] {
+            client.ask(&query("ROLLBACK")).await;
+        }
+    }
+}
+
+#[tokio::test]
 async fn the_unnamed_statement_of_one_session_is_not_met_by_another() {
     let (_cluster, proxy) = one_backend().await;
     let mut one = proxy.raw_login().await;
@@ -383,6 +624,34 @@ async fn the_unnamed_statement_of_one_session_is_not_met_by_another() {
     let shown = shown.iter().find(|message| message.tag == b'D').unwrap().columns()[0].clone().unwrap();
     let answer = other.ask(&[bind(&shown, &[]), execute(), sync()].concat()).await;
     assert_eq!(code(&answer).as_deref(), Some("26000"), "{answer:?}");
+}
+
+/// Prepared again it shows the columns of another cursor than the one that was there, or not, when the client prepared it.
+#[tokio::test]
+async fn a_prepared_fetch_is_run_of_whatever_cursor_there_is_by_then() {
+    let (_cluster, proxy) = one_backend().await;
+    let mut client = proxy.raw_login().await;
+    for cursor in ["", "DECLARE c CURSOR FOR SELECT 1"] {
+        client.ask(&query(&format!("BEGIN; {cursor}"))).await;
+        let made = client.ask(&[close(b'S', "f"), parse("f", "FETCH 1 FROM c"), sync()].concat()).await;
+        assert_eq!(tags(&made), "31Z");
+        client.ask(&query("ROLLBACK")).await;
+        // The backend keeps three.
+        for number in 0..3 {
+            let unit =
+                [parse("", "SELECT 1"), close(b'S', "s"), parse("s", &format!("SELECT {number}")), sync()];
+            assert_eq!(tags(&client.ask(&unit.concat()).await), "131Z");
+        }
+        client.ask(&query("BEGIN; DECLARE c CURSOR FOR SELECT 'one', 'two'")).await;
+        let answer = client.ask(&[bind("f", &[]), describe(b'P', ""), execute(), sync()].concat()).await;
+        assert_eq!(tags(&answer), "2TDCZ");
+        assert_eq!(answer[2].columns(), [Some("one".to_owned()), Some("two".to_owned())]);
+        // Described it is as it was when the client prepared it.
+        let described = if cursor.is_empty() { "tnZ" } else { "tTZ" };
+        let answer = client.ask(&[describe(b'S', "f"), sync()].concat()).await;
+        assert_eq!(tags(&answer), described);
+        client.ask(&query("ROLLBACK")).await;
+    }
 }
 
 #[tokio::test]
