@@ -711,18 +711,19 @@ impl Pool {
             let pool = siblings.node(primary);
             let lease = if self.defaults.may_wait(asker.now) {
                 // Whoever opens one there asks.
-                pool.acquire(startup, asker, defaults::PATIENCE).await.ok()
+                let acquired = pool.acquire(startup, asker, defaults::PATIENCE).await;
+                if let Err(AcquireError::Timeout) = &acquired {
+                    self.defaults.waited_in_vain(Instant::now());
+                }
+                acquired.ok()
             } else {
                 pool.acquire_now(startup, asker)
             };
-            match lease {
-                // Dropped, it is closed.
-                Some(mut lease) => {
-                    if self.learn_defaults(&mut lease, basis).await.is_ok() {
-                        lease.give_back();
-                    }
-                }
-                None => self.defaults.waited_in_vain(Instant::now()),
+            // Dropped, it is closed.
+            if let Some(mut lease) = lease
+                && self.learn_defaults(&mut lease, basis).await.is_ok()
+            {
+                lease.give_back();
             }
         }
         self.defaults.last_known(startup)
