@@ -248,6 +248,10 @@ struct Basis {
     generation: u64,
 }
 
+/// When the primary of an epoch had read its configuration, in its seconds, when it was last asked what that gives. The
+/// server's processes read it one after the other, and one of two may answer: what counts is the latest.
+type Configured = Option<(Epoch, f64)>;
+
 /// The loader's loop; lives until the database is released.
 async fn keep(
     nodes: Arc<Nodes>,
@@ -256,8 +260,10 @@ async fn keep(
     database: Arc<DatabaseCatalog>,
 ) {
     let mut basis: Option<Basis> = None;
+    let mut configured: Configured = None;
     while !database.released.load(Ordering::SeqCst) {
-        let step = timeout(QUESTION, refresh(&nodes, &topology, &name, &database, basis)).await;
+        let step =
+            timeout(QUESTION, refresh(&nodes, &topology, &name, &database, basis, &mut configured)).await;
         match step {
             Ok(Ok(next)) => basis = next,
             Ok(Err(cause)) => {
@@ -286,6 +292,7 @@ async fn refresh(
     name: &str,
     database: &DatabaseCatalog,
     basis: Option<Basis>,
+    configured: &mut Configured,
 ) -> Result<Option<Basis>, String> {
     let (primary, epoch) = {
         let view = topology.load();
@@ -304,6 +311,18 @@ async fn refresh(
     let changes = changes.ok_or("changes of the catalog are not counted")?;
     let version: i32 = counters.try_get(1).map_err(|error| error.to_string())?;
     nodes.login_settings.read(counters.try_get(2).map_err(|error| error.to_string())?);
+    let read_at: f64 = counters.try_get(3).map_err(|error| error.to_string())?;
+    if configured.is_none_or(|(of, before)| of != epoch || before < read_at) {
+        // Not what the facts rest on: it fails by itself, and is tried again.
+        match nodes.look_at_defaults(primary, epoch, name, QUESTION / 2).await {
+            Ok(()) => *configured = Some((epoch, read_at)),
+            Err(error) => tracing::debug!(
+                database = name,
+                cause = error.cause,
+                "the primary's defaults could not be read"
+            ),
+        }
+    }
     let next = Basis { primary, epoch, changes, generation };
     if basis == Some(next) && database.current.load().is_loaded() {
         return Ok(basis);

@@ -19,7 +19,7 @@ use crate::config::{AuthSource, Config, DurabilityMode, FailoverMode, NodeConfig
 use crate::etcd::Etcd;
 use crate::failover::preconditions::{self, Finding, Needs};
 use crate::net::{ClientTls, NodeTls};
-use crate::node::Nodes;
+use crate::node::{Nodes, RESULT_SETTINGS};
 use crate::topology::NodeId;
 use crate::wal::Lsn;
 
@@ -371,14 +371,26 @@ fn other_defaults(nodes: &Answers, found: &mut Vec<String>) {
     for (name, replica) in answered(nodes).filter(|(_, facts)| facts.in_recovery) {
         let other = |(setting, value): (&String, &String)| {
             let here = first.settings.get(setting).filter(|here| *here != value)?;
-            Some(format!("{setting} {value} ({primary}: {here})"))
+            let given = RESULT_SETTINGS.contains(&setting.as_str());
+            Some((given, format!("{setting} {value} ({primary}: {here})")))
         };
         let others: Vec<_> = replica.settings.iter().filter_map(other).collect();
-        if !others.is_empty() {
-            found.push(format!(
-                "node {name}: other defaults than the primary's: {}: sessions that do not set them get other answers there",
-                others.join(", ")
-            ));
+        let what_of = [
+            (
+                true,
+                "they hold once it is the primary; until then sessions are given the primary's there, too",
+            ),
+            (false, "sessions that do not set them get other answers there"),
+        ];
+        for (given, what) in what_of {
+            let of_these = others.iter().filter(|(its, _)| *its == given);
+            let list: Vec<_> = of_these.map(|(_, other)| other.as_str()).collect();
+            if !list.is_empty() {
+                found.push(format!(
+                    "node {name}: other defaults than the primary's: {}: {what}",
+                    list.join(", ")
+                ));
+            }
         }
     }
 }

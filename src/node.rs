@@ -8,6 +8,7 @@
 //! Deliberately does not: decide anything, retry, or carry statements of clients.
 
 mod answer;
+mod defaults;
 mod sampling;
 
 use std::collections::HashMap;
@@ -30,6 +31,7 @@ use crate::net::{Keepalive, NodeTls};
 use crate::topology::{NodeId, Recovery};
 use crate::wal::{Lsn, TimelineHistory, TimelineId, round_down_page_header, whole_until};
 
+pub use defaults::RESULT_SETTINGS;
 pub use sampling::SampleClient;
 
 /// Connections at most per (node, database) of the shared pools.
@@ -320,7 +322,7 @@ FROM (SELECT p.lsn, pg_snapshot_xmax(pg_current_snapshot())::text::int8 AS xmax,
         (age(CASE WHEN p.lsn IS NOT NULL THEN '3'::xid END)::int8 & 4294967295) + 3 AS next \
       FROM (SELECT pg_last_wal_replay_lsn() AS lsn OFFSET 0) AS p OFFSET 0) AS r";
 
-/// Counts the changes of what a login gives a session (ALTER ROLE/DATABASE .. SET): a backend of an earlier
+/// Counts the changes of what a login gives a session (ALTER ROLE/DATABASE .. SET, ALTER SYSTEM): a backend of an earlier
 /// count has other defaults than a client that logs in now would find.
 #[derive(Debug, Default)]
 pub struct LoginSettings {
@@ -332,6 +334,7 @@ pub struct LoginSettings {
 struct Seen {
     /// A hash of `pg_db_role_setting` as it was read last.
     content: Option<i64>,
+    configured: defaults::Contents,
     changed_at: Option<Instant>,
 }
 

@@ -1,11 +1,13 @@
 //! The HTTP side door: the status page, `/metrics`, `/healthz`, `/readyz`, `/topology`.
 //!
 //! Promises: GET and HEAD only; connections, header bytes and the time of a request are bounded, so that
-//! a slow or greedy peer costs at most [`MAX_CONNECTIONS`] small buffers; no answer shows a secret.
+//! a slow or greedy peer costs at most [`MAX_CONNECTIONS`] small buffers, and keeps nobody else from an answer; no answer
+//! shows a secret.
 //! Deliberately changes nothing. Without a token it has no login: bind it to where only operators reach it.
 
 pub mod access;
 pub mod chart;
+mod guests;
 pub mod history;
 pub mod page;
 pub mod words;
@@ -27,16 +29,16 @@ use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use self::access::Access;
+use self::guests::{Guests, Seat};
 use self::history::History;
 use self::page::View;
 use crate::metrics::{ClassCacheFigures, FailoverFigures, Metrics, PoolFigure, Scrape, is_up, role_label};
 use crate::topology::{Standing, Topology, TopologyHandle};
 
-/// Connections at most; further ones wait in the kernel's queue.
+/// Connections at most; for a further one, whoever has been silent longest is closed.
 pub const MAX_CONNECTIONS: usize = 32;
 /// From accept to close: a scrape fits, an idle peer does not stay.
 const CONNECTION_TIME: Duration = Duration::from_secs(60);
@@ -133,17 +135,12 @@ fn clock() -> Duration {
 }
 
 async fn accept(listener: TcpListener, state: AdminState) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let guests = Guests::new(MAX_CONNECTIONS);
     loop {
-        // The semaphore is never closed; an error would mean it, and then there is nothing to serve.
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let state = state.clone();
-                tokio::spawn(async move {
-                    connection(stream, state).await;
-                    drop(slot);
-                });
+                let seat = guests.seat().await;
+                tokio::spawn(connection(stream, seat, state.clone()));
             }
             Err(e) => {
                 // Out of file descriptors, most likely: accepting again at once would spin.
@@ -154,13 +151,14 @@ async fn accept(listener: TcpListener, state: AdminState) {
     }
 }
 
-async fn connection(stream: TcpStream, state: AdminState) {
+async fn connection(stream: TcpStream, seat: Seat, state: AdminState) {
+    let seat = &seat;
     let service = service_fn(move |request: Request<Incoming>| {
         let state = state.clone();
-        async move {
+        seat.meanwhile(async move {
             let response = answer(request.method(), request.uri().path(), request.headers(), &state).await;
             Ok::<_, Infallible>(response)
-        }
+        })
     });
     let serving = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -168,7 +166,10 @@ async fn connection(stream: TcpStream, state: AdminState) {
         .max_buf_size(MAX_HEADER_BYTES)
         .serve_connection(TokioIo::new(stream), service);
     // A peer that breaks HTTP or takes too long concerns nobody else.
-    let _ = tokio::time::timeout(CONNECTION_TIME, serving).await;
+    tokio::select! {
+        _ = tokio::time::timeout(CONNECTION_TIME, serving) => {}
+        () = seat.told_to_leave() => {}
+    }
 }
 
 async fn answer(

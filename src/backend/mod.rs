@@ -6,6 +6,7 @@
 mod applied;
 pub mod cancel;
 pub mod clean;
+pub mod defaults;
 mod parameters;
 pub mod places;
 pub mod pool;
@@ -126,6 +127,8 @@ pub struct Backend {
     pub epoch: Epoch,
     /// Changes of what logins give when it was opened; none: it may have been given what was valid before.
     pub login_settings: Option<u64>,
+    /// Of a replica: what the primary gives to a login like its own, as far as it was known when it was opened.
+    pub defaults: Option<Arc<defaults::LoginValues>>,
     /// Which way to its node it was opened by: after a reload has changed the way, it serves no further unit.
     pub way: u64,
     /// When it was opened.
@@ -293,6 +296,7 @@ impl Backend {
             vouched_for: false,
             epoch,
             login_settings: None,
+            defaults: None,
             way: 0,
             opened: now,
             idle_since: now,

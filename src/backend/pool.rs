@@ -7,13 +7,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use tokio::sync::{Notify, oneshot};
 
 use super::clean;
+use super::defaults::{self, Basis, LoginDefaults, LoginValues, RefusedValues};
 use super::login::{self, LoginError, LoginTarget};
 use super::places::{Next, Place, Places};
 use super::{Backend, CancelTarget, Dirt, StartupParameters};
@@ -22,10 +23,11 @@ use crate::config::live::LiveConfig;
 use crate::gate::{Gate, Socket};
 use crate::metrics::{Metrics, WaitFor};
 use crate::net::NodeTls;
-use crate::node::{LoginSettings, NodeFailure};
+use crate::node::{LoginSettings, NodeFailure, RESULT_SETTINGS};
 use crate::positions::Positions;
 use crate::scram::LoginKeys;
-use crate::topology::{NodeId, TopologyHandle};
+use crate::topology::{NodeId, Standing, TopologyHandle};
+use crate::wire;
 
 /// What all pools share.
 pub struct PoolContext {
@@ -145,6 +147,12 @@ impl PoolContext {
             return Err(AcquireError::Left);
         }
         Ok((logged_in, socket))
+    }
+
+    /// Whether a login that was made now would give what this one's has.
+    fn gives_the_same(&self, backend: &Backend) -> bool {
+        backend.login_settings == Some(self.login_settings.generation())
+            && !backend.defaults.as_ref().is_some_and(|values| values.is_outdated())
     }
 
     fn count_closed(&self, node: NodeId, reason: CloseReason) {
@@ -381,6 +389,10 @@ pub struct Pool {
     lifetime: AtomicU64,
     /// The keys of the latest login: after a change of password the new ones serve.
     keys: Arc<Mutex<LoginKeys>>,
+    /// What the primary gives to logins, and the pools that this is one of.
+    defaults: Arc<LoginDefaults>,
+    siblings: Weak<UserPools>,
+    refused_values: RefusedValues,
     state: Mutex<State>,
 }
 
@@ -478,7 +490,7 @@ impl Pool {
                 return None;
             }
             let mut backend = state.idle.remove(at).backend;
-            let valid = backend.login_settings == Some(self.context.login_settings.generation());
+            let valid = self.context.gives_the_same(&backend);
             if backend.socket.is_closed() {
                 state.open -= 1;
                 self.context.count_closed(self.node, CloseReason::Epoch);
@@ -615,9 +627,12 @@ impl Pool {
         let generation = settings.generation();
         let max_lag = self.context.config.load().consistency.max_lag;
         let valid = primary == Some(self.node) || !settings.changed_within(max_lag);
-        let parameters = super::exempt(startup);
-        let (logged_in, socket) =
-            self.context.log_in_apart(self.node, &self.user, &self.database, &parameters, &keys).await?;
+        let basis = Basis { epoch, generation };
+        let defaults = match primary {
+            Some(primary) if primary == self.node => None,
+            primary => Some(self.primary_gives(primary, startup, basis, worker).await),
+        };
+        let (logged_in, socket) = self.log_in(startup, defaults.as_ref(), &keys).await?;
         let cancel = Arc::new(CancelTarget::new(self.node, logged_in.pid, logged_in.key.clone()));
         self.context.metrics.backend_opened(self.node);
         let mut backend = Box::new(Backend::new(
@@ -631,9 +646,113 @@ impl Pool {
             self.birth(),
             socket,
         ));
-        backend.login_settings = valid.then_some(generation);
         backend.way = way;
+        backend.login_settings = valid.then_some(generation);
+        match defaults {
+            None => self.learn_defaults(&mut backend, basis).await?,
+            Some(values) => {
+                // Of before the last change, or of an earlier primary: for whoever waits for it, and nobody after.
+                let of_now = !values.are_known() || self.defaults.asked_on(startup, basis).is_some();
+                backend.login_settings = backend.login_settings.filter(|_| of_now);
+                backend.defaults = Some(values);
+            }
+        }
         Ok(backend)
+    }
+
+    /// Logs in as a session that asks for `startup` is to be served: on a replica with what the primary would give.
+    async fn log_in(
+        &self,
+        startup: &StartupParameters,
+        defaults: Option<&Arc<LoginValues>>,
+        keys: &LoginKeys,
+    ) -> Result<(login::LoggedIn, Socket), AcquireError> {
+        let mut parameters = super::exempt(startup);
+        if let Some(values) = defaults {
+            if self.refused_values.holds(values, Instant::now()) {
+                return Err(AcquireError::Unfit(
+                    "it has just refused what the primary gives to logins".into(),
+                ));
+            }
+            values.add_to(&mut parameters);
+        }
+        let done = self.context.log_in_apart(self.node, &self.user, &self.database, &parameters, keys).await;
+        if let (Err(AcquireError::Refused { message, sqlstate }), Some(values)) = (&done, defaults)
+            && self.refused_values.note(values, *sqlstate, Instant::now())
+        {
+            let fields = wire::error_fields(message.get(wire::HEADER..).unwrap_or_default());
+            tracing::warn!(
+                node = self.context.config.load().nodes[self.node.index()].name,
+                database = &*self.database,
+                user = &*self.user,
+                cause = &*String::from_utf8_lossy(fields.message),
+                "a replica refuses a setting that the primary's configuration gives: reads of these logins go elsewhere"
+            );
+        }
+        done
+    }
+
+    /// What the primary gives to a login like this, as of `basis`; while it cannot be asked, as it was known last.
+    async fn primary_gives(
+        &self,
+        primary: Option<NodeId>,
+        startup: &Arc<StartupParameters>,
+        basis: Basis,
+        worker: usize,
+    ) -> Arc<LoginValues> {
+        if let Some(values) = self.defaults.asked_on(startup, basis) {
+            return values;
+        }
+        let answers = |node: &NodeId| {
+            self.context.topology.load().node(*node).standing == (Standing::Primary { reachable: true })
+        };
+        if let (Some(primary), Some(siblings)) = (primary.filter(answers), self.siblings.upgrade()) {
+            let asker = Asker { session: 0, worker, wish: Wish::Recent, now: Instant::now() };
+            let pool = siblings.node(primary);
+            let lease = if self.defaults.may_wait(asker.now) {
+                // Whoever opens one there asks.
+                let acquired = pool.acquire(startup, asker, defaults::PATIENCE).await;
+                if let Err(AcquireError::Timeout) = &acquired {
+                    self.defaults.waited_in_vain(Instant::now());
+                }
+                acquired.ok()
+            } else {
+                pool.acquire_now(startup, asker)
+            };
+            // Dropped, it is closed.
+            if let Some(mut lease) = lease
+                && self.learn_defaults(&mut lease, basis).await.is_ok()
+            {
+                lease.give_back();
+            }
+        }
+        self.defaults.last_known(startup)
+    }
+
+    /// Asks a backend of the primary, opened on this basis or a later one, what its login gave, if nobody has yet.
+    async fn learn_defaults(&self, backend: &mut Backend, basis: Basis) -> Result<(), AcquireError> {
+        if self.defaults.asked_on(&backend.startup, basis).is_some() {
+            return Ok(());
+        }
+        let ask = async {
+            if !backend.applied.entries().is_empty() {
+                backend.dirt = backend.dirt.max(Dirt::State);
+            }
+            clean::clean(backend).await?;
+            clean::read_settings(backend, &RESULT_SETTINGS.map(str::to_owned)).await
+        };
+        let patience = self.context.config.load().pool.connect_timeout;
+        let unreachable = |failure, why: &str| AcquireError::Unreachable { failure, why: why.into() };
+        match tokio::time::timeout(patience, ask).await {
+            Ok(Ok(said)) => self.defaults.learn(&backend.startup, basis, said),
+            Ok(Err(clean::Broken)) => {
+                return Err(unreachable(NodeFailure::Broken, "it did not say what a login gives"));
+            }
+            Err(_) => {
+                return Err(unreachable(NodeFailure::Timeout, "it did not say in time what a login gives"));
+            }
+        }
+        Ok(())
     }
 
     /// When a connection that is made now counts as opened: up to a tenth of `server_lifetime` earlier, so
@@ -719,7 +838,7 @@ impl Pool {
         if now.duration_since(backend.opened) > self.lifetime() {
             return self.closed(CloseReason::Lifetime);
         }
-        if backend.login_settings != Some(self.context.login_settings.generation()) {
+        if !self.context.gives_the_same(&backend) {
             return self.closed(CloseReason::LoginSettings);
         }
         if !self.context.ways.is_open_to(&backend) {
@@ -844,7 +963,7 @@ impl Pool {
                 CloseReason::IdleTimeout
             } else if now.duration_since(b.opened) > lifetime {
                 CloseReason::Lifetime
-            } else if b.login_settings != Some(self.context.login_settings.generation()) {
+            } else if !self.context.gives_the_same(b) {
                 CloseReason::LoginSettings
             } else if !b.is_alive() {
                 CloseReason::Dead
@@ -1002,6 +1121,9 @@ pub struct UserPools {
     database: Arc<str>,
     user: Arc<str>,
     keys: Arc<Mutex<LoginKeys>>,
+    /// What the primary gives to logins.
+    defaults: Arc<LoginDefaults>,
+    itself: Weak<UserPools>,
     /// By node; made when first used.
     nodes: Box<[OnceLock<Arc<Pool>>]>,
     /// What a server reports at login, by startup parameters, and under which settings of logins.
@@ -1050,6 +1172,9 @@ impl UserPools {
                 size: AtomicUsize::new(0),
                 lifetime: AtomicU64::new(0),
                 keys: self.keys.clone(),
+                defaults: self.defaults.clone(),
+                siblings: self.itself.clone(),
+                refused_values: RefusedValues::default(),
                 state: Mutex::new(State::default()),
             };
             pool.follow(&self.context.config.load());
@@ -1123,11 +1248,13 @@ impl Pools {
             pools.set_keys(keys);
             return pools;
         }
-        let pools = Arc::new(UserPools {
+        let pools = Arc::new_cyclic(|itself| UserPools {
             context: self.context.clone(),
             database: key.0.clone(),
             user: key.1.clone(),
             keys: Arc::new(Mutex::new(keys.clone())),
+            defaults: Arc::default(),
+            itself: itself.clone(),
             nodes: (0..self.context.ways.0.len()).map(|_| OnceLock::new()).collect(),
             welcomes: Mutex::new(HashMap::new()),
             named: Mutex::new(None),

@@ -1107,7 +1107,7 @@ SELECT c.oid, a.typname::text FROM pg_catalog.pg_class c \
   JOIN pg_catalog.pg_type t ON t.oid = c.reltype JOIN pg_catalog.pg_type a ON a.oid = t.typarray \
  WHERE c.oid = ANY ($1::pg_catalog.oid[])";
 
-/// One row (sum, server version, hash of what logins are given): the sum moves with every change of a catalog that the facts are made of; the counts of another
+/// One row (sum, server version, hash of what logins are given, when the configuration was read): the sum moves with every change of a catalog that the facts are made of; the counts of another
 /// session's transaction arrive within about a second of its commit. DML on users' tables does not move it. Where
 /// nothing is counted there is no sum.
 pub const CHANGES_SQL: &str = "\
@@ -1117,7 +1117,8 @@ SELECT CASE WHEN pg_catalog.current_setting('track_counts') = 'on' THEN \
        pg_catalog.current_setting('server_version_num')::pg_catalog.int4, \
        (SELECT pg_catalog.hashtextextended(coalesce(pg_catalog.string_agg( \
                  s.setdatabase || ' ' || s.setrole || ' ' || s.setconfig::text, ';' ORDER BY s.setdatabase, s.setrole), ''), 0) \
-          FROM pg_catalog.pg_db_role_setting s) \
+          FROM pg_catalog.pg_db_role_setting s), \
+       pg_catalog.date_part('epoch', pg_catalog.pg_conf_load_time()) \
   FROM pg_catalog.pg_class c \
  WHERE c.oid IN ('pg_catalog.pg_proc'::pg_catalog.regclass, 'pg_catalog.pg_operator'::pg_catalog.regclass, \
    'pg_catalog.pg_cast'::pg_catalog.regclass, 'pg_catalog.pg_rewrite'::pg_catalog.regclass, \

@@ -47,7 +47,9 @@ use siphasher::sip128::{Hasher128, SipHasher13};
 pub use catalog::Catalog;
 pub use leaves::{Leaves, PinReason, PinSet};
 pub use lexer::{Lexer as Words, Token};
-pub use named::{SqlExecute, SqlPrepare, may_name_statements, sql_execute, sql_prepare, statements_named};
+pub use named::{
+    SqlExecute, SqlPrepare, may_execute, may_name_statements, sql_execute, sql_prepare, statements_named,
+};
 pub use skeleton::skeleton_text;
 pub use target::{Target, is_code, keeps_uncommitted, listen_target, target};
 pub use trace::traceparent;

@@ -54,12 +54,21 @@ fn words(text: &[u8]) -> Option<HashSet<Vec<u8>>> {
 
 /// Whether a text may execute or deallocate what SQL can name, alone or beside something else.
 pub fn may_name_statements(text: &[u8]) -> bool {
+    may_have(text, &[b"execute", b"deallocate"])
+}
+
+/// Whether a text may execute what SQL can name: `EXPLAIN ANALYZE EXECUTE`, `CREATE TABLE .. AS EXECUTE`, or behind something.
+pub fn may_execute(text: &[u8]) -> bool {
+    may_have(text, &[b"execute"])
+}
+
+fn may_have(text: &[u8], words: &[&[u8]]) -> bool {
     let mut lexer = Lexer::new(text);
     loop {
         match lexer.next_token() {
             Token::End => return false,
             Token::Unclear => return true,
-            Token::Word if matches!(lexer.name(), b"execute" | b"deallocate") => return true,
+            Token::Word if words.contains(&lexer.name()) => return true,
             _ => {}
         }
     }
@@ -178,6 +187,18 @@ mod tests {
         ] {
             assert_eq!(sql_prepare(text.as_bytes()), None, "{text}");
         }
+    }
+
+    #[test]
+    fn an_execute_is_found_wherever_it_stands() {
+        for text in ["EXECUTE p", "EXPLAIN ANALYZE EXECUTE p", "CREATE TABLE t AS Execute p", "SELECT 'open"]
+        {
+            assert!(may_execute(text.as_bytes()) && may_name_statements(text.as_bytes()), "{text}");
+        }
+        for text in ["DEALLOCATE p", "SELECT 'execute p', \"execute\" -- execute"] {
+            assert!(!may_execute(text.as_bytes()), "{text}");
+        }
+        assert!(may_name_statements(b"DEALLOCATE p"));
     }
 
     #[test]

@@ -17,6 +17,11 @@ pub enum Refusal {
     /// A replica that is behind may not know an object, a label, a right yet: run it on the primary when
     /// the replica was behind, and remember nothing.
     LateReplica,
+    /// The replica's installation lacks what the statement takes (a library, a dictionary's file): run it on the primary and
+    /// remember it.
+    Installation,
+    /// The replica cannot read its own files: run it on the primary, and remember nothing.
+    Damage,
     /// Replay removed something the statement used: run it elsewhere.
     RecoveryConflict,
     /// The server is going down or not up yet: run it elsewhere.
@@ -60,8 +65,30 @@ pub fn of(fields: &ErrorFields<'_>) -> Refusal {
             | b"XLogBeginInsert"
             | b"XLogInsert"
             | b"XLogInsertRecord" => Refusal::NotAReadAfterAll,
+            // A library of another version, or another build's.
+            b"internal_load_library" | b"incompatible_module_error" => Refusal::Installation,
             _ => Refusal::None,
         },
+        // The system's own number of the error decides between these.
+        b"58P01" | b"58030" | b"42501" | b"58000"
+            if matches!(fields.routine, b"internal_load_library" | b"check_restricted_library_name") =>
+        {
+            Refusal::Installation
+        }
+        // Files that come with the installation, of text search.
+        b"F0000" => match fields.routine {
+            b"readstoplist"
+            | b"dsynonym_init"
+            | b"dxsyn_init"
+            | b"thesaurusRead"
+            | b"NIImportDictionary"
+            | b"NIImportAffixes"
+            | b"NIImportOOAffixes"
+            | b"initTrie" => Refusal::Installation,
+            _ => Refusal::None,
+        },
+        // Files of its own, a page that fails its checksum, an index that does not hold together.
+        b"58P01" | b"58030" | b"XX001" | b"XX002" => Refusal::Damage,
         b"42P01" | b"42703" | b"42883" | b"42704" | b"3F000" | b"22P02" | b"42501" | b"42846" | b"22023" => {
             Refusal::LateReplica
         }
@@ -133,11 +160,39 @@ mod tests {
 
     #[test]
     fn a_users_raise_teaches_nothing() {
-        for sqlstate in ["25006", "0A000", "55000", "XX000", "42P01", "40001", "57P01"] {
+        for sqlstate in
+            ["25006", "0A000", "55000", "XX000", "42P01", "40001", "57P01", "58P01", "XX001", "F0000"]
+        {
             check(sqlstate, "recovery is in progress", "exec_stmt_raise", Refusal::None);
             check(sqlstate, "recovery is in progress", "PLy_elog_impl", Refusal::None);
             check(sqlstate, "recovery is in progress", "", Refusal::None);
         }
+    }
+
+    #[test]
+    fn a_replica_that_lacks_a_file_or_has_lost_one() {
+        for (sqlstate, message, routine) in [
+            (
+                "58P01",
+                "could not access file \"$libdir/postgis-3\": No such file or directory",
+                "internal_load_library",
+            ),
+            ("42501", "could not access file \"x\": Permission denied", "internal_load_library"),
+            ("XX000", "incompatible library \"x.so\": version mismatch", "incompatible_module_error"),
+            ("F0000", "could not open stop-word file \"x.stop\": No such file or directory", "readstoplist"),
+        ] {
+            check(sqlstate, message, routine, Refusal::Installation);
+        }
+        for (sqlstate, message, routine) in [
+            ("58P01", "could not open file \"base/1/2\": No such file or directory", "mdopenfork"),
+            ("58030", "could not read block 0 in file \"base/1/2\": Input/output error", "mdread"),
+            ("XX001", "invalid page in block 0 of relation base/1/2", "PageIsVerifiedExtended"),
+            ("XX002", "left link changed unexpectedly", "_bt_walk_left"),
+        ] {
+            check(sqlstate, message, routine, Refusal::Damage);
+        }
+        check("F0000", "too many lexemes", "elsewhere", Refusal::None);
+        check("42501", "permission denied for table t", "aclcheck_error", Refusal::LateReplica);
     }
 
     #[test]

@@ -49,23 +49,45 @@ ELSE ARRAY['primary', \
 // Whoever is idle in a transaction, or waits for a lock, is not at its commit: a backend is idle no more before it looks
 // at what it was told to do, and waits for no lock between its commit record and the end of the transaction. Each step
 // depends on the one before it: position, who holds which ids and what they do, and whether these transactions still
-// run, so that it was in them that their backends did that. A backend holds the ids of its savepoints, too; those of a
-// prepared transaction are nobody's. Only of clients' backends is it known when they are idle; and not all control users
-// may see that (it takes `pg_read_all_stats`).
+// run, so that it was in them that their backends did that. Only of clients' backends is it known when they are idle; and
+// not all control users may see that (it takes `pg_read_all_stats`).
+//
+// The ids of a prepared transaction are held by no process. What commits it is a COMMIT PREPARED in its database, never
+// inside a function or a transaction: a statement whose text its backend shows from before it begins until it is over,
+// with that word in it, or cut off. So while no backend there shows such a text, and none is of a kind that has no text
+// (those that apply a subscription), it merely stands.
+//
+// A backend holds the ids of its savepoints, too, but not of those that were released, as all are by PREPARE TRANSACTION. An id
+// that nobody held is of a transaction that was among the holders, or had not got so far; so if all of these stand, it does.
 const NOT_COMMITTING: &str = "\
 SELECT p.lsn::text, \
-  (SELECT array_agg(held.xid) FROM (\
-     SELECT x.xid FROM unnest($1::int8[]) AS x (xid) \
-       JOIN pg_locks AS own ON own.transactionid::text::int8 = (x.xid & 4294967295) \
-     WHERE p.lsn IS NOT NULL \
-       AND own.locktype = 'transactionid' AND own.mode = 'ExclusiveLock' AND own.granted \
-       AND (EXISTS (SELECT FROM pg_locks AS l WHERE l.pid = own.pid AND NOT l.granted) \
-         OR EXISTS (SELECT FROM pg_stat_get_activity(NULL::int4) AS a \
-                    WHERE a.pid = own.pid AND a.backend_type = 'client backend' \
-                      AND a.state IN ('idle in transaction', 'idle in transaction (aborted)'))) \
-     OFFSET 0) AS held \
-   WHERE pg_xact_status(held.xid::text::xid8) = 'in progress') \
-FROM (SELECT pg_current_wal_insert_lsn() AS lsn OFFSET 0) AS p";
+  (SELECT array_agg(x.xid) FROM \
+     (SELECT coalesce(array_agg(own.id), '{}') AS held, coalesce(bool_and(own.stands), true) AS all_stand, \
+             coalesce(array_agg(own.id) FILTER (WHERE own.stands), '{}') AS standing \
+      FROM (SELECT h.transactionid::text::int8 AS id, \
+              (EXISTS (SELECT FROM pg_locks AS l WHERE l.pid = h.pid AND NOT l.granted) \
+               OR EXISTS (SELECT FROM pg_stat_get_activity(NULL::int4) AS a \
+                          WHERE p.lsn IS NOT NULL AND a.pid = h.pid AND a.backend_type = 'client backend' \
+                            AND a.state IN ('idle in transaction', 'idle in transaction (aborted)')) \
+               OR (h.pid IS NULL AND NOT EXISTS (\
+                    SELECT FROM pg_stat_get_activity(NULL::int4) AS a \
+                    WHERE p.lsn IS NOT NULL AND a.pid <> pg_backend_pid() \
+                      AND a.datid IN (SELECT dbid FROM pg_prepared_xact()) \
+                      AND (a.backend_type IN ('autovacuum worker', 'parallel worker') \
+                        OR (a.backend_type IN ('client backend', 'walsender') \
+                          AND (a.state IN ('idle', 'idle in transaction', 'idle in transaction (aborted)') \
+                            OR (a.state = 'active' AND octet_length(a.query) < p.text_size - 8 \
+                              AND lower(a.query COLLATE \"C\") NOT LIKE '%prepared%')))) IS NOT TRUE))) AS stands \
+            FROM pg_locks AS h \
+            WHERE p.lsn IS NOT NULL \
+              AND h.locktype = 'transactionid' AND h.mode = 'ExclusiveLock' AND h.granted OFFSET 0) AS own \
+      OFFSET 0) AS ids, unnest($1::int8[]) AS x (xid) \
+   WHERE ((x.xid & 4294967295) = ANY (ids.standing) \
+          OR (ids.all_stand AND (x.xid & 4294967295) <> ALL (ids.held))) \
+     AND CASE WHEN ids.held IS NOT NULL THEN pg_xact_status(x.xid::text::xid8) END = 'in progress') \
+FROM (SELECT pg_current_wal_insert_lsn() AS lsn, \
+        (SELECT pg_size_bytes(CASE WHEN s ~ '[0-9]B$' THEN rtrim(s, 'B') ELSE s END) \
+         FROM current_setting('track_activity_query_size') AS s) AS text_size OFFSET 0) AS p";
 
 /// Names of the statements that a connection has prepared.
 const SAMPLE_NAME: &str = "sample";

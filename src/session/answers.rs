@@ -553,6 +553,8 @@ impl Exchange<'_> {
             _ if self.session.role != Role::Replica => None,
             Refusal::NotAReadAfterAll => Some(Again::NotARead),
             Refusal::LateReplica => Some(Again::LateReplica),
+            Refusal::Installation => Some(Again::Installation),
+            Refusal::Damage => Some(Again::Damage),
             Refusal::RecoveryConflict => Some(Again::Conflict),
             Refusal::Shutdown => Some(Again::NodeLost),
             Refusal::None => None,

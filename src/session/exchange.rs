@@ -277,6 +277,10 @@ pub enum Again {
     NotARead,
     /// A replica fails it only because it is late.
     LateReplica,
+    /// A replica's installation lacks what it takes.
+    Installation,
+    /// A replica cannot read its own files.
+    Damage,
     /// It conflicted with recovery.
     Conflict,
     /// The node is going away, or its connection broke before any answer.
@@ -287,9 +291,11 @@ pub enum Again {
 
 impl Again {
     /// All labels.
-    pub const LABELS: [&'static str; 5] = [
+    pub const LABELS: [&'static str; 7] = [
         Again::NotARead.label(),
         Again::LateReplica.label(),
+        Again::Installation.label(),
+        Again::Damage.label(),
         Again::Conflict.label(),
         Again::NodeLost.label(),
         Again::StaleStatement.label(),
@@ -300,6 +306,8 @@ impl Again {
         match self {
             Again::NotARead => "not_a_read",
             Again::LateReplica => "late_replica",
+            Again::Installation => "installation",
+            Again::Damage => "damage",
             Again::Conflict => "conflict",
             Again::NodeLost => "node_lost",
             Again::StaleStatement => "stale_statement",

@@ -81,7 +81,7 @@ use crate::topology::{Epoch, NodeId, TopologyHandle};
 use crate::wire::{self, ErrorReport, HEADER, TransactionStatus};
 
 /// Why units are run again, as the metric labels it.
-pub const REDONE_LABELS: [&str; 5] = Again::LABELS;
+pub const REDONE_LABELS: [&str; 7] = Again::LABELS;
 
 /// What all sessions share.
 pub struct Shared {
@@ -1349,7 +1349,7 @@ impl Session {
     /// learned. Whether the client has cancelled it meanwhile: then it is not run again.
     fn take_back(&mut self, again: Again, node: NodeId, avoid: &mut Vec<NodeId>) -> bool {
         self.shared.metrics.redone.inc(again.label());
-        if again == Again::NotARead {
+        if matches!(again, Again::NotARead | Again::Installation) {
             self.learn();
         }
         self.prepare_anew = again == Again::StaleStatement;
@@ -1358,7 +1358,12 @@ impl Session {
         let lease = self.lease.take();
         let cancelled = lease.as_ref().is_some_and(|lease| lease.cancel.was_sent());
         match again {
-            Again::NotARead | Again::LateReplica | Again::Conflict | Again::StaleStatement => {
+            Again::NotARead
+            | Again::LateReplica
+            | Again::Installation
+            | Again::Damage
+            | Again::Conflict
+            | Again::StaleStatement => {
                 // Only if its answer has been read to the end is the backend idle again.
                 if let Some(lease) = lease
                     && self.unit.is_over()

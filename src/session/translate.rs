@@ -1085,6 +1085,7 @@ impl Exchange<'_> {
             return;
         }
         self.session.pin_now(PinReason::SqlPrepare);
+        self.count_named(text);
         let ahead = !self.unit.begun && self.session.status != TransactionStatus::InTransaction;
         if ahead && !std::mem::replace(&mut self.unit.given_all, true) {
             return self.give_all(|_, _| true);
@@ -1094,6 +1095,30 @@ impl Exchange<'_> {
             None if self.unit.given_all => {}
             None => self.give_all(|_, _| true),
         }
+    }
+
+    /// Counts in what the session's statements would leave that a text may execute. They keep the session on its backend
+    /// longer than their names do: a setting does not show when the backend is looked at.
+    fn count_named(&mut self, text: Option<&[u8]>) {
+        if text.is_some_and(|text| !classify::may_execute(text)) {
+            return;
+        }
+        let named = text.and_then(classify::statements_named);
+        let mut leaves = Leaves::NOTHING;
+        for (name, statement) in self.session.statements.named() {
+            if named.as_ref().is_some_and(|named| !named.contains(name)) {
+                continue;
+            }
+            // What is not known yet may be a read, and so leaves nothing.
+            let Some(class) = self.session.known_class(statement) else { continue };
+            leaves |= class.leaves;
+            if class.settings {
+                leaves |= Leaves::pin(PinReason::Setting);
+            }
+            self.unit.ddl |= class.kind == Kind::Ddl;
+        }
+        self.unit.leave(leaves);
+        self.backend.dirt = self.backend.dirt.max(dirt_of(leaves));
     }
 
     /// Whether a text that keeps the backend for another reason may be about prepared statements, too, although its class does

@@ -356,3 +356,23 @@ async fn the_time_in_line_for_a_backend_is_no_wait_for_a_primary() {
     let answer = waits.read_ready().await;
     assert_eq!(tags(&answer), "CZ", "{answer:?}");
 }
+
+#[tokio::test]
+async fn a_health_check_is_answered_however_many_requests_stand_half_sent() {
+    let cluster = Cluster::start(0).await;
+    let proxy = Proxy::start(&cluster).await;
+    let begun = std::time::Instant::now();
+    let mut half_sent = Vec::new();
+    // More than there is room for: those that nobody takes in would wait before the check.
+    for _ in 0..100 {
+        let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", proxy.http_port())).await.unwrap();
+        // The first ones are closed meanwhile.
+        let _ =
+            tokio::io::AsyncWriteExt::write_all(&mut stream, b"GET /healthz HTTP/1.1\r\nHost: x\r\n").await;
+        half_sent.push(stream);
+    }
+    assert_eq!(proxy.get("/healthz").await, Some((200, "alive\n".to_owned())));
+    // They are given up one by one after five seconds, at the earliest.
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    drop(half_sent);
+}

@@ -6,6 +6,7 @@ mod clocks;
 mod consistency;
 mod console;
 mod covered;
+mod defaults;
 mod drivers;
 mod durability;
 mod failover;

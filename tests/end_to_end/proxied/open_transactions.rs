@@ -5,12 +5,17 @@
 
 use std::time::Duration;
 
+use highwater::demo::cluster::ClusterOptions;
+
 use crate::fixture::*;
 
 const STRONG: &str = "consistency: { level: strong, catch_up_wait: 50ms }";
 
 async fn started(replicas: usize, overrides: &str) -> (Cluster, Proxy) {
-    let cluster = Cluster::start_logging(replicas).await;
+    let settings = [("log_statement", "all"), ("max_prepared_transactions", "10")]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let options = ClusterOptions { replicas, settings: settings.to_vec(), ..ClusterOptions::default() };
+    let cluster = Cluster::start_with(options).await;
     cluster
         .set_up("CREATE TABLE counter (id int PRIMARY KEY, n int); INSERT INTO counter VALUES (1, 0), (2, 0)")
         .await;
@@ -57,7 +62,7 @@ async fn a_strong_transaction_waits_for_nothing_once_it_has_begun() {
     }
 }
 
-/// Beside one that rests in savepoints, and another that waits for its lock.
+/// Beside one that rests in savepoints, of which one was released, and another that waits for its lock.
 #[tokio::test]
 async fn transactions_that_stand_open_hold_up_no_strong_statement() {
     for replicas in [0, 1] {
@@ -66,7 +71,11 @@ async fn transactions_that_stand_open_hold_up_no_strong_statement() {
             (proxy.connect().await, proxy.connect().await, proxy.connect().await);
         stop_replay(&cluster).await;
         resting.batch_execute("BEGIN; UPDATE counter SET n = 10 WHERE id = 1; SAVEPOINT s").await.unwrap();
-        resting.batch_execute("UPDATE counter SET n = 11 WHERE id = 1; SAVEPOINT s").await.unwrap();
+        resting.batch_execute("UPDATE counter SET n = 11 WHERE id = 1; RELEASE s").await.unwrap();
+        resting
+            .batch_execute("SAVEPOINT s; UPDATE counter SET n = 11 WHERE id = 1; SAVEPOINT s")
+            .await
+            .unwrap();
         let waits =
             tokio::spawn(
                 async move { waiting.execute("UPDATE counter SET n = n + 1 WHERE id = 1", &[]).await },
@@ -139,4 +148,65 @@ async fn a_commit_that_waits_for_a_standby_is_not_taken_for_an_open_transaction(
     commits.await.unwrap().unwrap();
     assert_eq!(tokio::time::timeout(Duration::from_secs(60), read).await.unwrap().unwrap(), 1);
     resting.batch_execute("ROLLBACK").await.unwrap();
+}
+
+/// With savepoints, whose ids are held by nobody either; beside clients that rest, and one that is at something else.
+#[tokio::test]
+async fn transactions_that_stand_prepared_hold_up_no_strong_statement() {
+    for replicas in [0, 1] {
+        let (cluster, proxy) = started(replicas, STRONG).await;
+        let (preparing, busy, client) = (proxy.connect().await, proxy.connect().await, proxy.connect().await);
+        let busy = tokio::spawn(async move { busy.batch_execute("SELECT pg_sleep(100)").await });
+        stop_replay(&cluster).await;
+        preparing.batch_execute("BEGIN; UPDATE counter SET n = 10 WHERE id = 1; SAVEPOINT s").await.unwrap();
+        preparing.batch_execute("UPDATE counter SET n = 11 WHERE id = 1").await.unwrap();
+        preparing.batch_execute("PREPARE TRANSACTION 'standing'").await.unwrap();
+        for n in 1..4 {
+            client.execute("UPDATE counter SET n = n + 1 WHERE id = 2", &[]).await.unwrap();
+            assert_eq!((count(&client, 1).await, count(&client, 2).await), (0, n));
+        }
+        // Also after a restart, which is when nobody remembers who has prepared it.
+        drop(busy);
+        cluster.primary().restart().await.unwrap();
+        let client = proxy.connect().await;
+        client.execute("UPDATE counter SET n = n + 1 WHERE id = 2", &[]).await.unwrap();
+        assert_eq!((count(&client, 1).await, count(&client, 2).await), (0, 4));
+        client.batch_execute("COMMIT PREPARED 'standing'").await.unwrap();
+        assert_eq!((count(&client, 1).await, count(&client, 2).await), (11, 4));
+    }
+}
+
+/// Replicas show it as soon as it is in the log; the primary when its wait is over.
+#[tokio::test]
+async fn a_commit_prepared_that_waits_for_a_standby_is_not_taken_for_one_that_stands() {
+    let (cluster, proxy) = started(1, "").await;
+    let reader = proxy.connect().await;
+    reads_reach_replicas(&cluster, &reader, "SELECT n AS loaded FROM counter WHERE id = 1").await;
+    let writer = cluster.primary().connect("app", &cluster.roles().app).await.unwrap();
+    for (id, name) in [(2, "stays"), (1, "comes")] {
+        writer.batch_execute("BEGIN").await.unwrap();
+        writer.batch_execute(&format!("UPDATE counter SET n = 1 WHERE id = {id}")).await.unwrap();
+        writer.batch_execute(&format!("PREPARE TRANSACTION '{name}'")).await.unwrap();
+    }
+    // Nobody has that name.
+    cluster.primary().set("synchronous_standby_names", "nobody").await.unwrap();
+    let commits =
+        tokio::spawn(async move { writer.batch_execute("/* now */ Commit /* it */ Prepared 'comes'").await });
+    cluster.node(1).wait_for("SELECT n FROM counter WHERE id = 1", "1").await.unwrap();
+    eventually("the replica has shown it", async || count(&reader, 1).await == 1).await;
+    stop_replay(&cluster).await;
+    let asked = cluster.ran("pg_stat_get_activity(NULL")[0];
+    let read = tokio::spawn(async move {
+        let sql = "SELECT n FROM counter WHERE id = 1 /* highwater.route=primary */";
+        reader.query_one(sql, &[]).await.unwrap().get::<_, i32>(0)
+    });
+    eventually("the primary is asked what its transactions do", async || {
+        cluster.ran("pg_stat_get_activity(NULL")[0] > asked + 2
+    })
+    .await;
+    assert!(!read.is_finished(), "the primary hides it");
+    cluster.primary().set("synchronous_standby_names", "").await.unwrap();
+    commits.await.unwrap().unwrap();
+    assert_eq!(tokio::time::timeout(Duration::from_secs(60), read).await.unwrap().unwrap(), 1);
+    cluster.primary().execute("ROLLBACK PREPARED 'stays'").await.unwrap();
 }

@@ -387,7 +387,7 @@ async fn check_tries_the_nodes_and_prints_what_it_found() {
     let (code, said) = with_config("check", &config);
     let home = cluster.node(0).query_text("SHOW timezone").await.unwrap();
     let other = format!(
-        "node b: other defaults than the primary's: TimeZone Asia/Tokyo (a: {home}), bytea_output escape (a: hex): sessions"
+        "node b: other defaults than the primary's: TimeZone Asia/Tokyo (a: {home}), bytea_output escape (a: hex): they"
     );
     assert!(code == Some(1) && said.contains(&other), "{said}");
 }

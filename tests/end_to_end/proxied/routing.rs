@@ -183,3 +183,30 @@ async fn a_listener_hears_what_another_session_notifies() {
     // The sender's process id is one that the proxy gave out, or at least not the listener's own.
     assert_ne!(heard.body[..4], listener.key[..4]);
 }
+
+#[tokio::test]
+async fn what_only_a_replicas_installation_lacks_is_no_error_of_a_read() {
+    let cluster = Cluster::start_logging(1).await;
+    // By its bare name, the library is looked for where the server's configuration says.
+    cluster
+        .set_up_as_superuser(
+            "CREATE FUNCTION distance(text, text) RETURNS int AS 'fuzzystrmatch', 'levenshtein' LANGUAGE C IMMUTABLE STRICT; \
+             CREATE TABLE words (w text); INSERT INTO words VALUES ('kitten'); GRANT SELECT ON words TO PUBLIC",
+        )
+        .await;
+    cluster.node(1).set("dynamic_library_path", "/nonexistent").await.unwrap();
+    let overrides = "routing: { functions: { safe: [public.distance] } }";
+    let proxy = Proxy::start_with(&cluster, ProxyOptions { overrides, ..ProxyOptions::default() }).await;
+    let client = proxy.connect().await;
+    reads_reach_replicas(&cluster, &client, "SELECT w AS loaded FROM words").await;
+    for round in 0..20 {
+        let read = client.query_one("SELECT distance(w, 'sitting') FROM words", &[]).await;
+        assert_eq!(read.unwrap().get::<_, i32>(0), 3, "{round}");
+        client.simple_query("SELECT w AS loaded FROM words").await.unwrap();
+    }
+    // It went there once, and that is remembered.
+    let metrics = proxy.metrics().await;
+    assert_eq!(metrics.sum("highwater_redone_total", &[("reason", "installation")]), 1.0);
+    // At most: where it fails as it is bound, nothing of it is logged.
+    assert!(cluster.ran("distance(w")[1] <= 1);
+}

@@ -611,3 +611,59 @@ async fn what_a_trigger_sets_stays_with_its_session() {
     }
     assert_eq!(pins().await, before);
 }
+
+/// By ways on which the text does not show what is set, and the server says nothing of it either.
+#[tokio::test]
+async fn a_session_keeps_what_it_sets_by_an_execute_in_something_else() {
+    let cluster = Cluster::start(1).await;
+    let proxy = proxy_with(&cluster, "pool: { size: 2 }").await;
+    let extended = |sql: &str| [parse("", sql), bind("", &[]), execute(), sync()].concat();
+    let mut others = [proxy.raw_login().await, proxy.raw_login().await];
+    for (number, (prepared, unit)) in [
+        ("SELECT set_config('app.x', 'mine', false)", query("EXPLAIN ANALYZE EXECUTE p")),
+        ("SELECT set_config('app.x', 'mine', false)", query("CREATE TEMP TABLE made AS EXECUTE p")),
+        ("SELECT set_config('app.x', 'mine', false)", query("SELECT 1; EXECUTE p")),
+        ("SELECT set_config('app.x', 'mine', false)", extended("EXECUTE p")),
+        ("SET app.x = 'mine'", extended("EXECUTE p")),
+        ("SET app.x = 'mine'", query("SELECT 1; EXECUTE p")),
+        ("SET app.x = 'mine'", extended("/* well */ EXECUTE p;")),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        for by_sql in [false, true] {
+            if by_sql && prepared.starts_with("SET") {
+                // SQL's PREPARE takes no such thing.
+                continue;
+            }
+            let mut client = proxy.raw_login().await;
+            let made = if by_sql {
+                client.ask(&query(&format!("PREPARE p AS {prepared}"))).await
+            } else {
+                client.ask(&[parse("p", prepared), sync()].concat()).await
+            };
+            assert!(!tags(&made).contains('E'), "{number} {made:?}");
+            client.ask(&query("BEGIN")).await;
+            let ran = client.ask(&unit).await;
+            assert!(!tags(&ran).contains('E'), "{number} {ran:?}");
+            client.ask(&query("COMMIT")).await;
+            // Whatever else kept the session on its backend goes.
+            client.ask(&query("DROP TABLE IF EXISTS made")).await;
+            client.ask(&query("DEALLOCATE p")).await;
+            for round in 0..4 {
+                for other in &mut others {
+                    other.ask(&query("BEGIN")).await;
+                    let theirs =
+                        other.ask(&query("SELECT coalesce(current_setting('app.x', true), '')")).await;
+                    assert_eq!(value(&theirs).as_deref(), Some(""), "{number} {round}");
+                    other.ask(&query("COMMIT")).await;
+                }
+                let shown = client.ask(&query("SELECT current_setting('app.x', true)")).await;
+                assert_eq!(value(&shown).as_deref(), Some("mine"), "{number} {by_sql} {round}");
+            }
+            client.ask(&query("DISCARD ALL")).await;
+            let shown = client.ask(&query("SELECT coalesce(current_setting('app.x', true), '')")).await;
+            assert_eq!(value(&shown).as_deref(), Some(""), "{number}");
+        }
+    }
+}
