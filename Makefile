@@ -148,6 +148,7 @@ drivers: setup ## real drivers (Python, Node, Java) against PostgreSQL and throu
 	@$(CARGO) build --locked --quiet
 	@tests/drivers/run
 	@tests/drivers/run console
+	@tests/drivers/run split
 
 suites: setup ## the drivers' and ORMs' own test suites, directly and through the proxy (an hour; SUITES='asyncpg django')
 	@$(CARGO) build --locked --quiet
