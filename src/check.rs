@@ -594,7 +594,7 @@ mod tests {
             "a failover would be refused: it lacks: GRANT x TO u",
             "password_encryption is md5",
             "2 roles have md5",
-            "node b: other defaults than the primary's: TimeZone Asia/Tokyo (a: UTC): sessions",
+            "node b: other defaults than the primary's: TimeZone Asia/Tokyo (a: UTC): they hold once",
             "auth.query fails for role u: permission denied",
             "Reads go to the primary too",
         ] {

@@ -495,27 +495,33 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn more_connections_than_the_limit_wait_for_one_to_end() {
+    async fn one_connection_more_than_the_limit_has_the_place_of_the_one_silent_longest() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let server = tokio::spawn(serve(listener, state()));
         let request = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n";
-        let mut held = Vec::new();
+        let mut held = std::collections::VecDeque::new();
         for _ in 0..MAX_CONNECTIONS {
             let mut stream = TcpStream::connect(address).await.unwrap();
             stream.write_all(request).await.unwrap();
             let mut first = [0];
             stream.read_exact(&mut first).await.unwrap();
-            held.push(stream);
+            held.push_back(stream);
         }
-        let mut waiting = TcpStream::connect(address).await.unwrap();
-        waiting.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.unwrap();
+        let mut more = TcpStream::connect(address).await.unwrap();
+        more.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.unwrap();
         let mut answer = Vec::new();
-        let early = tokio::time::timeout(Duration::from_millis(100), waiting.read_to_end(&mut answer));
-        assert!(early.await.is_err(), "a connection too many was served");
-        held.pop();
-        waiting.read_to_end(&mut answer).await.unwrap();
+        more.read_to_end(&mut answer).await.unwrap();
         assert!(String::from_utf8_lossy(&answer).contains("alive"));
+        let mut silent = held.pop_front().unwrap();
+        silent.read_to_end(&mut answer).await.unwrap();
+        // The others are served on.
+        for mut stream in held {
+            stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.unwrap();
+            answer.clear();
+            stream.read_to_end(&mut answer).await.unwrap();
+            assert_eq!(String::from_utf8_lossy(&answer).matches("alive").count(), 2);
+        }
         server.abort();
     }
 }

@@ -170,7 +170,7 @@ pub struct Arrival {
     /// Its address.
     pub peer: Option<std::net::SocketAddr>,
     /// Where the primary was when it began to log in, if that was noted.
-    pub mark: Option<Mark>,
+    pub mark: Option<Box<Mark>>,
 }
 
 /// The mark of a session whose client begins to log in: what it may have written through another connection it has
@@ -515,7 +515,7 @@ impl Session {
             mark: arrival
                 .mark
                 .filter(|mark| mark.epoch() == topology.epoch)
-                .unwrap_or_else(|| Mark::new(&*shared.positions, &topology)),
+                .map_or_else(|| Mark::new(&*shared.positions, &topology), |mark| *mark),
             promise: own_state.promise(),
             asked_for: own_state.promise(),
             hinted: false,
