@@ -248,9 +248,14 @@ struct Basis {
     generation: u64,
 }
 
-/// When the primary of an epoch had read its configuration, in its seconds, when it was last asked what that gives. The
-/// server's processes read it one after the other, and one of two may answer: what counts is the latest.
-type Configured = Option<(Epoch, f64)>;
+/// When a primary had read its configuration, in its seconds. Its processes read it one after the other, and one of two may
+/// answer: what counts is the latest.
+#[derive(Clone, Copy)]
+struct Configured {
+    primary: NodeId,
+    epoch: Epoch,
+    read_at: f64,
+}
 
 /// The loader's loop; lives until the database is released.
 async fn keep(
@@ -260,8 +265,9 @@ async fn keep(
     database: Arc<DatabaseCatalog>,
 ) {
     let mut basis: Option<Basis> = None;
-    let mut configured: Configured = None;
+    let mut looked: Option<Configured> = None;
     while !database.released.load(Ordering::SeqCst) {
+        let mut configured = None;
         let step =
             timeout(QUESTION, refresh(&nodes, &topology, &name, &database, basis, &mut configured)).await;
         match step {
@@ -275,6 +281,20 @@ async fn keep(
                 tracing::debug!(database = name, "catalog facts could not be read in time");
                 basis = None;
                 database.forget();
+            }
+        }
+        if let Some(now) = configured
+            && looked.is_none_or(|last| last.epoch != now.epoch || last.read_at < now.read_at)
+        {
+            // Not what the facts rest on: it fails by itself, and is tried again. No connection of ours stands in the
+            // database meanwhile: if that is being dropped, this one waits for it, and it would wait for ours.
+            match nodes.look_at_defaults(now.primary, now.epoch, &name, POLL).await {
+                Ok(()) => looked = Some(now),
+                Err(error) => tracing::debug!(
+                    database = name,
+                    cause = error.cause,
+                    "the primary's defaults could not be read"
+                ),
             }
         }
         let stale = basis.is_none_or(|basis| basis.generation != *database.generation());
@@ -292,7 +312,7 @@ async fn refresh(
     name: &str,
     database: &DatabaseCatalog,
     basis: Option<Basis>,
-    configured: &mut Configured,
+    configured: &mut Option<Configured>,
 ) -> Result<Option<Basis>, String> {
     let (primary, epoch) = {
         let view = topology.load();
@@ -312,17 +332,7 @@ async fn refresh(
     let version: i32 = counters.try_get(1).map_err(|error| error.to_string())?;
     nodes.login_settings.read(counters.try_get(2).map_err(|error| error.to_string())?);
     let read_at: f64 = counters.try_get(3).map_err(|error| error.to_string())?;
-    if configured.is_none_or(|(of, before)| of != epoch || before < read_at) {
-        // Not what the facts rest on: it fails by itself, and is tried again.
-        match nodes.look_at_defaults(primary, epoch, name, QUESTION / 2).await {
-            Ok(()) => *configured = Some((epoch, read_at)),
-            Err(error) => tracing::debug!(
-                database = name,
-                cause = error.cause,
-                "the primary's defaults could not be read"
-            ),
-        }
-    }
+    *configured = Some(Configured { primary, epoch, read_at });
     let next = Basis { primary, epoch, changes, generation };
     if basis == Some(next) && database.current.load().is_loaded() {
         return Ok(basis);
