@@ -14,7 +14,12 @@ async fn three_nodes() -> (Cluster, Proxy) {
 async fn reads_run_on_replicas_and_both_replicas_serve() {
     let (cluster, proxy) = three_nodes().await;
     let client = proxy.connect().await;
-    client.simple_query("SELECT x FROM t").await.unwrap();
+    // Until the catalog is known nothing is a read.
+    eventually("a read runs on a replica", async || {
+        client.simple_query("SELECT x FROM t").await.unwrap();
+        proxy.metrics().await.sum("highwater_statements_total", &[("reason", "read")]) > 0.0
+    })
+    .await;
     cluster.wait_caught_up(0).await.unwrap();
     for _ in 0..50 {
         client.query("SELECT x FROM t WHERE id = $1 /* marker */", &[&1]).await.unwrap();
