@@ -1,5 +1,6 @@
 //! From the client to the node: each message of a unit as the backend is to see it.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use bytes::{Buf, BufMut, BytesMut};
@@ -1085,28 +1086,27 @@ impl Exchange<'_> {
             return;
         }
         self.session.pin_now(PinReason::SqlPrepare);
-        self.count_named(text);
+        let named = text.and_then(|text| self.session.statements.reached_by(text));
+        if text.is_none_or(classify::may_execute) {
+            self.count_named(named.as_ref());
+        }
         let ahead = !self.unit.begun && self.session.status != TransactionStatus::InTransaction;
         if ahead && !std::mem::replace(&mut self.unit.given_all, true) {
             return self.give_all(|_, _| true);
         }
-        match text.and_then(|text| self.session.statements.reached_by(text)) {
+        match named {
             Some(named) => self.give_all(|name, _| named.contains(name)),
             None if self.unit.given_all => {}
             None => self.give_all(|_, _| true),
         }
     }
 
-    /// Counts in what the session's statements would leave that a text may execute. They keep the session on its backend
+    /// Counts in what the session's statements of these names (none: of all) would leave. They keep the session on its backend
     /// longer than their names do: a setting does not show when the backend is looked at.
-    fn count_named(&mut self, text: Option<&[u8]>) {
-        if text.is_some_and(|text| !classify::may_execute(text)) {
-            return;
-        }
-        let named = text.and_then(classify::statements_named);
+    fn count_named(&mut self, named: Option<&HashSet<Vec<u8>>>) {
         let mut leaves = Leaves::NOTHING;
         for (name, statement) in self.session.statements.named() {
-            if named.as_ref().is_some_and(|named| !named.contains(name)) {
+            if named.is_some_and(|named| !named.contains(name)) {
                 continue;
             }
             // What is not known yet may be a read, and so leaves nothing.

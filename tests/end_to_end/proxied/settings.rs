@@ -626,6 +626,7 @@ async fn a_session_keeps_what_it_sets_by_an_execute_in_something_else() {
         ("SELECT set_config('app.x', 'mine', false)", extended("EXECUTE p")),
         ("SET app.x = 'mine'", extended("EXECUTE p")),
         ("SET app.x = 'mine'", query("SELECT 1; EXECUTE p")),
+        ("SET app.x = 'mine'", [parse("q", "EXECUTE p"), query("SELECT 1; EXECUTE q")].concat()),
         ("SET app.x = 'mine'", extended("/* well */ EXECUTE p;")),
     ]
     .into_iter()
