@@ -1004,7 +1004,7 @@ pub enum Event {
 
 /// What changed between two topologies, lag figures apart.
 pub fn events(before: &Topology, next: &Topology) -> Vec<Event> {
-    let mut events = Vec::new();
+    let (mut events, mut undecided) = (Vec::new(), false);
     if before.epoch != next.epoch
         && let Some(view) = next.primary.and_then(|id| next.nodes.get(id.index()))
     {
@@ -1026,13 +1026,7 @@ pub fn events(before: &Topology, next: &Topology) -> Vec<Event> {
             (Standing::Replica, Standing::Replica) | (_, Standing::Primary { .. }) => {}
             (_, Standing::Replica) => events.push(Event::ReplicaInUse { node }),
             (Standing::Excluded(was), Standing::Excluded(why)) if was.label() == why.label() => {}
-            (_, Standing::Excluded(Exclusion::SecondPrimary)) if next.primary.is_none() => {
-                let writes = |view: &&NodeView| view.standing == Standing::Excluded(Exclusion::SecondPrimary);
-                let nodes = next.nodes.iter().filter(writes).map(|view| Arc::clone(&view.name)).collect();
-                // Said once, of all of them.
-                events.retain(|event| !matches!(event, Event::NoneOfSeveral { .. }));
-                events.push(Event::NoneOfSeveral { nodes });
-            }
+            (_, Standing::Excluded(Exclusion::SecondPrimary)) if next.primary.is_none() => undecided = true,
             (_, Standing::Excluded(Exclusion::SecondPrimary)) => events.push(Event::SecondPrimary { node }),
             (Standing::Excluded(_), Standing::Excluded(why)) => {
                 events.push(Event::StillOut { node, why: why.clone() });
@@ -1042,6 +1036,11 @@ pub fn events(before: &Topology, next: &Topology) -> Vec<Event> {
             }
             (_, Standing::Excluded(why)) => events.push(Event::ReplicaOut { node, why: why.clone() }),
         }
+    }
+    if undecided {
+        let writes = |view: &&NodeView| view.standing == Standing::Excluded(Exclusion::SecondPrimary);
+        let nodes = next.nodes.iter().filter(writes).map(|view| Arc::clone(&view.name)).collect();
+        events.push(Event::NoneOfSeveral { nodes });
     }
     events
 }
