@@ -7,6 +7,20 @@
 //!
 //! Deliberately does not: decide anything, retry, or carry statements of clients.
 
+// What a replica says of its positions and its history, in this order, of an ARRAY.
+macro_rules! replica {
+    () => {
+        "'replica', \
+  pg_last_wal_receive_lsn()::text, pg_last_wal_replay_lsn()::text, \
+  (SELECT received_tli::text FROM pg_stat_get_wal_receiver()), \
+  (current_setting('restore_command') <> '')::text, \
+  CASE WHEN NOT EXISTS (SELECT FROM pg_stat_get_wal_receiver() WHERE received_tli > 0) \
+         AND has_function_privilege('pg_ls_waldir()', 'execute') \
+       THEN (SELECT coalesce(max(left(name, 8)), '00000001') FROM pg_ls_waldir() \
+             WHERE name ~ '^[0-9A-F]{8}[.]history$') END"
+    };
+}
+
 mod answer;
 mod defaults;
 mod sampling;
@@ -265,17 +279,13 @@ pub struct NotCommitted {
     pub xids: Vec<u64>,
 }
 
-const PROBE: &str = "\
+const PROBE: &str = concat!(
+    "\
 SELECT (SELECT system_identifier FROM pg_control_system()), \
   current_setting('server_version_num')::int4, \
-  CASE WHEN pg_is_in_recovery() THEN ARRAY['replica', \
-    pg_last_wal_receive_lsn()::text, pg_last_wal_replay_lsn()::text, \
-    (SELECT received_tli::text FROM pg_stat_get_wal_receiver()), \
-    (current_setting('restore_command') <> '')::text, \
-    CASE WHEN NOT EXISTS (SELECT FROM pg_stat_get_wal_receiver() WHERE received_tli > 0) \
-           AND has_function_privilege('pg_ls_waldir()', 'execute') \
-         THEN (SELECT coalesce(max(left(name, 8)), '00000001') FROM pg_ls_waldir() \
-               WHERE name ~ '^[0-9A-F]{8}[.]history$') END, \
+  CASE WHEN pg_is_in_recovery() THEN ARRAY[",
+    replica!(),
+    ", \
     (SELECT status FROM pg_stat_get_wal_receiver()), \
     (extract(epoch FROM current_setting('recovery_min_apply_delay')::interval) * 1000)::bigint::text, \
     pg_is_wal_replay_paused()::text, \
@@ -287,7 +297,8 @@ SELECT (SELECT system_identifier FROM pg_control_system()), \
   ELSE ARRAY['primary', pg_current_wal_insert_lsn()::text, \
     left(pg_walfile_name(pg_current_wal_insert_lsn()), 8), \
     (current_setting('default_transaction_read_only') = 'on')::text] END, \
-  (extract(epoch FROM clock_timestamp()) * 1000000)::int8";
+  (extract(epoch FROM clock_timestamp()) * 1000000)::int8"
+);
 
 // A crash of any backend restarts all processes but the postmaster, whose start time stays: the checkpointer's
 // tells of it. The checkpoint at the end of recovery, or of a shutdown, has its redo position at itself; any

@@ -42,14 +42,9 @@ macro_rules! primary {
 // One CASE over the whole row: a promotion between two columns cannot mix the roles.
 const SAMPLE: &str = concat!(
     "\
-SELECT CASE WHEN pg_is_in_recovery() THEN ARRAY['replica', \
-  pg_last_wal_receive_lsn()::text, pg_last_wal_replay_lsn()::text, \
-  (SELECT received_tli::text FROM pg_stat_get_wal_receiver()), \
-  (current_setting('restore_command') <> '')::text, \
-  CASE WHEN NOT EXISTS (SELECT FROM pg_stat_get_wal_receiver() WHERE received_tli > 0) \
-         AND has_function_privilege('pg_ls_waldir()', 'execute') \
-       THEN (SELECT coalesce(max(left(name, 8)), '00000001') FROM pg_ls_waldir() \
-             WHERE name ~ '^[0-9A-F]{8}[.]history$') END, \
+SELECT CASE WHEN pg_is_in_recovery() THEN ARRAY[",
+    replica!(),
+    ", \
   (SELECT pid::text FROM pg_stat_get_wal_receiver())] \
 ELSE ",
     primary!(),
