@@ -97,7 +97,8 @@ async fn transactions_that_stand_open_hold_up_no_strong_statement() {
 /// What holds the primary's floor might be that transaction: its promise is of when it began.
 #[tokio::test]
 async fn a_transaction_waits_for_nothing_that_another_connection_of_its_named_session_was_shown() {
-    let (cluster, proxy) = started(1, "").await;
+    // The primary could not show it, however long a read waited there.
+    let (cluster, proxy) = started(1, "consistency: { catch_up_wait: 5s }").await;
     let (within, reader) = (proxy.connect().await, proxy.connect().await);
     for connection in [&within, &reader] {
         connection.batch_execute("SET highwater.session = 'one'").await.unwrap();
@@ -118,6 +119,28 @@ async fn a_transaction_waits_for_nothing_that_another_connection_of_its_named_se
     commits.await.unwrap().unwrap();
 }
 
+/// `reader` was shown by a replica what the primary hides until the wait of `commits` is over: so long its read there waits,
+/// although the primary is asked what its transactions do.
+async fn primary_shows_it_when_it_is_committed<T>(
+    cluster: &Cluster,
+    reader: tokio_postgres::Client,
+    commits: tokio::task::JoinHandle<Result<T, tokio_postgres::Error>>,
+) {
+    let asked = cluster.ran("pg_stat_get_activity(NULL")[0];
+    let read = tokio::spawn(async move {
+        let sql = "SELECT n FROM counter WHERE id = 1 /* highwater.route=primary */";
+        reader.query_one(sql, &[]).await.unwrap().get::<_, i32>(0)
+    });
+    eventually("the primary is asked what its transactions do", async || {
+        cluster.ran("pg_stat_get_activity(NULL")[0] > asked + 2
+    })
+    .await;
+    assert!(!read.is_finished(), "the primary hides it");
+    cluster.primary().set("synchronous_standby_names", "").await.unwrap();
+    commits.await.unwrap().unwrap();
+    assert_eq!(tokio::time::timeout(Duration::from_secs(60), read).await.unwrap().unwrap(), 1);
+}
+
 /// A commit that replicas show and the primary does not yet is no open transaction, however long it takes.
 #[tokio::test]
 async fn a_commit_that_waits_for_a_standby_is_not_taken_for_an_open_transaction() {
@@ -134,19 +157,7 @@ async fn a_commit_that_waits_for_a_standby_is_not_taken_for_an_open_transaction(
     eventually("the replica has shown it", async || count(&reader, 1).await == 1).await;
     stop_replay(&cluster).await;
     // Both hold the floor now: the one that rests, and the one that is at its commit.
-    let asked = cluster.ran("pg_stat_get_activity(NULL")[0];
-    let read = tokio::spawn(async move {
-        let sql = "SELECT n FROM counter WHERE id = 1 /* highwater.route=primary */";
-        reader.query_one(sql, &[]).await.unwrap().get::<_, i32>(0)
-    });
-    eventually("the primary is asked what its transactions do", async || {
-        cluster.ran("pg_stat_get_activity(NULL")[0] > asked + 2
-    })
-    .await;
-    assert!(!read.is_finished(), "the primary hides it");
-    cluster.primary().set("synchronous_standby_names", "").await.unwrap();
-    commits.await.unwrap().unwrap();
-    assert_eq!(tokio::time::timeout(Duration::from_secs(60), read).await.unwrap().unwrap(), 1);
+    primary_shows_it_when_it_is_committed(&cluster, reader, commits).await;
     resting.batch_execute("ROLLBACK").await.unwrap();
 }
 
@@ -195,18 +206,6 @@ async fn a_commit_prepared_that_waits_for_a_standby_is_not_taken_for_one_that_st
     cluster.node(1).wait_for("SELECT n FROM counter WHERE id = 1", "1").await.unwrap();
     eventually("the replica has shown it", async || count(&reader, 1).await == 1).await;
     stop_replay(&cluster).await;
-    let asked = cluster.ran("pg_stat_get_activity(NULL")[0];
-    let read = tokio::spawn(async move {
-        let sql = "SELECT n FROM counter WHERE id = 1 /* highwater.route=primary */";
-        reader.query_one(sql, &[]).await.unwrap().get::<_, i32>(0)
-    });
-    eventually("the primary is asked what its transactions do", async || {
-        cluster.ran("pg_stat_get_activity(NULL")[0] > asked + 2
-    })
-    .await;
-    assert!(!read.is_finished(), "the primary hides it");
-    cluster.primary().set("synchronous_standby_names", "").await.unwrap();
-    commits.await.unwrap().unwrap();
-    assert_eq!(tokio::time::timeout(Duration::from_secs(60), read).await.unwrap().unwrap(), 1);
+    primary_shows_it_when_it_is_committed(&cluster, reader, commits).await;
     cluster.primary().execute("ROLLBACK PREPARED 'stays'").await.unwrap();
 }
